@@ -1,0 +1,249 @@
+"""The configuration of a checkpoint, from the shapes of its tensors and the config.json beside it.
+
+Shapes tell all but the number of heads (known for the published widths), the horizon and the
+prompt length; config.json tells the rest, in the words of openpi, LeRobot, transformers or our own
+(docs/checkpoints.md). Where both speak they must agree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pi0.config import GEMMA_2B, GEMMA_300M, SO400M, GemmaConfig, Pi0Config, SiglipConfig
+from pi0.errors import CheckpointError, ConfigError
+
+Shapes = Mapping[str, tuple[int, ...]]  # by our names
+
+# Our field → where config.json may hold it, ours first.
+CONFIG_JSON: dict[str, tuple[str, ...]] = {
+    "vision.width": ("vision.width", "vlm_config.vision_config.hidden_size"),
+    "vision.depth": ("vision.depth", "vlm_config.vision_config.num_hidden_layers"),
+    "vision.mlp_dim": ("vision.mlp_dim", "vlm_config.vision_config.intermediate_size"),
+    "vision.num_heads": ("vision.num_heads", "vlm_config.vision_config.num_attention_heads"),
+    "vision.patch_size": ("vision.patch_size", "vlm_config.vision_config.patch_size"),
+    "vision.image_size": ("vision.image_size", "vlm_config.vision_config.image_size"),
+    "vocab_size": ("vocab_size", "vlm_config.text_config.vocab_size"),
+    "state_dim": ("state_dim", "max_state_dim"),
+    "action_dim": ("action_dim", "max_action_dim"),
+    "horizon": ("horizon", "action_horizon", "chunk_size"),
+    "max_tokens": ("max_tokens", "max_token_len", "tokenizer_max_length"),
+}
+for _trunk, _theirs in (("vlm", "vlm_config.text_config"), ("expert", "dit_config")):
+    CONFIG_JSON |= {
+        f"{_trunk}.width": (f"{_trunk}.width", f"{_theirs}.hidden_size"),
+        f"{_trunk}.depth": (f"{_trunk}.depth", f"{_theirs}.num_hidden_layers"),
+        f"{_trunk}.mlp_dim": (f"{_trunk}.mlp_dim", f"{_theirs}.intermediate_size"),
+        f"{_trunk}.num_heads": (f"{_trunk}.num_heads", f"{_theirs}.num_attention_heads"),
+        f"{_trunk}.num_kv_heads": (f"{_trunk}.num_kv_heads", f"{_theirs}.num_key_value_heads"),
+        f"{_trunk}.head_dim": (f"{_trunk}.head_dim", f"{_theirs}.head_dim"),
+    }
+VARIANTS = {
+    "gemma_2b": GEMMA_2B,
+    "gemma_2b_lora": GEMMA_2B,
+    "gemma_300m": GEMMA_300M,
+    "gemma_300m_lora": GEMMA_300M,
+}
+VARIANT_KEYS = {"paligemma_variant": "vlm", "action_expert_variant": "expert"}
+MODEL_TYPES = {"pi0": False, "pi05": True}  # → adaptive_norm
+DEFAULT_HORIZON = 50
+DEFAULT_MAX_TOKENS = {False: 48, True: 200}  # by adaptive_norm
+
+
+class MissingTensorError(CheckpointError):
+    """A tensor, by our name, without which a size cannot be told."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name}: expected this tensor, found it missing.")
+        self.name = name
+
+
+@dataclass(frozen=True)
+class Inferred:
+    """A configuration, and which of its fields were neither in shapes nor in config.json."""
+
+    config: Pi0Config
+    assumed: list[str]
+
+
+def infer_config(shapes: Shapes, settings: Mapping[str, Any] | None) -> Inferred:
+    """The configuration of a checkpoint.
+
+    Args:
+        shapes: of the tensors, by our names.
+        settings: the content of config.json, if there is one.
+
+    Raises:
+        MissingTensorError: a tensor that tells a size is missing.
+        CheckpointError: head counts are told nowhere.
+        ConfigError: config.json contradicts the tensors or itself.
+    """
+    said = _read_settings(settings or {})
+    found = _read_shapes(shapes)
+    contradictions = [
+        f"{name}: the tensors say {found[name]}, config.json says {said[name]}"
+        for name in found
+        if name in said and said[name] != found[name]
+    ]
+    if contradictions:
+        raise ConfigError(
+            "config.json: expected what the tensors say, found " + "; ".join(contradictions) +
+            ". Put the config.json that belongs to this checkpoint beside it."
+        )  # fmt: skip
+    values = said | found
+    _fill_heads(values, shapes)
+    adaptive = bool(values["adaptive_norm"])
+    defaults = {"horizon": DEFAULT_HORIZON, "max_tokens": DEFAULT_MAX_TOKENS[adaptive]}
+    assumed = [name for name in defaults if name not in values]
+    return Inferred(_build(defaults | values), assumed)
+
+
+def to_config_json(config: Pi0Config) -> dict[str, Any]:
+    """The config.json that `infer_config` reads back, as `pi0 synth` writes it."""
+    values = asdict(config)
+    adaptive = values.pop("adaptive_norm")
+    model_type = next(name for name, value in MODEL_TYPES.items() if value == adaptive)
+    return {"type": model_type, **values}
+
+
+def _read_shapes(shapes: Shapes) -> dict[str, Any]:
+    vision_patch = _shape(shapes, "vision_tower.patch_embedding.conv.weight")
+    positions = _shape(shapes, "vision_tower.patch_embedding.position")[0]
+    grid = round(positions**0.5)
+    if grid**2 != positions:
+        raise CheckpointError(
+            f"vision position embedding: expected a square number of rows, found {positions}."
+        )
+    adaptive = any("norm" in name and ".dense." in name for name in shapes)
+    found: dict[str, Any] = {
+        "adaptive_norm": adaptive,
+        "vision.width": vision_patch[0],
+        "vision.patch_size": vision_patch[-1],
+        "vision.image_size": grid * vision_patch[-1],
+        "vision.depth": _depth(shapes, "vision_tower"),
+        "vision.mlp_dim": _shape(shapes, "vision_tower.blocks.*.fc1.weight")[0],
+        "vocab_size": _shape(shapes, "token_embedding.weight")[0],
+        "action_dim": _shape(shapes, "action_in_proj.weight")[1],
+    }
+    # π0.5 has no state projection: its state is text, as wide as an action.
+    found["state_dim"] = found["action_dim"] if adaptive else _shape(shapes, "state_proj.weight")[1]
+    for trunk in ("vlm", "expert"):
+        gate = _shape(shapes, f"{trunk}.blocks.*.gate_proj.weight")
+        found |= {
+            f"{trunk}.width": gate[1],
+            f"{trunk}.mlp_dim": gate[0],
+            f"{trunk}.depth": _depth(shapes, trunk),
+        }
+    return found
+
+
+def _fill_heads(values: dict[str, Any], shapes: Shapes) -> None:
+    """Completes head counts: from config.json, else from the published widths; checks them."""
+    q = _shape(shapes, "vlm.blocks.*.q_proj.weight")[0]
+    kv = _shape(shapes, "vlm.blocks.*.k_proj.weight")[0]
+    if values["vision.width"] == SO400M.width:
+        values.setdefault("vision.num_heads", SO400M.num_heads)
+    if (q, kv) == (GEMMA_2B.num_heads * GEMMA_2B.head_dim, GEMMA_2B.head_dim):
+        for name in ("num_heads", "num_kv_heads", "head_dim"):
+            values.setdefault(f"vlm.{name}", getattr(GEMMA_2B, name))
+    for name in ("num_heads", "num_kv_heads", "head_dim"):
+        if f"vlm.{name}" in values:  # the two trunks share them
+            values.setdefault(f"expert.{name}", values[f"vlm.{name}"])
+    needed = ("vision.num_heads", "vlm.num_heads", "vlm.num_kv_heads", "vlm.head_dim")
+    missing = [name for name in needed if name not in values]
+    if missing:
+        raise CheckpointError(
+            f"config.json: expected {', '.join(missing)}, which tensor shapes do not tell at this "
+            'size, found none. Put a config.json beside the weights, such as {"vision": '
+            '{"num_heads": 4}, "vlm": {"num_heads": 8, "num_kv_heads": 1, "head_dim": 16}}.'
+        )
+    heads, kv_heads, head_dim = (
+        values[f"vlm.{n}"] for n in ("num_heads", "num_kv_heads", "head_dim")
+    )
+    if (heads * head_dim, kv_heads * head_dim) != (q, kv):
+        raise ConfigError(
+            f"vlm heads: the tensors have {q} query and {kv} key rows, config.json says {heads} "
+            f"and {kv_heads} heads of {head_dim}."
+        )
+
+
+def _read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a config.json tells, by our names."""
+    said: dict[str, Any] = {}
+
+    def tell(name: str, value: Any, source: str) -> None:
+        if said.setdefault(name, value) != value:
+            raise ConfigError(
+                f"config.json: expected one value for {name}, found {said[name]} and {value} "
+                f"(under {source})."
+            )
+
+    for name, paths in CONFIG_JSON.items():
+        for path in paths:
+            value = _dig(settings, path)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"config.json {path}: expected a count, found {value!r}.")
+            tell(name, value, path)
+    for key, trunk in VARIANT_KEYS.items():
+        variant = settings.get(key)
+        if variant is None:
+            continue
+        if variant not in VARIANTS:
+            raise ConfigError(
+                f"config.json {key}: expected one of {', '.join(VARIANTS)}, found {variant!r}."
+            )
+        for name, value in asdict(VARIANTS[variant]).items():
+            tell(f"{trunk}.{name}", value, key)
+    for key in ("type", "model_type"):
+        if key in settings:
+            if settings[key] not in MODEL_TYPES:
+                raise ConfigError(
+                    f"config.json {key}: expected one of {', '.join(MODEL_TYPES)}, found "
+                    f"{settings[key]!r}."
+                )
+            tell("adaptive_norm", MODEL_TYPES[settings[key]], key)
+    if isinstance(settings.get("pi05"), bool):
+        tell("adaptive_norm", settings["pi05"], "pi05")
+    return said
+
+
+def _dig(settings: Mapping[str, Any], path: str) -> Any:
+    value: Any = settings
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _shape(shapes: Shapes, template: str) -> tuple[int, ...]:
+    """The shape of a tensor; `*` is the first layer that has it."""
+    pattern = re.compile(re.escape(template).replace(r"\*", r"\d+"))
+    for name, shape in shapes.items():
+        if pattern.fullmatch(name):
+            if len(shape) < (1 if name.endswith(("bias", "norm.weight")) else 2):
+                raise CheckpointError(f"{name}: expected a matrix, found shape {list(shape)}.")
+            return shape
+    raise MissingTensorError(template.replace("*", "0"))
+
+
+def _depth(shapes: Shapes, module: str) -> int:
+    pattern = re.compile(rf"{module}\.blocks\.(\d+)\.")
+    layers = [int(found[1]) for name in shapes if (found := pattern.match(name))]
+    return max(layers, default=-1) + 1
+
+
+def _build(values: Mapping[str, Any]) -> Pi0Config:
+    def part(module: str) -> dict[str, Any]:
+        prefix = module + "."
+        return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+
+    plain = {name: value for name, value in values.items() if "." not in name}
+    return Pi0Config(
+        vision=SiglipConfig(**part("vision")),
+        vlm=GemmaConfig(**part("vlm")),
+        expert=GemmaConfig(**part("expert")),
+        **plain,
+    )

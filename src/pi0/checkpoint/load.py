@@ -1,0 +1,176 @@
+"""From a checkpoint on disk to a model in memory: strictly, or not at all.
+
+`open_checkpoint` reads headers only and understands them; `load_model` goes on to check every
+tensor and streams the values into a model. A checkpoint that does not fit in every name, shape and
+dtype is one error that lists what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pi0.checkpoint.files import (
+    TORCH_DTYPES,
+    TensorInfo,
+    find_files,
+    read_headers,
+    read_json,
+    stream,
+)
+from pi0.checkpoint.infer import Inferred, MissingTensorError, infer_config
+from pi0.checkpoint.layouts import LAYOUTS, NameMap, map_names, their_names
+from pi0.config import Pi0Config
+from pi0.errors import CheckpointError
+from pi0.model import Pi0
+from pi0.model.precision import set_dtype
+from pi0.model.siglip import resize_positions
+
+POSITION = "vision_tower.patch_embedding.position"
+LISTED = 20
+
+Progress = Callable[[int], None]  # called with the bytes read since the last call
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers were read and understood.
+
+    Attributes:
+        path: what was asked for, a folder or a file.
+        tensors: every tensor of its files, by their names.
+        names: whose layout it is and which tensor is which.
+        inferred: the configuration.
+    """
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+    names: NameMap
+    inferred: Inferred
+
+    @property
+    def config(self) -> Pi0Config:
+        return self.inferred.config
+
+    @property
+    def folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the tensors that the model reads."""
+        return sum(self.tensors[name].bytes for name in self.names.ours)
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Reads the headers of a checkpoint: a folder, a .safetensors file or a shard index.
+
+    Raises:
+        CheckpointError: no such files, a damaged file, names of no known layout.
+        ConfigError: config.json contradicts the tensors.
+    """
+    path = Path(path)
+    files = find_files(path)
+    tensors = read_headers(files)
+    names = map_names(tensors)
+    config_json = files[0].parent / "config.json"
+    settings = read_json(config_json) if config_json.exists() else None
+    shapes = {ours: tensors[theirs].shape for theirs, ours in names.ours.items()}
+    try:
+        inferred = infer_config(shapes, settings)
+    except MissingTensorError as error:
+        layout = LAYOUTS.get(names.layout, LAYOUTS["openpi"])
+        raise CheckpointError(
+            f"{path}: expected {' or '.join(their_names(layout, error.name))}, from which the "
+            "configuration is read, found it missing. The file is incomplete: copy or download it "
+            "again."
+        ) from error
+    return Checkpoint(path, tensors, names, inferred)
+
+
+def empty_model(config: Pi0Config, dtype: torch.dtype) -> Pi0:
+    """A model without memory (on torch's meta device), its parameters in the dtypes they get."""
+    with torch.device("meta"):
+        model = Pi0(config)
+    set_dtype(model, dtype)
+    return model.requires_grad_(False).eval()
+
+
+def check(checkpoint: Checkpoint) -> None:
+    """Compares every tensor with what the model needs.
+
+    Raises:
+        CheckpointError: lists what is missing, unexpected, misshapen or of a wrong dtype.
+    """
+    expected = {
+        name: tuple(value.shape)
+        for name, value in empty_model(checkpoint.config, torch.float32).state_dict().items()
+    }
+    names = checkpoint.names
+    layout = LAYOUTS.get(names.layout, LAYOUTS["openpi"])
+    present = set(names.ours.values())
+    problems = [
+        f"missing: {' or '.join(their_names(layout, ours))} {list(shape)}"
+        for ours, shape in expected.items()
+        if ours not in present
+    ]
+    for theirs, ours in names.ours.items():
+        info = checkpoint.tensors[theirs]
+        if ours not in expected:
+            problems.append(f"unexpected: {theirs} {list(info.shape)}")
+        elif info.shape != expected[ours]:
+            problems.append(
+                f"shape: {theirs}: expected {list(expected[ours])}, found {list(info.shape)}"
+            )
+        elif info.dtype not in TORCH_DTYPES:
+            problems.append(f"dtype: {theirs}: expected BF16 or F32, found {info.dtype}")
+    problems += [
+        f"unexpected: {name} {list(checkpoint.tensors[name].shape)}" for name in names.unexpected
+    ]
+    if problems:
+        more = [f"... and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
+        raise CheckpointError(
+            f"{checkpoint.path}: expected the {len(expected)} tensors of this π0 model in layout "
+            f"{names.layout}, found {len(problems)} that do not fit:\n  "
+            + "\n  ".join(problems[:LISTED] + more)
+        )
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    image_size: int | None = None,
+    progress: Progress = lambda _: None,
+) -> Pi0:
+    """A model with the checkpoint's weights.
+
+    Args:
+        dtype: of the trunks, torch.float32 or torch.bfloat16.
+        image_size: pixels; if it is not the checkpoint's, position embeddings are interpolated.
+        progress: called with the number of bytes read.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit in every tensor.
+        ConfigError: a π0.5 checkpoint, or an image size smaller than a patch.
+    """
+    check(checkpoint)
+    config = checkpoint.config
+    native = config.vision.grid
+    if image_size is not None:
+        config = config.at_image_size(image_size)
+    model = empty_model(config, dtype).to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    wanted = {theirs: checkpoint.tensors[theirs] for theirs in checkpoint.names.ours}
+    for theirs, rows, values in stream(wanted):
+        ours = checkpoint.names.ours[theirs]
+        if ours == POSITION and config.vision.grid != native:
+            # One slab: even So400m's table is far smaller.
+            parameters[ours].copy_(resize_positions(values, config.vision.grid))
+        else:
+            parameters[ours][rows].copy_(values)
+        progress(values.nbytes)
+    return model

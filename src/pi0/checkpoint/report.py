@@ -1,0 +1,132 @@
+"""What `pi0 inspect` says of a checkpoint: layout, modules, configuration, sizes, memory."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from pi0.checkpoint.files import stream
+from pi0.checkpoint.infer import MODEL_TYPES
+from pi0.checkpoint.layouts import EMBEDDING
+from pi0.checkpoint.load import Checkpoint, check, empty_model
+from pi0.config import Pi0Config
+from pi0.model.precision import DTYPES
+
+MODULES = {
+    "vision tower": ("vision_tower.",),
+    "projector": ("projector.",),
+    "token embedding": (EMBEDDING,),
+    "VLM": ("vlm.",),
+    "action expert": ("expert.",),
+    "state, action and time": ("state_proj.", "action_", "time_mlp_"),
+}
+
+
+def report(checkpoint: Checkpoint, cameras: int, tokens: int, image_size: int) -> dict[str, Any]:
+    """Everything that `pi0 inspect` prints, as plain data.
+
+    Raises:
+        CheckpointError: a π0 checkpoint that does not fit in every tensor.
+    """
+    config = checkpoint.config.at_image_size(image_size)
+    if not config.adaptive_norm:
+        check(checkpoint)
+    names = checkpoint.names
+    prefix = config.prefix_len(cameras, tokens)
+    return {
+        "path": str(checkpoint.path),
+        "layout": names.layout,
+        "layout_explanation": names.explanation,
+        "model": next(n for n, adaptive in MODEL_TYPES.items() if adaptive == config.adaptive_norm),
+        "tensors": len(checkpoint.tensors),
+        "modules": _modules(checkpoint),
+        "embedding": _embedding(checkpoint),
+        "config": asdict(config),
+        "assumed": checkpoint.inferred.assumed,
+        "sequence": {
+            "cameras": cameras,
+            "image_size": image_size,
+            "patches_per_camera": config.vision.num_patches,
+            "text_tokens": tokens,
+            "prefix": prefix,
+            "suffix": config.suffix_len,
+            "total": prefix + config.suffix_len,
+        },
+        "memory": [] if config.adaptive_norm else _memory(config, cameras, prefix),
+    }
+
+
+def _modules(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    rows = []
+    unread = checkpoint.names.unread + checkpoint.names.embeddings[1:]
+    groups = {
+        module: [
+            theirs for theirs, ours in checkpoint.names.ours.items() if ours.startswith(prefixes)
+        ]
+        for module, prefixes in MODULES.items()
+    } | {"not read": unread, "unexpected": checkpoint.names.unexpected}
+    for module, names in groups.items():
+        infos = [checkpoint.tensors[name] for name in names]
+        if infos:
+            rows.append(
+                {
+                    "module": module,
+                    "tensors": len(infos),
+                    "parameters": sum(info.parameters for info in infos),
+                    "bytes": sum(info.bytes for info in infos),
+                    "dtypes": sorted({info.dtype for info in infos}),
+                }
+            )
+    return rows
+
+
+def _embedding(checkpoint: Checkpoint) -> str:
+    """Where the token embedding comes from, and whether its twin, if any, agrees."""
+    first, *others = checkpoint.names.embeddings
+    if not others:
+        return f"read from {first}, its only copy"
+    said = [
+        f"{other}, {'which is the same' if _same(checkpoint, first, other) else 'which DIFFERS'}"
+        for other in others
+    ]
+    return f"read from {first}; not from {'; '.join(said)}"
+
+
+def _same(checkpoint: Checkpoint, a: str, b: str) -> bool:
+    if checkpoint.tensors[a].shape != checkpoint.tensors[b].shape:
+        return False
+    pairs = zip(stream({a: checkpoint.tensors[a]}), stream({b: checkpoint.tensors[b]}), strict=True)
+    return all(torch.equal(x.float(), y.float()) for (_, _, x), (_, _, y) in pairs)
+
+
+def _memory(config: Pi0Config, cameras: int, prefix: int) -> list[dict[str, Any]]:
+    """Bytes that inference at batch 1 needs: weights exactly, the rest from the largest tensors
+    that are alive together in a block."""
+    rows = []
+    for name, dtype in DTYPES.items():
+        weights = sum(p.nbytes for p in empty_model(config, dtype).parameters())
+        size = dtype.itemsize
+        vlm, vision = config.vlm, config.vision
+        cache = 2 * vlm.depth * prefix * vlm.num_kv_heads * vlm.head_dim * size
+        patches = cameras * vision.num_patches
+        # A block's MLP holds gate, its GELU, up and their product; attention holds the logits in
+        # the trunk's dtype and, for the softmax, twice in float32.
+        working = max(
+            4 * prefix * vlm.mlp_dim * size,
+            vlm.num_heads * prefix**2 * (size + 8),
+            2 * patches * vision.mlp_dim * size,
+            vision.num_heads * patches * vision.num_patches * (size + 8),
+        )
+        rows.append(
+            {
+                "engine": "reference",
+                "dtype": name,
+                "weights": weights,
+                "cache": cache,
+                "working": working,
+                "total": weights + cache + working,
+            }
+        )
+    return rows

@@ -1,0 +1,132 @@
+"""Random checkpoints in exactly the real format, for tests, demos and benchmarks.
+
+The values are drawn so that activations keep a sane scale through all layers: matrices from
+N(0, 1/fan_in), the last matrix of every residual branch divided by √(2·depth). Every tensor has a
+generator of its own, seeded by seed and name, so that its values depend neither on the layout nor
+on the order of writing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pi0.checkpoint.files import DTYPE_NAMES, TensorInfo, replacing, write
+from pi0.checkpoint.infer import to_config_json
+from pi0.checkpoint.layouts import Layout, their_names
+from pi0.checkpoint.load import empty_model
+from pi0.config import Pi0Config
+from pi0.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+NORM_STD = 0.1
+BIAS_STD = 0.02
+PALIGEMMA_VOCABULARY = 257152  # whose tokenizer is not ours to write
+RESIDUAL_ENDS = ("out_proj", "fc2", "o_proj", "down_proj")
+UNREAD = "unread"  # our name for the expert's head, which no model has
+
+
+def synthesise(
+    folder: Path,
+    config: Pi0Config,
+    layout: Layout,
+    seed: int,
+    dtype: torch.dtype,
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Writes model.safetensors, config.json and assets/synthetic/norm_stats.json.
+
+    Args:
+        folder: made if need be; its other files stay.
+        progress: called with the number of parameters drawn since the last call.
+
+    Raises:
+        CheckpointError: the folder holds a model already.
+    """
+    path = folder / "model.safetensors"
+    if path.exists():
+        raise CheckpointError(
+            f"{path}: expected a folder without a model, found one. Name another folder or remove "
+            "the file."
+        )
+    sources = tensor_list(config, layout)
+    headers = {
+        theirs: TensorInfo(path, shape, DTYPE_NAMES[dtype])
+        for theirs, (_, shape) in sources.items()
+    }
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for theirs, (ours, shape) in sources.items():
+            yield theirs, draw(ours, shape, config, seed).to(dtype)
+            progress(headers[theirs].parameters)
+
+    _write_json(folder / "config.json", to_config_json(config))
+    _write_json(folder / "assets" / "synthetic" / "norm_stats.json", _unit_statistics(config))
+    if config.vocab_size < PALIGEMMA_VOCABULARY:
+        with replacing(folder / "tokenizer.json") as temporary:
+            byte_tokenizer().save(str(temporary))
+    write(path, tensors(), headers)
+
+
+def tensor_list(config: Pi0Config, layout: Layout) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The tensors of a checkpoint as a layout stores it: their name → (our name, shape)."""
+    sources: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for ours, value in empty_model(config, torch.float32).state_dict().items():
+        for theirs in their_names(layout, ours):
+            sources[theirs] = (ours, tuple(value.shape))
+    for name in layout.unread:
+        sources[layout.root + name] = (UNREAD, (config.vocab_size, config.expert.width))
+    return sources
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A tokenizer with PaliGemma's special pieces and one piece a byte, for small vocabularies."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    return Tokenizer(BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+
+
+def draw(name: str, shape: tuple[int, ...], config: Pi0Config, seed: int) -> Tensor:
+    """The float32 values of one of our tensors."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    module, _, kind = name.rpartition(".")
+    vision_norm = name.startswith("vision_tower") and "norm" in module
+    mean = 1.0 if vision_norm and kind == "weight" else 0.0
+    if "norm" in module and kind == "weight":
+        std = NORM_STD
+    elif kind in ("bias", "position"):
+        std = BIAS_STD
+    else:
+        std = math.prod(shape[1:]) ** -0.5
+    if module.endswith(RESIDUAL_ENDS):
+        depth = config.vision.depth if name.startswith("vision_tower") else config.vlm.depth
+        std *= (2 * depth) ** -0.5
+    return torch.empty(shape).normal_(mean, std, generator=generator)
+
+
+def _unit_statistics(config: Pi0Config) -> dict[str, Any]:
+    """Statistics that leave values as they are, in openpi's form."""
+
+    def unit(width: int) -> dict[str, list[float]]:
+        values = {"mean": 0.0, "std": 1.0, "q01": -1.0, "q99": 1.0}
+        return {name: [value] * width for name, value in values.items()}
+
+    return {"norm_stats": {"state": unit(config.state_dim), "actions": unit(config.action_dim)}}
+
+
+def _write_json(path: Path, value: object) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,157 @@
+"""`pi0 synth` and `pi0 inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pi0.cli import options
+
+
+def synth(
+    folder: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)
+    ],
+    preset: Annotated[
+        str, typer.Option(help="pi0_base (7 GB in bfloat16), small or tiny.")
+    ] = "small",
+    layout: Annotated[
+        str, typer.Option(help="Whose names: openpi, lerobot, legacy or transformers.")
+    ] = "openpi",
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
+) -> None:
+    """Write a random checkpoint in exactly the real format.
+
+    Beside the weights it puts a config.json, normalisation statistics and, for the small presets, a
+    tokenizer that knows bytes. Activations have a sane scale in every layer; actions mean nothing.
+
+    **Examples**
+
+        pi0 synth --preset tiny tiny
+        pi0 synth --preset pi0_base --seed 1 --dtype bfloat16 pi0_base
+        pi0 synth --preset small --layout lerobot like_lerobot
+    """
+    import math
+
+    from pi0.checkpoint.layouts import LAYOUTS
+    from pi0.checkpoint.synth import synthesise, tensor_list
+    from pi0.cli.show import byte_progress, human_bytes, out
+    from pi0.config import PRESETS
+    from pi0.errors import ConfigError
+    from pi0.model.precision import parse_dtype
+
+    for name, value, known in (("preset", preset, PRESETS), ("layout", layout, LAYOUTS)):
+        if value not in known:
+            raise ConfigError(f"{name}: expected one of {', '.join(known)}, found {value!r}.")
+    config, names = PRESETS[preset], LAYOUTS[layout]
+    torch_dtype = parse_dtype(dtype)
+    tensors = tensor_list(config, names)
+    parameters = sum(math.prod(shape) for _, shape in tensors.values())
+    with byte_progress(f"writing {preset}", parameters * torch_dtype.itemsize) as progress:
+        synthesise(
+            folder, config, names, seed, torch_dtype, lambda n: progress(n * torch_dtype.itemsize)
+        )
+    size = human_bytes((folder / "model.safetensors").stat().st_size)
+    out.print(f"{folder}: {len(tensors)} tensors, {size}, layout {layout}", highlight=False)
+
+
+def inspect(
+    checkpoint: options.Checkpoint,
+    cameras: Annotated[int, typer.Option(min=1, help="Cameras, for the lengths.")] = 3,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pixels; default: the checkpoint's.", show_default=False),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Text tokens; default: the checkpoint's.", show_default=False),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Say what is in a checkpoint, without loading it.
+
+    Layout and how it was recognised, modules, configuration, sequence lengths, memory. A checkpoint
+    that does not fit in every name, shape and dtype is an error that lists what is wrong.
+
+    **Examples**
+
+        pi0 inspect pi0_base
+        pi0 inspect pi0_base/model.safetensors --cameras 2 --image-size 384 --tokens 32
+        pi0 inspect pi0_base --json | jq .sequence
+    """
+    from pi0.checkpoint.load import open_checkpoint
+    from pi0.checkpoint.report import report
+    from pi0.cli.show import print_json
+
+    opened = open_checkpoint(checkpoint)
+    config = opened.config
+    data = report(
+        opened, cameras, tokens or config.max_tokens, image_size or config.vision.image_size
+    )
+    if as_json:
+        print_json(data)
+    else:
+        _print_report(data)
+
+
+def _print_report(data: dict[str, Any]) -> None:
+    from pi0.cli.show import human_bytes, out, table
+
+    out.print(f"{data['path']}: {data['model']}, {data['tensors']} tensors", highlight=False)
+    out.print(f"layout {data['layout']}: {data['layout_explanation']}", highlight=False)
+    out.print(f"token embedding {data['embedding']}\n", highlight=False)
+    table(
+        "Modules",
+        ["module", "tensors", "parameters", "bytes", "dtype"],
+        [
+            [
+                row["module"],
+                str(row["tensors"]),
+                f"{row['parameters']:,}",
+                human_bytes(row["bytes"]),
+                " ".join(row["dtypes"]),
+            ]
+            for row in data["modules"]
+        ],
+    )
+    config = data["config"]
+    towers = ("vision", "vlm", "expert")
+    fields = list(dict.fromkeys(field for tower in towers for field in config[tower]))
+    table(
+        "Configuration",
+        ["", *towers],
+        [[field, *(str(config[tower].get(field, "")) for tower in towers)] for field in fields],
+    )
+    plain = {name: value for name, value in config.items() if name not in towers}
+    out.print(
+        ", ".join(
+            f"{name} {value}{' (assumed)' if name in data['assumed'] else ''}"
+            for name, value in plain.items()
+        )
+        + "\n",
+        highlight=False,
+    )
+    s = data["sequence"]
+    out.print(
+        f"sequence: {s['cameras']} cameras × {s['patches_per_camera']} patches "
+        f"({s['image_size']} px) + {s['text_tokens']} text = prefix {s['prefix']}, "
+        f"suffix {s['suffix']}, total {s['total']}\n",
+        highlight=False,
+    )
+    if data["memory"]:
+        table(
+            "Memory at batch 1",
+            ["engine", "dtype", "weights", "cache", "working", "total"],
+            [
+                [
+                    row["engine"],
+                    row["dtype"],
+                    *(human_bytes(row[key]) for key in ("weights", "cache", "working", "total")),
+                ]
+                for row in data["memory"]
+            ],
+            left=2,
+        )

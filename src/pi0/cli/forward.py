@@ -1,0 +1,181 @@
+"""`pi0 trace` and `pi0 sample`: the model alone, without robots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pi0.cli import options
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pi0.engines.base import Engine
+    from pi0.trace import Trace
+
+InputsFile = Annotated[
+    Path,
+    typer.Option(
+        "--inputs",
+        metavar="IN.npz",
+        help="images (B,N,3,S,S) float32 in [-1,1], img_masks (B,N) bool, tokens (B,T) int64, "
+        "token_masks (B,T) bool, state (B,32) and noise (B,50,32) float32.",
+        show_default=False,
+    ),
+]
+
+
+def trace(
+    checkpoint: options.Checkpoint,
+    image_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pixels; default: the checkpoint's.", show_default=False),
+    ] = None,
+    cameras: Annotated[int, typer.Option(min=1, help="Cameras of noise.")] = 2,
+    tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Text tokens; default: the checkpoint's.", show_default=False),
+    ] = None,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(metavar="IN.npz", help="Inputs as for `pi0 sample`.", show_default=False),
+    ] = None,
+    engine: options.Engine = "reference",
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Run one forward pass and show the eleven stages.
+
+    Shape, dtype, statistics and time of each, and the parts of the attention mask with who uses
+    them. Without --inputs the model reads noise.
+
+    **Examples**
+
+        pi0 trace pi0_base --image-size 384 --cameras 2 --tokens 32
+        pi0 trace tiny --inputs in.npz --json
+    """
+    from dataclasses import asdict
+
+    from pi0.cli.show import print_json
+    from pi0.inputs import from_npz, random_inputs
+    from pi0.trace import trace as run
+
+    arrays = _read_npz(inputs) if inputs else None
+    machine = _engine(checkpoint, engine, device, dtype, _side(arrays) or image_size)
+    config = machine.config
+    model_inputs, noise = (
+        from_npz(config, arrays)
+        if arrays
+        else random_inputs(config, cameras, tokens or config.max_tokens, seed)
+    )
+    traced = run(machine, model_inputs, noise)
+    if as_json:
+        print_json(asdict(traced))
+    else:
+        print_trace(traced)
+
+
+def sample(
+    checkpoint: options.Checkpoint,
+    inputs: InputsFile,
+    out: Annotated[
+        Path,
+        typer.Option(metavar="OUT.npz", help="Written: actions (B,50,32).", show_default=False),
+    ],
+    steps: options.Steps = 10,
+    engine: options.Engine = "reference",
+    device: options.Device = "cpu",
+    dtype: options.Dtype = "float32",
+) -> None:
+    """Sample actions from model-level inputs, without any pre-processing.
+
+    For comparing implementations: same inputs and noise in, actions in the model's units out.
+
+    **Examples**
+
+        pi0 sample pi0_base --inputs in.npz --out out.npz
+        pi0 sample tiny --inputs in.npz --out out.npz --steps 5 --dtype bfloat16
+    """
+    import numpy as np
+
+    from pi0.checkpoint.files import replacing
+    from pi0.cli.show import out as console
+    from pi0.cli.show import step_progress
+    from pi0.inputs import from_npz
+
+    arrays = _read_npz(inputs)
+    machine = _engine(checkpoint, engine, device, dtype, _side(arrays))
+    model_inputs, noise = from_npz(machine.config, arrays)
+    with step_progress("denoising", steps) as on_step:
+        actions = machine.sample(model_inputs, noise, steps, on_step).numpy()
+    with replacing(out) as temporary, open(temporary, "wb") as file:
+        np.savez(file, actions=actions)
+    console.print(f"{out}: actions {list(actions.shape)}, std {actions.std():.4f}", highlight=False)
+
+
+def print_trace(traced: Trace) -> None:
+    """Prints the stage table and how the sequence is made up."""
+    from pi0.cli.show import human_dims, out, table
+
+    table(
+        "Stages (ms since the stage before; velocity: the whole pass)",
+        ["stage", "shape", "dtype", "min", "max", "mean", "std", "ms"],
+        [
+            [
+                row.stage,
+                human_dims(row.shape),
+                row.dtype,
+                *(f"{value:.3f}" for value in (row.min, row.max, row.mean, row.std)),
+                f"{row.ms:.1f}",
+            ]
+            for row in traced.stages
+        ],
+        left=3,
+    )
+    out.print(
+        f"sequence: prefix {traced.prefix} + suffix {traced.suffix} = {traced.total}",
+        highlight=False,
+    )
+    table(
+        "",
+        ["mask slice", "shape", "visible", "used by"],
+        [
+            [part.name, str(part.shape), f"{part.visible:.1%}", part.used_by]
+            for part in traced.slices
+        ],
+        left=4,
+    )
+
+
+def _engine(path: Path, engine: str, device: str, dtype: str, image_size: int | None) -> Engine:
+    from pi0.checkpoint.load import open_checkpoint
+    from pi0.cli.show import byte_progress
+    from pi0.engines.base import make_engine
+
+    opened = open_checkpoint(path)
+    with byte_progress("loading", opened.read_bytes) as progress:
+        return make_engine(engine, opened, device, dtype, image_size, progress)
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    import zipfile
+
+    import numpy as np
+
+    from pi0.errors import ObservationError
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (ValueError, zipfile.BadZipFile, TypeError, EOFError) as error:
+        raise ObservationError(f"{path}: expected an .npz of arrays, found {error}.") from error
+
+
+def _side(arrays: dict[str, np.ndarray[Any, Any]] | None) -> int | None:
+    """The image size of an inputs file; what else is wrong with it is said by `from_npz`."""
+    images = (arrays or {}).get("images")
+    return None if images is None or images.ndim != 5 else int(images.shape[-1])

@@ -1,0 +1,83 @@
+"""`pi0`: the verbs, and how errors look.
+
+Heavy imports are inside the verbs, so that `pi0 --help` costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import click
+import typer
+
+from pi0.cli.act import act
+from pi0.cli.checkpoint import inspect, synth
+from pi0.cli.forward import sample, trace
+from pi0.errors import Pi0Error
+
+app = typer.Typer(
+    name="pi0",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    help="""Run π0 (pi-zero) robot policies: camera images, a sentence and the robot's joints in, a
+chunk of 50 actions out.
+
+Every verb has examples: `pi0 act --help`. A first round:
+
+    pi0 synth --preset small demo          # a random checkpoint in the real format
+    pi0 inspect demo                       # what is in it
+    pi0 act demo --image base=base.png --prompt "pick up the cube" --state "0,0,0,0,0,0,0,0"
+    pi0 trace demo                         # the eleven stages, one by one
+
+Tab completion: `pi0 --install-completion`.""",
+)
+
+for verb in (act, trace, sample, inspect, synth):
+    app.command()(verb)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from pi0 import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Runs the command line.
+
+    Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 Ctrl-C.
+    """
+    try:
+        app(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except Pi0Error as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or 'file'}: {error.strerror or error}.")
+    except (click.Abort, KeyboardInterrupt):
+        print("Interrupted; nothing was written.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(sentence: str) -> None:
+    print(f"pi0: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

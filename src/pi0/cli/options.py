@@ -1,0 +1,23 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Checkpoint = Annotated[
+    Path,
+    typer.Argument(
+        metavar="CKPT",
+        help="Checkpoint folder, .safetensors file or shard index.",
+        show_default=False,
+    ),
+]
+Engine = Annotated[str, typer.Option(help="Engine that computes: reference.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

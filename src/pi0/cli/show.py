@@ -1,0 +1,82 @@
+"""How things look in a terminal: progress on stderr, tables and JSON on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+out = Console()
+err = Console(stderr=True)
+
+
+@contextlib.contextmanager
+def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with bytes, rate and time left; yields a function that takes bytes done."""
+    with _bar(what, total, DownloadColumn(), TransferSpeedColumn()) as advance:
+        yield advance
+
+
+@contextlib.contextmanager
+def step_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A bar with steps done and time left; yields a function to call after each step."""
+    with _bar(what, total, MofNCompleteColumn()) as advance:
+        yield lambda: advance(1)
+
+
+@contextlib.contextmanager
+def _bar(what: str, total: int, *columns: ProgressColumn) -> Iterator[Callable[[int], None]]:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *columns,
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    ) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+def table(title: str, columns: list[str], rows: list[list[str]], left: int = 1) -> None:
+    """Prints a table; the first `left` columns are aligned left, the others right."""
+    grid = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        grid.add_column(column, justify="left" if i < left else "right", no_wrap=i >= left)
+    for row in rows:
+        grid.add_row(*row)
+    out.print(grid)
+    out.print()
+
+
+def print_json(value: Any) -> None:
+    """Prints plain data as JSON; NaN, which JSON cannot hold, as null."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def human_bytes(count: int) -> str:
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+def human_dims(shape: list[int]) -> str:
+    return "×".join(map(str, shape))

@@ -1,0 +1,63 @@
+"""The model itself, eagerly, on a CPU or CUDA device: what other engines are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pi0.checkpoint.load import Checkpoint, load_model
+from pi0.engines.base import Engine
+from pi0.errors import EngineError
+from pi0.inputs import ModelInputs
+from pi0.model import PrefixCache, Tap
+from pi0.model.pi0 import no_tap
+from pi0.model.precision import parse_dtype
+
+
+class ReferenceEngine(Engine):
+    """See `Engine`; results stay on the device between prefill and velocity."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: str = "cpu",
+        dtype: str = "float32",
+        image_size: int | None = None,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self.device = parse_device(device)
+        self.model = load_model(checkpoint, parse_dtype(dtype), self.device, image_size, progress)
+        self.config = self.model.config
+
+    @torch.inference_mode()
+    def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> PrefixCache:
+        return self.model.prefill(inputs.to(self.device), tap)
+
+    @torch.inference_mode()
+    def velocity(
+        self, x_t: Tensor, t: Tensor, state: Tensor, cache: PrefixCache, tap: Tap = no_tap
+    ) -> Tensor:
+        x_t, t, state = (tensor.to(self.device) for tensor in (x_t, t, state))
+        return self.model.velocity(x_t, t, state, cache, tap).cpu()
+
+
+def parse_device(name: str) -> torch.device:
+    """A device that is there.
+
+    Raises:
+        EngineError: the name is none, or this machine has no such device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise EngineError(f"device: expected cpu or cuda, found {name!r}.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise EngineError(f"device: expected cpu or cuda, found {name!r}.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise EngineError(
+            "device cuda: expected a CUDA device and a PyTorch built for it, found none. "
+            "Use --device cpu."
+        )
+    return device

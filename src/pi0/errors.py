@@ -1,0 +1,31 @@
+"""The one family of errors that users see.
+
+    Pi0Error
+    ├── CheckpointError    a file, tensor or layout is not what it should be
+    ├── ConfigError        a size, dtype or option that the model cannot have
+    ├── ObservationError   an image, state or prompt that the policy cannot use
+    └── EngineError        an engine or device that is not to be had
+
+Each message is one sentence or a short list: what it is about, what was expected, what was found
+and how to mend it.
+"""
+
+
+class Pi0Error(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class CheckpointError(Pi0Error):
+    """A checkpoint's files or tensors are not what was expected."""
+
+
+class ConfigError(Pi0Error):
+    """A size, dtype or option that the model cannot have."""
+
+
+class ObservationError(Pi0Error):
+    """An observation (images, state, prompt) that cannot be used."""
+
+
+class EngineError(Pi0Error):
+    """An engine or a device that is not available."""

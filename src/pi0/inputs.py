@@ -1,0 +1,173 @@
+"""ModelInputs: the border between robots and the model, checked once.
+
+Before it there are camera names, strings and joint units; after it only tensors. Inside the border
+code trusts shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pi0.config import Pi0Config
+from pi0.errors import ObservationError
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """One batch of observations, as the model reads it.
+
+    Attributes:
+        images: [B, V, 3, S, S] float32 in [-1, 1], one square image a view.
+        image_mask: [B, V] bool, False for an absent view.
+        tokens: [B, L] int64, the tokenised prompt.
+        token_mask: [B, L] bool, False for padding.
+        state: [B, state_dim] float32, normalised and zero-padded.
+    """
+
+    images: Tensor
+    image_mask: Tensor
+    tokens: Tensor
+    token_mask: Tensor
+    state: Tensor
+
+    @classmethod
+    def checked(cls, config: Pi0Config, **arrays: np.ndarray | Tensor) -> ModelInputs:
+        """Inputs from arrays or tensors, checked against a model's configuration.
+
+        Raises:
+            ObservationError: a shape, dtype or value that the model cannot read.
+        """
+        t = {name: torch.as_tensor(value) for name, value in arrays.items()}
+        size = config.vision.image_size
+        batch, views, length = _leading(t)
+        _expect("images", t["images"], (batch, views, 3, size, size), torch.float32)
+        _expect("image_mask", t["image_mask"], (batch, views), torch.bool)
+        _expect("tokens", t["tokens"], (batch, length), torch.int64)
+        _expect("token_mask", t["token_mask"], (batch, length), torch.bool)
+        _expect("state", t["state"], (batch, config.state_dim), torch.float32)
+        for name in ("images", "state"):
+            expect_finite(name, t[name])
+        low, high = t["images"].aminmax()
+        if low < -1.001 or high > 1.001:
+            raise ObservationError(
+                f"images: expected pixels in [-1, 1], found {low:.4g} to {high:.4g}. "
+                "Scale uint8 pixels by x / 255 * 2 - 1."
+            )
+        if ((t["tokens"] < 0) | (t["tokens"] >= config.vocab_size)).any():
+            raise ObservationError(
+                f"tokens: expected ids from 0 to {config.vocab_size - 1}, found "
+                f"{int(t['tokens'].min())} to {int(t['tokens'].max())}. Use the tokenizer that "
+                "belongs to the checkpoint."
+            )
+        if not (t["image_mask"].any(1) | t["token_mask"].any(1)).all():
+            raise ObservationError(
+                "image_mask and token_mask: expected at least one valid image or token in every "
+                "row of the batch, found a row with none."
+            )
+        return cls(**t)
+
+    @property
+    def batch_size(self) -> int:
+        return self.state.shape[0]
+
+    def to(self, device: torch.device) -> ModelInputs:
+        return ModelInputs(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+def random_inputs(
+    config: Pi0Config, cameras: int, tokens: int, seed: int
+) -> tuple[ModelInputs, Tensor]:
+    """One observation of noise, everything valid, and the noise [1, horizon, action_dim] to start
+    from."""
+    generator = torch.Generator().manual_seed(seed)
+    size = config.vision.image_size
+    inputs = ModelInputs.checked(
+        config,
+        images=torch.rand(1, cameras, 3, size, size, generator=generator) * 2 - 1,
+        image_mask=torch.ones(1, cameras, dtype=torch.bool),
+        tokens=torch.randint(config.vocab_size, (1, tokens), generator=generator),
+        token_mask=torch.ones(1, tokens, dtype=torch.bool),
+        state=torch.randn(1, config.state_dim, generator=generator),
+    )
+    return inputs, torch.randn(1, config.horizon, config.action_dim, generator=generator)
+
+
+NPZ_NAMES = {
+    "images": "images",
+    "img_masks": "image_mask",
+    "tokens": "tokens",
+    "token_masks": "token_mask",
+    "state": "state",
+}
+
+
+def from_npz(config: Pi0Config, arrays: Mapping[str, np.ndarray]) -> tuple[ModelInputs, Tensor]:
+    """Inputs and noise [B, horizon, action_dim] from the arrays of an exchange file.
+
+    The names are those that π0 oracles use: images, img_masks, tokens, token_masks, state, noise.
+
+    Raises:
+        ObservationError: an array is missing or is not what the model reads.
+    """
+    missing = [name for name in (*NPZ_NAMES, "noise") if name not in arrays]
+    if missing:
+        raise ObservationError(
+            f"inputs: expected the arrays {', '.join(NPZ_NAMES)} and noise, found no "
+            f"{', '.join(missing)}."
+        )
+    inputs = ModelInputs.checked(
+        config, **{ours: arrays[theirs] for theirs, ours in NPZ_NAMES.items()}
+    )
+    return inputs, check_noise(config, inputs.batch_size, torch.as_tensor(arrays["noise"]))
+
+
+def check_noise(config: Pi0Config, batch: int, noise: Tensor) -> Tensor:
+    """The noise itself, if it is finite float32 [batch, horizon, action_dim].
+
+    Raises:
+        ObservationError: it is not.
+    """
+    _expect("noise", noise, (batch, config.horizon, config.action_dim), torch.float32)
+    expect_finite("noise", noise)
+    return noise
+
+
+def expect_finite(name: str, value: Tensor) -> None:
+    """Raises ObservationError if the tensor holds a NaN or an infinity, naming the first place."""
+    bad = ~torch.isfinite(value)
+    if bad.any():
+        raise ObservationError(
+            f"{name}: expected finite values, found {int(bad.sum())} NaN or infinite, the first at "
+            f"index {bad.nonzero()[0].tolist()}."
+        )
+
+
+def _leading(t: dict[str, Tensor]) -> tuple[int, int, int]:
+    for name, ndim in (("images", 5), ("tokens", 2)):
+        if t[name].ndim != ndim:
+            raise ObservationError(
+                f"{name}: expected {ndim} dimensions, found shape {list(t[name].shape)}."
+            )
+    batch, views = t["images"].shape[:2]
+    if not batch or not views:
+        raise ObservationError(
+            f"images: expected at least one view and row, found shape {list(t['images'].shape)}."
+        )
+    return batch, views, t["tokens"].shape[1]
+
+
+def _expect(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(value.shape) != shape or value.dtype != dtype:
+        raise ObservationError(
+            f"{name}: expected {_short(dtype)} {list(shape)}, found {_short(value.dtype)} "
+            f"{list(value.shape)}."
+        )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,50 @@
+"""Flow matching: how time is embedded and how actions are sampled.
+
+Time runs from t = 1 (noise) to t = 0 (actions), the convention of openpi's code, opposite to that
+of its paper (arXiv 2410.24164).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pi0.errors import ConfigError
+
+MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
+
+
+def embed_time(t: Tensor, width: int) -> Tensor:
+    """Sine and cosine of t at width/2 geometrically spaced periods: [B] → [B, width] float32.
+
+    Angles are computed in float64: at the shortest period they reach 1571 rad.
+    Source: openpi `posemb_sincos`, periods 4e-3 to 4.
+    """
+    half = width // 2
+    fraction = torch.linspace(0, 1, half, dtype=torch.float64, device=t.device)
+    period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** fraction
+    angle = 2 * math.pi * t.double()[:, None] / period
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
+
+
+def integrate(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int) -> Tensor:
+    """Euler's method from noise at t = 1 to actions at t = 0, in the dtype of the noise.
+
+    Args:
+        velocity: (x [B, ...], t [B]) → dx/dt, shaped as x.
+        noise: x at t = 1.
+        steps: how many equal steps to take.
+
+    Raises:
+        ConfigError: fewer than one step.
+    """
+    if steps < 1:
+        raise ConfigError(f"steps: expected at least 1, found {steps}.")
+    x = noise
+    for i in range(steps):
+        t = torch.full((len(x),), 1 - i / steps, dtype=torch.float32, device=x.device)
+        x = x - velocity(x, t) / steps
+    return x

@@ -1,0 +1,172 @@
+"""The Gemma trunk of π0: one class serves the VLM and the action expert.
+
+Notable: RMSNorm multiplies by 1 + w; all query heads share one key/value head; GELU is the tanh
+form; no biases. Two trunks of equal depth can run in lockstep: `run_layers` lets the queries of
+every stream see the keys and values of all streams.
+
+Knows nothing of images, prompts or time.
+
+Source: openpi `gemma.py`, after arXiv 2403.08295. Axes: B batch, T query, S key, H heads,
+K key/value heads, D head dimension, E width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pi0.config import GemmaConfig
+from pi0.model.precision import Float32
+
+EPS = 1e-6
+ROPE_BASE = 10_000.0
+# What openpi gives to logits that the mask excludes; exp() of it is exactly 0.
+MASKED = -2.3819763e38
+
+# Sees every named intermediate and hands on what the model goes on with: the same, for a recorder
+# or a clock; another one, to feed a stage with somebody else's input.
+Tap = Callable[[str, Tensor], Tensor]
+KeyValue = tuple[Tensor, Tensor]  # each [B, S, K, D]
+
+
+class RMSNorm(Float32):
+    """x / rms(x) · (1 + w)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * (1 + self.weight)
+
+
+class Rope(Float32):
+    """Rotary position embedding, first half of D with second half (arXiv 2104.09864)."""
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x [B, T, H, D], positions [B, T] → [B, T, H, D]."""
+        half = x.shape[-1] // 2
+        frequency = ROPE_BASE ** (-torch.arange(half, device=x.device) / half)
+        angle = positions[:, :, None, None] * frequency  # [B, T, 1, D/2]
+        sin, cos = angle.sin(), angle.cos()
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+class MaskedSoftmax(Float32):
+    """Softmax over the keys that the mask allows."""
+
+    def forward(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        return (logits if mask is None else logits.masked_fill(~mask, MASKED)).softmax(dim=-1)
+
+
+_softmax = MaskedSoftmax()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention: q [B, T, H, D], k and v [B, S, K, D], mask [B, T, S] bool → [B, T, H·D].
+
+    Every K-th part of the heads shares one key/value head. Written out rather than handed to
+    `scaled_dot_product_attention`, which returns NaN for a padding row that may see nothing.
+    """
+    b, t, h, d = q.shape
+    s, kv_heads = k.shape[1:3]
+    q = q.view(b, t, kv_heads, h // kv_heads, d).permute(0, 2, 3, 1, 4)  # [B, K, H/K, T, D]
+    q = q.reshape(b, kv_heads, -1, d)  # [B, K, H/K·T, D]
+    logits = q @ k.permute(0, 2, 3, 1) * d**-0.5  # [B, K, H/K·T, S]
+    logits = logits.view(b, kv_heads, -1, t, s)
+    weights = _softmax(logits, None if mask is None else mask[:, None, None])
+    out = weights.view(b, kv_heads, -1, s) @ v.transpose(1, 2)  # [B, K, H/K·T, D]
+    return out.view(b, h, t, d).transpose(1, 2).reshape(b, t, h * d)
+
+
+class GemmaBlock(nn.Module):
+    """One layer, in two halves, so that attention between them can span several streams."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        width, head_dim = config.width, config.head_dim
+        self.head_dim = head_dim
+        self.norm1 = RMSNorm(width)
+        self.q_proj = nn.Linear(width, config.num_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(width, config.num_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(width, config.num_kv_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * head_dim, width, bias=False)
+        self.norm2 = RMSNorm(width)
+        self.gate_proj = nn.Linear(width, config.mlp_dim, bias=False)
+        self.up_proj = nn.Linear(width, config.mlp_dim, bias=False)
+        self.down_proj = nn.Linear(config.mlp_dim, width, bias=False)
+        self.rope = Rope()
+
+    def qkv(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, E] → q [B, T, H, D], k and v [B, T, K, D]; q and k rotated."""
+        h = self.norm1(x)
+        heads = (*x.shape[:-1], -1, self.head_dim)
+        q, k, v = (proj(h).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.rope(q, positions), self.rope(k, positions), v
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x [B, T, E] and what its queries attended to [B, T, H·D] → [B, T, E]."""
+        x = x + self.o_proj(attended)
+        h = self.norm2(x)
+        gate = F.gelu(self.gate_proj(h), approximate="tanh")
+        out: Tensor = x + self.down_proj(gate * self.up_proj(h))
+        return out
+
+
+class GemmaTrunk(nn.Module):
+    """The blocks of a trunk and its final norm."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(GemmaBlock(config) for _ in range(config.depth))
+        self.norm = RMSNorm(config.width)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tokens on their way through a trunk: x [B, T, E] at positions [B, T].
+
+    `name` is what its blocks are called in taps.
+    """
+
+    name: str
+    trunk: GemmaTrunk
+    x: Tensor
+    positions: Tensor
+
+
+def run_layers(
+    streams: list[Stream], mask: Tensor, tap: Tap, past: list[KeyValue] | None = None
+) -> tuple[list[Tensor], list[KeyValue]]:
+    """Runs streams through all layers of their trunks, in lockstep.
+
+    Args:
+        streams: one or more, of equal depth; their tokens follow each other on the sequence axis.
+        mask: [B, T, S] bool: which of the T tokens of all streams sees which of the S keys
+            (those of `past`, then their own).
+        tap: sees the output of every block.
+        past: keys and values a layer that come before the streams' own.
+
+    Returns:
+        The normed output of each stream [B, T_i, E_i], and keys and values [B, T, K, D] a layer.
+    """
+    xs = [stream.x for stream in streams]
+    lengths = [x.shape[1] for x in xs]
+    cache: list[KeyValue] = []
+    for i, blocks in enumerate(zip(*(s.trunk.blocks for s in streams), strict=True)):
+        parts = [b.qkv(x, s.positions) for b, x, s in zip(blocks, xs, streams, strict=True)]
+        q, k, v = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        cache.append((k, v))
+        if past is not None:
+            k, v = torch.cat([past[i][0], k], dim=1), torch.cat([past[i][1], v], dim=1)
+        attended = torch.split(attend(q, k, v, mask), lengths, dim=1)
+        xs = [
+            tap(f"{s.name}.block.{i}", b.finish(x, a))
+            for s, b, x, a in zip(streams, blocks, xs, attended, strict=True)
+        ]
+    return [s.trunk.norm(x) for s, x in zip(streams, xs, strict=True)], cache

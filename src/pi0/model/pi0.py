@@ -1,0 +1,190 @@
+"""π0: images, a prompt and a state in, the velocity of a chunk of actions out.
+
+The model is eleven stages, named in `STAGES`. Two ways lead through them and agree: `prefill` and
+`velocity` (the prefix once, the expert at every denoising step; what inference uses) and `forward`
+(the whole sequence at once; what training uses).
+
+Axes: B batch, V views, P patches, L prompt tokens, X prefix tokens (V·P + L), A suffix tokens
+(1 + horizon), T queries, S keys, E width of the trunk at hand.
+
+Knows nothing of files, cameras, robots or devices; dtypes are in `precision.py`.
+
+Source: openpi `pi0.py`; arXiv 2410.24164.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pi0.config import Pi0Config
+from pi0.errors import ConfigError
+from pi0.inputs import ModelInputs
+from pi0.model.flow import embed_time, integrate
+from pi0.model.gemma import GemmaTrunk, KeyValue, Stream, Tap, run_layers
+from pi0.model.precision import Float32Linear
+from pi0.model.siglip import SiglipTower
+
+STAGES = (
+    "vision_tower",
+    "projector",
+    "token_embedding",
+    "prefix",
+    "vlm_transformer",
+    "suffix",
+    "sequence",
+    "expert_transformer",
+    "action_tokens",
+    "action_projection",
+    "velocity",
+)
+
+# Blocks of the attention mask: a token sees its own and earlier blocks.
+PREFIX_BLOCK, STATE_BLOCK, ACTION_BLOCK = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class PrefixCache:
+    """What denoising needs of the prefix: keys and values a layer, and which tokens are valid."""
+
+    layers: list[KeyValue]  # each [B, X, K, D]
+    valid: Tensor  # [B, X] bool
+
+
+def no_tap(name: str, value: Tensor) -> Tensor:
+    """The tap that does nothing."""
+    return value
+
+
+def attention_mask(valid: Tensor, blocks: Tensor) -> Tensor:
+    """[B, S, S] bool: whether token i (row) may see token j (column).
+
+    Args:
+        valid: [B, S] bool; padding is seen by nobody and sees nothing.
+        blocks: [S], ascending; a token sees all of its own and of earlier blocks.
+    """
+    visible = blocks[None, :] <= blocks[:, None]
+    return visible & valid[:, None, :] & valid[:, :, None]
+
+
+def token_positions(valid: Tensor) -> Tensor:
+    """[B, S]: the place of each token among the valid ones; padding takes no place."""
+    return valid.cumsum(dim=1) - 1
+
+
+class Pi0(nn.Module):
+    """The π0 model. Parameters are created uninitialised: a checkpoint fills them."""
+
+    def __init__(self, config: Pi0Config) -> None:
+        super().__init__()
+        if config.adaptive_norm:
+            raise ConfigError(
+                "model: expected π0, found π0.5 (adaptive norms in the expert), which this version "
+                "can inspect but not run."
+            )
+        self.config = config
+        width = config.expert.width
+        self.vision_tower = SiglipTower(config.vision)
+        self.projector = nn.Linear(config.vision.width, config.vlm.width)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.vlm.width)
+        self.vlm = GemmaTrunk(config.vlm)
+        self.expert = GemmaTrunk(config.expert)
+        self.state_proj = Float32Linear(config.state_dim, width)
+        self.action_in_proj = Float32Linear(config.action_dim, width)
+        self.action_time_mlp_in = Float32Linear(2 * width, width)
+        self.action_time_mlp_out = Float32Linear(width, width)
+        self.action_out_proj = Float32Linear(width, config.action_dim)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the trunks; inputs, Euler state and actions are float32."""
+        return self.projector.weight.dtype
+
+    def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> PrefixCache:
+        """Runs the prefix through the VLM, once for all denoising steps."""
+        prefix, valid = self.embed_prefix(inputs, tap)
+        blocks = torch.full_like(valid[0], PREFIX_BLOCK, dtype=torch.long)
+        stream = Stream("vlm_transformer", self.vlm, prefix, token_positions(valid))
+        (hidden,), layers = run_layers([stream], attention_mask(valid, blocks), tap)
+        tap("vlm_transformer", hidden)
+        return PrefixCache(layers, valid)
+
+    def velocity(
+        self, x_t: Tensor, t: Tensor, state: Tensor, cache: PrefixCache, tap: Tap = no_tap
+    ) -> Tensor:
+        """dx/dt of noisy actions: x_t [B, horizon, 32], t [B], state [B, 32] → [B, horizon, 32].
+
+        All float32. The expert's queries see the keys of the whole prefix and of the suffix: the
+        mask is cut to the suffix in its rows, not in its columns.
+        """
+        suffix = self.embed_suffix(x_t, t, state, tap)
+        mask, positions = self.join_sequence(cache.valid, tap)
+        x_len = cache.valid.shape[1]
+        stream = Stream("expert_transformer", self.expert, suffix, positions[:, x_len:])
+        (hidden,), _ = run_layers([stream], mask[:, x_len:], tap, past=cache.layers)
+        return self.project_actions(hidden, tap)
+
+    def forward(self, inputs: ModelInputs, x_t: Tensor, t: Tensor, tap: Tap = no_tap) -> Tensor:
+        """The velocity in one pass over the joined sequence [X + A]; arguments as `velocity`'s."""
+        prefix, valid = self.embed_prefix(inputs, tap)
+        suffix = self.embed_suffix(x_t, t, inputs.state, tap)
+        mask, positions = self.join_sequence(valid, tap)
+        x_len = valid.shape[1]
+        streams = [
+            Stream("vlm_transformer", self.vlm, prefix, positions[:, :x_len]),
+            Stream("expert_transformer", self.expert, suffix, positions[:, x_len:]),
+        ]
+        (vlm_hidden, expert_hidden), _ = run_layers(streams, mask, tap)
+        tap("vlm_transformer", vlm_hidden)
+        return self.project_actions(expert_hidden, tap)
+
+    @torch.no_grad()
+    def sample_actions(self, inputs: ModelInputs, noise: Tensor, steps: int = 10) -> Tensor:
+        """Actions [B, horizon, 32] float32 from noise of that shape."""
+        cache = self.prefill(inputs)
+        return integrate(lambda x, t: self.velocity(x, t, inputs.state, cache), noise, steps)
+
+    def embed_prefix(self, inputs: ModelInputs, tap: Tap) -> tuple[Tensor, Tensor]:
+        """Image patches, then text: [B, X, E], and which tokens are valid [B, X].
+
+        Text embeddings are scaled by √E, image features are not (openpi, `embed_prefix`).
+        """
+        batch, views = inputs.image_mask.shape
+        images = inputs.images.flatten(0, 1)  # [B·V, 3, S, S]
+        features = tap("vision_tower", self.vision_tower(images, self.dtype, tap))
+        patches = tap("projector", self.projector(features))
+        patches = patches.view(batch, views, *patches.shape[1:])  # [B, V, P, E]
+        scale = self.config.vlm.width**0.5
+        text = tap("token_embedding", self.token_embedding(inputs.tokens) * scale)
+        prefix = tap("prefix", torch.cat([patches.flatten(1, 2), text], dim=1))
+        patch_valid = inputs.image_mask.repeat_interleave(patches.shape[2], dim=1)
+        return prefix, torch.cat([patch_valid, inputs.token_mask], dim=1)
+
+    def embed_suffix(self, x_t: Tensor, t: Tensor, state: Tensor, tap: Tap) -> Tensor:
+        """The state token, then one token an action, mixed with the timestep: [B, A, E]."""
+        actions = self.action_in_proj(x_t)
+        time = embed_time(t, actions.shape[-1])[:, None].expand_as(actions)
+        h = self.action_time_mlp_in(torch.cat([actions, time], dim=-1))
+        actions = self.action_time_mlp_out(F.silu(h))
+        suffix = torch.cat([self.state_proj(state)[:, None], actions], dim=1)
+        return tap("suffix", suffix.to(self.dtype))
+
+    def join_sequence(self, prefix_valid: Tensor, tap: Tap) -> tuple[Tensor, Tensor]:
+        """Mask [B, X + A, X + A] and positions [B, X + A] of prefix and suffix together."""
+        batch, x_len = prefix_valid.shape
+        blocks = torch.full((x_len + self.config.suffix_len,), ACTION_BLOCK)
+        blocks[:x_len] = PREFIX_BLOCK
+        blocks[x_len] = STATE_BLOCK
+        suffix_valid = prefix_valid.new_ones(batch, self.config.suffix_len)
+        valid = torch.cat([prefix_valid, suffix_valid], dim=1)
+        mask = tap("sequence", attention_mask(valid, blocks.to(valid.device)))
+        return mask, token_positions(valid)
+
+    def project_actions(self, hidden: Tensor, tap: Tap) -> Tensor:
+        """Velocity [B, horizon, 32] float32 from the expert's output [B, A, E]."""
+        hidden = tap("expert_transformer", hidden)
+        actions = tap("action_tokens", hidden[:, -self.config.horizon :].float())
+        return tap("velocity", tap("action_projection", self.action_out_proj(actions)))

@@ -1,0 +1,57 @@
+"""The dtype policy, all of it: what stays float32 when the model runs in bfloat16.
+
+A module that derives from `Float32` holds float32 parameters and computes in float32 whatever the
+model's dtype: normalisations, softmax, rotary embedding, patch and position embedding, and the
+small projections of state, action and time. All other modules hold parameters of the model's dtype
+and hand on what they get. The Euler state is float32 because the sampler only sees the output of
+such a module.
+
+Trunk in bfloat16 with these exceptions is what openpi's PyTorch port does, but for its rotary
+frequencies, which it rounds to bfloat16 by accident (0.4 % each, 13 % in the keys).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pi0.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Float32(nn.Module):
+    """Computes in float32 and answers in the dtype of its first input."""
+
+    def __call__(self, x: Tensor, *args: Any) -> Tensor:
+        out: Tensor = super().__call__(x.float(), *args)
+        return out.to(x.dtype)
+
+
+class Float32Linear(Float32, nn.Linear):
+    """A linear layer that stays float32."""
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a name.
+
+    Raises:
+        ConfigError: neither float32 nor bfloat16.
+    """
+    if name == "float16":
+        raise ConfigError(
+            "dtype float16: π0's activations leave its range (65504). Use bfloat16 or float32."
+        )
+    if name not in DTYPES:
+        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {name!r}.")
+    return DTYPES[name]
+
+
+def set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Gives every parameter the dtype that the policy assigns to it, in place."""
+    for module in model.modules():
+        kept = torch.float32 if isinstance(module, Float32) else dtype
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(kept)

@@ -1,0 +1,97 @@
+"""Camera images of any size and kind to the square float images that the model reads.
+
+The aspect ratio is kept and the rest padded with black, centred. openpi and LeRobot resize
+differently (up to 0.7 of the value range on sharp edges), and a policy must see what it was
+trained on: both ways are here.
+
+Knows nothing of cameras or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pi0.errors import ObservationError
+
+Array = NDArray[np.generic]
+
+
+def to_model(name: str, image: Array, size: int, convention: str) -> Tensor:
+    """One camera image as the model reads it: [3, size, size] float32 in [-1, 1].
+
+    Args:
+        name: the camera, for error messages.
+        image: uint8, or floating point in [0, 1]; [H, W, 3] or [3, H, W].
+        size: side in pixels.
+        convention: "openpi" (uint8, PIL bilinear with antialiasing) or "lerobot" (float, bilinear
+            without).
+
+    Raises:
+        ObservationError: another shape, dtype or value range.
+    """
+    pixels: Tensor = RESIZE[convention](_channels_last(name, np.asarray(image)), size)
+    return (pixels * 2 - 1).permute(2, 0, 1).contiguous()
+
+
+def letterbox(height: int, width: int, size: int) -> tuple[int, int, int, int]:
+    """Height and width after resizing into a square of `size`, and the rows above, columns left."""
+    ratio = max(height, width) / size
+    new_height, new_width = max(1, int(height / ratio)), max(1, int(width / ratio))
+    return new_height, new_width, (size - new_height) // 2, (size - new_width) // 2
+
+
+def _resize_openpi(image: Array, size: int) -> Tensor:
+    """[H, W, 3] → [size, size, 3] float32 in [0, 1]; floats become uint8 by truncation first."""
+    if image.dtype != np.uint8:
+        image = (image.astype(np.float32) * 255).astype(np.uint8)
+    height, width, top, left = letterbox(image.shape[0], image.shape[1], size)
+    out = np.zeros((size, size, 3), np.uint8)
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    out[top : top + height, left : left + width] = np.asarray(resized)
+    return torch.from_numpy(out.astype(np.float32) / 255)
+
+
+def _resize_lerobot(image: Array, size: int) -> Tensor:
+    """[H, W, 3] → [size, size, 3] float32 in [0, 1]."""
+    scale = 255 if image.dtype == np.uint8 else 1
+    pixels = torch.from_numpy(image.astype(np.float32) / scale).permute(2, 0, 1)[None]
+    if image.shape[:2] != (size, size):
+        height, width, top, left = letterbox(image.shape[0], image.shape[1], size)
+        pixels = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False)
+        edges = (left, size - width - left, top, size - height - top)
+        pixels = F.pad(pixels.clamp(0, 1), edges)
+    return pixels[0].permute(1, 2, 0)
+
+
+RESIZE: dict[str, Callable[[Array, int], Tensor]] = {
+    "openpi": _resize_openpi,
+    "lerobot": _resize_lerobot,
+}
+
+
+def _channels_last(name: str, image: Array) -> Array:
+    if image.ndim != 3 or 3 not in (image.shape[0], image.shape[-1]):
+        raise ObservationError(
+            f"image {name}: expected shape [H, W, 3] or [3, H, W], found {list(image.shape)}."
+        )
+    if image.size == 0:
+        raise ObservationError(f"image {name}: expected pixels, found none {list(image.shape)}.")
+    if np.issubdtype(image.dtype, np.floating):
+        low, high = image.min(), image.max()
+        if not (low >= 0 and high <= 1):  # false for NaN, too
+            raise ObservationError(
+                f"image {name}: expected floating-point pixels in [0, 1], found {low} to {high}. "
+                "Divide 8-bit values by 255 or hand them over as uint8."
+            )
+    elif image.dtype != np.uint8:
+        raise ObservationError(
+            f"image {name}: expected uint8 or floating point in [0, 1], found {image.dtype}."
+        )
+    return image if image.shape[-1] == 3 else image.transpose(1, 2, 0)

@@ -1,0 +1,129 @@
+"""What a LeRobot checkpoint's own files say about its robot and its normalisation.
+
+Read are config.json (camera features) and policy_preprocessor.json / policy_postprocessor.json
+with the statistics files that these name. Format: LeRobot 0.6.1, `processor/pipeline.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pi0.checkpoint.files import read_headers, read_json, stream
+from pi0.errors import Pi0Error
+from pi0.policy.normalize import Normalizer, identity, make_normalizer
+from pi0.policy.robots import Camera, Robot
+
+PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
+MODES = {
+    "IDENTITY": "identity",
+    "MEAN_STD": "mean_std",
+    "QUANTILES": "quantiles",
+    "MIN_MAX": "min_max",
+}
+CAMERA_PREFIX = "observation.images."
+
+
+def is_lerobot(folder: Path) -> bool:
+    return (folder / PREPROCESSOR).exists()
+
+
+def read_normalizers(folder: Path) -> tuple[Normalizer, Normalizer]:
+    """Of state and actions, from the processors' statistics files.
+
+    Raises:
+        Pi0Error: a processor or statistic is missing, or of a mode that is not known here.
+    """
+    state = _normalizer(
+        folder, PREPROCESSOR, "normalizer_processor", "STATE", "state", "observation.state"
+    )
+    actions = _normalizer(
+        folder, POSTPROCESSOR, "unnormalizer_processor", "ACTION", "actions", "action"
+    )
+    return state, actions
+
+
+def read_robot(folder: Path) -> Robot:
+    """Cameras, state and action widths from config.json, relative actions from the preprocessor.
+
+    Raises:
+        Pi0Error: config.json names no cameras, or relative actions whose joints have no names.
+    """
+    features = read_json(folder / "config.json")
+    inputs, outputs = features.get("input_features"), features.get("output_features")
+    if not isinstance(inputs, Mapping) or not isinstance(outputs, Mapping):
+        raise Pi0Error(
+            f"{folder / 'config.json'}: expected input_features and output_features as LeRobot "
+            "writes them, found none. Name the robot with --robot."
+        )
+    cameras = [key for key in inputs if key.startswith(CAMERA_PREFIX) and "empty_camera" not in key]
+    action_dim = int(outputs["action"]["shape"][0])
+    return Robot(
+        name="lerobot",
+        # As in LeRobot, one camera at least must be there, the others may be absent.
+        cameras=tuple(Camera(k, (k.removeprefix(CAMERA_PREFIX),), required=False) for k in cameras),
+        state=(("observation.state", int(inputs["observation.state"]["shape"][0])),),
+        action_dim=action_dim,
+        delta=_relative_actions(folder, action_dim),
+    )
+
+
+def _relative_actions(folder: Path, action_dim: int) -> tuple[int, ...]:
+    step = _step(folder, PREPROCESSOR, "relative_actions_processor")
+    if step is None or not step.get("config", {}).get("enabled"):
+        return ()
+    names = step["config"].get("action_names")
+    if not names or len(names) != action_dim:
+        raise Pi0Error(
+            f"{folder / PREPROCESSOR}: expected the names of {action_dim} actions for relative "
+            f"actions, found {names}."
+        )
+    excluded = step["config"].get("exclude_joints") or []
+    return tuple(-1 if any(word in name for word in excluded) else 1 for name in names)
+
+
+def _normalizer(
+    folder: Path, file: str, registry_name: str, feature_type: str, what: str, key: str
+) -> Normalizer:
+    step = _step(folder, file, registry_name)
+    if step is None:
+        raise Pi0Error(f"{folder / file}: expected a step {registry_name}, found none.")
+    name = step.get("config", {}).get("norm_map", {}).get(feature_type)
+    if name not in MODES:
+        raise Pi0Error(
+            f"{folder / file}: expected norm_map {feature_type} to be one of {', '.join(MODES)}, "
+            f"found {name}."
+        )
+    if name == "IDENTITY":
+        shape = step["config"]["features"][key]["shape"]
+        return identity(what, int(shape[0]))
+    state_file = step.get("state_file")
+    if not state_file or not (folder / state_file).exists():
+        raise Pi0Error(
+            f"{folder / file}: expected the statistics file of {registry_name}, found "
+            f"{state_file if state_file else 'none named'}"
+            f"{' missing' if state_file else ''}. Copy all files of the checkpoint."
+        )
+    headers = {
+        k: v for k, v in read_headers([folder / state_file]).items() if k.startswith(key + ".")
+    }
+    stats = {
+        k.removeprefix(key + "."): values.double().numpy().astype(np.float64)
+        for k, _, values in stream(headers)
+    }
+    return make_normalizer(what, MODES[name], "lerobot", stats)
+
+
+def _step(folder: Path, file: str, registry_name: str) -> dict[str, Any] | None:
+    if not (folder / file).exists():
+        raise Pi0Error(
+            f"{folder}: expected {file} beside the other LeRobot processor file, found none. Copy "
+            "all files of the checkpoint."
+        )
+    steps = read_json(folder / file).get("steps")
+    if not isinstance(steps, list):
+        raise Pi0Error(f"{folder / file}: expected a list `steps`, found none.")
+    return next((step for step in steps if step.get("registry_name") == registry_name), None)

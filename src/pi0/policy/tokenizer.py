@@ -1,0 +1,118 @@
+"""Prompts to token ids, with a tokenizer file that is already on this machine.
+
+π0 reads PaliGemma's vocabulary: a SentencePiece model (`tokenizer.model`,
+`paligemma_tokenizer.model`) or its `tokenizer.json`. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pi0.errors import ObservationError, Pi0Error
+
+FILE_NAMES = ("tokenizer.model", "paligemma_tokenizer.model", "tokenizer.json")
+BOS_PIECE = "<bos>"
+
+
+class Tokenizer:
+    """Encodes prompts; made from a file by `load_tokenizer`."""
+
+    def __init__(self, encode: Callable[[str], list[int]], bos: int, source: Path) -> None:
+        self.encode = encode
+        self.bos = bos
+        self.source = source
+
+    def tokenize(self, prompt: str, max_tokens: int, convention: str) -> tuple[Tensor, Tensor]:
+        """A prompt padded with 0 to max_tokens: ids [L] int64 and mask [L] bool.
+
+        Args:
+            convention: "openpi" strips the prompt, turns "_" and line breaks into blanks and
+                appends the piece for a line break; "lerobot" appends a line break if there is none.
+
+        Raises:
+            ObservationError: the prompt is empty or longer than max_tokens.
+        """
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ObservationError(f"prompt: expected a sentence, found {prompt!r}.")
+        if convention == "openpi":
+            text = prompt.strip().replace("_", " ").replace("\n", " ")
+            ids = [self.bos, *self.encode(text), *self.encode("\n")]
+        else:
+            ids = [self.bos, *self.encode(prompt if prompt.endswith("\n") else prompt + "\n")]
+        if len(ids) > max_tokens:
+            raise ObservationError(
+                f"prompt: expected at most {max_tokens} tokens, found {len(ids)}. Shorten it."
+            )
+        tokens = torch.zeros(max_tokens, dtype=torch.int64)
+        tokens[: len(ids)] = torch.tensor(ids)
+        return tokens, torch.arange(max_tokens) < len(ids)
+
+
+def find_tokenizer(folder: Path) -> Path:
+    """The tokenizer file of a checkpoint: in its folder, else in the caches of openpi and the hub.
+
+    Raises:
+        Pi0Error: there is none.
+    """
+    for path in _candidates(folder):
+        if path.is_file():
+            return path
+    raise Pi0Error(
+        f"tokenizer: expected one of {', '.join(FILE_NAMES)} in {folder} or in the cache of openpi "
+        "or Hugging Face, found none. Put PaliGemma's tokenizer.model (from google/"
+        "paligemma-3b-pt-224) or openpi's paligemma_tokenizer.model there, or name it with "
+        "--tokenizer."
+    )
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer from a SentencePiece .model or a tokenizer.json.
+
+    Raises:
+        Pi0Error: no such file, or not a tokenizer with a <bos> piece.
+    """
+    if not path.is_file():
+        raise Pi0Error(f"tokenizer {path}: expected a file, found none.")
+    try:
+        load = _load_json if path.suffix == ".json" else _load_sentencepiece
+        encode, bos = load(path)
+    except Exception as error:  # both libraries raise bare RuntimeError or Exception
+        raise Pi0Error(
+            f"tokenizer {path}: expected a SentencePiece model or a tokenizer.json, found a file "
+            f"that cannot be read as one ({error})."
+        ) from error
+    if bos is None or bos < 0:
+        raise Pi0Error(f"tokenizer {path}: expected a {BOS_PIECE} piece, found none.")
+    return Tokenizer(encode, bos, path)
+
+
+def _candidates(folder: Path) -> Iterator[Path]:
+    yield from (folder / name for name in FILE_NAMES)
+    openpi = Path(os.environ.get("OPENPI_DATA_HOME", "~/.cache/openpi")).expanduser()
+    yield openpi / "big_vision" / "paligemma_tokenizer.model"
+    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
+    for model in ("paligemma-3b-pt-224", "paligemma-3b-mix-224"):
+        for snapshot in sorted(hub.glob(f"models--google--{model}/snapshots/*")):
+            yield from (snapshot / name for name in FILE_NAMES)
+
+
+def _load_json(path: Path) -> tuple[Callable[[str], list[int]], int | None]:
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_file(str(path))
+    return lambda text: list(backend.encode(text, add_special_tokens=False).ids), (
+        backend.token_to_id(BOS_PIECE)
+    )
+
+
+def _load_sentencepiece(path: Path) -> tuple[Callable[[str], list[int]], int | None]:
+    from sentencepiece import SentencePieceProcessor
+
+    backend = SentencePieceProcessor(model_file=str(path))
+    return lambda text: list(backend.encode(text)), int(backend.bos_id())

@@ -1,0 +1,30 @@
+"""Checkpoints that many tests read, synthesised once a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pi0.checkpoint.layouts import LAYOUTS
+from pi0.checkpoint.load import load_model, open_checkpoint
+from pi0.checkpoint.synth import synthesise
+from pi0.config import PRESETS
+from pi0.model import Pi0
+
+torch.set_num_threads(1)  # the tests run in several processes
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny preset in float32, layout openpi. Read only: copy it to damage it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    synthesise(folder, PRESETS["tiny"], LAYOUTS["openpi"], seed=0, dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_path: Path) -> Pi0:
+    """The tiny model in float32."""
+    return load_model(open_checkpoint(tiny_path))

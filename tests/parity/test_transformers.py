@@ -12,6 +12,7 @@ import torch
 from pi0.config import PRESETS
 from pi0.inputs import ModelInputs, random_inputs
 from pi0.model import Pi0
+from pi0.model.pi0 import no_tap
 
 transformers = pytest.importorskip(
     "transformers", minversion="5.5", reason="needs transformers >= 5.5 (pip install 'pi0[test]')"
@@ -82,7 +83,10 @@ def theirs(tiny: Pi0):
 def our_name(name: str) -> str:
     for old, new in (
         ("model.vlm.vision_tower.vision_model.", "model.vlm.vision_tower."),  # before 5.23
-        ("model.vlm.vision_tower.embeddings.patch_embedding.", "vision_tower.patch_embedding.conv."),
+        (
+            "model.vlm.vision_tower.embeddings.patch_embedding.",
+            "vision_tower.patch_embedding.conv.",
+        ),
         (
             "model.vlm.vision_tower.embeddings.position_embedding.weight",
             "vision_tower.patch_embedding.position",
@@ -116,13 +120,14 @@ def observation(masked_camera: bool, text: int) -> tuple[ModelInputs, torch.Tens
 
 
 def their_arguments(inputs: ModelInputs) -> dict[str, torch.Tensor]:
-    views, patches = inputs.image_mask.shape[1], CONFIG.vision.num_patches
-    image_ids = torch.full((1, views * patches), IMAGE_TOKEN)
-    image_mask = inputs.image_mask.repeat_interleave(patches, 1)
+    """Theirs has no place in the sequence for a masked camera; the model is handed all images."""
+    patches = int(inputs.image_mask.sum()) * CONFIG.vision.num_patches
     return {
         "state": inputs.state,
-        "input_ids": torch.cat([image_ids, inputs.tokens], 1),
-        "attention_mask": torch.cat([image_mask, inputs.token_mask], 1).long(),
+        "input_ids": torch.cat([torch.full((1, patches), IMAGE_TOKEN), inputs.tokens], 1),
+        "attention_mask": torch.cat(
+            [torch.ones(1, patches, dtype=torch.long), inputs.token_mask.long()], 1
+        ),
         "pixel_values": inputs.images,
         "pixel_attention_mask": inputs.image_mask,
     }
@@ -146,10 +151,10 @@ def test_prefix_embeddings(tiny: Pi0, theirs, masked_camera: bool) -> None:
     arguments = their_arguments(inputs)
     del arguments["state"]
     with torch.no_grad():
-        ours, valid = tiny.embed_prefix(inputs, lambda name, value: value)
+        ours, valid = tiny.embed_prefix(inputs, no_tap)
         expected = theirs.model.embed_prefix(**arguments)
-    assert expected.shape == ours.shape
-    torch.testing.assert_close(ours[valid], expected[valid], atol=TOLERANCE, rtol=0)
+    expected = expected[arguments["attention_mask"].bool()]
+    torch.testing.assert_close(ours[valid], expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -107,16 +107,20 @@ def stream(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, slice, Tensor]
 
     The values are a view of the file: copy them before asking for the next slab.
     """
-    files = {info.file: None for info in tensors.values()}
-    for file in files:
+    for file in dict.fromkeys(info.file for info in tensors.values()):
         with _open(file) as handle:
             names = [name for name in handle.offset_keys() if name in tensors]
         slabs = [(name, rows) for name in names for rows in _slabs(tensors[name])]
-        for name, rows in slabs:
-            # Opened anew for each slab: closing gives the pages of the map back, which would
-            # otherwise count as resident until the whole file is.
+        while slabs:
+            # Opened anew for every 64 MiB: closing gives the pages of the map back, which would
+            # otherwise count as resident until the whole file is read.
             with _open(file) as handle:
-                yield name, rows, handle.get_slice(name)[rows]
+                done = 0
+                while slabs and done < SLAB_BYTES:
+                    name, rows = slabs.pop(0)
+                    values = handle.get_slice(name)[rows]
+                    yield name, rows, values
+                    done += values.nbytes
 
 
 def write(

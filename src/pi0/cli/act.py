@@ -93,9 +93,11 @@ def act(
     **Examples**
 
         pi0 act demo --image base=base.png --image wrist=wrist.png \\
-            --prompt "pick up the red cube" --state "0,0,0,0,0,0,0,0" --plot chunk.png
-        pi0 act pi0_aloha --robot aloha --image cam_high=top.png --prompt "fold the towel" \\
-            --state state.npy --out actions.npy --dtype bfloat16
+            --prompt "pick up the red cube" \\
+            --state "0,0,0,0,0,0,0,0" --plot chunk.png
+        pi0 act pi0_aloha --robot aloha --image cam_high=top.png \\
+            --prompt "fold the towel" --state state.npy \\
+            --out actions.npy --dtype bfloat16
     """
     import numpy as np
     import torch

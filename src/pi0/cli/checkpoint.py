@@ -31,7 +31,7 @@ def synth(
     **Examples**
 
         pi0 synth --preset tiny tiny
-        pi0 synth --preset pi0_base --seed 1 --dtype bfloat16 pi0_base
+        pi0 synth --preset pi0_base --seed 1 --dtype bfloat16 base
         pi0 synth --preset small --layout lerobot like_lerobot
     """
     import math
@@ -79,7 +79,7 @@ def inspect(
     **Examples**
 
         pi0 inspect pi0_base
-        pi0 inspect pi0_base/model.safetensors --cameras 2 --image-size 384 --tokens 32
+        pi0 inspect pi0_base --cameras 2 --image-size 384 --tokens 32
         pi0 inspect pi0_base --json | jq .sequence
     """
     from pi0.checkpoint.load import open_checkpoint

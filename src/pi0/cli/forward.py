@@ -55,7 +55,7 @@ def trace(
 
     **Examples**
 
-        pi0 trace pi0_base --image-size 384 --cameras 2 --tokens 32
+        pi0 trace pi0_base --cameras 2 --image-size 384 --tokens 32
         pi0 trace tiny --inputs in.npz --json
     """
     from dataclasses import asdict
@@ -98,7 +98,7 @@ def sample(
     **Examples**
 
         pi0 sample pi0_base --inputs in.npz --out out.npz
-        pi0 sample tiny --inputs in.npz --out out.npz --steps 5 --dtype bfloat16
+        pi0 sample tiny --inputs in.npz --out out.npz --dtype bfloat16
     """
     import numpy as np
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 
-import click
 import typer
 
 from pi0.cli.act import act
@@ -26,10 +25,11 @@ chunk of 50 actions out.
 
 Every verb has examples: `pi0 act --help`. A first round:
 
-    pi0 synth --preset small demo          # a random checkpoint in the real format
-    pi0 inspect demo                       # what is in it
-    pi0 act demo --image base=base.png --prompt "pick up the cube" --state "0,0,0,0,0,0,0,0"
-    pi0 trace demo                         # the eleven stages, one by one
+    pi0 synth --preset small demo   # a random checkpoint, real format
+    pi0 inspect demo                # what is in it
+    pi0 trace demo                  # the eleven stages, one by one
+    pi0 act demo --image base=base.png \\
+        --prompt "pick up the cube" --state "0,0,0,0,0,0,0,0"
 
 Tab completion: `pi0 --install-completion`.""",
 )
@@ -61,17 +61,11 @@ def main() -> None:
     Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 Ctrl-C.
     """
     try:
-        app(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        app()
     except Pi0Error as error:
         _fail(str(error))
-    except OSError as error:
-        _fail(f"{error.filename or 'file'}: {error.strerror or error}.")
-    except (click.Abort, KeyboardInterrupt):
-        print("Interrupted; nothing was written.", file=sys.stderr)
-        sys.exit(130)
+    except OSError as error:  # no such file, no permission, disk full
+        _fail(f"{error.filename or 'writing'}: {error.strerror or error}.")
 
 
 def _fail(sentence: str) -> None:

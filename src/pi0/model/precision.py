@@ -51,7 +51,11 @@ def parse_dtype(name: str) -> torch.dtype:
 
 def set_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     """Gives every parameter the dtype that the policy assigns to it, in place."""
-    for module in model.modules():
-        kept = torch.float32 if isinstance(module, Float32) else dtype
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(kept)
+    kept = {
+        parameter
+        for module in model.modules()
+        if isinstance(module, Float32)
+        for parameter in module.parameters()
+    }
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter in kept else dtype)

@@ -50,18 +50,22 @@ class Normalizer:
         return len(self.offset)
 
     def normalize(self, x: Floats) -> Floats:
-        """x [..., D] in robot units; D may be less than the statistics are wide.
+        """x [D] in robot units; D may be less than the statistics are wide.
 
         Raises:
             ObservationError: x is wider than the statistics.
         """
-        n = self._width_of(x)
+        n = len(x)
+        if n > self.width:
+            raise ObservationError(
+                f"{self.what}: expected at most {self.width} values, for which the checkpoint has "
+                f"statistics, found {n}."
+            )
         out: Floats = (x - self.offset[:n]) / self.scale[:n]
-        if out.size and np.abs(out).max() > FAR:
-            index = int(np.abs(out).max(axis=tuple(range(out.ndim - 1))).argmax())
+        for i in np.flatnonzero(np.abs(out) > FAR):
             warnings.warn(
-                f"{self.what}[{index}] = {np.atleast_1d(x)[..., index].max():.6g} is {FAR:g} or "
-                "more standard deviations (or ranges) from what the checkpoint was trained on.",
+                f"{self.what}[{i}] = {x[i]:.6g} is {abs(out[i]):.0f} standard deviations or half "
+                "ranges from what the checkpoint was trained on.",
                 stacklevel=3,
             )
         return out
@@ -71,14 +75,6 @@ class Normalizer:
         n = min(y.shape[-1], self.width)
         out: Floats = y[..., :n] * self.back[:n] + self.offset[:n]
         return out
-
-    def _width_of(self, x: Floats) -> int:
-        if x.shape[-1] > self.width:
-            raise ObservationError(
-                f"{self.what}: expected at most {self.width} values, for which the checkpoint has "
-                f"statistics, found {x.shape[-1]}."
-            )
-        return int(x.shape[-1])
 
 
 def make_normalizer(what: str, mode: str, convention: str, stats: Statistics) -> Normalizer:

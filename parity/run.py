@@ -1,0 +1,260 @@
+"""Runs other implementations of π0 and ours on the same numbers, and writes docs/parity.md.
+
+    python parity/run.py                  # tiny and full size: minutes, 20 GiB of memory
+    python parity/run.py --sizes tiny     # seconds
+
+One process at a time. Exits 1 if an implementation is further from ours than its tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pi0 import __version__
+from pi0.config import PRESETS, Pi0Config
+
+ROOT = Path(__file__).parents[1]
+SKIPPED = 77  # exit status of an implementation that cannot be run here
+CAMERAS, MASKED, TEXT = 3, 1, 9  # the second camera is masked, 9 of 48 tokens are text
+
+
+@dataclass(frozen=True)
+class Size:
+    """A checkpoint, the dtypes ours runs in, and how far apart float32 results may be."""
+
+    name: str
+    preset: str
+    weights: str
+    dtypes: tuple[str, ...]
+    tolerance: float
+
+
+SIZES = {
+    "tiny": Size("tiny", "tiny", "float32", ("float32",), 1e-4),
+    "full": Size("full", "pi0_base", "bfloat16", ("float32", "bfloat16"), 1e-3),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one implementation made of the inputs, and what it took."""
+
+    actions: np.ndarray
+    implementation: str
+    torch: str
+    seconds: float
+    peak_gib: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """Ours beside another."""
+
+    size: Size
+    dtype: str
+    theirs: Run
+    ours: Run
+
+    @property
+    def max_difference(self) -> float:
+        return float(np.abs(self.ours.actions - self.theirs.actions).max())
+
+    @property
+    def too_far(self) -> bool:
+        return self.dtype == "float32" and self.max_difference > self.size.tolerance
+
+    def cells(self) -> list[str]:
+        a, b = self.ours.actions, self.theirs.actions
+        return [
+            self.size.name,
+            self.theirs.implementation,
+            self.dtype,
+            f"{self.max_difference:.1e}",
+            f"{np.linalg.norm(a - b) / np.linalg.norm(b):.1e}",
+            f"{correlation(a, b):.9f}",
+            f"{b.std():.2f}",
+            f"{self.theirs.seconds:.2f}",
+            f"{self.ours.seconds:.2f}",
+            f"{self.theirs.peak_gib:.1f}",
+            f"{self.ours.peak_gib:.1f}",
+        ]
+
+
+HEADINGS = ["size", "implementation", "ours in", "max |Δ|", "relative L2", "PCC", "σ of actions",
+            "s, theirs", "s, ours", "GiB, theirs", "GiB, ours"]  # fmt: skip
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's, of float64 arrays that are not constant."""
+    a, b = a - a.mean(), b - b.mean()
+    return float((a * b).mean() / np.sqrt((a * a).mean() * (b * b).mean()))
+
+
+def write_inputs(path: Path, config: Pi0Config, seed: int = 0) -> None:
+    """An observation of noise; what is masked holds noise too, so that reading it would show."""
+    rng = np.random.default_rng(seed)
+    side, shape = config.vision.image_size, (1, config.horizon, config.action_dim)
+    np.savez(
+        path,
+        images=rng.uniform(-1, 1, (1, CAMERAS, 3, side, side)).astype(np.float32),
+        img_masks=np.arange(CAMERAS)[None] != MASKED,
+        tokens=rng.integers(0, config.vocab_size, (1, config.max_tokens)),
+        token_masks=np.arange(config.max_tokens)[None] < TEXT,
+        state=rng.standard_normal((1, config.state_dim), np.float32),
+        noise=rng.standard_normal(shape, np.float32),
+    )
+
+
+def run(
+    python: str | Path, script: str, size: Size, checkpoint: Path, out: Path, dtype: str
+) -> Run | str:
+    """One implementation in its own process, or why it cannot be run here."""
+    name = f"{script} {size.name} {dtype}"
+    if not Path(python).exists():
+        return f"its environment is missing: no {python}; `make parity` makes it."
+    print(f"parity: {name} ...", file=sys.stderr)
+    files = [str(checkpoint), str(out.parent / "in.npz"), str(out)]
+    command = [str(python), str(ROOT / "parity" / f"{script}.py"), *files]
+    done = subprocess.run(
+        [*command, "--preset", size.preset, "--dtype", dtype], capture_output=True, text=True
+    )
+    if done.returncode == SKIPPED:
+        return done.stderr.strip().splitlines()[-1]
+    if done.returncode:
+        sys.exit(f"{done.stdout}{done.stderr}parity: {name}: exit status {done.returncode}.")
+    with np.load(out) as file:
+        actions = file["actions"].astype(np.float64)
+    if not np.isfinite(actions).all() or actions.std() == 0:
+        sys.exit(f"parity: {name}: expected finite actions that differ, found NaN or a constant.")
+    return Run(actions, **json.loads(done.stdout.splitlines()[-1]))
+
+
+def compare(
+    size: Size, checkpoint: Path, workdir: Path, lerobot_python: Path
+) -> tuple[list[Row], dict[str, str]]:
+    """Rows of the table for a size, and which implementations were skipped and why."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_inputs(workdir / "in.npz", PRESETS[size.preset])
+    ours: dict[str, Run] = {}
+    for dtype in size.dtypes:
+        result = run(sys.executable, "ours", size, checkpoint, workdir / f"{dtype}.npz", dtype)
+        if isinstance(result, str):
+            sys.exit(f"parity: ours: {result}")
+        ours[dtype] = result
+    rows, skipped = [], {}
+    others = {"lerobot_pi0": lerobot_python, "transformers_pi0": Path(sys.executable)}
+    for script, python in others.items():
+        theirs = run(python, script, size, checkpoint, workdir / f"{script}.npz", "float32")
+        if isinstance(theirs, str):
+            skipped[script] = theirs
+        else:
+            rows += [Row(size, dtype, theirs, ours[dtype]) for dtype in size.dtypes]
+    return rows, skipped
+
+
+def synthesise(size: Size, folder: Path) -> Path:
+    """A checkpoint of the size, made if it is not there."""
+    if not (folder / "model.safetensors").exists():
+        options = ["--preset", size.preset, "--dtype", size.weights, str(folder)]
+        subprocess.run([sys.executable, "-m", "pi0.cli.main", "synth", *options], check=True)
+    return folder
+
+
+def machine() -> str:
+    """The processor, as the kernel calls it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else 'unknown processor'}, {os.cpu_count()} cores"
+
+
+def page(rows: list[Row], skipped: dict[str, str]) -> str:
+    """docs/parity.md."""
+    table = [HEADINGS, ["---"] * 3 + ["---:"] * (len(HEADINGS) - 3), *(row.cells() for row in rows)]
+    runs = {run.implementation: run.torch for row in rows for run in (row.ours, row.theirs)}
+    sizes = {row.size.name: row.size for row in rows}.values()
+    tolerances = ", ".join(f"{size.tolerance:.0e} ({size.name})" for size in sizes)
+    return TEMPLATE.format(
+        version=__version__,
+        cameras=CAMERAS,
+        text=TEXT,
+        tolerances=tolerances,
+        table="\n".join(f"| {' | '.join(cells)} |" for cells in table),
+        skipped="".join(f"\nSkipped: {name}: {reason}\n" for name, reason in skipped.items()),
+        machine=machine(),
+        torch=", ".join(f"{torch} for {name}" for name, torch in runs.items()),
+    )
+
+
+TEMPLATE = """\
+# Parity with other implementations
+
+Two implementations of π0 that we did not write get the same weights, the same inputs and the same
+noise as pi0 {version}; the table says how far the actions are apart after ten denoising steps.
+This page is written by
+
+    make parity
+
+**What is compared.** The checkpoint is one of `pi0 synth`: random values in exactly the published
+names and shapes. At size tiny it is the preset `tiny` in float32, at full size `pi0_base` (the
+published sizes) in bfloat16, which every implementation reads into float32 without loss. There are
+{cameras} cameras, the second of them masked, and {text} valid tokens of 48. All of it is
+model-level, as for `pi0 sample`: no tokenizer, no image resizing, no normalisation.
+
+**How.** The others compute in float32, ours in float32 and, at full size, in bfloat16 too. Max |Δ|
+is the largest difference of any of the 50 × 32 actions, relative L2 the norm of the difference by
+the norm of theirs, PCC Pearson's correlation in float64, σ the standard deviation of their actions.
+
+**Tolerance.** In float32 max |Δ| may be {tolerances}: what is left is the order in which float32
+sums are taken, and it adds up over ten passes through 63 layers (27 vision, 18 VLM, 18 expert; at
+size tiny 6). bfloat16 rows have no tolerance: they show what rounding to bfloat16 costs.
+
+{table}
+{skipped}
+Seconds are one call for a chunk of actions without warm-up, loading left out; GiB is the peak
+memory of the whole process, loading included. Both are of one run each and no benchmark.
+transformers drops a masked camera from the sequence; LeRobot and ours keep its place and mask it.
+LeRobot also holds both output heads, which π0 never reads.
+
+Machine: {machine}. PyTorch: {torch}.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    default = ROOT / ".venv-lerobot" / "bin" / "python"
+    parser.add_argument("--lerobot-python", type=Path, default=default, metavar="PYTHON")
+    parser.add_argument("--workdir", type=Path, default=ROOT / "out" / "parity", metavar="FOLDER")
+    parser.add_argument("--full-checkpoint", type=Path, metavar="CKPT", help="instead of a new one")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "parity.md", metavar="PAGE.md")
+    options = parser.parse_args()
+    rows: list[Row] = []
+    skipped: dict[str, str] = {}
+    for size in (SIZES[name] for name in options.sizes):
+        given = options.full_checkpoint if size.name == "full" else None
+        checkpoint = given or synthesise(size, options.workdir / size.preset)
+        workdir = options.workdir / size.name
+        more, why = compare(size, checkpoint, workdir, options.lerobot_python)
+        rows, skipped = rows + more, skipped | why
+    temporary = options.out.with_suffix(".tmp")
+    temporary.write_text(page(rows, skipped), encoding="utf-8")
+    temporary.replace(options.out)
+    print(options.out.read_text(encoding="utf-8"))
+    far = [f"{row.theirs.implementation} ({row.size.name})" for row in rows if row.too_far]
+    if far or not rows:
+        sys.exit(f"parity: beyond the tolerance: {', '.join(far)}." if far else "parity: no rows.")
+
+
+if __name__ == "__main__":
+    main()

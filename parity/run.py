@@ -88,7 +88,7 @@ class Row:
         ]
 
 
-HEADINGS = ["size", "implementation", "ours in", "max |Δ|", "relative L2", "PCC", "σ of actions",
+HEADINGS = ["size", "implementation", "ours in", "largest Δ", "relative L2", "PCC", "σ of actions",
             "s, theirs", "s, ours", "GiB, theirs", "GiB, ours"]  # fmt: skip
 
 
@@ -119,7 +119,8 @@ def run(
     """One implementation in its own process, or why it cannot be run here."""
     name = f"{script} {size.name} {dtype}"
     if not Path(python).exists():
-        return f"its environment is missing: no {python}; `make parity` makes it."
+        print(f"parity: {name}: no {python}", file=sys.stderr)
+        return "its Python environment is missing; `make parity` makes it."
     print(f"parity: {name} ...", file=sys.stderr)
     files = [str(checkpoint), str(out.parent / "in.npz"), str(out)]
     command = [str(python), str(ROOT / "parity" / f"{script}.py"), *files]
@@ -150,11 +151,12 @@ def compare(
             sys.exit(f"parity: ours: {result}")
         ours[dtype] = result
     rows, skipped = [], {}
-    others = {"lerobot_pi0": lerobot_python, "transformers_pi0": Path(sys.executable)}
-    for script, python in others.items():
+    others = {"LeRobot": lerobot_python, "transformers": Path(sys.executable)}
+    for name, python in others.items():
+        script = f"{name.lower()}_pi0"
         theirs = run(python, script, size, checkpoint, workdir / f"{script}.npz", "float32")
         if isinstance(theirs, str):
-            skipped[script] = theirs
+            skipped[name] = theirs
         else:
             rows += [Row(size, dtype, theirs, ours[dtype]) for dtype in size.dtypes]
     return rows, skipped
@@ -206,23 +208,28 @@ This page is written by
 **What is compared.** The checkpoint is one of `pi0 synth`: random values in exactly the published
 names and shapes. At size tiny it is the preset `tiny` in float32, at full size `pi0_base` (the
 published sizes) in bfloat16, which every implementation reads into float32 without loss. There are
-{cameras} cameras, the second of them masked, and {text} valid tokens of 48. All of it is
-model-level, as for `pi0 sample`: no tokenizer, no image resizing, no normalisation.
+{cameras} cameras, the second of them masked, and {text} valid tokens of 48; what is masked holds
+noise too. All of it is model-level, as for `pi0 sample`: no tokenizer, no image resizing, no
+normalisation.
 
-**How.** The others compute in float32, ours in float32 and, at full size, in bfloat16 too. Max |Δ|
-is the largest difference of any of the 50 × 32 actions, relative L2 the norm of the difference by
-the norm of theirs, PCC Pearson's correlation in float64, σ the standard deviation of their actions.
+**How.** The others compute in float32, ours in float32 and, at full size, in bfloat16 too.
+Largest Δ is the largest absolute difference of any of the 50 × 32 actions, relative L2 the norm of
+the difference by the norm of theirs, PCC Pearson's correlation in float64, σ the standard deviation
+of their actions.
 
-**Tolerance.** In float32 max |Δ| may be {tolerances}: what is left is the order in which float32
-sums are taken, and it adds up over ten passes through 63 layers (27 vision, 18 VLM, 18 expert; at
-size tiny 6). bfloat16 rows have no tolerance: they show what rounding to bfloat16 costs.
+**Tolerance.** In float32 the largest Δ may be {tolerances}. What is left there is the order in
+which float32 sums are taken, which adds up over 63 layers (27 vision, 18 VLM, 18 expert; at size
+tiny 6) and ten steps. bfloat16 rows have no tolerance: they show what rounding to bfloat16 costs.
 
 {table}
 {skipped}
 Seconds are one call for a chunk of actions without warm-up, loading left out; GiB is the peak
-memory of the whole process, loading included. Both are of one run each and no benchmark.
-transformers drops a masked camera from the sequence; LeRobot and ours keep its place and mask it.
-LeRobot also holds both output heads, which π0 never reads.
+memory of the whole process, loading included. Both are of a single run and no benchmark.
+
+Known differences: transformers drops a masked camera from the sequence, LeRobot and ours keep its
+place and mask it. transformers computes the angles of the time embedding, up to 1571 rad, in
+float32, the other two in float64: that is most of its distance at size tiny. LeRobot holds both
+output heads, which π0 never reads: hence its memory.
 
 Machine: {machine}. PyTorch: {torch}.
 """
@@ -236,7 +243,8 @@ def main() -> None:
     default = ROOT / ".venv-lerobot" / "bin" / "python"
     parser.add_argument("--lerobot-python", type=Path, default=default, metavar="PYTHON")
     parser.add_argument("--workdir", type=Path, default=ROOT / "out" / "parity", metavar="FOLDER")
-    parser.add_argument("--full-checkpoint", type=Path, metavar="CKPT", help="instead of a new one")
+    help_full = "one that `pi0 synth` made earlier"
+    parser.add_argument("--full-checkpoint", type=Path, metavar="CKPT", help=help_full)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "parity.md", metavar="PAGE.md")
     options = parser.parse_args()
     rows: list[Row] = []

@@ -77,7 +77,9 @@ def build(task: Task) -> Any:
     places = {name: value for name, value in model.state_dict().items() if name != UNUSED}
     inner = any(".vision_tower.vision_model." in name for name in places)  # before 5.23
     fill(places, task.checkpoint, lambda name: their_names(name, inner))
-    return model.to(getattr(torch, task.dtype))
+    for parameter in model.parameters():  # not the buffers: frequencies stay float32
+        parameter.data = parameter.data.to(getattr(torch, task.dtype))
+    return model
 
 
 def their_names(name: str, inner: bool) -> tuple[str, ...]:

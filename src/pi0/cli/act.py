@@ -106,8 +106,7 @@ def act(
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.forward import print_trace
     from pi0.cli.plot import need_matplotlib, plot_chunk
-    from pi0.cli.show import byte_progress, print_json, step_progress
-    from pi0.cli.show import out as console
+    from pi0.cli.show import byte_progress, print_json, say, step_progress
     from pi0.policy import Policy
     from pi0.trace import trace
 
@@ -154,12 +153,12 @@ def act(
     print_actions(actions, result["timing"])
     for path in (out, plot):
         if path:
-            console.print(f"wrote {path}", highlight=False)
+            say(f"wrote {path}")
 
 
 def print_actions(actions: Actions, timing: dict[str, float]) -> None:
     """Prints the first rows of a chunk [H, D] and how long it took."""
-    from pi0.cli.show import out, table
+    from pi0.cli.show import say, table
 
     table(
         f"Actions {list(actions.shape)}, the first {PRINTED_ROWS}",
@@ -169,10 +168,9 @@ def print_actions(actions: Actions, timing: dict[str, float]) -> None:
             for i, row in enumerate(actions[:PRINTED_ROWS])
         ],
     )
-    out.print(
+    say(
         f"{timing['infer_ms']:.0f} ms for the actions, {timing['total_ms']:.0f} ms with images and "
-        "prompt",
-        highlight=False,
+        "prompt"
     )
 
 

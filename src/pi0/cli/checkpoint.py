@@ -38,7 +38,7 @@ def synth(
 
     from pi0.checkpoint.layouts import LAYOUTS
     from pi0.checkpoint.synth import synthesise, tensor_list
-    from pi0.cli.show import byte_progress, human_bytes, out
+    from pi0.cli.show import byte_progress, human_bytes, say
     from pi0.config import PRESETS
     from pi0.errors import ConfigError
     from pi0.model.precision import parse_dtype
@@ -55,7 +55,7 @@ def synth(
             folder, config, names, seed, torch_dtype, lambda n: progress(n * torch_dtype.itemsize)
         )
     size = human_bytes((folder / "model.safetensors").stat().st_size)
-    out.print(f"{folder}: {len(tensors)} tensors, {size}, layout {layout}", highlight=False)
+    say(f"{folder}: {len(tensors)} tensors, {size}, layout {layout}")
 
 
 def inspect(
@@ -98,11 +98,11 @@ def inspect(
 
 
 def _print_report(data: dict[str, Any]) -> None:
-    from pi0.cli.show import human_bytes, out, table
+    from pi0.cli.show import human_bytes, say, table
 
-    out.print(f"{data['path']}: {data['model']}, {data['tensors']} tensors", highlight=False)
-    out.print(f"layout {data['layout']}: {data['layout_explanation']}", highlight=False)
-    out.print(f"token embedding {data['embedding']}\n", highlight=False)
+    say(f"{data['path']}: {data['model']}, {data['tensors']} tensors")
+    say(f"layout {data['layout']}: {data['layout_explanation']}")
+    say(f"token embedding {data['embedding']}\n")
     table(
         "Modules",
         ["module", "tensors", "parameters", "bytes", "dtype"],
@@ -126,20 +126,18 @@ def _print_report(data: dict[str, Any]) -> None:
         [[field, *(str(config[tower].get(field, "")) for tower in towers)] for field in fields],
     )
     plain = {name: value for name, value in config.items() if name not in towers}
-    out.print(
+    say(
         ", ".join(
             f"{name} {value}{' (assumed)' if name in data['assumed'] else ''}"
             for name, value in plain.items()
         )
-        + "\n",
-        highlight=False,
+        + "\n"
     )
     s = data["sequence"]
-    out.print(
+    say(
         f"sequence: {s['cameras']} cameras × {s['patches_per_camera']} patches "
         f"({s['image_size']} px) + {s['text_tokens']} text = prefix {s['prefix']}, "
-        f"suffix {s['suffix']}, total {s['total']}\n",
-        highlight=False,
+        f"suffix {s['suffix']}, total {s['total']}\n"
     )
     if data["memory"]:
         table(

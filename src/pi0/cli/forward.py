@@ -103,8 +103,7 @@ def sample(
     import numpy as np
 
     from pi0.checkpoint.files import replacing
-    from pi0.cli.show import out as console
-    from pi0.cli.show import step_progress
+    from pi0.cli.show import say, step_progress
     from pi0.inputs import from_npz
 
     arrays = _read_npz(inputs)
@@ -114,12 +113,12 @@ def sample(
         actions = machine.sample(model_inputs, noise, steps, on_step).numpy()
     with replacing(out) as temporary, open(temporary, "wb") as file:
         np.savez(file, actions=actions)
-    console.print(f"{out}: actions {list(actions.shape)}, std {actions.std():.4f}", highlight=False)
+    say(f"{out}: actions {list(actions.shape)}, std {actions.std():.4f}")
 
 
 def print_trace(traced: Trace) -> None:
     """Prints the stage table and how the sequence is made up."""
-    from pi0.cli.show import human_dims, out, table
+    from pi0.cli.show import human_dims, say, table
 
     table(
         "Stages (ms since the stage before; velocity: the whole pass)",
@@ -136,10 +135,7 @@ def print_trace(traced: Trace) -> None:
         ],
         left=3,
     )
-    out.print(
-        f"sequence: prefix {traced.prefix} + suffix {traced.suffix} = {traced.total}",
-        highlight=False,
-    )
+    say(f"sequence: prefix {traced.prefix} + suffix {traced.suffix} = {traced.total}")
     table(
         "",
         ["mask slice", "shape", "visible", "used by"],
@@ -169,9 +165,9 @@ def _read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     from pi0.errors import ObservationError
 
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (ValueError, zipfile.BadZipFile, TypeError, EOFError) as error:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ObservationError(f"{path}: expected an .npz of arrays, found {error}.") from error
 
 

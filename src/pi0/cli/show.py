@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +21,9 @@ from rich.progress import (
 )
 from rich.table import Table
 
-out = Console()
+PIPED_WIDTH = 160  # of tables, where there is no terminal to fit into
+
+out = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
 err = Console(stderr=True)
 
 
@@ -53,6 +56,11 @@ def _bar(what: str, total: int, *columns: ProgressColumn) -> Iterator[Callable[[
         yield lambda done: progress.advance(task, done)
 
 
+def say(sentence: str) -> None:
+    """Prints a line as it is: not wrapped, no colours, no markup."""
+    out.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+
 def table(title: str, columns: list[str], rows: list[list[str]], left: int = 1) -> None:
     """Prints a table; the first `left` columns are aligned left, the others right."""
     grid = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
@@ -65,7 +73,7 @@ def table(title: str, columns: list[str], rows: list[list[str]], left: int = 1) 
 
 
 def print_json(value: Any) -> None:
-    """Prints plain data as JSON; NaN, which JSON cannot hold, as null."""
+    """Prints plain data as JSON."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 

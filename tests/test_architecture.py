@@ -1,0 +1,73 @@
+"""The arrows of docs/architecture.md, the public names, and the changelog."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pi0
+
+ROOT = Path(__file__).parents[1]
+SRC = ROOT / "src" / "pi0"
+
+# Who may import whom; a room may import itself.
+ARROWS = {
+    "errors": set(),
+    "config": {"errors"},
+    "inputs": {"errors", "config"},
+    "model": {"errors", "config", "inputs"},
+    "checkpoint": {"errors", "config", "model"},
+    "engines": {"errors", "config", "inputs", "model", "checkpoint"},
+    "trace": {"inputs", "model", "engines"},
+    "policy": {"errors", "inputs", "checkpoint", "engines"},
+    "cli": {"errors", "config", "inputs", "model", "checkpoint", "engines", "policy", "trace"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms of this package that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("pi0.")}
+
+
+def test_arrows_go_one_way() -> None:
+    for path in SRC.rglob("*.py"):
+        room = path.relative_to(SRC).parts[0].removesuffix(".py")
+        if room != "__init__":
+            found = imports(path) - {room}
+            assert found <= ARROWS[room], f"{path.name} imports {found - ARROWS[room]}"
+
+
+def test_engines_are_imported_on_demand() -> None:
+    assert "reference" not in (SRC / "engines" / "base.py").read_text().split("import", 1)[0]
+    script = "import sys, pi0.policy; assert 'pi0.engines.reference' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_public_names() -> None:
+    for name in pi0.__all__:
+        assert getattr(pi0, name) is not None
+    assert set(pi0._HOMES) == set(pi0.__all__) - {"__version__"}
+
+
+def test_import_is_light() -> None:
+    script = "import sys, pi0; assert not {'torch', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_files_stay_readable() -> None:
+    for path in SRC.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path
+    model = sum(len(p.read_text().splitlines()) for p in (SRC / "model").glob("*.py"))
+    assert model <= 600
+
+
+def test_changelog_has_this_version() -> None:
+    assert f"## {pi0.__version__}" in (ROOT / "CHANGELOG.md").read_text()

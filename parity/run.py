@@ -1,6 +1,6 @@
 """Runs other implementations of π0 and ours on the same numbers, and writes docs/parity.md.
 
-    python parity/run.py                  # tiny and full size: minutes, 20 GiB of memory
+    python parity/run.py                  # tiny and full: minutes, 17 GiB of memory, 7 GB of disk
     python parity/run.py --sizes tiny     # seconds
 
 One process at a time. Exits 1 if an implementation is further from ours than its tolerance.
@@ -183,7 +183,7 @@ def page(rows: list[Row], skipped: dict[str, str]) -> str:
     table = [HEADINGS, ["---"] * 3 + ["---:"] * (len(HEADINGS) - 3), *(row.cells() for row in rows)]
     runs = {run.implementation: run.torch for row in rows for run in (row.ours, row.theirs)}
     sizes = {row.size.name: row.size for row in rows}.values()
-    tolerances = ", ".join(f"{size.tolerance:.0e} ({size.name})" for size in sizes)
+    tolerances = ", ".join(f"{size.tolerance:.0e} at size {size.name}" for size in sizes)
     return TEMPLATE.format(
         version=__version__,
         cameras=CAMERAS,
@@ -217,9 +217,10 @@ Largest Δ is the largest absolute difference of any of the 50 × 32 actions, re
 the difference by the norm of theirs, PCC Pearson's correlation in float64, σ the standard deviation
 of their actions.
 
-**Tolerance.** In float32 the largest Δ may be {tolerances}. What is left there is the order in
-which float32 sums are taken, which adds up over 63 layers (27 vision, 18 VLM, 18 expert; at size
-tiny 6) and ten steps. bfloat16 rows have no tolerance: they show what rounding to bfloat16 costs.
+**Tolerance.** In float32 the largest Δ may be {tolerances}.
+What is left there is the order in which float32 sums are taken, which adds up over 63 layers (27
+vision, 18 VLM, 18 expert; at size tiny 6) and ten steps. bfloat16 rows have no tolerance: they show
+what rounding to bfloat16 costs.
 
 {table}
 {skipped}
@@ -231,7 +232,8 @@ place and mask it. transformers computes the angles of the time embedding, up to
 float32, the other two in float64: that is most of its distance at size tiny. LeRobot holds both
 output heads, which π0 never reads: hence its memory.
 
-Machine: {machine}. PyTorch: {torch}.
+Machine: {machine}.
+PyTorch: {torch}.
 """
 
 

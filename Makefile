@@ -40,7 +40,7 @@ tokenizer: .cache/gemma/tokenizer.json
 
 # Other people's π0 on the same weights; LeRobot wants Python 3.12 and a torch of its own.
 parity: .venv/test .venv-lerobot/installed
-	$(BIN)/python parity/run.py --lerobot-python .venv-lerobot/bin/python
+	$(BIN)/python parity/run.py; code=$$?; rm -rf out/parity/pi0_base; exit $$code
 
 .venv/run: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -54,9 +54,9 @@ parity: .venv/test .venv-lerobot/installed
 	@touch $@
 
 .venv-lerobot/installed:
-	python3.12 -m venv .venv-lerobot
-	.venv-lerobot/bin/pip install -q 'lerobot[pi]==0.6.1'
-	@touch $@
+	@if command -v python3.12 >/dev/null; then python3.12 -m venv .venv-lerobot \
+	  && .venv-lerobot/bin/pip install -q 'lerobot[pi]==0.6.1' && touch $@; \
+	else echo "python3.12 not found: LeRobot will be skipped"; fi
 
 clean:
 	rm -rf .venv .venv-lerobot .cache out

@@ -219,9 +219,9 @@ of their actions.
 
 **Tolerance.** In float32 the largest Δ may be {tolerances}.
 What is left there is the order in which float32 sums are taken, which adds up over 63 layers (27
-vision, 18 VLM, 18 expert; at size tiny 6) and ten steps. Planted in ours, the exact GELU in place of
-its tanh form moved the actions by 1.5e-4 (tiny) and 5.4e-5 (full), one padding token shown by 0.14
-and 7e-3: the tolerances catch both. bfloat16 rows have none: they show what rounding costs.
+vision, 18 VLM, 18 expert; at size tiny 6) and ten steps. Planted in ours, the exact GELU in place
+of its tanh form moved the actions by 1.5e-4 (tiny) and 5.4e-5 (full), one padding token shown by
+0.14 and 7e-3: the tolerances catch both. bfloat16 rows have none: they show what rounding costs.
 
 {table}
 {skipped}

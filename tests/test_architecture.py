@@ -21,8 +21,19 @@ ARROWS = {
     "checkpoint": {"errors", "config", "model"},
     "engines": {"errors", "config", "inputs", "model", "checkpoint"},
     "trace": {"inputs", "model", "engines"},
+    "verify": {"errors", "config", "inputs", "model", "engines"},
     "policy": {"errors", "inputs", "checkpoint", "engines"},
-    "cli": {"errors", "config", "inputs", "model", "checkpoint", "engines", "policy", "trace"},
+    "cli": {
+        "errors",
+        "config",
+        "inputs",
+        "model",
+        "checkpoint",
+        "engines",
+        "policy",
+        "trace",
+        "verify",
+    },
 }
 
 

@@ -284,3 +284,36 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_verify(tiny_path: Path, npz: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    words = ("verify", tiny_path, "--tokens", 16, "--steps", 2)
+    done = pi0(*words, "--layers", "--report", page)
+    assert done.returncode == 0, done.stdout
+    assert "agree: all 42 comparisons are within their limits" in done.stdout
+    html = page.read_text()
+    assert html.count("<svg") == 3
+    assert "Every stage is within its limits" in html
+    assert not any(word in html for word in (" src=", 'href="http', "@import")), (
+        "needs nothing else"
+    )
+    data = json.loads(pi0(*words, "--inputs", npz, "--mode", "isolated", "--json").stdout)
+    assert data["passed"]
+    assert len(data["rows"]) == 11 + 2 + 1
+
+
+def test_verify_fails(tiny_path: Path) -> None:
+    done = pi0("verify", tiny_path, "--steps", 1, "--min-pcc", "0.99999999")
+    assert done.returncode == 1
+    assert "FAILS first at vision_tower (all valid)" in done.stdout
+
+
+def test_verify_refuses(tiny_path: Path) -> None:
+    for words, message in (
+        (["--mode", "sideways"], "mode: expected one of chained, isolated"),
+        (["--engines", "warp", "reference"], "engine: expected one of reference"),
+        (["--engines", "reference", "reference:int3"], "dtype: expected one of float32"),
+        (["--inputs", "no.npz"], "No such file"),
+    ):
+        assert message in refused("verify", tiny_path, *words)

@@ -72,12 +72,7 @@ def act(
         str | None,
         typer.Option(help="openpi or lerobot; default: the checkpoint's.", show_default=False),
     ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Pixels the model runs at; default: the checkpoint's.", show_default=False
-        ),
-    ] = None,
+    image_size: options.ImageSize = None,
     stages: Annotated[
         bool, typer.Option("--stages", help="Print the eleven stages, too (one more pass).")
     ] = False,

@@ -60,15 +60,9 @@ def synth(
 
 def inspect(
     checkpoint: options.Checkpoint,
-    cameras: Annotated[int, typer.Option(min=1, help="Cameras, for the lengths.")] = 3,
-    image_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Pixels; default: the checkpoint's.", show_default=False),
-    ] = None,
-    tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Text tokens; default: the checkpoint's.", show_default=False),
-    ] = None,
+    cameras: options.Cameras = 3,
+    image_size: options.ImageSize = None,
+    tokens: options.Tokens = None,
     as_json: options.Json = False,
 ) -> None:
     """Say what is in a checkpoint, without loading it.

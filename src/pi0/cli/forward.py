@@ -29,19 +29,10 @@ InputsFile = Annotated[
 
 def trace(
     checkpoint: options.Checkpoint,
-    image_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Pixels; default: the checkpoint's.", show_default=False),
-    ] = None,
-    cameras: Annotated[int, typer.Option(min=1, help="Cameras of noise.")] = 2,
-    tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Text tokens; default: the checkpoint's.", show_default=False),
-    ] = None,
-    inputs: Annotated[
-        Path | None,
-        typer.Option(metavar="IN.npz", help="Inputs as for `pi0 sample`.", show_default=False),
-    ] = None,
+    image_size: options.ImageSize = None,
+    cameras: options.Cameras = 2,
+    tokens: options.Tokens = None,
+    inputs: options.Inputs = None,
     engine: options.Engine = "reference",
     device: options.Device = "cpu",
     dtype: options.Dtype = "float32",
@@ -64,8 +55,8 @@ def trace(
     from pi0.inputs import from_npz, random_inputs
     from pi0.trace import trace as run
 
-    arrays = _read_npz(inputs) if inputs else None
-    machine = _engine(checkpoint, engine, device, dtype, _side(arrays) or image_size)
+    arrays = read_npz(inputs) if inputs else None
+    machine = _engine(checkpoint, engine, device, dtype, image_side(arrays) or image_size)
     config = machine.config
     model_inputs, noise = (
         from_npz(config, arrays)
@@ -106,8 +97,8 @@ def sample(
     from pi0.cli.show import say, step_progress
     from pi0.inputs import from_npz
 
-    arrays = _read_npz(inputs)
-    machine = _engine(checkpoint, engine, device, dtype, _side(arrays))
+    arrays = read_npz(inputs)
+    machine = _engine(checkpoint, engine, device, dtype, image_side(arrays))
     model_inputs, noise = from_npz(machine.config, arrays)
     with step_progress("denoising", steps) as on_step:
         actions = machine.sample(model_inputs, noise, steps, on_step).numpy()
@@ -157,7 +148,7 @@ def _engine(path: Path, engine: str, device: str, dtype: str, image_size: int | 
         return make_engine(engine, opened, device, dtype, image_size, progress)
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     import zipfile
 
     import numpy as np
@@ -171,7 +162,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         raise ObservationError(f"{path}: expected an .npz of arrays, found {error}.") from error
 
 
-def _side(arrays: dict[str, np.ndarray[Any, Any]] | None) -> int | None:
+def image_side(arrays: dict[str, np.ndarray[Any, Any]] | None) -> int | None:
     """The image size of an inputs file; what else is wrong with it is said by `from_npz`."""
     images = (arrays or {}).get("images")
     return None if images is None or images.ndim != 5 else int(images.shape[-1])

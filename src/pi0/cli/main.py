@@ -12,6 +12,7 @@ import typer
 from pi0.cli.act import act
 from pi0.cli.checkpoint import inspect, synth
 from pi0.cli.forward import sample, trace
+from pi0.cli.verify import verify
 from pi0.errors import Pi0Error
 
 app = typer.Typer(
@@ -34,7 +35,7 @@ Every verb has examples: `pi0 act --help`. A first round:
 Tab completion: `pi0 --install-completion`.""",
 )
 
-for verb in (act, trace, sample, inspect, synth):
+for verb in (act, trace, sample, verify, inspect, synth):
     app.command()(verb)
 
 
@@ -58,7 +59,7 @@ def _options(
 def main() -> None:
     """Runs the command line.
 
-    Exit codes: 0 done, 2 bad input (one sentence on stderr), 130 Ctrl-C.
+    Exit codes: 0 done; 1 engines do not agree; 2 bad input, one sentence on stderr; 130 Ctrl-C.
     """
     try:
         app()

@@ -21,3 +21,18 @@ Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Pixels; default: the checkpoint's.", show_default=False),
+]
+Cameras = Annotated[int, typer.Option(min=1, help="Cameras.")]
+Tokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Text tokens; default: the checkpoint's.", show_default=False),
+]
+Inputs = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="IN.npz", help="Inputs and noise as for `pi0 sample`.", show_default=False
+    ),
+]

@@ -1,0 +1,143 @@
+"""`pi0 verify`: do two engines agree?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pi0.cli import options
+
+if TYPE_CHECKING:
+    from pi0.verify.report import Header
+    from pi0.verify.run import Result
+
+
+def verify(
+    checkpoint: options.Checkpoint,
+    engines: Annotated[
+        tuple[str, str],
+        typer.Option(metavar="REFERENCE CANDIDATE", help="Two of ENGINE:DTYPE."),
+    ] = ("reference:float32", "reference:bfloat16"),
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="chained: each lives with its own errors; isolated: every stage is fed with the "
+            "reference's input."
+        ),
+    ] = "chained",
+    layers: Annotated[bool, typer.Option("--layers", help="Compare every block, too.")] = False,
+    inputs: options.Inputs = None,
+    image_size: options.ImageSize = None,
+    cameras: options.Cameras = 3,
+    tokens: options.Tokens = None,
+    steps: options.Steps = 10,
+    min_pcc: Annotated[
+        float | None,
+        typer.Option(help="Ask this PCC of every stage, too.", show_default=False),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a page of HTML.", show_default=False)
+    ] = None,
+    device: options.Device = "cpu",
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Prove that two engines compute the same, stage by stage.
+
+    The same inputs and noise go through both, once with everything valid and once with a camera and
+    text masked. Exit code 1 and the first stage beyond its limits, if there is one; the limits and
+    their reasons are in docs/verify.md.
+
+    **Examples**
+
+        pi0 verify demo
+        pi0 verify pi0_base --mode isolated --layers --report report.html
+        pi0 verify demo --engines reference:float32 reference:bfloat16 \\
+            --min-pcc 0.999 --json
+    """
+    from pi0.checkpoint.files import replacing
+    from pi0.checkpoint.load import open_checkpoint
+    from pi0.cli.forward import image_side, read_npz
+    from pi0.cli.show import print_json, say, step_progress
+    from pi0.engines.base import make_engine
+    from pi0.errors import EngineError
+    from pi0.inputs import from_npz
+    from pi0.verify.report import Header, need_report, to_data, to_html
+    from pi0.verify.run import MODES, Case, default_cases
+    from pi0.verify.run import verify as run
+
+    if report:
+        need_report()
+    if mode not in MODES:
+        raise EngineError(f"mode: expected one of {', '.join(MODES)}, found {mode!r}.")
+    (a, a_dtype), (b, b_dtype) = (_parse(spec) for spec in engines)
+    arrays = read_npz(inputs) if inputs else None
+    opened = open_checkpoint(checkpoint)
+    size = image_side(arrays) or image_size or opened.config.vision.image_size
+    config = opened.config.at_image_size(size)
+    cases = (
+        [Case(str(inputs), *from_npz(config, arrays))]
+        if arrays
+        else default_cases(config, cameras, tokens or config.max_tokens, seed)
+    )
+    with step_progress("verifying", 2 * len(cases)) as on_case:
+        result = run(
+            lambda: make_engine(a, opened, device, a_dtype, size),
+            lambda: make_engine(b, opened, device, b_dtype, size),
+            cases,
+            dtype="bfloat16" if "bfloat16" in (a_dtype, b_dtype) else "float32",
+            mode=mode,
+            layers=layers,
+            steps=steps,
+            min_pcc=min_pcc,
+            on_case=on_case,
+        )
+    views, length = cases[0].inputs.image_mask.shape[1], cases[0].inputs.tokens.shape[1]
+    sizes = f"{views} cameras of {size} px, {length} text tokens, {steps} steps"
+    header = Header(str(checkpoint), *engines, mode, sizes)
+    if report:
+        with replacing(report) as temporary:
+            temporary.write_text(to_html(header, result), encoding="utf-8")
+    if as_json:
+        print_json(to_data(header, result))
+    else:
+        _print(header, result)
+        if report:
+            say(f"wrote {report}")
+    if result.first_failure:
+        raise typer.Exit(1)
+
+
+def _parse(spec: str) -> tuple[str, str]:
+    from pi0.model.precision import parse_dtype
+
+    name, _, dtype = spec.partition(":")
+    parse_dtype(dtype or "float32")
+    return name, dtype or "float32"
+
+
+def _print(header: Header, result: Result) -> None:
+    from pi0.cli.show import say, table
+
+    say(f"{header.candidate} against {header.reference}: {header.sizes}, mode {header.mode}")
+    rows = []
+    for row in result.rows:
+        c = row.comparison
+        numbers = (
+            [c.fault, "", "", ""]
+            if c.fault
+            else [f"{c.pcc:.7f}", f"{c.cosine:.7f}", f"{c.rel_l2:.1e}", f"{c.max_abs:.1e}"]
+        )
+        times = [f"{ms:.1f}" if ms else "" for ms in (row.reference_ms, row.candidate_ms)]
+        verdict = "ok" if row.passed else "FAILS"
+        rows.append([row.case, row.name, *numbers, f"{row.limit.max_rel_l2:.0e}", *times, verdict])
+    columns = ["case", "stage", "PCC", "cosine", "rel. L2", "max abs", "limit", "ms", "ms", ""]
+    table("", columns, rows, left=2)
+    failure = result.first_failure
+    if failure:
+        why = failure.comparison.fault or failure.limit.why
+        say(f"FAILS first at {failure.name} ({failure.case}); expected: {why}")
+    else:
+        say(f"agree: all {len(result.rows)} comparisons are within their limits")

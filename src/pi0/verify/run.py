@@ -1,0 +1,232 @@
+"""Runs two engines on the same inputs and noise and compares what they hand on.
+
+Modes: in `chained` each engine lives with its own errors; in `isolated` every stage (and block) of
+the candidate is fed with the reference's input, which tells where an error is born.
+
+A comparison is blind to what both engines leave out. So a camera and text are masked in one of the
+cases, and there each engine is also compared with itself on other masked content, which must not
+move its velocity at all: an engine that drops the mask fails even beside another one that does.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pi0.config import Pi0Config
+from pi0.engines.base import Engine
+from pi0.inputs import ModelInputs, random_inputs
+from pi0.model import PrefixCache
+from pi0.verify.compare import Comparison, compare
+from pi0.verify.thresholds import Threshold, threshold
+
+MODES = ("chained", "isolated")
+ACTIONS = "actions"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Named inputs and noise [B, horizon, action_dim]."""
+
+    name: str
+    inputs: ModelInputs
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """A stage, a block (`stage.block.7`), a step's velocity (`velocity.3`), the actions, or an
+    engine beside itself (`masked_content.candidate`)."""
+
+    case: str
+    name: str
+    comparison: Comparison
+    limit: Threshold
+    reference_ms: float
+    candidate_ms: float
+
+    @property
+    def passed(self) -> bool:
+        c = self.comparison
+        fits = c.pcc >= self.limit.min_pcc and c.rel_l2 <= self.limit.max_rel_l2
+        return c.fault is None and fits
+
+
+@dataclass(frozen=True)
+class Result:
+    """All rows, and the actions of both engines by case."""
+
+    mode: str
+    rows: list[Row]
+    actions: dict[str, tuple[Tensor, Tensor]]
+
+    @property
+    def first_failure(self) -> Row | None:
+        return next((row for row in self.rows if not row.passed), None)
+
+
+@dataclass
+class Recording:
+    """What one engine handed on in one case."""
+
+    tensors: dict[str, Tensor]
+    ms: dict[str, float]
+    cache: PrefixCache
+    steps: list[tuple[Tensor, Tensor]]  # x_t, velocity
+    actions: Tensor
+    masked_content: Comparison | None  # of the velocity with itself, other content being masked
+
+
+def default_cases(config: Pi0Config, cameras: int, tokens: int, seed: int = 0) -> list[Case]:
+    """Everything valid, and the last camera and the latter half of the text masked."""
+    inputs, noise = random_inputs(config, cameras, tokens, seed)
+    image_mask, token_mask = inputs.image_mask.clone(), inputs.token_mask.clone()
+    image_mask[:, -1] = cameras == 1
+    token_mask[:, math.ceil(tokens / 2) :] = False
+    masked = replace(inputs, image_mask=image_mask, token_mask=token_mask)
+    return [Case("all valid", inputs, noise), Case("masked", masked, noise)]
+
+
+def verify(
+    reference: Callable[[], Engine],
+    candidate: Callable[[], Engine],
+    cases: list[Case],
+    dtype: str,
+    mode: str = "chained",
+    layers: bool = False,
+    steps: int = 10,
+    min_pcc: float | None = None,
+    on_case: Callable[[], None] = lambda: None,
+) -> Result:
+    """Compares a candidate engine with a reference.
+
+    Args:
+        reference, candidate: make the engines; called one after the other, so that only one is in
+            memory at a time.
+        dtype: the coarser of the two dtypes, which chooses the thresholds.
+        mode: "chained" or "isolated".
+        layers: compare every block, too.
+        min_pcc: asked of every row beside its own limits.
+        on_case: called after each case of each engine.
+    """
+    feeds = _run_all(reference, cases, {}, steps, layers, on_case)
+    fed = feeds if mode == "isolated" else {}
+    runs = _run_all(candidate, cases, fed, steps, layers, on_case)
+    rows = [row for case in cases for row in _rows(case, feeds[case.name], runs[case.name], dtype)]
+    if min_pcc is not None:
+        rows = [
+            replace(row, limit=replace(row.limit, min_pcc=max(min_pcc, row.limit.min_pcc)))
+            for row in rows
+        ]
+    actions = {c.name: (feeds[c.name].actions, runs[c.name].actions) for c in cases}
+    return Result(mode, rows, actions)
+
+
+def _run_all(
+    make: Callable[[], Engine],
+    cases: list[Case],
+    feeds: Mapping[str, Recording],
+    steps: int,
+    layers: bool,
+    on_case: Callable[[], None],
+) -> dict[str, Recording]:
+    engine = make()
+    recordings = {}
+    for case in cases:
+        recordings[case.name] = record(engine, case, steps, layers, feeds.get(case.name))
+        on_case()
+    del engine
+    gc.collect()
+    return recordings
+
+
+def record(
+    engine: Engine, case: Case, steps: int, layers: bool, feed: Recording | None = None
+) -> Recording:
+    """One engine on one case; with a feed, every stage goes on with the feed's tensor."""
+    tensors: dict[str, Tensor] = {}
+    ms: dict[str, float] = {}
+    last = time.perf_counter()
+
+    def tap(name: str, value: Tensor) -> Tensor:
+        nonlocal last
+        if value.is_cuda:
+            torch.cuda.synchronize(value.device)
+        # A stage's time is that of its blocks and what comes after them.
+        ms[name] = (time.perf_counter() - last) * 1e3
+        stage = name.partition(".")[0]
+        if stage != name:
+            ms[stage + ".blocks"] = ms.get(stage + ".blocks", 0.0) + ms[name]
+        else:
+            ms[name] += ms.pop(stage + ".blocks", 0.0)
+        if layers or stage == name:
+            tensors[name] = value.detach().cpu().clone()
+        fed = feed is not None and name in feed.tensors
+        handed_on = feed.tensors[name].to(value) if feed is not None and fed else value
+        last = time.perf_counter()
+        return handed_on
+
+    state, noise = case.inputs.state, case.noise
+    cache = engine.prefill(case.inputs, tap)
+    if feed is not None:
+        cache = _like(cache, feed.cache)
+    engine.velocity(noise, torch.ones(len(noise)), state, cache, tap)
+    taken = []
+    x = noise
+    for i in range(steps):
+        t = torch.full((len(x),), 1 - i / steps)
+        if feed is not None:
+            x = feed.steps[i][0]
+        v = engine.velocity(x, t, state, cache)
+        taken.append((x, v))
+        x = x - v / steps
+    return Recording(tensors, ms, cache, taken, x, _move_masked_content(engine, case))
+
+
+def _move_masked_content(engine: Engine, case: Case) -> Comparison | None:
+    inputs = case.inputs
+    if inputs.image_mask.all() and inputs.token_mask.all():
+        return None
+    images, tokens = inputs.images.clone(), inputs.tokens.clone()
+    images[~inputs.image_mask] *= -1
+    tokens[~inputs.token_mask] = (tokens[~inputs.token_mask] + 1) % engine.config.vocab_size
+    t = torch.ones(len(case.noise))
+    before, after = (
+        engine.velocity(case.noise, t, inputs.state, engine.prefill(these))
+        for these in (inputs, replace(inputs, images=images, tokens=tokens))
+    )
+    return compare(before, after)
+
+
+def _like(own: PrefixCache, fed: PrefixCache) -> PrefixCache:
+    """The fed keys and values, of the dtype and on the device of an engine's own."""
+    layers = [
+        (k.to(own_k), v.to(own_v))
+        for (own_k, own_v), (k, v) in zip(own.layers, fed.layers, strict=True)
+    ]
+    return PrefixCache(layers, fed.valid.to(own.valid))
+
+
+def _rows(case: Case, a: Recording, b: Recording, dtype: str) -> list[Row]:
+    rows = []
+    for name in a.tensors:
+        stage = name.partition(".")[0]
+        x, y = a.tensors[name], b.tensors[name]
+        limit = threshold(stage, dtype)
+        rows.append(Row(case.name, name, compare(x, y), limit, a.ms[name], b.ms[name]))
+    for i, ((_, x), (_, y)) in enumerate(zip(a.steps, b.steps, strict=True)):
+        limit = threshold("velocity", dtype)
+        rows.append(Row(case.name, f"velocity.{i}", compare(x, y), limit, 0.0, 0.0))
+    for engine, recording in (("reference", a), ("candidate", b)):
+        if recording.masked_content:
+            name, exact = f"masked_content.{engine}", threshold("masked_content", dtype)
+            rows.append(Row(case.name, name, recording.masked_content, exact, 0.0, 0.0))
+    limit = threshold(ACTIONS, dtype)
+    rows.append(Row(case.name, ACTIONS, compare(a.actions, b.actions), limit, 0.0, 0.0))
+    return rows

@@ -1,0 +1,44 @@
+"""How far a stage may be from the reference, and why.
+
+Limits are on the relative L2 error, which sees scale and offset, and on PCC, which people quote.
+They depend on the coarser of the two dtypes. Measured on synthetic checkpoints, full size and
+small; a limit is a few times what was measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The least PCC and the largest relative L2 error, and the reason."""
+
+    min_pcc: float
+    max_rel_l2: float
+    why: str
+
+
+EXACT = Threshold(0.999999, 0.0, "no arithmetic: a mask is the same or it is wrong")
+UNSEEN = Threshold(0.999999, 0.0, "what is masked has weight 0 and moves nothing, not even a bit")
+THRESHOLDS: dict[str, dict[str, Threshold]] = {
+    "float32": {
+        "*": Threshold(0.999999, 2e-5, "only the order of sums differs: 1e-6 through a tower"),
+        "sequence": EXACT,
+        "masked_content": UNSEEN,
+    },
+    "bfloat16": {
+        "*": Threshold(0.999, 0.03, "8 bits, rounded at every matrix through a tower"),
+        "token_embedding": Threshold(0.9999, 0.006, "one rounded product"),
+        "projector": Threshold(0.999, 0.03, "one matrix after the tower's rounding"),
+        "suffix": Threshold(0.9999, 0.006, "computed in float32, rounded once at the end"),
+        "sequence": EXACT,
+        "masked_content": UNSEEN,
+    },
+}
+
+
+def threshold(stage: str, dtype: str) -> Threshold:
+    """The limits of a stage, or of a block by its stage."""
+    table = THRESHOLDS[dtype]
+    return table.get(stage, table["*"])

@@ -1,0 +1,214 @@
+"""Verify must blame the right stage for every planted bug, and nothing where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import Tensor
+from torch.nn import functional
+
+from pi0.checkpoint.load import Checkpoint, open_checkpoint
+from pi0.engines.reference import ReferenceEngine
+from pi0.model.gemma import RMSNorm
+from pi0.verify.compare import compare
+from pi0.verify.run import Result, default_cases, verify
+
+Plant = Callable[[ReferenceEngine], None]
+
+
+def unscaled_text(engine: ReferenceEngine) -> None:
+    engine.model.token_embedding.weight /= engine.config.vlm.width**0.5
+
+
+def forgotten_one_plus_w(engine: ReferenceEngine) -> None:
+    for module in engine.model.vlm.modules():
+        if isinstance(module, RMSNorm):
+            module.weight -= 1
+
+
+def rope_restarted(engine: ReferenceEngine) -> None:
+    original = engine.model.join_sequence
+
+    def join(valid: Tensor, tap: Any) -> tuple[Tensor, Tensor]:
+        mask, positions = original(valid, tap)
+        n = valid.shape[1]
+        positions[:, n:] -= positions[:, n : n + 1].clone()
+        return mask, positions
+
+    engine.model.join_sequence = join
+
+
+def mask_cut_in_both_dimensions(engine: ReferenceEngine) -> None:
+    """The expert sees suffix→suffix only."""
+    original = engine.model.join_sequence
+
+    def join(valid: Tensor, tap: Any) -> tuple[Tensor, Tensor]:
+        mask, positions = original(valid, tap)
+        mask = mask.clone()
+        mask[:, :, : valid.shape[1]] = False
+        return mask, positions
+
+    engine.model.join_sequence = join
+
+
+def erf_gelu(engine: ReferenceEngine) -> None:
+    """The exact form, everywhere, while this engine runs."""
+    original = functional.gelu
+    for name in ("prefill", "velocity"):
+        method = getattr(engine, name)
+
+        def run(*args: Any, method: Any = method) -> Any:
+            functional.gelu = lambda x, approximate: original(x)
+            try:
+                return method(*args)
+            finally:
+                functional.gelu = original
+
+        setattr(engine, name, run)
+
+
+def scaled_image_features(engine: ReferenceEngine) -> None:
+    engine.model.projector.weight *= engine.config.vlm.width**-0.5
+
+
+def padding_counted(engine: ReferenceEngine) -> None:
+    """Sees masked cameras and padded text: only the masked case can show it."""
+    original = engine.model.embed_prefix
+
+    def embed(inputs: Any, tap: Any) -> tuple[Tensor, Tensor]:
+        prefix, valid = original(inputs, tap)
+        return prefix, torch.ones_like(valid)
+
+    engine.model.embed_prefix = embed
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_path: Path) -> Checkpoint:
+    return open_checkpoint(tiny_path)
+
+
+def run(
+    checkpoint: Checkpoint,
+    plant: Plant | None = None,
+    reference_plant: Plant | None = None,
+    **options: Any,
+) -> Result:
+    def make(plant: Plant | None, dtype: str) -> ReferenceEngine:
+        engine = ReferenceEngine(checkpoint, dtype=dtype)
+        if plant:
+            with torch.no_grad():
+                plant(engine)
+        return engine
+
+    cases = default_cases(checkpoint.config, cameras=3, tokens=16)
+    options = {"dtype": "float32", "mode": "isolated", "steps": 2, **options}
+    return verify(
+        lambda: make(reference_plant, "float32"),
+        lambda: make(plant, options["dtype"]),
+        cases,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("mode", ["chained", "isolated"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_bug(checkpoint: Checkpoint, mode: str, dtype: str) -> None:
+    result = run(checkpoint, mode=mode, dtype=dtype, layers=True)
+    assert result.first_failure is None
+    names = [row.name for row in result.rows if row.case == "masked"]
+    assert len(names) == 11 + 6 + 2 + 2 + 1
+    exact = {row.comparison.rel_l2 == 0 for row in result.rows}
+    assert exact == ({True} if dtype == "float32" else {True, False})
+
+
+@pytest.mark.parametrize(
+    ("plant", "case", "stage"),
+    [
+        (unscaled_text, "all valid", "token_embedding"),
+        (scaled_image_features, "all valid", "projector"),
+        (erf_gelu, "all valid", "vision_tower"),
+        (forgotten_one_plus_w, "all valid", "vlm_transformer"),
+        (rope_restarted, "all valid", "expert_transformer"),
+        (mask_cut_in_both_dimensions, "all valid", "expert_transformer"),
+        (padding_counted, "masked", "vlm_transformer"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["chained", "isolated"])
+def test_planted_bug(
+    checkpoint: Checkpoint, plant: Plant, case: str, stage: str, mode: str
+) -> None:
+    failure = run(checkpoint, plant, mode=mode).first_failure
+    assert failure is not None
+    assert (failure.case, failure.name) == (case, stage)
+
+
+def test_bug_in_both_engines(checkpoint: Checkpoint) -> None:
+    """Both drop the prefix mask: no comparison between them can see it."""
+    result = run(checkpoint, padding_counted, padding_counted)
+    failed = [row.name for row in result.rows if not row.passed]
+    assert failed == ["masked_content.reference", "masked_content.candidate"]
+    assert all(row.comparison.rel_l2 == 0 for row in result.rows if row.name not in failed)
+
+
+def test_isolated_blames_one_stage_only(checkpoint: Checkpoint) -> None:
+    """Chained, everything after the bug differs; isolated, only where it was born."""
+    failed = {
+        mode: {
+            row.name
+            for row in run(checkpoint, unscaled_text, mode=mode).rows
+            if not row.passed and "velocity." not in row.name and row.name != "actions"
+        }
+        for mode in ("chained", "isolated")
+    }
+    assert failed["isolated"] == {"token_embedding"}
+    assert failed["chained"] > {"token_embedding", "prefix", "vlm_transformer", "velocity"}
+
+
+def test_layers_blame_the_block(checkpoint: Checkpoint) -> None:
+    def plant(engine: ReferenceEngine) -> None:
+        engine.model.expert.blocks[1].o_proj.weight *= 1.01
+
+    failed = [row.name for row in run(checkpoint, plant, layers=True).rows if not row.passed]
+    assert failed[0] == "expert_transformer.block.1"
+
+
+finite = st.floats(-1e3, 1e3)
+
+
+@given(arrays("float64", 20, elements=finite, unique=True))
+def test_a_tensor_agrees_with_itself(x) -> None:
+    got = compare(torch.tensor(x), torch.tensor(x))
+    assert got.pcc == pytest.approx(1, abs=1e-12)
+    assert (got.rel_l2, got.max_abs, got.fault) == (0, 0, None)
+
+
+def test_comparison_by_hand() -> None:
+    got = compare(torch.tensor([0.0, 3.0, 4.0]), torch.tensor([0.0, 6.0, 8.0]))
+    assert got.pcc == pytest.approx(1), "blind to scale"
+    assert got.cosine == pytest.approx(1)
+    assert got.rel_l2 == pytest.approx(1), "which is why it never stands alone"
+    assert got.max_abs == 4
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "fault"),
+    [
+        ([1.0, 1.0], [1.0, 2.0], "reference is constant (1)"),
+        ([1.0, 2.0], [3.0, 3.0], "candidate is constant (3)"),
+        ([1.0, 2.0], [1.0, float("nan")], "candidate has 1 NaN"),
+        ([1.0, float("inf")], [1.0, 2.0], "reference has 1 NaN or infinite"),
+        ([1.0, 2.0], [1.0, 2.0, 3.0], "shape [3] instead of [2]"),
+    ],
+)
+def test_faults(a: list[float], b: list[float], fault: str) -> None:
+    got = compare(torch.tensor(a), torch.tensor(b))
+    assert got.fault is not None
+    assert fault in got.fault
+    assert got.pcc != got.pcc, "no number to be mistaken for a result"

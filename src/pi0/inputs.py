@@ -42,7 +42,7 @@ class ModelInputs:
         Raises:
             ObservationError: a shape, dtype or value that the model cannot read.
         """
-        t = {name: torch.as_tensor(value) for name, value in arrays.items()}
+        t = {name: to_tensor(name, value) for name, value in arrays.items()}
         size = config.vision.image_size
         batch, views, length = _leading(t)
         _expect("images", t["images"], (batch, views, 3, size, size), torch.float32)
@@ -123,7 +123,8 @@ def from_npz(config: Pi0Config, arrays: Mapping[str, np.ndarray]) -> tuple[Model
     inputs = ModelInputs.checked(
         config, **{ours: arrays[theirs] for theirs, ours in NPZ_NAMES.items()}
     )
-    return inputs, check_noise(config, inputs.batch_size, torch.as_tensor(arrays["noise"]))
+    noise = to_tensor("noise", arrays["noise"])
+    return inputs, check_noise(config, inputs.batch_size, noise)
 
 
 def check_noise(config: Pi0Config, batch: int, noise: Tensor) -> Tensor:
@@ -135,6 +136,14 @@ def check_noise(config: Pi0Config, batch: int, noise: Tensor) -> Tensor:
     _expect("noise", noise, (batch, config.horizon, config.action_dim), torch.float32)
     expect_finite("noise", noise)
     return noise
+
+
+def to_tensor(name: str, value: np.ndarray | Tensor) -> Tensor:
+    """Raises ObservationError if the value is no array of numbers."""
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ObservationError(f"{name}: expected an array of numbers, found {error}.") from error
 
 
 def expect_finite(name: str, value: Tensor) -> None:

@@ -84,6 +84,8 @@ def test_small_model_without_heads() -> None:
         ({"type": "act"}, "expected one of pi0, pi05, found 'act'"),
         ({"chunk_size": 50, "action_horizon": 10}, "one value for horizon, found 10 and 50"),
         ({"chunk_size": "50"}, "chunk_size: expected a count, found '50'"),
+        ({"type": ["pi0"]}, "expected one of pi0, pi05"),
+        ({"paligemma_variant": [1]}, "expected one of gemma_2b"),
         ({"vlm": {"num_heads": 4}}, "2048 query and 256 key rows"),
         ({"expert": {"num_heads": 4}}, "expert num_heads: expected 8 as in the VLM"),
     ],

@@ -169,6 +169,8 @@ def test_act_for_a_robot(tiny_path: Path, image: Path, tmp_path: Path) -> None:
 
 
 def test_act_refuses(tiny_path: Path, image: Path, tmp_path: Path) -> None:
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(deep)
     for words, message in (
         (["--image", f"top={image}"], "camera top: expected one of base, wrist, right_wrist"),
         (["--image", "base"], "--image: expected CAMERA=FILE, found 'base'"),
@@ -176,6 +178,12 @@ def test_act_refuses(tiny_path: Path, image: Path, tmp_path: Path) -> None:
         (["--image", f"wrist={tiny_path}/config.json"], "expected a picture"),
         (["--state", "0,x"], "--state: expected numbers"),
         (["--state", "no.npy"], "--state: expected numbers"),
+        (["--state", ""], "--state: expected numbers"),
+        (["--image", f"base_0_rgb={image}"], "expected one picture for images/base, found two"),
+        (["--image", f"wrist={deep}"], "expected a picture of 8 bits a channel"),
+        (["--out", tmp_path], "expected the name of a file to write, found a folder"),
+        (["--seed", "-1"], "Usage: pi0 act"),
+        (["--seed", str(2**70)], "Usage: pi0 act"),
         (["--state", "nan"], "state: expected finite values"),
         (["--robot", "r2d2"], "robot: expected one of generic"),
         (["--prompt", "x" * 60], "prompt: expected at most 48 tokens, found 62"),
@@ -218,6 +226,7 @@ def test_bad_inputs_file(tiny_path: Path, npz: Path, tmp_path: Path) -> None:
         ("images", arrays["images"] * 255, "images: expected pixels in [-1, 1]"),
         ("images", arrays["images"] * np.nan, "images: expected finite values"),
         ("images", arrays["images"][0], "images: expected 5 dimensions"),
+        ("tokens", np.array("x"), "tokens: expected an array of numbers"),
         ("noise", arrays["noise"][:, :10], "noise: expected float32 [1, 50, 32]"),
         ("img_masks", arrays["img_masks"].astype(np.float32), "image_mask: expected bool"),
     ):
@@ -227,6 +236,8 @@ def test_bad_inputs_file(tiny_path: Path, npz: Path, tmp_path: Path) -> None:
     assert "expected an .npz of arrays" in sample(bad)
     assert "No such file" in sample(tmp_path / "no.npz")
     assert not (tmp_path / "out.npz").exists()
+    out = tmp_path
+    assert "found a folder" in refused("sample", tiny_path, "--inputs", npz, "--out", out)
 
 
 def test_synth_refuses(tiny_path: Path, tmp_path: Path) -> None:
@@ -317,3 +328,27 @@ def test_verify_refuses(tiny_path: Path) -> None:
         (["--inputs", "no.npz"], "No such file"),
     ):
         assert message in refused("verify", tiny_path, *words)
+
+
+def test_damaged_weights(tiny_path: Path, image: Path, tmp_path: Path) -> None:
+    """NaN in the weights: an error of act, a null in what trace prints."""
+    folder = shutil.copytree(tiny_path, tmp_path / "ckpt")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["action_out_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    assert "actions: expected finite values" in refused(*act(folder, image))
+    stages = json.loads(pi0("trace", folder, "--json").stdout)["stages"]
+    assert [row["stage"] for row in stages if row["mean"] is None] == [
+        "action_projection",
+        "velocity",
+    ]
+
+
+def test_warnings_are_sentences(tiny_path: Path, image: Path, recwarn) -> None:
+    done = pi0(*act(tiny_path, image, "--state", "1000"))
+    assert done.returncode == 0
+    assert "state[0] = 1000 is 1000 standard deviations" in done.stderr
+
+
+def test_too_little_memory(tiny_path: Path) -> None:
+    assert "memory: expected enough" in refused("trace", tiny_path, "--image-size", 10**6)

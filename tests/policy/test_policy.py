@@ -108,7 +108,8 @@ def test_absent_camera_is_left_out() -> None:
             "finite values, found nan at index 0",
         ),
         ("generic", {"state": np.array([0, np.inf])}, "finite values, found inf at index 1"),
-        ("generic", {"state": np.zeros(15)}, r"expected at most 14 values .* found shape \[15\]"),
+        ("generic", {"state": np.zeros(15)}, r"expected 1 to 14 values .* found shape \[15\]"),
+        ("generic", {"state": np.zeros(0)}, r"expected 1 to 14 values .* found shape \[0\]"),
         ("generic", {"state": np.zeros((2, 2))}, r"found shape \[2, 2\]"),
         ("generic", {"prompt": ""}, "prompt: expected a sentence"),
         ("generic", {"prompt": None}, "prompt: expected a sentence"),
@@ -205,3 +206,10 @@ def test_statistics_narrower_than_the_robot(tiny_path: Path, tmp_path: Path) -> 
     made = Policy.from_checkpoint(tiny_path, norm_stats=path, robot="libero")
     with pytest.raises(ObservationError, match="at most 7 values, .* found 8"):
         made.infer(observation("libero"))
+
+
+def test_nan_is_never_an_action() -> None:
+    answer = ANSWER.clone()
+    answer[0, 3, 4] = float("nan")
+    with pytest.raises(EngineError, match="actions: expected finite values, found NaN"):
+        policy(ROBOTS["generic"], answer).infer(observation("generic"))

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pi0.errors import CheckpointError
+from pi0.errors import CheckpointError, Pi0Error
 
 SLAB_BYTES = 64 << 20
 # Of safetensors' dtypes; the model reads only those in TORCH_DTYPES.
@@ -152,7 +152,12 @@ def write(
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place if the block succeeds."""
+    """A temporary name beside `path` that takes its place if the block succeeds.
+
+    Raises:
+        Pi0Error: the path is a folder.
+    """
+    need_file_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -160,6 +165,13 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def need_file_name(*paths: Path | None) -> None:
+    """Raises Pi0Error if something to be written is a folder: before the work, not after it."""
+    for path in paths:
+        if path is not None and (path.is_dir() or not path.name):
+            raise Pi0Error(f"{path}: expected the name of a file to write, found a folder.")
 
 
 def read_json(path: Path) -> dict[str, object]:

@@ -192,7 +192,7 @@ def _read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         variant = settings.get(key)
         if variant is None:
             continue
-        if variant not in VARIANTS:
+        if not isinstance(variant, str) or variant not in VARIANTS:
             raise ConfigError(
                 f"config.json {key}: expected one of {', '.join(VARIANTS)}, found {variant!r}."
             )
@@ -200,7 +200,7 @@ def _read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             tell(f"{trunk}.{name}", value, key)
     for key in ("type", "model_type"):
         if key in settings:
-            if settings[key] not in MODEL_TYPES:
+            if not isinstance(settings[key], str) or settings[key] not in MODEL_TYPES:
                 raise ConfigError(
                     f"config.json {key}: expected one of {', '.join(MODEL_TYPES)}, found "
                     f"{settings[key]!r}."

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PRINTED_ROWS = 5
 PRINTED_COLUMNS = 8
+EIGHT_BIT_MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr")  # others PIL would clip
 
 
 def act(
@@ -97,7 +98,7 @@ def act(
     import numpy as np
     import torch
 
-    from pi0.checkpoint.files import replacing
+    from pi0.checkpoint.files import need_file_name, replacing
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.forward import print_trace
     from pi0.cli.plot import need_matplotlib, plot_chunk
@@ -105,9 +106,10 @@ def act(
     from pi0.policy import Policy
     from pi0.trace import trace
 
+    need_file_name(out, plot)
     if plot:
         need_matplotlib()
-    given = [_split(option) for option in image]
+    given = _split(image)
     values = _read_state(state)
     opened = open_checkpoint(checkpoint)
     with byte_progress("loading", opened.read_bytes) as progress:
@@ -126,7 +128,7 @@ def act(
             seed=seed,
             progress=progress,
         )
-    images = {_camera_key(policy.robot, name): _read_image(name, path) for name, path in given}
+    images = _read_images(policy.robot, given)
     observation = policy.robot.observation(images, values, prompt)
     with step_progress("denoising", steps) as on_step:
         result = policy.infer(observation, on_step=on_step)
@@ -169,13 +171,29 @@ def print_actions(actions: Actions, timing: dict[str, float]) -> None:
     )
 
 
-def _split(option: str) -> tuple[str, Path]:
+def _split(options: list[str]) -> list[tuple[str, Path]]:
     from pi0.errors import ObservationError
 
-    name, _, path = option.partition("=")
-    if not name or not path:
-        raise ObservationError(f"--image: expected CAMERA=FILE, found {option!r}.")
-    return name, Path(path)
+    pairs = [option.partition("=") for option in options]
+    for name, equals, path in pairs:
+        if not name or not path:
+            raise ObservationError(
+                f"--image: expected CAMERA=FILE, found {name + equals + path!r}."
+            )
+    return [(name, Path(path)) for name, _, path in pairs]
+
+
+def _read_images(robot: Robot, given: list[tuple[str, Path]]) -> dict[str, Any]:
+    """The pictures by the robot's camera keys."""
+    from pi0.errors import ObservationError
+
+    images: dict[str, Any] = {}
+    for name, path in given:
+        key = _camera_key(robot, name)
+        if key in images:
+            raise ObservationError(f"camera {name}: expected one picture for {key}, found two.")
+        images[key] = _read_image(name, path)
+    return images
 
 
 def _camera_key(robot: Robot, name: str) -> str:
@@ -198,6 +216,11 @@ def _read_image(name: str, path: Path) -> Any:
 
     try:
         with Image.open(path) as image:
+            if image.mode not in EIGHT_BIT_MODES:
+                raise ObservationError(
+                    f"image {name}: expected a picture of 8 bits a channel in {path}, found mode "
+                    f"{image.mode}."
+                )
             return np.asarray(image.convert("RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         reason = "no such file" if not path.exists() else str(error)
@@ -214,7 +237,10 @@ def _read_state(text: str) -> NDArray[np.float64]:
     try:
         if text.endswith(".npy"):
             return np.asarray(np.load(text, allow_pickle=False), np.float64)
-        return np.array([float(word) for word in text.replace(",", " ").split()])
+        words = text.replace(",", " ").split()
+        if not words:
+            raise ValueError("no number")
+        return np.array([float(word) for word in words])
     except (ValueError, FileNotFoundError) as error:
         raise ObservationError(
             f'--state: expected numbers as in "0.1,0.2" or a .npy file, found {text!r} ({error}).'

@@ -21,7 +21,7 @@ def synth(
         str, typer.Option(help="Whose names: openpi, lerobot, legacy or transformers.")
     ] = "openpi",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights.")] = 0,
 ) -> None:
     """Write a random checkpoint in exactly the real format.
 

@@ -93,10 +93,11 @@ def sample(
     """
     import numpy as np
 
-    from pi0.checkpoint.files import replacing
+    from pi0.checkpoint.files import need_file_name, replacing
     from pi0.cli.show import say, step_progress
     from pi0.inputs import from_npz
 
+    need_file_name(out)
     arrays = read_npz(inputs)
     machine = _engine(checkpoint, engine, device, dtype, image_side(arrays))
     model_inputs, noise = from_npz(machine.config, arrays)

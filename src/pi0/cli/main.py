@@ -6,6 +6,8 @@ Heavy imports are inside the verbs, so that `pi0 --help` costs milliseconds.
 from __future__ import annotations
 
 import sys
+import warnings
+from typing import TextIO
 
 import typer
 
@@ -61,12 +63,32 @@ def main() -> None:
 
     Exit codes: 0 done; 1 engines do not agree; 2 bad input, one sentence on stderr; 130 Ctrl-C.
     """
-    try:
-        app()
-    except Pi0Error as error:
-        _fail(str(error))
-    except OSError as error:  # no such file, no permission, disk full
-        _fail(f"{error.filename or 'writing'}: {error.strerror or error}.")
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        try:
+            app()
+        except Pi0Error as error:
+            _fail(str(error))
+        except OSError as error:  # no such file, no permission, disk full
+            _fail(f"{error.filename or 'writing'}: {error.strerror or error}.")
+        except RuntimeError as error:
+            if "allocate" not in str(error) and "out of memory" not in str(error):
+                raise
+            _fail(
+                "memory: expected enough for this model and these inputs, found too little; see "
+                "`pi0 inspect`. Use --dtype bfloat16, fewer cameras or smaller images."
+            )
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print(f"pi0: warning: {message}", file=sys.stderr)
 
 
 def _fail(sentence: str) -> None:

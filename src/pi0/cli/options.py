@@ -19,7 +19,7 @@ Engine = Annotated[str, typer.Option(help="Engine that computes: reference.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
-Seed = Annotated[int, typer.Option(help="Seed of the noise.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 ImageSize = Annotated[
     int | None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -73,8 +74,16 @@ def table(title: str, columns: list[str], rows: list[list[str]], left: int = 1) 
 
 
 def print_json(value: Any) -> None:
-    """Prints plain data as JSON."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """Prints plain data as JSON; NaN and infinities, which JSON does not have, as null."""
+    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def human_bytes(count: int) -> str:

@@ -57,7 +57,7 @@ def verify(
         pi0 verify demo --engines reference:float32 reference:bfloat16 \\
             --min-pcc 0.999 --json
     """
-    from pi0.checkpoint.files import replacing
+    from pi0.checkpoint.files import need_file_name, replacing
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.forward import image_side, read_npz
     from pi0.cli.show import print_json, say, step_progress
@@ -68,6 +68,7 @@ def verify(
     from pi0.verify.run import MODES, Case, default_cases
     from pi0.verify.run import verify as run
 
+    need_file_name(report)
     if report:
         need_report()
     if mode not in MODES:

@@ -9,6 +9,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint
@@ -47,7 +48,11 @@ class Engine(ABC):
         steps: int = 10,
         on_step: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """Actions [B, horizon, action_dim] from noise of that shape."""
+        """Actions [B, horizon, action_dim] from noise of that shape.
+
+        Raises:
+            EngineError: the result is not finite.
+        """
         cache = self.prefill(inputs)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
@@ -55,7 +60,13 @@ class Engine(ABC):
             on_step()
             return v
 
-        return integrate(velocity, noise, steps)
+        actions = integrate(velocity, noise, steps)
+        if not torch.isfinite(actions).all():
+            raise EngineError(
+                "actions: expected finite values, found NaN or infinite ones. The weights or "
+                "statistics are damaged: `pi0 trace` shows at which stage."
+            )
+        return actions
 
 
 def make_engine(

@@ -23,7 +23,7 @@ from torch import Tensor
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
 from pi0.engines.base import Engine, make_engine
 from pi0.errors import ObservationError, Pi0Error
-from pi0.inputs import ModelInputs, check_noise
+from pi0.inputs import ModelInputs, check_noise, to_tensor
 from pi0.policy import images, lerobot
 from pi0.policy.normalize import (
     Normalizer,
@@ -152,7 +152,7 @@ class Policy:
         if noise is None:
             x = torch.randn(1, config.horizon, config.action_dim, generator=self._generator)
         else:
-            x = check_noise(config, 1, torch.as_tensor(noise)[None])
+            x = check_noise(config, 1, to_tensor("noise", noise)[None])
         ready = time.perf_counter()
         sampled = self.engine.sample(inputs, x, self.steps, on_step)
         done = time.perf_counter()
@@ -212,10 +212,10 @@ class Policy:
                 )
             part = np.atleast_1d(np.asarray(value, np.float64))
             expected = self.state_stats.width if length is None else length
-            fits = part.shape == (length,) if length else part.ndim == 1 and len(part) <= expected
-            if not fits:
+            fits = len(part) == length if length else 1 <= len(part) <= expected
+            if part.ndim != 1 or not fits:
                 raise ObservationError(
-                    f"{key}: expected {'' if length else 'at most '}{expected} values for robot "
+                    f"{key}: expected {'' if length else '1 to '}{expected} values for robot "
                     f"{self.robot.name}, found shape {list(part.shape)}."
                 )
             if not np.isfinite(part).all():

@@ -32,7 +32,7 @@ class Header:
 
 
 def to_data(header: Header, result: Result) -> dict[str, Any]:
-    """Everything but the actions, ready for JSON; a number that is none is None."""
+    """Everything but the actions, as plain data."""
     failure = result.first_failure
     return {
         **asdict(header),
@@ -42,7 +42,7 @@ def to_data(header: Header, result: Result) -> dict[str, Any]:
             {
                 "case": row.case,
                 "stage": row.name,
-                **{k: v if v == v else None for k, v in asdict(row.comparison).items()},
+                **asdict(row.comparison),
                 "min_pcc": row.limit.min_pcc,
                 "max_rel_l2": row.limit.max_rel_l2,
                 "why": row.limit.why,

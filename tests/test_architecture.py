@@ -57,7 +57,6 @@ def test_arrows_go_one_way() -> None:
 
 
 def test_engines_are_imported_on_demand() -> None:
-    assert "reference" not in (SRC / "engines" / "base.py").read_text().split("import", 1)[0]
     script = "import sys, pi0.policy; assert 'pi0.engines.reference' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
 

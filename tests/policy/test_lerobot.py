@@ -122,3 +122,35 @@ def test_statistics_for_one_key_only(folder: Path) -> None:
     save_file({"action.mean": torch.ones(5)}, folder / STATE_FILE)
     with pytest.raises(Pi0Error, match="statistics of state: expected mean and std"):
         Policy.from_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output_features": {}}, "expected the feature action with a shape"),
+        ({"output_features": None}, "expected the feature action with a shape"),
+        ({"input_features": []}, "expected the feature observation.state"),
+        (
+            {"input_features": {"observation.state": {"shape": [6]}}},
+            "expected input_features with cameras",
+        ),
+        (
+            {"input_features": {"observation.state": {"shape": [6, 1]}}},
+            "expected the feature observation.state",
+        ),
+    ],
+)
+def test_odd_features(folder: Path, change: dict, message: str) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    write(folder / "config.json", config | change)
+    with pytest.raises(Pi0Error, match=message):
+        Policy.from_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "steps", [[], ["normalizer_processor"], [{"registry_name": "normalizer_processor"}], None]
+)
+def test_odd_processors(folder: Path, steps: object) -> None:
+    write(folder / PRE, {"steps": steps})
+    with pytest.raises(Pi0Error, match="policy_preprocessor.json: expected"):
+        Policy.from_checkpoint(folder)

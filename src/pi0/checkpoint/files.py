@@ -13,9 +13,10 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -186,6 +187,13 @@ def read_json(path: Path) -> dict[str, object]:
         raise CheckpointError(f"{path}: expected JSON, found {error}.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found a {type(value).__name__}.")
+    return value
+
+
+def dig(value: Any, path: str) -> Any:
+    """The value at "a.b.c" inside nested JSON objects; None where there is no such place."""
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
     return value
 
 

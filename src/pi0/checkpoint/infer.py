@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pi0.checkpoint.files import dig
 from pi0.config import GEMMA_2B, GEMMA_300M, SO400M, GemmaConfig, Pi0Config, SiglipConfig
 from pi0.errors import CheckpointError, ConfigError
 
@@ -182,7 +183,7 @@ def _read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     for name, paths in CONFIG_JSON.items():
         for path in paths:
-            value = _dig(settings, path)
+            value = dig(settings, path)
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -209,13 +210,6 @@ def _read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(settings.get("pi05"), bool):
         tell("adaptive_norm", settings["pi05"], "pi05")
     return said
-
-
-def _dig(settings: Mapping[str, Any], path: str) -> Any:
-    value: Any = settings
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
 
 
 def _shape(shapes: Shapes, template: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pi0.checkpoint.files import read_headers, read_json, stream
+from pi0.checkpoint.files import dig, read_headers, read_json, stream
 from pi0.errors import Pi0Error
 from pi0.policy.normalize import Normalizer, identity, make_normalizer
 from pi0.policy.robots import Camera, Robot
@@ -52,36 +52,54 @@ def read_robot(folder: Path) -> Robot:
     Raises:
         Pi0Error: config.json names no cameras, or relative actions whose joints have no names.
     """
-    features = read_json(folder / "config.json")
-    inputs, outputs = features.get("input_features"), features.get("output_features")
-    if not isinstance(inputs, Mapping) or not isinstance(outputs, Mapping):
+    path = folder / "config.json"
+    config = read_json(path)
+    inputs = dig(config, "input_features")
+    cameras = [
+        key
+        for key in (inputs if isinstance(inputs, Mapping) else ())
+        if key.startswith(CAMERA_PREFIX) and "empty_camera" not in key
+    ]
+    state_dim = _width(path, inputs, "observation.state")
+    action_dim = _width(path, dig(config, "output_features"), "action")
+    if not cameras:
         raise Pi0Error(
-            f"{folder / 'config.json'}: expected input_features and output_features as LeRobot "
-            "writes them, found none. Name the robot with --robot."
+            f"{path}: expected input_features with cameras ({CAMERA_PREFIX}…), found none. Name "
+            "the robot with --robot."
         )
-    cameras = [key for key in inputs if key.startswith(CAMERA_PREFIX) and "empty_camera" not in key]
-    action_dim = int(outputs["action"]["shape"][0])
     return Robot(
         name="lerobot",
         # As in LeRobot, one camera at least must be there, the others may be absent.
         cameras=tuple(Camera(k, (k.removeprefix(CAMERA_PREFIX),), required=False) for k in cameras),
-        state=(("observation.state", int(inputs["observation.state"]["shape"][0])),),
+        state=(("observation.state", state_dim),),
         action_dim=action_dim,
         delta=_relative_actions(folder, action_dim),
     )
 
 
+def _width(path: Path, features: Any, key: str) -> int:
+    """The length of a vector feature. Keys hold dots, so this is no `dig`."""
+    feature = features.get(key) if isinstance(features, Mapping) else None
+    shape = dig(feature, "shape")
+    if not isinstance(shape, list) or len(shape) != 1 or not isinstance(shape[0], int):
+        raise Pi0Error(
+            f"{path}: expected the feature {key} with a shape [D] as LeRobot writes it, found "
+            f"{feature}. Name the robot with --robot."
+        )
+    return shape[0]
+
+
 def _relative_actions(folder: Path, action_dim: int) -> tuple[int, ...]:
     step = _step(folder, PREPROCESSOR, "relative_actions_processor")
-    if step is None or not step.get("config", {}).get("enabled"):
+    if not dig(step, "config.enabled"):
         return ()
-    names = step["config"].get("action_names")
-    if not names or len(names) != action_dim:
+    names = dig(step, "config.action_names")
+    if not isinstance(names, list) or len(names) != action_dim:
         raise Pi0Error(
             f"{folder / PREPROCESSOR}: expected the names of {action_dim} actions for relative "
             f"actions, found {names}."
         )
-    excluded = step["config"].get("exclude_joints") or []
+    excluded = dig(step, "config.exclude_joints") or []
     return tuple(-1 if any(word in name for word in excluded) else 1 for name in names)
 
 
@@ -91,21 +109,19 @@ def _normalizer(
     step = _step(folder, file, registry_name)
     if step is None:
         raise Pi0Error(f"{folder / file}: expected a step {registry_name}, found none.")
-    name = step.get("config", {}).get("norm_map", {}).get(feature_type)
-    if name not in MODES:
+    name = dig(step, f"config.norm_map.{feature_type}")
+    if not isinstance(name, str) or name not in MODES:
         raise Pi0Error(
             f"{folder / file}: expected norm_map {feature_type} to be one of {', '.join(MODES)}, "
             f"found {name}."
         )
     if name == "IDENTITY":
-        shape = step["config"]["features"][key]["shape"]
-        return identity(what, int(shape[0]))
+        return identity(what, _width(folder / file, dig(step, "config.features"), key))
     state_file = step.get("state_file")
-    if not state_file or not (folder / state_file).exists():
+    if not isinstance(state_file, str) or not (folder / state_file).is_file():
         raise Pi0Error(
             f"{folder / file}: expected the statistics file of {registry_name}, found "
-            f"{state_file if state_file else 'none named'}"
-            f"{' missing' if state_file else ''}. Copy all files of the checkpoint."
+            f"{state_file} missing. Copy all files of the checkpoint."
         )
     headers = {
         k: v for k, v in read_headers([folder / state_file]).items() if k.startswith(key + ".")
@@ -126,4 +142,4 @@ def _step(folder: Path, file: str, registry_name: str) -> dict[str, Any] | None:
     steps = read_json(folder / file).get("steps")
     if not isinstance(steps, list):
         raise Pi0Error(f"{folder / file}: expected a list `steps`, found none.")
-    return next((step for step in steps if step.get("registry_name") == registry_name), None)
+    return next((step for step in steps if dig(step, "registry_name") == registry_name), None)

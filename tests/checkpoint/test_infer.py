@@ -104,3 +104,17 @@ def test_pi05_is_recognised() -> None:
     config = infer_config(names, None).config
     assert config.adaptive_norm
     assert (config.suffix_len, config.max_tokens, config.state_dim) == (50, 200, 32)
+
+
+@pytest.mark.parametrize("tower", ["vision_tower", "vlm"])
+def test_lost_last_layer(tower: str) -> None:
+    """Without config.json a file that lost its last layer must not pass as a shallower model."""
+    lost = {"vision_tower": 26, "vlm": 17}[tower]
+    names = {n: s for n, s in shapes("pi0_base").items() if f"{tower}.blocks.{lost}." not in n}
+    with pytest.raises(CheckpointError, match=f"expected {lost + 1} layers, .* found {lost}"):
+        infer_config(names, None)
+
+
+def test_another_depth_if_told() -> None:
+    names = {n: s for n, s in shapes("pi0_base").items() if "vision_tower.blocks.26." not in n}
+    assert infer_config(names, {"vision": {"depth": 26}}).config.vision.depth == 26

@@ -48,6 +48,11 @@ VARIANTS = {
     "gemma_300m_lora": GEMMA_300M,
 }
 VARIANT_KEYS = {"paligemma_variant": "vlm", "action_expert_variant": "expert"}
+PUBLISHED: dict[str, SiglipConfig | GemmaConfig] = {
+    "vision": SO400M,
+    "vlm": GEMMA_2B,
+    "expert": GEMMA_300M,
+}
 MODEL_TYPES = {"pi0": False, "pi05": True}  # → adaptive_norm
 DEFAULT_HORIZON = 50
 DEFAULT_MAX_TOKENS = {False: 48, True: 200}  # by adaptive_norm
@@ -78,7 +83,7 @@ def infer_config(shapes: Shapes, settings: Mapping[str, Any] | None) -> Inferred
 
     Raises:
         MissingTensorError: a tensor that tells a size is missing.
-        CheckpointError: head counts are told nowhere.
+        CheckpointError: head counts are told nowhere, or the last layers are lost.
         ConfigError: config.json contradicts the tensors or itself.
     """
     said = _read_settings(settings or {})
@@ -93,6 +98,7 @@ def infer_config(shapes: Shapes, settings: Mapping[str, Any] | None) -> Inferred
             "config.json: expected what the tensors say, found " + "; ".join(contradictions) +
             ". Put the config.json that belongs to this checkpoint beside it."
         )  # fmt: skip
+    _refuse_lost_layers(found, said)
     values = said | found
     _fill_heads(values, shapes)
     adaptive = bool(values["adaptive_norm"])
@@ -138,6 +144,22 @@ def _read_shapes(shapes: Shapes) -> dict[str, Any]:
             f"{trunk}.depth": _depth(shapes, trunk),
         }
     return found
+
+
+def _refuse_lost_layers(found: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+    """A file without its last layers would pass as a shallower model. The published towers are
+    told by their width and MLP; another depth at these is believed only if config.json says it."""
+    for tower, published in PUBLISHED.items():
+        same = all(
+            found[f"{tower}.{name}"] == getattr(published, name) for name in ("width", "mlp_dim")
+        )
+        depth = found[f"{tower}.depth"]
+        if same and depth != published.depth and f"{tower}.depth" not in said:
+            raise CheckpointError(
+                f"{tower}: expected {published.depth} layers, as the published tower of this width "
+                f"has, found {depth}. Copy or download the file again, or, if that is meant, put a "
+                f'config.json beside it: {{"{tower}": {{"depth": {depth}}}}}.'
+            )
 
 
 def _fill_heads(values: dict[str, Any], shapes: Shapes) -> None:

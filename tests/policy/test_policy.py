@@ -173,6 +173,8 @@ def test_noise_as_an_argument(tiny_path: Path) -> None:
         ({"engine": "warp"}, EngineError, "engine: expected one of reference"),
         ({"device": "tpu"}, EngineError, "device: expected cpu or cuda"),
         ({"dtype": "float16"}, Pi0Error, "float16: π0's activations"),
+        ({"norm_mode": "z"}, Pi0Error, "norm_mode: expected one of mean_std, quantiles, min_max"),
+        ({"norm_mode": "min_max"}, Pi0Error, "expected min and max for mode min_max, found no min"),
         ({"resize": "stretch"}, Pi0Error, "resize: expected openpi or lerobot"),
         ({"tokenizer": "nowhere"}, Pi0Error, "tokenizer nowhere: expected a file"),
         ({"norm_stats": "nowhere"}, Pi0Error, "statistics nowhere: expected"),
@@ -213,3 +215,12 @@ def test_nan_is_never_an_action() -> None:
     answer[0, 3, 4] = float("nan")
     with pytest.raises(EngineError, match="actions: expected finite values, found NaN"):
         policy(ROBOTS["generic"], answer).infer(observation("generic"))
+
+
+def test_quantiles_if_asked(tiny_path: Path) -> None:
+    """The synthetic statistics: mean 0, std 1, quantiles -1 and 1."""
+    x = np.full(32, 0.5)
+    for mode, scale in (("mean_std", 1 + 1e-6), ("quantiles", 1 + 5e-7)):
+        made = Policy.from_checkpoint(tiny_path, norm_mode=mode)
+        np.testing.assert_allclose(made.state_stats.scale, scale, rtol=1e-12)
+        np.testing.assert_allclose(made.state_stats.normalize(x), 0.5, atol=1e-6)

@@ -65,6 +65,14 @@ def act(
             show_default=False,
         ),
     ] = None,
+    norm_mode: Annotated[
+        str | None,
+        typer.Option(
+            help="mean_std, quantiles or min_max; default: what a LeRobot checkpoint says, else "
+            "mean_std.",
+            show_default=False,
+        ),
+    ] = None,
     resize: Annotated[
         str | None,
         typer.Option(help="openpi or lerobot; default: the checkpoint's.", show_default=False),
@@ -104,6 +112,7 @@ def act(
     from pi0.cli.plot import need_matplotlib, plot_chunk
     from pi0.cli.show import byte_progress, print_json, say, step_progress
     from pi0.policy import Policy
+    from pi0.policy.policy import choose_robot
     from pi0.trace import trace
 
     need_file_name(out, plot)
@@ -112,15 +121,18 @@ def act(
     given = _split(image)
     values = _read_state(state)
     opened = open_checkpoint(checkpoint)
+    table = choose_robot(robot, opened.folder)
+    images = _read_images(table, given)
     with byte_progress("loading", opened.read_bytes) as progress:
         policy = Policy.from_checkpoint(
             opened,
-            robot=robot,
+            robot=table,
             engine=engine,
             device=device,
             dtype=dtype,
             tokenizer=tokenizer,
             norm_stats=norm_stats,
+            norm_mode=norm_mode,
             resize=resize,
             prompt=prompt_mode,
             image_size=image_size,
@@ -128,8 +140,7 @@ def act(
             seed=seed,
             progress=progress,
         )
-    images = _read_images(policy.robot, given)
-    observation = policy.robot.observation(images, values, prompt)
+    observation = table.observation(images, values, prompt)
     with step_progress("denoising", steps) as on_step:
         result = policy.infer(observation, on_step=on_step)
     actions = result["actions"]

@@ -31,17 +31,20 @@ def is_lerobot(folder: Path) -> bool:
     return (folder / PREPROCESSOR).exists()
 
 
-def read_normalizers(folder: Path) -> tuple[Normalizer, Normalizer]:
+def read_normalizers(folder: Path, mode: str | None = None) -> tuple[Normalizer, Normalizer]:
     """Of state and actions, from the processors' statistics files.
+
+    Args:
+        mode: of `NEEDED` in normalize.py; None: what the processors say.
 
     Raises:
         Pi0Error: a processor or statistic is missing, or of a mode that is not known here.
     """
     state = _normalizer(
-        folder, PREPROCESSOR, "normalizer_processor", "STATE", "state", "observation.state"
+        folder, PREPROCESSOR, "normalizer_processor", "STATE", "state", "observation.state", mode
     )
     actions = _normalizer(
-        folder, POSTPROCESSOR, "unnormalizer_processor", "ACTION", "actions", "action"
+        folder, POSTPROCESSOR, "unnormalizer_processor", "ACTION", "actions", "action", mode
     )
     return state, actions
 
@@ -104,7 +107,13 @@ def _relative_actions(folder: Path, action_dim: int) -> tuple[int, ...]:
 
 
 def _normalizer(
-    folder: Path, file: str, registry_name: str, feature_type: str, what: str, key: str
+    folder: Path,
+    file: str,
+    registry_name: str,
+    feature_type: str,
+    what: str,
+    key: str,
+    mode: str | None,
 ) -> Normalizer:
     step = _step(folder, file, registry_name)
     if step is None:
@@ -115,7 +124,7 @@ def _normalizer(
             f"{folder / file}: expected norm_map {feature_type} to be one of {', '.join(MODES)}, "
             f"found {name}."
         )
-    if name == "IDENTITY":
+    if mode is None and name == "IDENTITY":
         return identity(what, _width(folder / file, dig(step, "config.features"), key))
     state_file = step.get("state_file")
     if not isinstance(state_file, str) or not (folder / state_file).is_file():
@@ -130,7 +139,7 @@ def _normalizer(
         k.removeprefix(key + "."): values.double().numpy().astype(np.float64)
         for k, _, values in stream(headers)
     }
-    return make_normalizer(what, MODES[name], "lerobot", stats)
+    return make_normalizer(what, mode or MODES[name], "lerobot", stats)
 
 
 def _step(folder: Path, file: str, registry_name: str) -> dict[str, Any] | None:

@@ -23,7 +23,6 @@ Statistics = Mapping[str, Floats]  # "mean", "std", "q01", "q99", "min", "max"
 
 OPENPI_EPS, LEROBOT_EPS = 1e-6, 1e-8
 NEEDED = {
-    "identity": (),
     "mean_std": ("mean", "std"),
     "quantiles": ("q01", "q99"),
     "min_max": ("min", "max"),

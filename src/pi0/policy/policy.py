@@ -26,6 +26,7 @@ from pi0.errors import ObservationError, Pi0Error
 from pi0.inputs import ModelInputs, check_noise, to_tensor
 from pi0.policy import images, lerobot
 from pi0.policy.normalize import (
+    NEEDED,
     Normalizer,
     find_norm_stats,
     identity,
@@ -88,6 +89,7 @@ class Policy:
         dtype: str = "float32",
         tokenizer: Path | str | None = None,
         norm_stats: Path | str | None = None,
+        norm_mode: str | None = None,
         resize: str | None = None,
         prompt: str | None = None,
         image_size: int | None = None,
@@ -102,6 +104,8 @@ class Policy:
                 else "generic".
             tokenizer, norm_stats: files; None: looked for in the checkpoint (and caches).
                 norm_stats "none": states and actions are in the model's units already.
+            norm_mode: "mean_std", "quantiles" or "min_max"; None: what a LeRobot checkpoint says,
+                else "mean_std" for π0.
             resize, prompt: "openpi" or "lerobot"; None: whose files the checkpoint has.
             image_size: pixels the model runs at; None: the checkpoint's.
             progress: called with bytes of weights read.
@@ -117,8 +121,8 @@ class Policy:
         for name, value in vars(conventions).items():
             if value not in images.RESIZE:
                 raise Pi0Error(f"{name}: expected openpi or lerobot, found {value!r}.")
-        table = _robot(robot, folder, origin)
-        state_stats, action_stats = _normalizers(checkpoint, norm_stats, origin)
+        table = choose_robot(robot, folder)
+        state_stats, action_stats = _normalizers(checkpoint, norm_stats, norm_mode)
         words = load_tokenizer(Path(tokenizer) if tokenizer else find_tokenizer(folder))
         # Last, because it is what takes long.
         machine = make_engine(engine, checkpoint, device, dtype, image_size, progress)
@@ -277,27 +281,34 @@ def _camera_keys(robot: Robot) -> str:
     return ", ".join(camera.key for camera in robot.cameras)
 
 
-def _robot(robot: str | Robot | None, folder: Path, origin: str) -> Robot:
+def choose_robot(robot: str | Robot | None, folder: Path) -> Robot:
+    """The robot of a name; for None, what a LeRobot folder says, else the generic one.
+
+    Raises:
+        Pi0Error: there is none of that name.
+    """
     if isinstance(robot, Robot):
         return robot
     if robot is None:
-        return lerobot.read_robot(folder) if origin == "lerobot" else ROBOTS["generic"]
+        return lerobot.read_robot(folder) if lerobot.is_lerobot(folder) else ROBOTS["generic"]
     if robot not in ROBOTS:
         raise Pi0Error(f"robot: expected one of {', '.join(ROBOTS)}, found {robot!r}.")
     return ROBOTS[robot]
 
 
 def _normalizers(
-    checkpoint: Checkpoint, norm_stats: Path | str | None, origin: str
+    checkpoint: Checkpoint, norm_stats: Path | str | None, mode: str | None
 ) -> tuple[Normalizer, Normalizer]:
     config = checkpoint.config
+    if mode is not None and mode not in NEEDED:
+        raise Pi0Error(f"norm_mode: expected one of {', '.join(NEEDED)}, found {mode!r}.")
     if norm_stats == "none":
         return identity("state", config.state_dim), identity("actions", config.action_dim)
-    if norm_stats is None and origin == "lerobot":
-        return lerobot.read_normalizers(checkpoint.folder)
+    if norm_stats is None and lerobot.is_lerobot(checkpoint.folder):
+        return lerobot.read_normalizers(checkpoint.folder, mode)
     path = Path(norm_stats) if norm_stats else find_norm_stats(checkpoint.folder)
     stats = read_norm_stats(path)
-    mode = "quantiles" if config.adaptive_norm else "mean_std"
+    mode = mode or ("quantiles" if config.adaptive_norm else "mean_std")
     return (
         make_normalizer("state", mode, "openpi", stats["state"]),
         make_normalizer("actions", mode, "openpi", stats["actions"]),

@@ -302,7 +302,7 @@ def test_verify(tiny_path: Path, npz: Path, tmp_path: Path) -> None:
     words = ("verify", tiny_path, "--tokens", 16, "--steps", 2)
     done = pi0(*words, "--layers", "--report", page)
     assert done.returncode == 0, done.stdout
-    assert "agree: all 42 comparisons are within their limits" in done.stdout
+    assert "agree: all 58 comparisons are within their limits" in done.stdout
     html = page.read_text()
     assert html.count("<svg") == 3
     assert "Every stage is within its limits" in html

@@ -108,24 +108,24 @@ def run(
         return engine
 
     cases = default_cases(checkpoint.config, cameras=3, tokens=16)
-    options = {"dtype": "float32", "mode": "isolated", "steps": 2, **options}
+    options = {"precision": "float32", "mode": "isolated", "steps": 2, **options}
     return verify(
         lambda: make(reference_plant, "float32"),
-        lambda: make(plant, options["dtype"]),
+        lambda: make(plant, options["precision"]),
         cases,
         **options,
     )
 
 
 @pytest.mark.parametrize("mode", ["chained", "isolated"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_no_bug(checkpoint: Checkpoint, mode: str, dtype: str) -> None:
-    result = run(checkpoint, mode=mode, dtype=dtype, layers=True)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_no_bug(checkpoint: Checkpoint, mode: str, precision: str) -> None:
+    result = run(checkpoint, mode=mode, precision=precision, layers=True)
     assert result.first_failure is None
     names = [row.name for row in result.rows if row.case == "masked"]
-    assert len(names) == 11 + 6 + 2 + 2 + 1
+    assert len(names) == 11 + 6 + 2 * 4 + 2 + 2 + 1
     exact = {row.comparison.rel_l2 == 0 for row in result.rows}
-    assert exact == ({True} if dtype == "float32" else {True, False})
+    assert exact == ({True} if precision == "float32" else {True, False})
 
 
 @pytest.mark.parametrize(

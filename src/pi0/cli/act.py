@@ -87,7 +87,7 @@ def act(
     ] = False,
     engine: options.Engine = "reference",
     device: options.Device = "cpu",
-    dtype: options.Dtype = "float32",
+    dtype: options.Dtype = None,
     as_json: options.Json = False,
 ) -> None:
     """Compute a chunk of actions from camera images, a prompt and a joint state.

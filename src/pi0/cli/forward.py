@@ -35,7 +35,7 @@ def trace(
     inputs: options.Inputs = None,
     engine: options.Engine = "reference",
     device: options.Device = "cpu",
-    dtype: options.Dtype = "float32",
+    dtype: options.Dtype = None,
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
@@ -80,7 +80,7 @@ def sample(
     steps: options.Steps = 10,
     engine: options.Engine = "reference",
     device: options.Device = "cpu",
-    dtype: options.Dtype = "float32",
+    dtype: options.Dtype = None,
 ) -> None:
     """Sample actions from model-level inputs, without any pre-processing.
 
@@ -139,7 +139,9 @@ def print_trace(traced: Trace) -> None:
     )
 
 
-def _engine(path: Path, engine: str, device: str, dtype: str, image_size: int | None) -> Engine:
+def _engine(
+    path: Path, engine: str, device: str, dtype: str | None, image_size: int | None
+) -> Engine:
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.show import byte_progress
     from pi0.engines.base import make_engine

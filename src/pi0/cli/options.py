@@ -17,7 +17,13 @@ Checkpoint = Annotated[
 ]
 Engine = Annotated[str, typer.Option(help="Engine that computes: reference.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="The engine's precision: float32 or bfloat16; default: the engine's first.",
+        show_default=False,
+    ),
+]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

@@ -67,13 +67,14 @@ def verify(
     from pi0.verify.report import Header, need_report, to_data, to_html
     from pi0.verify.run import MODES, Case, default_cases
     from pi0.verify.run import verify as run
+    from pi0.verify.thresholds import coarser
 
     need_file_name(report)
     if report:
         need_report()
     if mode not in MODES:
         raise EngineError(f"mode: expected one of {', '.join(MODES)}, found {mode!r}.")
-    (a, a_dtype), (b, b_dtype) = (_parse(spec) for spec in engines)
+    (a, a_dtype), (b, b_dtype) = (parse_engine(spec) for spec in engines)
     arrays = read_npz(inputs) if inputs else None
     opened = open_checkpoint(checkpoint)
     size = image_side(arrays) or image_size or opened.config.vision.image_size
@@ -88,7 +89,7 @@ def verify(
             lambda: make_engine(a, opened, device, a_dtype, size),
             lambda: make_engine(b, opened, device, b_dtype, size),
             cases,
-            dtype="bfloat16" if "bfloat16" in (a_dtype, b_dtype) else "float32",
+            precision=coarser(a_dtype, b_dtype),
             mode=mode,
             layers=layers,
             steps=steps,
@@ -111,12 +112,12 @@ def verify(
         raise typer.Exit(1)
 
 
-def _parse(spec: str) -> tuple[str, str]:
-    from pi0.model.precision import parse_dtype
+def parse_engine(spec: str) -> tuple[str, str]:
+    """The engine and the precision of ENGINE or ENGINE:DTYPE."""
+    from pi0.engines.base import choose_precision
 
     name, _, dtype = spec.partition(":")
-    parse_dtype(dtype or "float32")
-    return name, dtype or "float32"
+    return name, choose_precision(name, dtype or None)
 
 
 def _print(header: Header, result: Result) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,9 +17,10 @@ from pi0.checkpoint.load import Checkpoint
 from pi0.config import Pi0Config
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
-from pi0.model import PrefixCache, Tap
+from pi0.model import Tap
 from pi0.model.flow import integrate
 from pi0.model.pi0 import no_tap
+from pi0.model.precision import parse_dtype
 
 ENGINES = {"reference": "pi0.engines.reference:ReferenceEngine"}
 
@@ -26,18 +28,25 @@ ENGINES = {"reference": "pi0.engines.reference:ReferenceEngine"}
 class Engine(ABC):
     """Computes actions. Inputs and results are float32 tensors on the CPU.
 
-    `tap` sees every stage's result under its name in `pi0.model.STAGES`, and every block's.
+    `tap` sees every stage's result under its name in `pi0.model.STAGES`, and of every block the
+    output (`vlm_transformer.block.3`) and in the trunks keys and values [B, T, K, D]
+    (`vlm_transformer.block.3.keys`), shaped as in the model. What it hands on is what the engine
+    goes on with.
     """
 
+    precisions: ClassVar[tuple[str, ...]]  # the first is the default
     config: Pi0Config
 
     @abstractmethod
-    def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> PrefixCache:
-        """Runs the prefix, once for all denoising steps."""
+    def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> Any:
+        """Runs the prefix, once for all denoising steps.
+
+        Returns what `velocity` wants as `cache`; its type is the engine's own affair.
+        """
 
     @abstractmethod
     def velocity(
-        self, x_t: Tensor, t: Tensor, state: Tensor, cache: PrefixCache, tap: Tap = no_tap
+        self, x_t: Tensor, t: Tensor, state: Tensor, cache: Any, tap: Tap = no_tap
     ) -> Tensor:
         """dx/dt [B, horizon, action_dim] of noisy actions x_t of that shape at t [B]."""
 
@@ -73,19 +82,43 @@ def make_engine(
     name: str,
     checkpoint: Checkpoint,
     device: str = "cpu",
-    dtype: str = "float32",
+    dtype: str | None = None,
     image_size: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Engine:
     """An engine with a checkpoint's weights.
 
+    Args:
+        dtype: one of the engine's precisions; None: its first.
+
     Raises:
-        EngineError: no such engine or device.
+        EngineError: no such engine, precision or device.
         CheckpointError, ConfigError: see `load_model`.
     """
+    dtype = choose_precision(name, dtype)
+    made: Engine = _find(name)(checkpoint, device, dtype, image_size, progress)
+    return made
+
+
+def choose_precision(name: str, dtype: str | None) -> str:
+    """The precision that an engine of this name runs in.
+
+    Raises:
+        EngineError: no such engine, or not one of its precisions.
+        ConfigError: float16.
+    """
+    precisions = _find(name).precisions
+    if dtype == "float16":
+        parse_dtype(dtype)  # says why not
+    if dtype is not None and dtype not in precisions:
+        raise EngineError(
+            f"dtype: expected one of {', '.join(precisions)} for engine {name}, found {dtype!r}."
+        )
+    return dtype or precisions[0]
+
+
+def _find(name: str) -> Any:
     if name not in ENGINES:
         raise EngineError(f"engine: expected one of {', '.join(ENGINES)}, found {name!r}.")
     module, _, attribute = ENGINES[name].partition(":")
-    engine = getattr(importlib.import_module(module), attribute)
-    made: Engine = engine(checkpoint, device, dtype, image_size, progress)
-    return made
+    return getattr(importlib.import_module(module), attribute)

@@ -13,11 +13,13 @@ from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
 from pi0.model import PrefixCache, Tap
 from pi0.model.pi0 import no_tap
-from pi0.model.precision import parse_dtype
+from pi0.model.precision import DTYPES, parse_dtype
 
 
 class ReferenceEngine(Engine):
     """See `Engine`; results stay on the device between prefill and velocity."""
+
+    precisions = tuple(DTYPES)
 
     def __init__(
         self,

@@ -149,7 +149,7 @@ def run_layers(
         streams: one or more, of equal depth; their tokens follow each other on the sequence axis.
         mask: [B, T, S] bool: which of the T tokens of all streams sees which of the S keys
             (those of `past`, then their own).
-        tap: sees the output of every block.
+        tap: sees keys, values and output of every block.
         past: keys and values a layer that come before the streams' own.
 
     Returns:
@@ -159,7 +159,11 @@ def run_layers(
     lengths = [x.shape[1] for x in xs]
     cache: list[KeyValue] = []
     for i, blocks in enumerate(zip(*(s.trunk.blocks for s in streams), strict=True)):
-        parts = [b.qkv(x, s.positions) for b, x, s in zip(blocks, xs, streams, strict=True)]
+        parts = []
+        for stream, block, x in zip(streams, blocks, xs, strict=True):
+            q, k, v = block.qkv(x, stream.positions)
+            name = f"{stream.name}.block.{i}"
+            parts.append((q, tap(f"{name}.keys", k), tap(f"{name}.values", v)))
         q, k, v = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         cache.append((k, v))
         if past is not None:

@@ -86,7 +86,7 @@ class Policy:
         robot: str | Robot | None = None,
         engine: str = "reference",
         device: str = "cpu",
-        dtype: str = "float32",
+        dtype: str | None = None,
         tokenizer: Path | str | None = None,
         norm_stats: Path | str | None = None,
         norm_mode: str | None = None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,7 @@ def _stage_rows(result: Result) -> list[Row]:
 
 
 def _block_rows(result: Result) -> list[Row]:
-    return [row for row in result.rows if ".block." in row.name]
+    return [row for row in result.rows if re.search(r"\.block\.\d+$", row.name)]
 
 
 def _figure(width: float, height: float) -> Figure:

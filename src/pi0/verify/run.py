@@ -22,12 +22,13 @@ from torch import Tensor
 from pi0.config import Pi0Config
 from pi0.engines.base import Engine
 from pi0.inputs import ModelInputs, random_inputs
-from pi0.model import PrefixCache
 from pi0.verify.compare import Comparison, compare
 from pi0.verify.thresholds import Threshold, threshold
 
 MODES = ("chained", "isolated")
 ACTIONS = "actions"
+# Recorded even if blocks are not compared: in isolated mode the expert attends to the reference's.
+CACHED = (".keys", ".values")
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """A stage, a block (`stage.block.7`), a step's velocity (`velocity.3`), the actions, or an
-    engine beside itself (`masked_content.candidate`)."""
+    """A stage, a block (`stage.block.7`), its keys or values, a step's velocity (`velocity.3`), the
+    actions, or an engine beside itself (`masked_content.candidate`)."""
 
     case: str
     name: str
@@ -77,7 +78,6 @@ class Recording:
 
     tensors: dict[str, Tensor]
     ms: dict[str, float]
-    cache: PrefixCache
     steps: list[tuple[Tensor, Tensor]]  # x_t, velocity
     actions: Tensor
     masked_content: Comparison | None  # of the velocity with itself, other content being masked
@@ -97,7 +97,7 @@ def verify(
     reference: Callable[[], Engine],
     candidate: Callable[[], Engine],
     cases: list[Case],
-    dtype: str,
+    precision: str,
     mode: str = "chained",
     layers: bool = False,
     steps: int = 10,
@@ -109,7 +109,7 @@ def verify(
     Args:
         reference, candidate: make the engines; called one after the other, so that only one is in
             memory at a time.
-        dtype: the coarser of the two dtypes, which chooses the thresholds.
+        precision: the coarser of the two engines', which chooses the thresholds.
         mode: "chained" or "isolated".
         layers: compare every block, too.
         min_pcc: asked of every row beside its own limits.
@@ -118,7 +118,11 @@ def verify(
     feeds = _run_all(reference, cases, {}, steps, layers, on_case)
     fed = feeds if mode == "isolated" else {}
     runs = _run_all(candidate, cases, fed, steps, layers, on_case)
-    rows = [row for case in cases for row in _rows(case, feeds[case.name], runs[case.name], dtype)]
+    rows = [
+        row
+        for case in cases
+        for row in _rows(case, feeds[case.name], runs[case.name], precision, layers)
+    ]
     if min_pcc is not None:
         rows = [
             replace(row, limit=replace(row.limit, min_pcc=max(min_pcc, row.limit.min_pcc)))
@@ -152,20 +156,20 @@ def record(
     """One engine on one case; with a feed, every stage goes on with the feed's tensor."""
     tensors: dict[str, Tensor] = {}
     ms: dict[str, float] = {}
+    since: dict[str, float] = {}  # milliseconds not yet told of, by stage
     last = time.perf_counter()
 
     def tap(name: str, value: Tensor) -> Tensor:
         nonlocal last
         if value.is_cuda:
             torch.cuda.synchronize(value.device)
-        # A stage's time is that of its blocks and what comes after them.
+        stage, _, part = name.partition(".")
         ms[name] = (time.perf_counter() - last) * 1e3
-        stage = name.partition(".")[0]
-        if stage != name:
-            ms[stage + ".blocks"] = ms.get(stage + ".blocks", 0.0) + ms[name]
+        if part:  # a stage's time is that of its blocks and what comes after them
+            since[stage] = since.get(stage, 0.0) + ms[name]
         else:
-            ms[name] += ms.pop(stage + ".blocks", 0.0)
-        if layers or stage == name:
+            ms[name] += since.pop(stage, 0.0)
+        if layers or not part or name.endswith(CACHED):
             tensors[name] = value.detach().cpu().clone()
         fed = feed is not None and name in feed.tensors
         handed_on = feed.tensors[name].to(value) if feed is not None and fed else value
@@ -174,8 +178,6 @@ def record(
 
     state, noise = case.inputs.state, case.noise
     cache = engine.prefill(case.inputs, tap)
-    if feed is not None:
-        cache = _like(cache, feed.cache)
     engine.velocity(noise, torch.ones(len(noise)), state, cache, tap)
     taken = []
     x = noise
@@ -186,7 +188,7 @@ def record(
         v = engine.velocity(x, t, state, cache)
         taken.append((x, v))
         x = x - v / steps
-    return Recording(tensors, ms, cache, taken, x, _move_masked_content(engine, case))
+    return Recording(tensors, ms, taken, x, _move_masked_content(engine, case))
 
 
 def _move_masked_content(engine: Engine, case: Case) -> Comparison | None:
@@ -204,29 +206,22 @@ def _move_masked_content(engine: Engine, case: Case) -> Comparison | None:
     return compare(before, after)
 
 
-def _like(own: PrefixCache, fed: PrefixCache) -> PrefixCache:
-    """The fed keys and values, of the dtype and on the device of an engine's own."""
-    layers = [
-        (k.to(own_k), v.to(own_v))
-        for (own_k, own_v), (k, v) in zip(own.layers, fed.layers, strict=True)
-    ]
-    return PrefixCache(layers, fed.valid.to(own.valid))
-
-
-def _rows(case: Case, a: Recording, b: Recording, dtype: str) -> list[Row]:
+def _rows(case: Case, a: Recording, b: Recording, precision: str, layers: bool) -> list[Row]:
     rows = []
     for name in a.tensors:
-        stage = name.partition(".")[0]
+        stage, _, part = name.partition(".")
+        if part and not layers:
+            continue
         x, y = a.tensors[name], b.tensors[name]
-        limit = threshold(stage, dtype)
+        limit = threshold(stage, precision)
         rows.append(Row(case.name, name, compare(x, y), limit, a.ms[name], b.ms[name]))
     for i, ((_, x), (_, y)) in enumerate(zip(a.steps, b.steps, strict=True)):
-        limit = threshold("velocity", dtype)
+        limit = threshold("velocity", precision)
         rows.append(Row(case.name, f"velocity.{i}", compare(x, y), limit, 0.0, 0.0))
     for engine, recording in (("reference", a), ("candidate", b)):
         if recording.masked_content:
-            name, exact = f"masked_content.{engine}", threshold("masked_content", dtype)
+            name, exact = f"masked_content.{engine}", threshold("masked_content", precision)
             rows.append(Row(case.name, name, recording.masked_content, exact, 0.0, 0.0))
-    limit = threshold(ACTIONS, dtype)
+    limit = threshold(ACTIONS, precision)
     rows.append(Row(case.name, ACTIONS, compare(a.actions, b.actions), limit, 0.0, 0.0))
     return rows

@@ -1,7 +1,7 @@
 """How far a stage may be from the reference, and why.
 
 Limits are on the relative L2 error, which sees scale and offset, and on PCC, which people quote.
-They depend on the coarser of the two dtypes. Measured on synthetic checkpoints, full size and
+They depend on the coarser of the two precisions. Measured on synthetic checkpoints, full size and
 small; a limit is a few times what was measured.
 """
 
@@ -21,6 +21,7 @@ class Threshold:
 
 EXACT = Threshold(0.999999, 0.0, "no arithmetic: a mask is the same or it is wrong")
 UNSEEN = Threshold(0.999999, 0.0, "what is masked has weight 0 and moves nothing, not even a bit")
+# By precision, from fine to coarse.
 THRESHOLDS: dict[str, dict[str, Threshold]] = {
     "float32": {
         "*": Threshold(0.999999, 2e-5, "only the order of sums differs: 1e-6 through a tower"),
@@ -38,7 +39,12 @@ THRESHOLDS: dict[str, dict[str, Threshold]] = {
 }
 
 
-def threshold(stage: str, dtype: str) -> Threshold:
+def coarser(a: str, b: str) -> str:
+    """The precision that decides how far two engines may be apart."""
+    return max(a, b, key=list(THRESHOLDS).index)
+
+
+def threshold(stage: str, precision: str) -> Threshold:
     """The limits of a stage, or of a block by its stage."""
-    table = THRESHOLDS[dtype]
+    table = THRESHOLDS[precision]
     return table.get(stage, table["*"])

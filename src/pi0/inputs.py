@@ -75,6 +75,10 @@ class ModelInputs:
     def batch_size(self) -> int:
         return self.state.shape[0]
 
+    def row(self, i: int) -> ModelInputs:
+        """One observation of the batch."""
+        return ModelInputs(**{name: value[i : i + 1] for name, value in vars(self).items()})
+
     def to(self, device: torch.device) -> ModelInputs:
         return ModelInputs(**{name: value.to(device) for name, value in vars(self).items()})
 

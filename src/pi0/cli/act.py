@@ -86,7 +86,7 @@ def act(
         bool, typer.Option("--stages", help="Print the eleven stages, too (one more pass).")
     ] = False,
     engine: options.Engine = "reference",
-    device: options.Device = "cpu",
+    device: options.Device = None,
     dtype: options.Dtype = None,
     as_json: options.Json = False,
 ) -> None:

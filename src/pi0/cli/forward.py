@@ -34,7 +34,7 @@ def trace(
     tokens: options.Tokens = None,
     inputs: options.Inputs = None,
     engine: options.Engine = "reference",
-    device: options.Device = "cpu",
+    device: options.Device = None,
     dtype: options.Dtype = None,
     seed: options.Seed = 0,
     as_json: options.Json = False,
@@ -79,7 +79,7 @@ def sample(
     ],
     steps: options.Steps = 10,
     engine: options.Engine = "reference",
-    device: options.Device = "cpu",
+    device: options.Device = None,
     dtype: options.Dtype = None,
 ) -> None:
     """Sample actions from model-level inputs, without any pre-processing.
@@ -140,7 +140,7 @@ def print_trace(traced: Trace) -> None:
 
 
 def _engine(
-    path: Path, engine: str, device: str, dtype: str | None, image_size: int | None
+    path: Path, engine: str, device: str | None, dtype: str | None, image_size: int | None
 ) -> Engine:
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.show import byte_progress

@@ -15,12 +15,24 @@ Checkpoint = Annotated[
         show_default=False,
     ),
 ]
-Engine = Annotated[str, typer.Option(help="Engine that computes: reference.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="Engine that computes: reference, ttnn (a Tenstorrent card) or "
+        "ttnn-host (its numerics, on the host)."
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu or cuda; for engine ttnn the number of a card; default: the engine's.",
+        show_default=False,
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="The engine's precision: float32 or bfloat16; default: the engine's first.",
+        help="The engine's precision, e.g. float32 or bfloat16; default: the engine's first.",
         show_default=False,
     ),
 ]

@@ -40,7 +40,7 @@ def verify(
     report: Annotated[
         Path | None, typer.Option(help="Write a page of HTML.", show_default=False)
     ] = None,
-    device: options.Device = "cpu",
+    device: options.Device = None,
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:

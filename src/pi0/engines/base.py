@@ -22,7 +22,11 @@ from pi0.model.flow import integrate
 from pi0.model.pi0 import no_tap
 from pi0.model.precision import parse_dtype
 
-ENGINES = {"reference": "pi0.engines.reference:ReferenceEngine"}
+ENGINES = {
+    "reference": "pi0.engines.reference:ReferenceEngine",
+    "ttnn": "pi0.engines.tenstorrent.engine:TtnnEngine",
+    "ttnn-host": "pi0.engines.tenstorrent.engine:TtnnHostEngine",
+}
 
 
 class Engine(ABC):
@@ -69,19 +73,27 @@ class Engine(ABC):
             on_step()
             return v
 
-        actions = integrate(velocity, noise, steps)
-        if not torch.isfinite(actions).all():
-            raise EngineError(
-                "actions: expected finite values, found NaN or infinite ones. The weights or "
-                "statistics are damaged: `pi0 trace` shows at which stage."
-            )
-        return actions
+        return need_finite(integrate(velocity, noise, steps))
+
+
+def need_finite(actions: Tensor) -> Tensor:
+    """The actions themselves, if they are finite.
+
+    Raises:
+        EngineError: they are not.
+    """
+    if not torch.isfinite(actions).all():
+        raise EngineError(
+            "actions: expected finite values, found NaN or infinite ones. The weights or "
+            "statistics are damaged: `pi0 trace` shows at which stage."
+        )
+    return actions
 
 
 def make_engine(
     name: str,
     checkpoint: Checkpoint,
-    device: str = "cpu",
+    device: str | None = None,
     dtype: str | None = None,
     image_size: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
@@ -89,6 +101,7 @@ def make_engine(
     """An engine with a checkpoint's weights.
 
     Args:
+        device: as the engine calls it; None: its default.
         dtype: one of the engine's precisions; None: its first.
 
     Raises:

@@ -24,12 +24,12 @@ class ReferenceEngine(Engine):
     def __init__(
         self,
         checkpoint: Checkpoint,
-        device: str = "cpu",
+        device: str | None = None,
         dtype: str = "float32",
         image_size: int | None = None,
         progress: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self.device = parse_device(device)
+        self.device = parse_device(device or "cpu")
         self.model = load_model(checkpoint, parse_dtype(dtype), self.device, image_size, progress)
         self.config = self.model.config
 

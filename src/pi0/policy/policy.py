@@ -85,7 +85,7 @@ class Policy:
         *,
         robot: str | Robot | None = None,
         engine: str = "reference",
-        device: str = "cpu",
+        device: str | None = None,
         dtype: str | None = None,
         tokenizer: Path | str | None = None,
         norm_stats: Path | str | None = None,

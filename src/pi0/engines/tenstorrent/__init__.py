@@ -1,0 +1,6 @@
+"""π0 on Tenstorrent, through TTNN: one network, on a device, on a mock device or on the host.
+
+`network.py` is the model, written once in TTNN operations. Where they run is behind one seam,
+`backend.Backend`: on a card (`device.py`), on a mock device that only checks them (`dryrun.py`), or
+as TTNN's own golden functions on torch tensors rounded to the device's dtypes (`host.py`).
+"""

@@ -1,0 +1,89 @@
+"""Boards that can be simulated without hardware, as TTNN wants them described.
+
+Only what follows from the description is used: the architecture, the grid of cores and the banks of
+DRAM. Coordinates, ids and buses are those of any board.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pi0.checkpoint.files import replacing
+from pi0.errors import EngineError
+
+WORMHOLE = """\
+arch:
+  0: wormhole_b0
+chips:
+  0: [0, 0, 0, 0]
+chips_with_mmio:
+  - 0: 0
+ethernet_connections: []
+harvesting:
+  0: {{noc_translation: true, harvest_mask: {harvest_mask}, dram_harvesting_mask: 0,
+      eth_harvesting_mask: 0, pcie_harvesting_mask: 0}}
+boards:
+  - [{{board_id: {board_id}}}, {{board_type: {name}}}, {{chips: [0]}}]
+"""
+BLACKHOLE = """\
+arch:
+  0: blackhole
+chips: {{}}
+chip_unique_ids:
+  0: 1
+chips_with_mmio:
+  - 0: 0
+ethernet_connections: []
+ethernet_connections_to_remote_devices: []
+io_device_type: PCIe
+harvesting:
+  0: {{noc_translation: true, harvest_mask: {harvest_mask}, dram_harvesting_mask: 0,
+      eth_harvesting_mask: 288, pcie_harvesting_mask: 2, l2cpu_harvesting_mask: 0}}
+chip_to_bus_id:
+  0: "0x01"
+chip_pci_bdfs:
+  0: "0000:01:00.0"
+asic_locations:
+  0: 0
+boards:
+  - [{{board_id: {board_id}}}, {{board_type: {name}}}, {{chips: [0]}}]
+"""
+
+
+@dataclass(frozen=True)
+class Board:
+    """One chip, and how it is described."""
+
+    name: str
+    template: str
+    harvest_mask: int  # rows of cores that are switched off, a bit each
+    board_id: int
+
+    def write(self, folder: Path) -> Path:
+        """Writes the description; returns its path."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.name}.yaml"
+        with replacing(path) as temporary:
+            text = self.template.format(
+                name=self.name, harvest_mask=self.harvest_mask, board_id=self.board_id
+            )
+            temporary.write_text(text, encoding="utf-8")
+        return path
+
+
+BOARDS = {
+    board.name: board
+    for board in (
+        Board("n150", WORMHOLE, 1, 72059269368820857),
+        Board("n300", WORMHOLE, 3, 72059269368820857),
+        Board("p150", BLACKHOLE, 0, 4402341478400),
+    )
+}
+
+
+def find_board(name: str) -> Board:
+    """Raises EngineError if there is no such board."""
+    if name not in BOARDS:
+        raise EngineError(f"board: expected one of {', '.join(BOARDS)}, found {name!r}.")
+    return BOARDS[name]

@@ -1,0 +1,124 @@
+"""TTNN on a device, real or mock."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pi0.engines.tenstorrent.backend import Backend, Grid, Handle, Upload
+from pi0.engines.tenstorrent.library import MOCK
+from pi0.engines.tenstorrent.precision import BF16, F32, U32
+from pi0.errors import EngineError
+
+TRACE_REGION = 64 << 20  # bytes of DRAM for captured commands
+L1_SMALL = 32 << 10  # bytes of each core for the bookkeeping of operations
+TORCH_DTYPES = {BF16: torch.bfloat16, F32: torch.float32, U32: torch.int32}
+
+
+class DeviceBackend(Backend):
+    """An open device. Tensors on torch's meta device become uninitialised ones of their shape."""
+
+    def __init__(self, ttnn: Any, device_id: int) -> None:
+        self.ttnn = ttnn
+        # Neither a mock device nor a simulator with slow dispatch can capture commands.
+        self.can_replay = not {MOCK, "TT_METAL_SLOW_DISPATCH_MODE"} & set(os.environ)
+        self.device = ttnn.open_device(
+            device_id=device_id,
+            l1_small_size=L1_SMALL,
+            trace_region_size=TRACE_REGION if self.can_replay else 0,
+            num_command_queues=2 if self.can_replay else 1,
+        )
+        self.arch = self.device.arch()
+        size = self.device.compute_with_storage_grid_size()
+        self.grid = Grid(size.x, size.y)
+
+    def put(self, upload: Upload) -> Handle:
+        if upload.value.is_meta:
+            return self.ttnn.empty(
+                tuple(upload.value.shape), device=self.device, **self._kind(upload)
+            )
+        return self.ttnn.from_torch(self._plain(upload), device=self.device, **self._kind(upload))
+
+    def stage_upload(self, upload: Upload) -> Handle:
+        """The upload as a tensor of the library, still on the host."""
+        return self.ttnn.from_torch(self._plain(upload), **self._kind(upload, placed=False))
+
+    def get(self, handle: Handle) -> Tensor:
+        read: Tensor = self.ttnn.to_torch(handle)
+        return read.float()
+
+    def dtype(self, handle: Handle) -> str:
+        name: str = handle.dtype.name.lower()
+        return name
+
+    def run(self, name: str, *args: Any, dtype: str | None = None, **options: Any) -> Any:
+        if dtype is not None:
+            options["dtype"] = self.option(dtype)
+        try:
+            return self.option(name)(*args, **options)
+        except RuntimeError as error:
+            raise EngineError(
+                f"ttnn.{name} in stage {self.stage}: expected an operation that the device takes, "
+                f"found: {reason(error)}"
+            ) from error
+
+    def dram(self) -> tuple[int, int]:
+        """Bytes of DRAM that tensors hold, and that there are."""
+        view = self.ttnn.get_memory_view(self.device, self.option("BufferType.DRAM"))
+        return (
+            view.total_bytes_allocated_per_bank * view.num_banks,
+            view.total_bytes_per_bank * view.num_banks,
+        )
+
+    def close(self) -> None:
+        self.ttnn.close_device(self.device)
+
+    def _plain(self, upload: Upload) -> Tensor:
+        return upload.value.to(TORCH_DTYPES.get(upload.dtype, torch.float32)).contiguous()
+
+    def _kind(self, upload: Upload, placed: bool = True) -> dict[str, Any]:
+        kind = {
+            "dtype": self.option(upload.dtype),
+            "layout": self.option("TILE_LAYOUT" if upload.tiled else "ROW_MAJOR_LAYOUT"),
+        }
+        return kind | {"memory_config": self.option("DRAM_MEMORY_CONFIG")} if placed else kind
+
+
+def reason(error: RuntimeError) -> str:
+    """What TTNN says is wrong, without where in its sources and without the stack."""
+    lines = [line.strip() for line in str(error).split("backtrace:")[0].splitlines()]
+    told = [line for line in lines if line and line != "info:"]
+    return " ".join(told[1:] or told)
+
+
+class Replay:
+    """A call captured once and replayed: one command instead of thousands.
+
+    Inputs are copied into the same tensors on the second command queue.
+    """
+
+    def __init__(
+        self,
+        backend: DeviceBackend,
+        uploads: dict[str, Upload],
+        call: Callable[[dict[str, Handle]], Handle],
+    ) -> None:
+        self.backend, ttnn = backend, backend.ttnn
+        self.given = {name: backend.put(upload) for name, upload in uploads.items()}
+        call(self.given)  # builds the programs: a capture may not
+        self.trace = ttnn.begin_trace_capture(backend.device, cq_id=0)
+        self.result = call(self.given)
+        ttnn.end_trace_capture(backend.device, self.trace, cq_id=0)
+
+    def __call__(self, uploads: dict[str, Upload]) -> Tensor:
+        backend, ttnn = self.backend, self.backend.ttnn
+        for name, upload in uploads.items():
+            host = backend.stage_upload(upload)
+            ttnn.copy_host_to_device_tensor(host, self.given[name], cq_id=1)
+        ttnn.wait_for_event(0, ttnn.record_event(backend.device, 1))
+        ttnn.execute_trace(backend.device, self.trace, cq_id=0, blocking=False)
+        return backend.get(self.result)

@@ -1,0 +1,283 @@
+"""The engines: the network on a card, and on the host with the card's numerics."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pi0.checkpoint.load import Checkpoint, empty_model, load_model
+from pi0.config import Pi0Config
+from pi0.engines.base import Engine, need_finite
+from pi0.engines.tenstorrent import library
+from pi0.engines.tenstorrent.backend import Backend, Handle, Upload
+from pi0.engines.tenstorrent.boards import find_board
+from pi0.engines.tenstorrent.device import DeviceBackend, Replay
+from pi0.engines.tenstorrent.host import HostBackend
+from pi0.engines.tenstorrent.layout import TILE, Layout, View, additive, tiled
+from pi0.engines.tenstorrent.network import (
+    Constants,
+    HandleTap,
+    KeyValue,
+    Network,
+    no_handle_tap,
+)
+from pi0.engines.tenstorrent.ops import Ops
+from pi0.engines.tenstorrent.precision import BF16, F32, PRESETS, Precision
+from pi0.engines.tenstorrent.programs import TILE_BYTES
+from pi0.engines.tenstorrent.weights import Packer
+from pi0.errors import ConfigError, EngineError
+from pi0.inputs import ModelInputs
+from pi0.model import Pi0, Tap
+from pi0.model.flow import embed_time
+from pi0.model.pi0 import no_tap
+
+
+@dataclass(frozen=True)
+class DevicePrefix:
+    """A prefix on the device: keys and values a layer, and what the suffix needs beside them."""
+
+    on: Constants
+    given: dict[str, Handle]
+    layers: list[KeyValue]
+
+
+class TtnnEngine(Engine):
+    """π0 on a Tenstorrent card or simulator; `device` is the card's number.
+
+    On a card a sampling call is captured once for each number of views, tokens and steps, and
+    replayed after that; inputs go up on a second command queue.
+    """
+
+    precisions = tuple(PRESETS)
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: str | None = None,
+        dtype: str = "accurate",
+        image_size: int | None = None,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        precision = PRESETS[dtype]
+        config = checkpoint.config
+        need_tiles(config if image_size is None else config.at_image_size(image_size))
+        self.backend = self._open(device)
+        if isinstance(self.backend, DeviceBackend):
+            need_room(config, precision, self.backend.dram()[1])
+        model = load_model(checkpoint, torch.bfloat16, "cpu", image_size, progress)
+        self.config = model.config
+        self.network = build_network(model, self.backend, precision)
+        self._constants: dict[tuple[int, int], Constants] = {}
+        self._times: dict[int, Handle] = {}
+        self._replays: dict[tuple[int, int, int], Replay] = {}
+
+    def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> DevicePrefix:
+        """One observation; see `Engine`.
+
+        Raises:
+            EngineError: more than one.
+        """
+        if inputs.batch_size != 1:
+            raise EngineError(
+                f"engine ttnn: expected one observation, found {inputs.batch_size}. Only `sample` "
+                "takes several, one after another."
+            )
+        on = self._on(inputs)
+        given = self._put(on.layout.uploads(inputs, self.network.ops.precision))
+        layers = self.network.prefill(on, given, self._adapt(tap, on.layout), tap is not no_tap)
+        return DevicePrefix(on, given, layers)
+
+    def velocity(
+        self, x_t: Tensor, t: Tensor, state: Tensor, cache: DevicePrefix, tap: Tap = no_tap
+    ) -> Tensor:
+        on, layout = cache.on, cache.on.layout
+        given = self._tap_mask(cache, tap)
+        token = self.network.embed_state(on, self.backend.put(layout.state(state, F32)))
+        v = self.network.velocity(
+            on,
+            given,
+            cache.layers,
+            token,
+            self.backend.put(layout.actions(x_t)),
+            self._embed_times(t),
+            self._adapt(tap, layout),
+        )
+        return layout.view["actions"].cut(self.backend.get(v))
+
+    def sample(
+        self,
+        inputs: ModelInputs,
+        noise: Tensor,
+        steps: int = 10,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """See `Engine`. The whole loop runs on the device; rows of a batch follow each other."""
+        if steps < 1:
+            raise ConfigError(f"steps: expected at least 1, found {steps}.")
+        actions = [
+            self._sample_one(inputs.row(i), noise[i : i + 1], steps, on_step)
+            for i in range(inputs.batch_size)
+        ]
+        return need_finite(torch.cat(actions))
+
+    def _open(self, device: str | None) -> Backend:
+        number = device or "0"
+        if not number.isdecimal():
+            raise EngineError(f"device: expected the number of a card, found {device!r}.")
+        library.need_ttnn()
+        if not library.has_device():
+            raise EngineError(
+                "engine ttnn: expected a Tenstorrent card (/dev/tenstorrent) or a simulator "
+                "(TT_METAL_SIMULATOR), found neither. `--engine ttnn-host` computes its numerics, "
+                "`pi0 ttnn dry-run` checks that the model fits."
+            )
+        backend = DeviceBackend(library.load({}), int(number))
+        weakref.finalize(self, backend.close)
+        return backend
+
+    def _on(self, inputs: ModelInputs) -> Constants:
+        key = inputs.image_mask.shape[1], inputs.tokens.shape[1]
+        if key not in self._constants:
+            layout = Layout(self.config, *key)
+            self._constants[key] = upload_constants(layout, self.backend)
+        return self._constants[key]
+
+    def _put(self, uploads: dict[str, Upload]) -> dict[str, Handle]:
+        return {name: self.backend.put(upload) for name, upload in uploads.items()}
+
+    def _embed_times(self, t: Tensor) -> Handle:
+        table = embed_time(t, self.config.expert.width)[None, None]
+        return self.network.embed_times(self.backend.put(Upload(table, F32)))
+
+    def _sample_one(
+        self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: Callable[[], None]
+    ) -> Tensor:
+        on = self._on(inputs)
+        layout = on.layout
+        if steps not in self._times:
+            self._times[steps] = self._embed_times(1 - torch.arange(steps) / steps)
+        times = self._times[steps]
+        uploads = layout.uploads(inputs, self.network.ops.precision)
+        uploads |= {"state": layout.state(inputs.state, F32), "x_t": layout.actions(noise)}
+
+        def call(given: dict[str, Handle], on_step: Callable[[], None] = lambda: None) -> Handle:
+            return self.network.sample(on, given, times, steps, on_step)
+
+        if not (isinstance(self.backend, DeviceBackend) and self.backend.can_replay):
+            return self.backend.get(call(self._put(uploads), on_step))[0]
+        key = layout.views, layout.tokens, steps
+        if key not in self._replays:
+            self._replays[key] = Replay(self.backend, uploads, call)
+        actions = self._replays[key](uploads)[0]
+        for _ in range(steps):
+            on_step()
+        return actions
+
+    def _adapt(self, tap: Tap, layout: Layout) -> HandleTap:
+        if tap is no_tap:
+            return no_handle_tap
+        backend = self.backend
+
+        def adapted(name: str, handle: Handle, kind: str) -> Handle:
+            view = layout.view[kind]
+            seen = view.cut(backend.get(handle))
+            handed_on = tap(name, seen)
+            if handed_on is seen:
+                return handle
+            padded = view.fill(handed_on, tuple(handle.shape))
+            return backend.put(Upload(padded, backend.dtype(handle)))
+
+        return adapted
+
+    def _tap_mask(self, cache: DevicePrefix, tap: Tap) -> dict[str, Handle]:
+        """Shows the mask as the device has it: of the VLM's queries, then of the expert's."""
+        if tap is no_tap:
+            return cache.given
+        prefix, suffix = (cache.on.layout.view[name] for name in ("prefix", "suffix"))
+        columns = torch.cat([prefix.rows, cache.on.layout.prefix + suffix.rows])
+        upper = View(prefix.rows, prefix.shape, prefix.rows)
+        lower = View(suffix.rows, suffix.shape, columns)
+        masks = [self.backend.get(cache.given[f"{name}_mask"]) for name in ("prefix", "suffix")]
+        top, bottom = upper.cut(masks[0]) == 0, lower.cut(masks[1]) == 0
+        seen = torch.cat([torch.nn.functional.pad(top, (0, len(suffix.rows))), bottom], dim=1)
+        handed_on = tap("sequence", seen)
+        if torch.equal(handed_on, seen):
+            return cache.given
+        visible = lower.fill(handed_on[:, len(prefix.rows) :], masks[1].shape)[0] > 0
+        return cache.given | {"suffix_mask": self.backend.put(Upload(additive(visible), BF16))}
+
+
+class TtnnHostEngine(TtnnEngine):
+    """The same network in golden functions on the host, rounded as on a card: no speed, only
+    numbers."""
+
+    def _open(self, device: str | None) -> Backend:
+        if device not in (None, "cpu"):
+            raise EngineError(f"device: expected cpu for engine ttnn-host, found {device!r}.")
+        library.need_ttnn()
+        environment = {}
+        if not library.has_device():  # its conversions ask for a chip, without touching it
+            description = find_board("n150").write(library.cache_folder())
+            environment[library.MOCK] = str(description)
+        return HostBackend(library.load(environment))
+
+
+def build_network(model: Pi0, backend: Backend, precision: Precision) -> Network:
+    """Packs a model, which is empty afterwards, onto a backend."""
+    with torch.no_grad():
+        weights = Packer(precision, backend.put).pack(model)
+    return Network(model.config, weights, Ops(backend, precision))
+
+
+def upload_constants(layout: Layout, backend: Backend) -> Constants:
+    """What depends on the layout only."""
+    state, actions = torch.zeros(2, 1, 1, layout.suffix, 1)
+    state[0, 0, 0] = 1
+    actions[0, 0, layout.view["actions"].rows] = 1
+    mask = layout.vision_mask()
+    return Constants(
+        layout,
+        None if mask is None else backend.put(mask),
+        action_rows=backend.put(Upload(actions, F32)),
+        state_row=backend.put(Upload(state, F32)),
+    )
+
+
+def need_tiles(config: Pi0Config) -> None:
+    """Raises EngineError if a width that operations cut or join is no whole number of tiles."""
+    for name, trunk in (("VLM", config.vlm), ("expert", config.expert)):
+        if trunk.width % TILE:
+            raise EngineError(
+                f"engine ttnn: expected a width of the {name} that is a multiple of {TILE}, found "
+                f"{trunk.width}."
+            )
+
+
+def need_room(config: Pi0Config, precision: Precision, dram: int) -> None:
+    """Raises EngineError if the weights do not fit into so many bytes of DRAM."""
+    needed = packed_bytes(config, precision)
+    if needed > dram:
+        raise EngineError(
+            f"weights: expected at most the {dram / 1e9:.1f} GB of DRAM of the board, found "
+            f"{needed / 1e9:.1f} GB. Use --dtype fast, or a board with more."
+        )
+
+
+def packed_bytes(config: Pi0Config, precision: Precision) -> int:
+    """Bytes of DRAM that the weights take."""
+    sizes = []
+
+    def put(upload: Upload) -> None:
+        *outer, rows, columns = upload.value.shape
+        if upload.tiled:
+            rows, columns = tiled(rows), tiled(columns)
+        elements = torch.Size([*outer, rows, columns]).numel()
+        sizes.append(elements * TILE_BYTES[upload.dtype] // TILE**2)
+
+    with torch.no_grad():
+        Packer(precision, put).pack(empty_model(config, torch.bfloat16))
+    return sum(sizes)

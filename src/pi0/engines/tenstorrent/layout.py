@@ -1,0 +1,184 @@
+"""How a sequence lies on the device: everything is cut and padded to tiles of 32, and masked.
+
+Every camera's patches are padded to whole tiles (729 → 736), so are the text and the suffix
+(51 → 64). The padding stays in the sequence, where masks hide it and rotary positions skip it, so
+that no operation on the device cuts across a tile. A `View` says where the model's tokens are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pi0.config import Pi0Config
+from pi0.engines.tenstorrent.backend import Upload
+from pi0.engines.tenstorrent.precision import BF16, F32, U32, Precision
+from pi0.inputs import ModelInputs
+from pi0.model.gemma import ROPE_BASE
+from pi0.model.pi0 import (
+    ACTION_BLOCK,
+    PREFIX_BLOCK,
+    STATE_BLOCK,
+    attention_mask,
+    token_positions,
+)
+
+TILE = 32
+# Added to logits that the mask excludes. Finite, because a padding row may see nothing; exp() of it
+# is 0, and bfloat16 holds it.
+MASKED = -1e9
+
+
+def tiled(n: int) -> int:
+    """n rounded up to whole tiles."""
+    return -(-n // TILE) * TILE
+
+
+def padded_head(head_dim: int) -> Tensor:
+    """Where the elements of a rotated head are once it is padded: both halves grow alike."""
+    half = torch.arange(head_dim // 2)
+    return torch.cat([half, tiled(head_dim) // 2 + half])
+
+
+@dataclass(frozen=True)
+class View:
+    """A part of a padded tensor [1, K, rows, columns], and its shape in the model."""
+
+    rows: Tensor
+    shape: tuple[int, ...]
+    columns: Tensor | None = None
+
+    def cut(self, padded: Tensor) -> Tensor:
+        """The model's tensor: [1, K, rows, columns] → [*shape, columns]."""
+        x = padded[0][:, self.rows]
+        if self.columns is not None:
+            x = x[..., self.columns]
+        return x.transpose(0, 1).reshape(self.shape + x.shape[-1:])
+
+    def fill(self, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The inverse of `cut`: zeros where the model has nothing."""
+        padded = torch.zeros(shape)
+        columns = torch.arange(value.shape[-1]) if self.columns is None else self.columns
+        x = value.float().reshape(len(self.rows), shape[1], value.shape[-1]).transpose(0, 1)
+        padded[0, :, self.rows[:, None], columns] = x
+        return padded
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout of one observation: so many views and text tokens."""
+
+    config: Pi0Config
+    views: int
+    tokens: int
+
+    @property
+    def patches(self) -> int:
+        """Rows of one view."""
+        return tiled(self.config.vision.num_patches)
+
+    @property
+    def text(self) -> int:
+        return tiled(self.tokens)
+
+    @property
+    def prefix(self) -> int:
+        return self.views * self.patches + self.text
+
+    @property
+    def suffix(self) -> int:
+        return tiled(self.config.suffix_len)
+
+    @cached_property
+    def patch_rows(self) -> Tensor:
+        first = torch.arange(self.views)[:, None] * self.patches
+        return (first + torch.arange(self.config.vision.num_patches)).flatten()
+
+    @cached_property
+    def view(self) -> dict[str, View]:
+        """The views of the network's tensors, by the name that its taps give."""
+        config = self.config
+        text_rows = torch.arange(self.tokens)
+        prefix_rows = torch.cat([self.patch_rows, self.views * self.patches + text_rows])
+        suffix_rows = torch.arange(config.suffix_len)
+        head, kv = padded_head(config.vlm.head_dim), (config.vlm.num_kv_heads,)
+        x, a = len(prefix_rows), config.suffix_len
+        return {
+            "patches": View(self.patch_rows, (self.views, config.vision.num_patches)),
+            "text": View(text_rows, (1, self.tokens)),
+            "prefix": View(prefix_rows, (1, x)),
+            "prefix_heads": View(prefix_rows, (1, x, *kv), head),
+            "suffix": View(suffix_rows, (1, a)),
+            "suffix_heads": View(suffix_rows, (1, a, *kv), head),
+            "actions": View(1 + torch.arange(config.horizon), (1, config.horizon)),
+        }
+
+    def uploads(self, inputs: ModelInputs, precision: Precision) -> dict[str, Upload]:
+        """What the prefix of one observation needs on the device."""
+        mask, positions = self._sequence(inputs)
+        x = self.prefix
+        tokens = torch.nn.functional.pad(inputs.tokens, (0, self.text - self.tokens))
+        side = self.config.vision.grid * self.config.vision.patch_size
+        pixels = inputs.images[0, :, :, :side, :side].permute(0, 2, 3, 1).contiguous()
+        uploads = {
+            "pixels": Upload(pixels, precision.pixels, tiled=False),  # [V, S, S, 3]
+            "tokens": Upload(tokens.int(), U32, tiled=False),
+            "prefix_mask": Upload(additive(mask[:, :x, :x]), BF16),
+            "suffix_mask": Upload(additive(mask[:, x:]), BF16),
+        }
+        for part, where in (("prefix", positions[:x]), ("suffix", positions[x:])):
+            cos, sin = rope_tables(where, self.config.vlm.head_dim)
+            uploads[f"{part}_cos"] = Upload(cos, precision.rope)
+            uploads[f"{part}_sin"] = Upload(sin, precision.rope)
+        return uploads
+
+    def actions(self, x_t: Tensor) -> Upload:
+        """Noisy actions [1, horizon, action_dim] in the rows of the suffix."""
+        width = x_t.shape[-1]
+        return Upload(self.view["actions"].fill(x_t, (1, 1, self.suffix, width)), F32)
+
+    def state(self, state: Tensor, dtype: str) -> Upload:
+        """A state [1, state_dim] in the suffix's first row."""
+        rows = torch.zeros(1, 1, self.suffix, state.shape[-1])
+        rows[0, 0, 0] = state[0]
+        return Upload(rows, dtype)
+
+    def vision_mask(self) -> Upload | None:
+        """What hides a view's padding from its patches; None where there is none."""
+        n = self.config.vision.num_patches
+        if n == self.patches:
+            return None
+        visible = torch.arange(self.patches) < n
+        return Upload(additive(visible.expand(1, self.patches, self.patches)), BF16)
+
+    def _sequence(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
+        """Mask [1, S, S] and positions [S] of the padded sequence: the model's own, spread out."""
+        config, x = self.config, self.prefix
+        valid = torch.zeros(1, x + self.suffix, dtype=torch.bool)
+        patches = inputs.image_mask.repeat_interleave(config.vision.num_patches, dim=1)
+        valid[:, self.view["prefix"].rows] = torch.cat([patches, inputs.token_mask], dim=1)
+        valid[:, x : x + config.suffix_len] = True
+        blocks = torch.full((x + self.suffix,), ACTION_BLOCK)
+        blocks[:x] = PREFIX_BLOCK
+        blocks[x] = STATE_BLOCK
+        return attention_mask(valid, blocks), token_positions(valid)[0]
+
+
+def additive(mask: Tensor) -> Tensor:
+    """A mask [1, T, S] bool as what is added to logits, [1, 1, T, S]."""
+    return torch.zeros(mask.shape).masked_fill(~mask, MASKED)[:, None]
+
+
+def rope_tables(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [1, 1, S, tiled head_dim] at positions [S], laid out by `padded_head`."""
+    half = head_dim // 2
+    frequency = ROPE_BASE ** (-torch.arange(half) / half)
+    angle = positions[:, None] * frequency
+    columns = padded_head(head_dim)
+    tables = torch.zeros(2, len(positions), tiled(head_dim))
+    tables[0][:, columns] = angle.cos().repeat(1, 2)
+    tables[1][:, columns] = angle.sin().repeat(1, 2)
+    return tables[0][None, None], tables[1][None, None]

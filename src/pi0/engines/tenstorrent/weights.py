@@ -1,0 +1,207 @@
+"""The model's parameters as the network wants them: fused, padded to tiles, in the preset's dtypes.
+
+Matrices are stored [in, out]. Heads that are no whole tiles are padded with zeros, which changes no
+product; RMSNorm's 1 + w is folded; the first of the two linear layers on the actions is folded into
+the second, between which there is nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pi0.engines.tenstorrent.backend import Handle, Upload
+from pi0.engines.tenstorrent.layout import padded_head, tiled
+from pi0.engines.tenstorrent.precision import BF16, BFP8, Precision
+from pi0.model import Pi0
+from pi0.model.gemma import GemmaTrunk
+from pi0.model.siglip import SiglipTower
+
+Put = Callable[[Upload], Handle]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix [in, out] and a bias [1, 1, 1, out] or None."""
+
+    weight: Handle
+    bias: Handle | None = None
+
+
+@dataclass(frozen=True)
+class VisionBlock:
+    norm1: Linear  # scale and offset of a LayerNorm
+    qkv: Linear
+    out: Linear
+    norm2: Linear
+    fc1: Linear
+    fc2: Linear
+
+
+@dataclass(frozen=True)
+class GemmaBlock:
+    norm1: Handle
+    qkv: Linear
+    out: Linear
+    norm2: Handle
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True)
+class Trunk:
+    blocks: list[GemmaBlock]
+    norm: Handle
+
+
+@dataclass(frozen=True)
+class Weights:
+    patch: Linear
+    position: Handle
+    vision: list[VisionBlock]
+    vision_norm: Linear
+    projector: Linear
+    embedding: Handle
+    vlm: Trunk
+    expert: Trunk
+    state: Linear
+    actions: Linear
+    time: Linear
+    suffix: Linear
+    velocity: Linear
+
+
+class Packer:
+    """Packs a model, which is empty afterwards: what has been packed is freed."""
+
+    def __init__(self, precision: Precision, put: Put) -> None:
+        self.precision, self._put = precision, put
+
+    def pack(self, model: Pi0) -> Weights:
+        vision, norm = self._tower(model.vision_tower)
+        width = model.config.expert.width
+        actions, time = model.action_in_proj, model.action_time_mlp_in
+        w_action, w_time = time.weight[:, :width], time.weight[:, width:]
+        conv = model.vision_tower.patch_embedding.conv
+        patch = conv.weight.permute(0, 2, 3, 1).flatten(1)  # [E, 14·14·3], channels last
+        weights = Weights(
+            patch=self._linear("patch", pad_columns(patch, tiled(patch.shape[1])), conv.bias),
+            position=self._position(model.vision_tower.patch_embedding.position),
+            vision=vision,
+            vision_norm=norm,
+            projector=self._layer("projector", model.projector),
+            embedding=self._put(
+                Upload(model.token_embedding.weight.detach(), self.precision.embedding, tiled=False)
+            ),
+            vlm=self._trunk("vlm", model.vlm),
+            expert=self._trunk("expert", model.expert),
+            state=self._layer("action", model.state_proj),
+            actions=self._linear(
+                "action",
+                (w_action.double() @ actions.weight.double()).float(),
+                (w_action.double() @ actions.bias.double() + time.bias.double()).float(),
+            ),
+            time=self._linear("action", w_time),
+            suffix=self._layer("action", model.action_time_mlp_out),
+            velocity=self._layer("action", model.action_out_proj),
+        )
+        free(model)
+        return weights
+
+    def _linear(self, kind: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """weight [out, in], as torch has it."""
+        dtype = self.precision.weights[kind]
+        matrix = self._put(Upload(weight.t(), dtype))
+        if bias is None:
+            return Linear(matrix)
+        beside = BF16 if dtype == BFP8 else dtype
+        return Linear(matrix, self._put(Upload(bias[None, None, None], beside)))
+
+    def _layer(self, kind: str, layer: nn.Linear) -> Linear:
+        return self._linear(kind, layer.weight, layer.bias)
+
+    def _norm(self, weight: Tensor) -> Handle:
+        return self._put(Upload(weight[None, None, None], self.precision.norm))
+
+    def _layer_norm(self, norm: nn.LayerNorm) -> Linear:
+        return Linear(self._norm(norm.weight), self._norm(norm.bias))
+
+    def _position(self, table: Tensor) -> Handle:
+        """[1, 1, tiled patches, E]."""
+        rows = pad_rows(table, tiled(len(table)))
+        return self._put(Upload(rows[None, None], self.precision.pixels))
+
+    def _tower(self, tower: SiglipTower) -> tuple[list[VisionBlock], Linear]:
+        blocks = []
+        modules: Any = tower.blocks
+        for block in modules:
+            d = block.q_proj.out_features // block.num_heads
+            head, hidden = torch.arange(d), tiled(block.fc1.out_features)
+            projections = (block.q_proj, block.k_proj, block.v_proj)
+            qkv = torch.cat([spread(p.weight, d, head) for p in projections])
+            bias = torch.cat([spread(p.bias[:, None], d, head)[:, 0] for p in projections])
+            out = spread(block.out_proj.weight.t(), d, head).t()
+            packed = VisionBlock(
+                norm1=self._layer_norm(block.norm1),
+                qkv=self._linear("vision_attention", qkv, bias),
+                out=self._linear("vision_attention", out, block.out_proj.bias),
+                norm2=self._layer_norm(block.norm2),
+                fc1=self._linear(
+                    "vision_mlp",
+                    pad_rows(block.fc1.weight, hidden),
+                    pad_rows(block.fc1.bias[:, None], hidden)[:, 0],
+                ),
+                fc2=self._linear(
+                    "vision_mlp", pad_columns(block.fc2.weight, hidden), block.fc2.bias
+                ),
+            )
+            blocks.append(packed)
+            free(block)
+        return blocks, self._layer_norm(tower.norm)
+
+    def _trunk(self, name: str, trunk: GemmaTrunk) -> Trunk:
+        blocks = []
+        modules: Any = trunk.blocks
+        for block in modules:
+            d, head = block.head_dim, padded_head(block.head_dim)
+            projections = (block.q_proj, block.k_proj, block.v_proj)
+            qkv = torch.cat([spread(p.weight, d, head) for p in projections])
+            out = spread(block.o_proj.weight.t(), d, head).t()
+            packed = GemmaBlock(
+                norm1=self._norm(1 + block.norm1.weight),
+                qkv=self._linear(f"{name}_attention", qkv),
+                out=self._linear(f"{name}_attention", out),
+                norm2=self._norm(1 + block.norm2.weight),
+                gate=self._linear(f"{name}_mlp", block.gate_proj.weight),
+                up=self._linear(f"{name}_mlp", block.up_proj.weight),
+                down=self._linear(f"{name}_mlp", block.down_proj.weight),
+            )
+            blocks.append(packed)
+            free(block)
+        return Trunk(blocks, self._norm(1 + trunk.norm.weight))
+
+
+def spread(weight: Tensor, head_dim: int, places: Tensor) -> Tensor:
+    """Rows [heads · head_dim, in] of heads, padded to [heads · tiled head_dim, in]."""
+    heads = weight.view(-1, head_dim, weight.shape[1])
+    padded = heads.new_zeros(len(heads), tiled(head_dim), weight.shape[1])
+    padded[:, places] = heads
+    return padded.flatten(0, 1)
+
+
+def pad_rows(weight: Tensor, rows: int) -> Tensor:
+    return nn.functional.pad(weight, (0, 0, 0, rows - len(weight)))
+
+
+def pad_columns(weight: Tensor, columns: int) -> Tensor:
+    return nn.functional.pad(weight, (0, columns - weight.shape[1]))
+
+
+def free(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.data = parameter.data.new_empty(0)

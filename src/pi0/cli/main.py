@@ -14,6 +14,7 @@ import typer
 from pi0.cli.act import act
 from pi0.cli.checkpoint import inspect, synth
 from pi0.cli.forward import sample, trace
+from pi0.cli.ttnn import app as ttnn
 from pi0.cli.verify import verify
 from pi0.errors import Pi0Error
 
@@ -39,6 +40,7 @@ Tab completion: `pi0 --install-completion`.""",
 
 for verb in (act, trace, sample, verify, inspect, synth):
     app.command()(verb)
+app.add_typer(ttnn, name="ttnn")
 
 
 def _version(asked: bool) -> None:

@@ -43,6 +43,13 @@ def step_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
+def stage_progress(what: str) -> Iterator[Callable[[str], None]]:
+    """A spinner; yields a function that takes what is being done."""
+    with err.status(what) as status:
+        yield lambda stage: status.update(f"{what}: {stage}")
+
+
+@contextlib.contextmanager
 def _bar(what: str, total: int, *columns: ProgressColumn) -> Iterator[Callable[[int], None]]:
     with Progress(
         TextColumn("{task.description}"),

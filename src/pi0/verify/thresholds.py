@@ -36,6 +36,16 @@ THRESHOLDS: dict[str, dict[str, Threshold]] = {
         "sequence": EXACT,
         "masked_content": UNSEEN,
     },
+    "accurate": {
+        "*": Threshold(0.999, 0.03, "bfloat16 between all operations, and rotary tables in it"),
+        "sequence": EXACT,
+        "masked_content": UNSEEN,
+    },
+    "fast": {
+        "*": Threshold(0.99, 0.1, "7 bits and an exponent shared by 16 values in every matrix"),
+        "sequence": EXACT,
+        "masked_content": UNSEEN,
+    },
 }
 
 

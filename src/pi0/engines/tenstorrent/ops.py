@@ -141,7 +141,7 @@ class Ops:
             layout=self.backend.option("TILE_LAYOUT"),
             dtype=self.precision.residual,
         )
-        return self.reshape(found, (1, 1, *found.shape[1:]))
+        return self.reshape(found, (1, *found.shape))
 
     def cut_patches(self, pixels: Handle, patch: int, rows: int) -> Handle:
         """[V, S, S, 3] → [V, 1, rows, tiled 3·patch²]: whole patches, padded to tiles."""
@@ -159,7 +159,7 @@ class Ops:
         return self.backend.option("L1_MEMORY_CONFIG" if few else "DRAM_MEMORY_CONFIG")
 
     def _matmul(self, x: Handle, weight: Handle, dtype: str) -> Any:
-        m, k, n = (tiled(length) // TILE for length in (*x.shape[2:], weight.shape[-1]))
+        m, k, n = (tiled(length) // TILE for length in (x.shape[2], x.shape[3], weight.shape[1]))
         grid = self.backend.grid
         dtypes = (self.backend.dtype(x), self.backend.dtype(weight), dtype)
         b = matmul_blocks(m, k, n, grid, dtypes, self.precision.float32_sums)

@@ -1,0 +1,109 @@
+"""`pi0 ttnn dry-run`: does a model fit a Tenstorrent board?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pi0.cli import options
+
+if TYPE_CHECKING:
+    from pi0.engines.tenstorrent.dryrun import DryRun
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="markdown", help="Tenstorrent, without a card."
+)
+
+
+@app.callback()
+def _group() -> None:
+    pass
+
+
+@app.command("dry-run")
+def dry_run(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CKPT]", help="Checkpoint; only its sizes are read."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Sizes of a preset, without a checkpoint: pi0_base, small or tiny.",
+            show_default=False,
+        ),
+    ] = None,
+    board: Annotated[
+        str, typer.Option(help="n150 (8×8 cores), n300 (one chip, 8×7) or p150 (13×10).")
+    ] = "n150",
+    dtype: Annotated[str, typer.Option(help="accurate or fast.")] = "accurate",
+    image_size: options.ImageSize = None,
+    cameras: options.Cameras = 2,
+    tokens: options.Tokens = None,
+    steps: options.Steps = 1,
+    as_json: options.Json = False,
+) -> None:
+    """Run the whole model on TTNN's mock device, where nothing is computed.
+
+    TTNN validates every operation, builds its programs and lays them out in the memory of the
+    board's cores and its DRAM; an operation that it rejects is an error that names the stage.
+    Kernels are not compiled and nothing is computed: of numbers it says nothing, `pi0 verify
+    --engines reference ttnn-host` does.
+
+    Needs `pip install 'pi0[ttnn]'` and, as a stand-in for Tenstorrent's compiler,
+    `apt install gcc-riscv64-unknown-elf`.
+
+    **Examples**
+
+        pi0 ttnn dry-run --preset pi0_base --board n150 --image-size 384 --cameras 2
+        pi0 ttnn dry-run pi0_base --board p150 --dtype fast --json
+    """
+    from dataclasses import asdict
+
+    from pi0.checkpoint.load import check, open_checkpoint
+    from pi0.cli.show import print_json, stage_progress
+    from pi0.config import PRESETS
+    from pi0.errors import ConfigError
+
+    if (checkpoint is None) == (preset is None):
+        raise ConfigError("dry-run: expected a checkpoint or --preset, found both or neither.")
+    if checkpoint:
+        opened = open_checkpoint(checkpoint)
+        check(opened)
+        config = opened.config
+    elif preset in PRESETS:
+        config = PRESETS[preset]
+    else:
+        raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, found {preset!r}.")
+    if image_size is not None:
+        config = config.at_image_size(image_size)
+    from pi0.engines.tenstorrent.dryrun import dry_run as run
+
+    with stage_progress("dry run") as on_stage:
+        done = run(config, board, dtype, cameras, tokens, steps, on_stage)
+    if as_json:
+        print_json(asdict(done))
+    else:
+        _print(done)
+
+
+def _print(done: DryRun) -> None:
+    from pi0.cli.show import human_bytes, say, table
+
+    x, y = done.grid
+    table(
+        f"Dry run on {done.board}, {done.dtype}",
+        ["", ""],
+        [
+            ["cores", f"{x} × {y}"],
+            ["tokens with padding", f"prefix {done.prefix}, suffix {done.suffix}"],
+            ["programs built", str(done.programs)],
+            ["peak L1 of a core", f"{human_bytes(done.peak_l1)} of {human_bytes(done.l1)}"],
+            ["weights in DRAM", human_bytes(done.weights)],
+            ["peak DRAM", f"{human_bytes(done.peak_dram)} of {human_bytes(done.dram)}"],
+            ["first pass, second", " s, ".join(f"{t:.2f}" for t in done.seconds) + " s"],
+        ],
+    )
+    say("every operation was accepted and fits; nothing was computed")

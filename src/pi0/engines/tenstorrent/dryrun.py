@@ -1,0 +1,189 @@
+"""A dry run: the whole model on TTNN's mock device, where every operation is checked and none runs.
+
+Operations are validated, their programs built and laid out in the memory of the board's cores, and
+tensors allocated in its DRAM. Kernels are neither compiled nor executed, so a dry run says that the
+model fits and that TTNN takes it, and nothing about its numbers: what is read back is zeros.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pi0.checkpoint.load import empty_model
+from pi0.config import Pi0Config
+from pi0.engines.tenstorrent import library, standin
+from pi0.engines.tenstorrent.backend import Handle, Upload
+from pi0.engines.tenstorrent.boards import find_board
+from pi0.engines.tenstorrent.device import DeviceBackend
+from pi0.engines.tenstorrent.engine import (
+    build_network,
+    need_room,
+    need_tiles,
+    upload_constants,
+)
+from pi0.engines.tenstorrent.layout import Layout
+from pi0.engines.tenstorrent.precision import F32, PRESETS
+from pi0.errors import EngineError
+from pi0.inputs import random_inputs
+from pi0.model.flow import embed_time
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dry run found.
+
+    Attributes:
+        grid: compute cores, x by y.
+        prefix, suffix: tokens, padding included.
+        programs: different ones that were built.
+        peak_l1: bytes of the fullest core's memory.
+        l1: bytes of it that tensors and buffers can have.
+        weights, peak_dram, dram: bytes that weights take, that are taken at most, that there are.
+        seconds: of the first pass, which builds the programs, and of the second.
+    """
+
+    board: str
+    dtype: str
+    grid: tuple[int, int]
+    prefix: int
+    suffix: int
+    programs: int
+    peak_l1: int
+    l1: int
+    weights: int
+    peak_dram: int
+    dram: int
+    seconds: tuple[float, float]
+
+
+def dry_run(
+    config: Pi0Config,
+    board: str = "n150",
+    dtype: str = "accurate",
+    cameras: int = 2,
+    tokens: int | None = None,
+    steps: int = 1,
+    on_stage: Callable[[str], None] = lambda _: None,
+) -> DryRun:
+    """Runs a prefix and denoising steps of a model of this configuration on a mock board.
+
+    One board a process. Weights have shapes only.
+
+    Raises:
+        EngineError: no such board or preset, no ttnn or no stand-in compiler, weights that do not
+            fit, or an operation that TTNN rejects (the sentence names the stage).
+    """
+    if dtype not in PRESETS:
+        raise EngineError(f"dtype: expected one of {', '.join(PRESETS)}, found {dtype!r}.")
+    precision = PRESETS[dtype]
+    need_tiles(config)
+    started = time.perf_counter()
+    backend = MockBackend(board, on_stage)
+    try:
+        need_room(config, precision, backend.dram()[1])
+        on_stage("weights")
+        network = build_network(empty_model(config, torch.bfloat16), backend, precision)
+        weights, _ = backend.dram()
+        inputs, noise = random_inputs(config, cameras, tokens or config.max_tokens, seed=0)
+        layout = Layout(config, cameras, inputs.tokens.shape[1])
+        on = upload_constants(layout, backend)
+        uploads = layout.uploads(inputs, precision)
+        uploads |= {"state": layout.state(inputs.state, F32), "x_t": layout.actions(noise)}
+        given = {name: backend.put(upload) for name, upload in uploads.items()}
+        table = embed_time(1 - torch.arange(steps) / steps, config.expert.width)[None, None]
+        times = network.embed_times(backend.put(Upload(table, F32)))
+
+        def call() -> Handle:
+            return network.sample(on, given, times, steps)
+
+        backend.get(call())
+        first = time.perf_counter() - started
+        programs = backend.device.num_program_cache_entries()
+        before, dram = backend.dram()
+        second, peak_l1, more = backend.measure(call)
+        return DryRun(
+            board,
+            dtype,
+            (backend.grid.x, backend.grid.y),
+            layout.prefix,
+            layout.suffix,
+            programs,
+            peak_l1,
+            backend.l1(),
+            weights,
+            before + more,
+            dram,
+            (first, second),
+        )
+    finally:
+        backend.close()
+
+
+class MockBackend(DeviceBackend):
+    """A board that is not there."""
+
+    def __init__(self, board: str, on_stage: Callable[[str], None]) -> None:
+        self._on_stage = on_stage
+        found = find_board(board)
+        library.need_ttnn()
+        if not standin.has_compiler():
+            raise EngineError(
+                f"dry run: expected {standin.COMPILER} as a stand-in for Tenstorrent's compiler, "
+                "found none. Install it: apt install gcc-riscv64-unknown-elf."
+            )
+        folder = library.cache_folder()
+        package = Path(str(distribution("ttnn").locate_file("ttnn")))
+        root = standin.make_root(package, folder / f"root-{library.VERSION}")
+        (folder / "logs").mkdir(exist_ok=True)
+        environment = {
+            library.MOCK: str(found.write(folder)),
+            "TT_METAL_RUNTIME_ROOT": str(root),
+            "TT_METAL_CACHE": str(folder / f"kernels-{library.VERSION}"),
+            "TT_METAL_LOGS_PATH": str(folder / "logs"),
+        }
+        super().__init__(library.load(environment), 0)
+
+    @property
+    def stage(self) -> str:  # type: ignore[override]
+        return self._stage
+
+    @stage.setter
+    def stage(self, name: str) -> None:
+        self._stage = name
+        self._on_stage(name)
+
+    def l1(self) -> int:
+        """Bytes of a core's memory that tensors and buffers can have."""
+        view = self.ttnn.get_memory_view(self.device, self.option("BufferType.L1"))
+        size: int = view.total_bytes_per_bank
+        return size
+
+    def measure(self, call: Callable[[], Any]) -> tuple[float, int, int]:
+        """Seconds of a call, its peak of L1 in a core and of DRAM in bytes."""
+        graph = importlib.import_module("ttnn.graph")
+        graph.begin_graph_capture(graph.RunMode.NO_DISPATCH)
+        started = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - started
+        nodes = graph.end_graph_capture()
+        peak_l1: int = graph.extract_resource_usage_per_core(nodes).peak_total
+        return seconds, peak_l1, peak_dram(nodes)
+
+
+def peak_dram(nodes: list[dict[str, Any]]) -> int:
+    """Bytes of DRAM that a captured call holds at most beyond what was there."""
+    sign = {"buffer_allocate": 1, "buffer_deallocate": -1}
+    held = peak = 0
+    for node in nodes:
+        if node["node_type"] in sign and node["params"]["type"] == "DRAM":
+            held += sign[node["node_type"]] * int(node["params"]["size"])
+            peak = max(peak, held)
+    return peak

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import load_model, open_checkpoint
@@ -13,6 +14,8 @@ from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
 from pi0.model import Pi0
 
+settings.register_profile("shared machine", deadline=None)  # timings are no test's business
+settings.load_profile("shared machine")
 torch.set_num_threads(1)  # the tests run in several processes
 
 

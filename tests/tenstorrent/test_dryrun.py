@@ -1,0 +1,104 @@
+"""Dry runs on the real library's mock device: each in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.ttnn
+
+
+def pi0(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pi0.cli.main", *map(str, words)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.parametrize(
+    ("board", "grid", "dtype"),
+    [("n150", [8, 8], "accurate"), ("n300", [8, 7], "fast"), ("p150", [13, 10], "fast")],
+)
+def test_tiny(tiny_path: Path, board: str, grid: list[int], dtype: str) -> None:
+    done = pi0("ttnn", "dry-run", tiny_path, "--board", board, "--dtype", dtype, "--json")
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert data["grid"] == grid
+    assert 40 < data["programs"] < 100
+    assert 0 < data["peak_l1"] <= data["l1"]
+    assert 0 < data["weights"] < data["peak_dram"] < data["dram"]
+
+
+@pytest.mark.parametrize("board", ["n150", "p150"])
+def test_one_full_width_layer(one_layer_path: Path, board: str) -> None:
+    words = ("--board", board, "--image-size", 384, "--cameras", 2, "--tokens", 32)
+    done = pi0("ttnn", "dry-run", one_layer_path, *words)
+    assert done.returncode == 0, done.stderr
+    assert "prefix 1504, suffix 64" in done.stdout
+    assert "nothing was computed" in done.stdout
+
+
+def test_full_model() -> None:
+    """Sizes alone need no checkpoint: the whole published model in seconds."""
+    done = pi0("ttnn", "dry-run", "--preset", "pi0_base", "--cameras", 3, "--steps", 2, "--json")
+    assert done.returncode == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert (data["prefix"], data["suffix"]) == (832, 64)
+    assert data["weights"] == pytest.approx(6.6e9, rel=0.01)
+
+
+def test_rejected_operation_names_the_stage(tiny_path: Path, tmp_path: Path) -> None:
+    """Blocks that do not fit a core's memory."""
+    script = tmp_path / "planted.py"
+    script.write_text(
+        "import sys\n"
+        "from pi0.engines.tenstorrent import ops\n"
+        "ops.attention_chunks = lambda queries, keys: (4096, 4096)\n"
+        "from pi0.cli.main import main\n"
+        "main()\n"
+    )
+    words = [str(script), "ttnn", "dry-run", str(tiny_path)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "pi0: ttnn.transformer.scaled_dot_product_attention in stage vision_tower: expected an "
+        "operation that the device takes, found: "
+    )
+    assert "beyond max L1 size" in done.stderr
+    assert "backtrace" not in done.stderr
+
+
+def test_bad_input(tiny_path: Path, tmp_path: Path) -> None:
+    for words, said in [
+        (("ttnn", "dry-run"), "expected a checkpoint or --preset, found both or neither"),
+        (("ttnn", "dry-run", "--preset", "x"), "expected one of pi0_base, small, tiny, found 'x'"),
+        (("ttnn", "dry-run", tiny_path, "--board", "e75"), "expected one of n150, n300, p150"),
+        (("ttnn", "dry-run", tiny_path, "--dtype", "x"), "expected one of accurate, fast"),
+        (("ttnn", "dry-run", tiny_path, "--image-size", 9), "at least one patch of 14 pixels"),
+        (("trace", tiny_path, "--engine", "ttnn", "--device", "x"), "number of a card, found 'x'"),
+        (("trace", tiny_path, "--engine", "ttnn", "--dtype", "float32"), "accurate, fast"),
+    ]:
+        done = pi0(*words)
+        assert (done.returncode, done.stdout) == (2, ""), words
+        assert said in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    no_compiler = pi0("ttnn", "dry-run", tiny_path, PATH=str(tmp_path))
+    assert no_compiler.returncode == 2
+    assert "apt install gcc-riscv64-unknown-elf" in no_compiler.stderr
+
+
+@pytest.mark.skipif(
+    Path("/dev/tenstorrent").exists() or "TT_METAL_SIMULATOR" in os.environ,
+    reason="there is a card",
+)
+def test_no_card(tiny_path: Path) -> None:
+    done = pi0("trace", tiny_path, "--engine", "ttnn")
+    assert done.returncode == 2
+    assert "expected a Tenstorrent card (/dev/tenstorrent) or a simulator" in done.stderr

@@ -1,0 +1,225 @@
+"""The network with a card's numerics, on the host."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from pi0.checkpoint.load import Checkpoint, open_checkpoint
+from pi0.engines.base import Engine, make_engine
+from pi0.engines.tenstorrent.backend import Upload
+from pi0.engines.tenstorrent.engine import TtnnHostEngine
+from pi0.engines.tenstorrent.host import HostBackend, HostTensor
+from pi0.errors import EngineError
+from pi0.inputs import random_inputs
+from pi0.model.gemma import attend
+from pi0.verify.run import Result, default_cases, verify
+
+pytestmark = pytest.mark.ttnn
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_path: Path) -> Checkpoint:
+    return open_checkpoint(tiny_path)
+
+
+@pytest.fixture(scope="module")
+def backend(checkpoint: Checkpoint) -> HostBackend:
+    made = TtnnHostEngine(checkpoint).backend
+    assert isinstance(made, HostBackend)
+    return made
+
+
+def run(checkpoint: Checkpoint, precision: str, plant=lambda engine: None, **options) -> Result:
+    def candidate():
+        engine = make_engine("ttnn-host", checkpoint, dtype=precision)
+        plant(engine)
+        return engine
+
+    return verify(
+        lambda: make_engine("reference", checkpoint),
+        candidate,
+        default_cases(checkpoint.config, cameras=3, tokens=40),
+        **{"precision": precision, "steps": 2, **options},
+    )
+
+
+@pytest.mark.parametrize("mode", ["chained", "isolated"])
+@pytest.mark.parametrize("precision", ["accurate", "fast"])
+def test_agrees_with_the_reference(checkpoint: Checkpoint, mode: str, precision: str) -> None:
+    result = run(checkpoint, precision, mode=mode, layers=True)
+    assert result.first_failure is None
+    names = [row.name for row in result.rows if row.case == "masked"]
+    assert len(names) == 11 + 6 + 2 * 4 + 2 + 2 + 1, "every stage and block is compared"
+
+
+@pytest.mark.parametrize("precision", ["accurate", "fast"])
+def test_one_full_width_layer(one_layer_path: Path, precision: str) -> None:
+    """At 70 pixels, 25 patches: sums are as long as in the real model, and padding is there."""
+    opened = open_checkpoint(one_layer_path)
+    inputs, noise = random_inputs(opened.config.at_image_size(70), 2, 20, 0)
+    reference = make_engine("reference", opened, image_size=70)
+    candidate = make_engine("ttnn-host", opened, dtype=precision, image_size=70)
+    seen: list[dict[str, torch.Tensor]] = []
+    for engine in (reference, candidate):
+        record: dict[str, torch.Tensor] = {}
+
+        def tap(name: str, value: torch.Tensor, record=record) -> torch.Tensor:
+            record[name] = value.double()
+            return value
+
+        cache = engine.prefill(inputs, tap)
+        engine.velocity(noise, torch.ones(1), inputs.state, cache, tap)
+        seen.append(record)
+    # bfloat16 keeps 8 bits, a block of 16 values 7 bits of its largest; errors of a tower's
+    # matrices add up in squares.
+    tolerance = {"accurate": 0.01, "fast": 0.03}[precision]
+    for name, wanted in seen[0].items():
+        error = (seen[1][name] - wanted).norm() / wanted.norm()
+        assert error <= tolerance, name
+
+
+def no_vision_mask(engine: TtnnHostEngine) -> None:
+    on = engine._on
+
+    def unmasked(inputs):
+        return replace(on(inputs), vision_mask=None)
+
+    engine._on = unmasked
+
+
+def erf_gelu(engine: TtnnHostEngine) -> None:
+    engine.network.ops.gelu = lambda x: HostTensor(F.gelu(x.value), x.dtype)
+
+
+def padded_prefix_seen(engine: TtnnHostEngine) -> None:
+    """The masks of the prefix are computed and not passed."""
+    attend_masked = engine.network._attend
+
+    def unmasked(config, q, k, v, mask):
+        open_mask = HostTensor(torch.zeros_like(mask.value), mask.dtype)
+        return attend_masked(config, q, k, v, open_mask)
+
+    engine.network._attend = unmasked
+
+
+@pytest.mark.parametrize(
+    ("plant", "stage"),
+    [
+        (no_vision_mask, "vision_tower"),
+        (padded_prefix_seen, "vlm_transformer"),
+    ],
+)
+def test_planted_bug(checkpoint: Checkpoint, plant, stage: str) -> None:
+    failure = run(checkpoint, "accurate", plant, mode="isolated").first_failure
+    assert failure is not None
+    assert failure.name == stage
+
+
+def test_batches_row_by_row(checkpoint: Checkpoint) -> None:
+    engine = make_engine("ttnn-host", checkpoint)
+    one, noise = random_inputs(engine.config, 2, 10, 0)
+    other, more = random_inputs(engine.config, 2, 10, 1)
+    both = type(one)(
+        **{name: torch.cat([getattr(one, name), getattr(other, name)]) for name in vars(one)}
+    )
+    together = engine.sample(both, torch.cat([noise, more]), steps=2)
+    apart = [engine.sample(one, noise, steps=2), engine.sample(other, more, steps=2)]
+    assert torch.equal(together, torch.cat(apart))
+    with pytest.raises(EngineError, match="expected one observation, found 2"):
+        engine.prefill(both)
+
+
+@pytest.mark.parametrize(("steps", "tolerance"), [(1, 1e-6), (3, 0.01)])
+def test_sampling_is_the_loop_of_velocities(
+    checkpoint: Checkpoint, steps: int, tolerance: float
+) -> None:
+    """One step is the base class's; in later ones the last bit of a float32 state, which is
+    multiplied here and divided there, decides some roundings to bfloat16."""
+    engine = make_engine("ttnn-host", checkpoint)
+    inputs, noise = random_inputs(engine.config, 2, 10, 0)
+    calls: list[int] = []
+    ours = engine.sample(inputs, noise, steps, lambda: calls.append(1))
+    base = Engine.sample(engine, inputs, noise, steps)
+    assert (ours - base).norm() <= tolerance * base.norm()
+    assert len(calls) == steps
+
+
+finite = st.floats(-(2.0**100), 2.0**100, width=32)
+
+
+@given(arrays("float32", (32, 32), elements=finite))
+def test_bfloat16_rounds_as_torch(values) -> None:
+    """TTNN's own conversion of every value is torch's: so torch may do it on the host."""
+    import ttnn
+
+    x = torch.tensor(values)
+    packed = ttnn.from_torch(x, dtype=ttnn.bfloat16, layout=ttnn.TILE_LAYOUT)
+    normal = (x == 0) | (x.abs() >= torch.finfo(torch.float32).tiny)  # the rest is flushed to 0
+    assert torch.equal(ttnn.to_torch(packed)[normal], x.to(torch.bfloat16)[normal])
+
+
+def test_blocks_share_an_exponent(backend: HostBackend) -> None:
+    x = torch.full((1, 1, 32, 32), 1e-3)
+    x[0, 0, 0, 0] = 1.0
+    got = backend.get(backend.put(Upload(x, "bfloat8_b")))[0, 0]
+    assert got[0, :16].tolist() == [1.0, *[0.0] * 15], "below 1/128 of its block's largest"
+    assert torch.allclose(got[0, 16:], x[0, 0, 0, 16:], rtol=0.01)
+    assert torch.allclose(got[1], x[0, 0, 1], rtol=0.01)
+
+
+def test_our_golden_functions(backend: HostBackend) -> None:
+    """Against PyTorch and the model: heads, rotation is tested with the layout."""
+    x = torch.randn(2, 1, 64, (4 + 2 * 2) * 32)
+    q, k, v = backend.run(
+        "experimental.nlp_create_qkv_heads",
+        HostTensor(x, "float32"),
+        num_heads=4,
+        num_kv_heads=2,
+        transpose_k_heads=False,
+    )
+    split = x[:, 0].view(2, 64, 8, 32)
+    wanted = attend(split[:, :, :4], split[:, :, 4:6], split[:, :, 6:])
+    attended = backend.run(
+        "transformer.scaled_dot_product_attention", q, k, v, is_causal=False, scale=32**-0.5
+    )
+    got = backend.run("experimental.nlp_concat_heads", attended)
+    assert torch.allclose(got.value[:, 0], wanted, atol=1e-5)
+    gelu = backend.run("gelu", HostTensor(x, "float32"), variant=backend.option("GeluVariant.Tanh"))
+    assert torch.equal(gelu.value, F.gelu(x, approximate="tanh"))
+    cos, sin = torch.randn(2, 1, 1, 64, 32)
+    turned = backend.run(
+        "experimental.rotary_embedding",
+        HostTensor(x[..., :32], "float32"),
+        HostTensor(cos, "float32"),
+        HostTensor(sin, "float32"),
+    )
+    a, b = x[..., :16], x[..., 16:32]
+    assert torch.allclose(turned.value[..., :16], a * cos[..., :16] - b * sin[..., :16])
+    assert torch.allclose(turned.value[..., 16:], b * cos[..., 16:] + a * sin[..., 16:])
+
+
+def test_golden_functions_of_the_library(backend: HostBackend) -> None:
+    """Those that the network relies on say what we think they say."""
+    x, w, b = torch.randn(1, 1, 8, 64), torch.randn(64, 32), torch.randn(1, 1, 1, 32)
+    f32 = lambda value: HostTensor(value, "float32")  # noqa: E731
+    linear = backend.run("linear", f32(x), f32(w), bias=f32(b), dtype="float32")
+    assert torch.allclose(linear.value, x @ w + b, atol=1e-5)
+    scale, shift = torch.randn(2, 1, 1, 1, 64)
+    norm = backend.run("rms_norm", f32(x), epsilon=1e-6, weight=f32(scale))
+    wanted = F.rms_norm(x, (64,), scale.flatten(), 1e-6)
+    assert torch.allclose(norm.value, wanted, atol=1e-5)
+    norm = backend.run("layer_norm", f32(x), epsilon=1e-6, weight=f32(scale), bias=f32(shift))
+    wanted = F.layer_norm(x, (64,), scale.flatten(), shift.flatten(), 1e-6)
+    assert torch.allclose(norm.value, wanted, atol=1e-5)
+    assert torch.allclose(backend.run("silu", f32(x)).value, F.silu(x))
+    assert torch.equal(backend.run("multiply", f32(x), 3.0).value, x * 3)
+    assert torch.equal(backend.run("add", f32(x), f32(shift)).value, x + shift)
+    assert backend.run("typecast", f32(x), dtype="bfloat16").value.dtype == torch.bfloat16

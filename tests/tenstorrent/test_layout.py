@@ -1,0 +1,169 @@
+"""Padding, packing and block sizes: what of the TTNN engine needs no TTNN."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pi0.checkpoint.load import empty_model
+from pi0.config import PRESETS
+from pi0.engines.tenstorrent import programs
+from pi0.engines.tenstorrent.backend import Grid
+from pi0.engines.tenstorrent.engine import need_room, need_tiles, packed_bytes
+from pi0.engines.tenstorrent.layout import Layout, padded_head, rope_tables, tiled
+from pi0.engines.tenstorrent.precision import PRESETS as PRECISIONS
+from pi0.engines.tenstorrent.weights import spread
+from pi0.errors import EngineError
+from pi0.inputs import random_inputs
+from pi0.model.gemma import Rope
+from pi0.model.pi0 import Pi0, attention_mask, token_positions
+
+TINY, BASE = PRESETS["tiny"], PRESETS["pi0_base"]
+
+
+@pytest.mark.parametrize(
+    ("size", "cameras", "tokens", "prefix"),
+    [(384, 2, 32, 1504), (224, 2, 48, 576), (224, 3, 48, 832), (28, 1, 5, 64)],
+)
+def test_lengths(size: int, cameras: int, tokens: int, prefix: int) -> None:
+    layout = Layout(BASE.at_image_size(size), cameras, tokens)
+    assert (layout.prefix, layout.suffix) == (prefix, 64)
+    assert len(layout.view["prefix"].rows) == layout.config.prefix_len(cameras, tokens)
+
+
+@given(st.integers(1, 3), st.integers(1, 70), st.sampled_from([14, 28, 70, 98]))
+def test_views_are_inverse(views: int, tokens: int, size: int) -> None:
+    config = replace(TINY.at_image_size(size))
+    layout = Layout(config, views, tokens)
+    rows = {
+        "patches": views * layout.patches,
+        "text": layout.text,
+        "prefix": layout.prefix,
+        "prefix_heads": layout.prefix,
+        "suffix": layout.suffix,
+        "suffix_heads": layout.suffix,
+        "actions": layout.suffix,
+    }
+    assert set(rows) == set(layout.view)
+    for name, view in layout.view.items():
+        width = 16 if "heads" in name else 5
+        padded = 32 if "heads" in name else 5
+        value = torch.randn(*view.shape, width)
+        filled = view.fill(value, (1, 1, rows[name], padded))
+        assert torch.equal(view.cut(filled), value)
+        assert filled.count_nonzero() <= value.numel(), "padding is zero"
+
+
+@given(st.lists(st.booleans(), min_size=2, max_size=2), st.integers(0, 9))
+def test_masks_are_the_models(cameras: list[bool], words: int) -> None:
+    """What real tokens see of real tokens is the model's mask; nobody sees padding."""
+    inputs, _ = random_inputs(TINY, 2, 9, 0)
+    inputs = replace(
+        inputs,
+        image_mask=torch.tensor([cameras]),
+        token_mask=torch.arange(9)[None] < words,
+    )
+    layout = Layout(TINY, 2, 9)
+    given = layout.uploads(inputs, PRECISIONS["accurate"])
+    with torch.device("meta"):
+        model = Pi0(TINY)
+    seen = []
+    patches = inputs.image_mask.repeat_interleave(TINY.vision.num_patches, dim=1)
+    valid = torch.cat([patches, inputs.token_mask], dim=1)
+    mask, positions = model.join_sequence(valid, lambda name, value: seen.append(value) or value)
+    n = valid.shape[1]
+    rows = torch.cat([layout.view["prefix"].rows, layout.prefix + layout.view["suffix"].rows])
+    suffix = given["suffix_mask"].value[0, 0] == 0
+    assert torch.equal(suffix[:51][:, rows], mask[0, n:])
+    assert suffix.sum() == mask[0, n:].sum()
+    prefix = given["prefix_mask"].value[0, 0] == 0
+    assert torch.equal(prefix[rows[:n]][:, rows[:n]], mask[0, :n, :n])
+    assert prefix.sum() == mask[0, :n, :n].sum()
+    cos, _ = rope_tables(positions[0], TINY.vlm.head_dim)
+    ours = torch.cat([given["prefix_cos"].value, given["suffix_cos"].value], dim=2)
+    assert torch.equal(ours[:, :, rows][:, :, valid_rows(valid)], cos[:, :, valid_rows(valid)])
+
+
+def valid_rows(valid: torch.Tensor) -> torch.Tensor:
+    """Positions of padding mean nothing."""
+    return torch.cat([valid[0], torch.ones(51, dtype=torch.bool)])
+
+
+@given(st.integers(0, 2000))
+def test_rope_in_padded_heads(position: int) -> None:
+    """Rotating a padded head rotates the head: halves are padded alike."""
+    x = torch.randn(1, 1, 1, 16)
+    positions = torch.tensor([[position]])
+    wanted = Rope()(x, positions)
+    cos, sin = rope_tables(positions[0], 16)
+    padded = torch.zeros(1, 1, 1, 32)
+    padded[..., padded_head(16)] = x
+    a, b = padded.chunk(2, dim=-1)
+    turned = padded * cos + torch.cat([-b, a], dim=-1) * sin
+    assert torch.allclose(turned[..., padded_head(16)], wanted, atol=1e-5)
+    assert turned.norm() == pytest.approx(float(wanted.norm()), rel=1e-5)
+
+
+def test_padded_heads_keep_products() -> None:
+    weight, x = torch.randn(3 * 12, 20), torch.randn(20)
+    padded = spread(weight, 12, torch.arange(12)) @ x
+    assert torch.equal(padded.view(3, 32)[:, :12].flatten(), weight @ x) or torch.allclose(
+        padded.view(3, 32)[:, :12].flatten(), weight @ x, atol=1e-6
+    )
+    assert padded.view(3, 32)[:, 12:].count_nonzero() == 0
+
+
+@given(
+    st.integers(1, 100),
+    st.integers(1, 600),
+    st.integers(1, 600),
+    st.sampled_from([Grid(8, 8), Grid(8, 7), Grid(13, 10)]),
+    st.booleans(),
+)
+def test_matmul_blocks_cover_and_fit(m: int, k: int, n: int, grid: Grid, sums: bool) -> None:
+    b = programs.matmul_blocks(m, k, n, grid, ("bfloat16", "bfloat8_b", "bfloat16"), sums)
+    down, across = (1, grid.cores) if b.spread == "columns" else (grid.y, grid.x)
+    assert b.rows * down >= m
+    assert b.columns * across >= n
+    assert (b.rows % b.block_rows, b.columns % b.block_columns, k % b.inner) == (0, 0, 0)
+    assert (b.block_rows % b.sub_rows, b.block_columns % b.sub_columns) == (0, 0)
+    assert b.sub_rows * b.sub_columns <= (4 if sums else 8)
+    assert b.sub_rows == 1 or b.sub_columns == b.block_columns
+
+
+def test_weights_have_to_fit() -> None:
+    """bfloat16: 2 bytes for each of the 3.24e9 parameters; fast: 1.06 for all but the embedding."""
+    accurate, fast = (packed_bytes(BASE, PRECISIONS[name]) for name in ("accurate", "fast"))
+    parameters = sum(p.numel() for p in empty_model(BASE, torch.bfloat16).parameters())
+    assert accurate == pytest.approx(2 * parameters, rel=0.03)
+    table = BASE.vocab_size * BASE.vlm.width
+    assert fast == pytest.approx(2 * table + 1.0625 * (parameters - table), rel=0.03)
+    need_room(BASE, PRECISIONS["accurate"], 12_000_000_000)
+    with pytest.raises(EngineError, match=r"at most the 6.0 GB .* found 6.6 GB. Use --dtype fast"):
+        need_room(BASE, PRECISIONS["accurate"], 6_000_000_000)
+
+
+def test_widths_have_to_be_tiles() -> None:
+    odd = replace(TINY, expert=replace(TINY.expert, width=40))
+    with pytest.raises(EngineError, match="width of the expert that is a multiple of 32, found 40"):
+        need_tiles(odd)
+
+
+def test_tiled() -> None:
+    assert [tiled(n) for n in (1, 32, 33, 729)] == [32, 32, 64, 736]
+
+
+def test_state_sees_no_actions() -> None:
+    """By hand: in the suffix the state sees the prefix and itself, actions see everything."""
+    inputs, _ = random_inputs(TINY, 1, 3, 0)
+    layout = Layout(TINY, 1, 3)
+    mask = layout.uploads(inputs, PRECISIONS["fast"])["suffix_mask"].value[0, 0] == 0
+    assert mask[0].sum() == 4 + 3 + 1
+    assert mask[1].sum() == 4 + 3 + 51
+    assert mask[51:].sum() == 0
+    assert attention_mask(torch.ones(1, 2, dtype=torch.bool), torch.arange(2)).sum() == 3
+    assert token_positions(torch.tensor([[True, False, True]])).tolist() == [[0, 0, 1]]

@@ -1,4 +1,5 @@
 # make demo, make test, make test-full, make parity: each from a bare clone, installing what it needs.
+# make test-ttnn: the part of make test that needs ttnn.
 
 PYTHON ?= python3
 # Any torch >= 2.6 will do. For a CPU build where the index offers CUDA builds by default:
@@ -8,7 +9,13 @@ BIN := .venv/bin
 DEMO := out/demo
 FULL := out/full
 
-.PHONY: demo test test-full lint tokenizer parity clean
+# The first Python of these versions that runs; pyenv's shims may be there and not run.
+find = $(shell for p in $(foreach v,$(1),python$(v) $(wildcard $(HOME)/.pyenv/versions/$(v).*/bin/python)); \
+  do $$p -c '' 2>/dev/null && echo $$p && break; done)
+PYTHON_TTNN ?= $(call find,3.12 3.10)
+PYTHON_LEROBOT ?= $(call find,3.12)
+
+.PHONY: demo test test-ttnn test-full lint tokenizer parity clean
 
 demo: .venv/run
 	@test -e $(DEMO)/checkpoint/model.safetensors || $(BIN)/pi0 synth --preset small $(DEMO)/checkpoint
@@ -17,8 +24,13 @@ demo: .venv/run
 	  --prompt "put the red cube into the blue bowl" --state "0.1,-0.2,0.3,0,0.5,-0.1,0.04,-0.04" \
 	  --out $(DEMO)/actions.npy --plot $(DEMO)/chunk.png
 
-test: lint tokenizer
+test: lint tokenizer .venv-ttnn/installed
 	$(BIN)/pytest -n auto
+	@$(MAKE) --no-print-directory test-ttnn
+
+test-ttnn: .venv-ttnn/installed
+	@if test -n "$(PYTHON_TTNN)"; then .venv-ttnn/bin/pytest -n auto -m "ttnn or tt_device" tests/tenstorrent; \
+	else echo "SKIPPED tests marked ttnn and tt_device: no Python 3.12 or 3.10"; fi
 
 lint: .venv/test
 	$(BIN)/ruff check
@@ -53,10 +65,16 @@ parity: .venv/test .venv-lerobot/installed
 	$(BIN)/pip install -q -e '.[test,lint]'
 	@touch $@
 
+.venv-ttnn/installed: pyproject.toml
+	@if test -n "$(PYTHON_TTNN)"; then $(PYTHON_TTNN) -m venv .venv-ttnn \
+	  && .venv-ttnn/bin/pip install -q --upgrade pip \
+	  && .venv-ttnn/bin/pip install -q -e '.[ttnn,report]' pytest pytest-xdist hypothesis; \
+	else mkdir -p $(@D); fi && touch $@
+
 .venv-lerobot/installed:
-	@if command -v python3.12 >/dev/null; then python3.12 -m venv .venv-lerobot \
+	@if test -n "$(PYTHON_LEROBOT)"; then $(PYTHON_LEROBOT) -m venv .venv-lerobot \
 	  && .venv-lerobot/bin/pip install -q 'lerobot[pi]==0.6.1' && touch $@; \
 	else echo "python3.12 not found: LeRobot will be skipped"; fi
 
 clean:
-	rm -rf .venv .venv-lerobot .cache out
+	rm -rf .venv .venv-ttnn .venv-lerobot .cache out

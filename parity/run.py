@@ -9,20 +9,31 @@ One process at a time. Exits 1 if an implementation is further from ours than it
 from __future__ import annotations
 
 import argparse
-import json
+import gc
 import os
-import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
+import torch
 
 from pi0 import __version__
+from pi0.checkpoint.layouts import LAYOUTS
+from pi0.checkpoint.load import open_checkpoint
+from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS, Pi0Config
+from pi0.engines.base import make_engine
+from pi0.errors import EngineError
+from pi0.inputs import ModelInputs, random_inputs
+from pi0.model.precision import parse_dtype
+from pi0.outside.engine import OUTSIDE, OutsideEngine
 
 ROOT = Path(__file__).parents[1]
-SKIPPED = 77  # exit status of an implementation that cannot be run here
 CAMERAS, MASKED, TEXT = 3, 1, 9  # the second camera is masked, 9 of 48 tokens are text
 
 
@@ -98,63 +109,54 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float((a * b).mean() / np.sqrt((a * a).mean() * (b * b).mean()))
 
 
-def write_inputs(path: Path, config: Pi0Config, seed: int = 0) -> None:
-    """An observation of noise; what is masked holds noise too, so that reading it would show."""
-    rng = np.random.default_rng(seed)
-    side, shape = config.vision.image_size, (1, config.horizon, config.action_dim)
-    np.savez(
-        path,
-        images=rng.uniform(-1, 1, (1, CAMERAS, 3, side, side)).astype(np.float32),
-        img_masks=np.arange(CAMERAS)[None] != MASKED,
-        tokens=rng.integers(0, config.vocab_size, (1, config.max_tokens)),
-        token_masks=np.arange(config.max_tokens)[None] < TEXT,
-        state=rng.standard_normal((1, config.state_dim), np.float32),
-        noise=rng.standard_normal(shape, np.float32),
-    )
+def observation(config: Pi0Config) -> tuple[ModelInputs, torch.Tensor]:
+    """Noise; what is masked holds noise too, so that reading it would show."""
+    inputs, noise = random_inputs(config, CAMERAS, config.max_tokens, seed=0)
+    image_mask = torch.arange(CAMERAS)[None] != MASKED
+    token_mask = torch.arange(config.max_tokens)[None] < TEXT
+    return replace(inputs, image_mask=image_mask, token_mask=token_mask), noise
 
 
-def run(
-    python: str | Path, script: str, size: Size, checkpoint: Path, out: Path, dtype: str
-) -> Run | str:
-    """One implementation in its own process, or why it cannot be run here."""
-    name = f"{script} {size.name} {dtype}"
-    if not Path(python).exists():
-        print(f"parity: {name}: no {python}", file=sys.stderr)
-        return "its Python environment is missing; `make parity` makes it."
-    print(f"parity: {name} ...", file=sys.stderr)
-    files = [str(checkpoint), str(out.parent / "in.npz"), str(out)]
-    command = [str(python), str(ROOT / "parity" / f"{script}.py"), *files]
-    done = subprocess.run(
-        [*command, "--preset", size.preset, "--dtype", dtype], capture_output=True, text=True
-    )
-    if done.returncode == SKIPPED:
-        return done.stderr.strip().splitlines()[-1]
-    if done.returncode:
-        sys.exit(f"{done.stdout}{done.stderr}parity: {name}: exit status {done.returncode}.")
-    with np.load(out) as file:
-        actions = file["actions"].astype(np.float64)
-    if not np.isfinite(actions).all() or actions.std() == 0:
-        sys.exit(f"parity: {name}: expected finite actions that differ, found NaN or a constant.")
-    return Run(actions, **json.loads(done.stdout.splitlines()[-1]))
+def run(engine: str, checkpoint: Path, dtype: str) -> Run | str:
+    """One implementation, or why it cannot be run here. Called in a process of its own."""
+    try:
+        machine = make_engine(engine, open_checkpoint(checkpoint), dtype=dtype)
+    except EngineError as error:
+        return str(error)
+    inputs, noise = observation(machine.config)
+    start = time.perf_counter()
+    actions = machine.sample(inputs, noise).double().numpy()
+    seconds, peak = time.perf_counter() - start, getrusage(RUSAGE_SELF).ru_maxrss * 1024
+    if isinstance(machine, OutsideEngine):
+        name, version = machine.implementation, machine.torch
+        seconds, peak = machine.seconds, machine.peak
+    else:
+        name, version = f"pi0 {__version__}", torch.__version__
+    if actions.std() == 0:
+        sys.exit(f"parity: {engine}: expected actions that differ, found a constant.")
+    del machine
+    gc.collect()
+    return Run(actions, name, version, seconds, peak / 2**30)
 
 
-def compare(
-    size: Size, checkpoint: Path, workdir: Path, lerobot_python: Path
-) -> tuple[list[Row], dict[str, str]]:
+def run_alone(engine: str, size: Size, checkpoint: Path, dtype: str) -> Run | str:
+    """`run` in a fresh process, whose peak of memory is its own."""
+    print(f"parity: {engine} {size.name} {dtype} ...", file=sys.stderr)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(run, engine, checkpoint, dtype).result()
+
+
+def compare(size: Size, checkpoint: Path) -> tuple[list[Row], dict[str, str]]:
     """Rows of the table for a size, and which implementations were skipped and why."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_inputs(workdir / "in.npz", PRESETS[size.preset])
     ours: dict[str, Run] = {}
     for dtype in size.dtypes:
-        result = run(sys.executable, "ours", size, checkpoint, workdir / f"{dtype}.npz", dtype)
+        result = run_alone("reference", size, checkpoint, dtype)
         if isinstance(result, str):
             sys.exit(f"parity: ours: {result}")
         ours[dtype] = result
     rows, skipped = [], {}
-    others = {"LeRobot": lerobot_python, "transformers": Path(sys.executable)}
-    for name, python in others.items():
-        script = f"{name.lower()}_pi0"
-        theirs = run(python, script, size, checkpoint, workdir / f"{script}.npz", "float32")
+    for name in reversed(OUTSIDE):
+        theirs = run_alone(name, size, checkpoint, "float32")
         if isinstance(theirs, str):
             skipped[name] = theirs
         else:
@@ -162,11 +164,11 @@ def compare(
     return rows, skipped
 
 
-def synthesise(size: Size, folder: Path) -> Path:
+def made(size: Size, folder: Path) -> Path:
     """A checkpoint of the size, made if it is not there."""
     if not (folder / "model.safetensors").exists():
-        options = ["--preset", size.preset, "--dtype", size.weights, str(folder)]
-        subprocess.run([sys.executable, "-m", "pi0.cli.main", "synth", *options], check=True)
+        dtype = parse_dtype(size.weights)
+        synthesise(folder, PRESETS[size.preset], LAYOUTS["openpi"], 0, dtype)
     return folder
 
 
@@ -243,8 +245,6 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    default = ROOT / ".venv-lerobot" / "bin" / "python"
-    parser.add_argument("--lerobot-python", type=Path, default=default, metavar="PYTHON")
     parser.add_argument("--workdir", type=Path, default=ROOT / "out" / "parity", metavar="FOLDER")
     help_full = "one that `pi0 synth` made earlier"
     parser.add_argument("--full-checkpoint", type=Path, metavar="CKPT", help=help_full)
@@ -254,9 +254,8 @@ def main() -> None:
     skipped: dict[str, str] = {}
     for size in (SIZES[name] for name in options.sizes):
         given = options.full_checkpoint if size.name == "full" else None
-        checkpoint = given or synthesise(size, options.workdir / size.preset)
-        workdir = options.workdir / size.name
-        more, why = compare(size, checkpoint, workdir, options.lerobot_python)
+        checkpoint = given or made(size, options.workdir / size.preset)
+        more, why = compare(size, checkpoint)
         rows, skipped = rows + more, skipped | why
     temporary = options.out.with_suffix(".tmp")
     temporary.write_text(page(rows, skipped), encoding="utf-8")

@@ -20,6 +20,7 @@ ARROWS = {
     "model": {"errors", "config", "inputs"},
     "checkpoint": {"errors", "config", "model"},
     "engines": {"errors", "config", "inputs", "model", "checkpoint"},
+    "outside": {"errors", "config", "inputs", "model", "checkpoint", "engines"},
     "trace": {"inputs", "model", "engines"},
     "verify": {"errors", "config", "inputs", "model", "engines"},
     "policy": {"errors", "inputs", "checkpoint", "engines"},
@@ -33,6 +34,7 @@ ARROWS = {
         "policy",
         "trace",
         "verify",
+        "outside",
     },
 }
 

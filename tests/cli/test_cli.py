@@ -299,10 +299,12 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_verify(tiny_path: Path, npz: Path, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-    words = ("verify", tiny_path, "--tokens", 16, "--steps", 2)
+    words = ("verify", tiny_path, "--tokens", 16, "--steps", 2, "--outside", "none")
     done = pi0(*words, "--layers", "--report", page)
     assert done.returncode == 0, done.stdout
     assert "agree: all 58 comparisons are within their limits" in done.stdout
+    assert "outside implementation: none, as asked" in done.stdout
+    assert "largest deviation of actions (masked): action " in done.stdout
     html = page.read_text()
     assert html.count("<svg") == 3
     assert "Every stage is within its limits" in html
@@ -315,7 +317,7 @@ def test_verify(tiny_path: Path, npz: Path, tmp_path: Path) -> None:
 
 
 def test_verify_fails(tiny_path: Path) -> None:
-    done = pi0("verify", tiny_path, "--steps", 1, "--min-pcc", "0.99999999")
+    done = pi0(*("verify", tiny_path, "--steps", 1, "--min-pcc", "0.99999999", "--outside", "none"))
     assert done.returncode == 1
     assert "FAILS first at vision_tower (all valid)" in done.stdout
 
@@ -326,6 +328,7 @@ def test_verify_refuses(tiny_path: Path) -> None:
         (["--engines", "warp", "reference"], "engine: expected one of reference"),
         (["--engines", "reference", "reference:int3"], "dtype: expected one of float32"),
         (["--inputs", "no.npz"], "No such file"),
+        (["--outside", "us"], "outside: expected auto, none or one of transformers, lerobot"),
     ):
         assert message in refused("verify", tiny_path, *words)
 

@@ -29,7 +29,7 @@ def test_agrees_with_the_reference(tiny_path: Path, precision: str, mode: str) -
         lambda: make_engine("reference", opened),
         lambda: make_engine("ttnn", opened, dtype=precision),
         default_cases(opened.config, cameras=3, tokens=40),
-        precision=precision,
+        precisions=("float32", precision),
         mode=mode,
         layers=True,
         steps=2,

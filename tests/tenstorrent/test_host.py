@@ -47,7 +47,8 @@ def run(checkpoint: Checkpoint, precision: str, plant=lambda engine: None, **opt
         lambda: make_engine("reference", checkpoint),
         candidate,
         default_cases(checkpoint.config, cameras=3, tokens=40),
-        **{"precision": precision, "steps": 2, **options},
+        ("float32", precision),
+        **{"steps": 2, **options},
     )
 
 

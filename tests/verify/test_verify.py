@@ -108,11 +108,13 @@ def run(
         return engine
 
     cases = default_cases(checkpoint.config, cameras=3, tokens=16)
-    options = {"precision": "float32", "mode": "isolated", "steps": 2, **options}
+    precision = options.pop("precision", "float32")
+    options = {"mode": "isolated", "steps": 2, **options}
     return verify(
         lambda: make(reference_plant, "float32"),
-        lambda: make(plant, options["precision"]),
+        lambda: make(plant, precision),
         cases,
+        ("float32", precision),
         **options,
     )
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pi0.cli import options
+
+JOINTS = 4  # how many of the joints that deviate most are told
 
 if TYPE_CHECKING:
     from pi0.verify.report import Header
@@ -40,15 +43,25 @@ def verify(
     report: Annotated[
         Path | None, typer.Option(help="Write a page of HTML.", show_default=False)
     ] = None,
-    device: options.Device = None,
+    outside: Annotated[
+        str,
+        typer.Option(
+            help="Compare the reference with an implementation that we did not write: "
+            "transformers, lerobot, auto (the first that is installed) or none."
+        ),
+    ] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="The candidate's device.", show_default=False)
+    ] = None,
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
     """Prove that two engines compute the same, stage by stage.
 
     The same inputs and noise go through both, once with everything valid and once with a camera and
-    text masked. Exit code 1 and the first stage beyond its limits, if there is one; the limits and
-    their reasons are in docs/verify.md.
+    text masked; an outside implementation is compared with the reference beside them. Exit code 1
+    and the first stage beyond its limits, if there is one; the limits and their reasons are in
+    docs/verify.md.
 
     **Examples**
 
@@ -56,6 +69,8 @@ def verify(
         pi0 verify pi0_base --mode isolated --layers --report report.html
         pi0 verify demo --engines reference:float32 reference:bfloat16 \\
             --min-pcc 0.999 --json
+        pi0 verify demo --engines reference ttnn-host:fast --outside none
+        pi0 verify demo --engines reference transformers
     """
     from pi0.checkpoint.files import need_file_name, replacing
     from pi0.checkpoint.load import open_checkpoint
@@ -64,10 +79,10 @@ def verify(
     from pi0.engines.base import make_engine
     from pi0.errors import EngineError
     from pi0.inputs import from_npz
+    from pi0.outside.engine import OUTSIDE
     from pi0.verify.report import Header, need_report, to_data, to_html
     from pi0.verify.run import MODES, Case, default_cases
     from pi0.verify.run import verify as run
-    from pi0.verify.thresholds import coarser
 
     need_file_name(report)
     if report:
@@ -84,21 +99,25 @@ def verify(
         if arrays
         else default_cases(config, cameras, tokens or config.max_tokens, seed)
     )
-    with step_progress("verifying", 2 * len(cases)) as on_case:
+    judge, why_none = _choose_outside(outside, (a, b), size, opened.config.vision.image_size)
+    if mode == "isolated" and b in OUTSIDE:
+        raise EngineError(f"mode: expected chained for engine {b}, which cannot be fed.")
+    with step_progress("verifying", (3 if judge else 2) * len(cases)) as on_case:
         result = run(
-            lambda: make_engine(a, opened, device, a_dtype, size),
+            lambda: make_engine(a, opened, None, a_dtype, size),
             lambda: make_engine(b, opened, device, b_dtype, size),
             cases,
-            precision=coarser(a_dtype, b_dtype),
+            precisions=(a_dtype, b_dtype),
             mode=mode,
             layers=layers,
             steps=steps,
             min_pcc=min_pcc,
             on_case=on_case,
+            outside=None if judge is None else lambda: make_engine(judge, opened),
         )
     views, length = cases[0].inputs.image_mask.shape[1], cases[0].inputs.tokens.shape[1]
     sizes = f"{views} cameras of {size} px, {length} text tokens, {steps} steps"
-    header = Header(str(checkpoint), *engines, mode, sizes)
+    header = Header(str(checkpoint), *engines, mode, sizes, judge or why_none)
     if report:
         with replacing(report) as temporary:
             temporary.write_text(to_html(header, result), encoding="utf-8")
@@ -120,6 +139,33 @@ def parse_engine(spec: str) -> tuple[str, str]:
     return name, choose_precision(name, dtype or None)
 
 
+def _choose_outside(
+    choice: str, engines: tuple[str, str], size: int, native: int
+) -> tuple[str | None, str]:
+    """The engine to compare the reference with, or None and why."""
+    from pi0.errors import EngineError
+    from pi0.outside.engine import OUTSIDE
+
+    if choice not in ("auto", "none", *OUTSIDE):
+        raise EngineError(
+            f"outside: expected auto, none or one of {', '.join(OUTSIDE)}, found {choice!r}."
+        )
+    if choice in OUTSIDE:
+        OUTSIDE[choice].python()  # says what to install
+        return choice, ""
+    if choice == "none":
+        return None, "none, as asked"
+    if set(engines) & set(OUTSIDE):
+        return None, "none beside the engines compared"
+    if size != native:
+        return None, f"none: they run at the checkpoint's image size of {native} only"
+    for name, engine in OUTSIDE.items():
+        with contextlib.suppress(EngineError):
+            engine.python()
+            return name, ""
+    return None, "none is installed: pip install 'transformers>=5.5' would give one"
+
+
 def _print(header: Header, result: Result) -> None:
     from pi0.cli.show import say, table
 
@@ -137,6 +183,14 @@ def _print(header: Header, result: Result) -> None:
         rows.append([row.case, row.name, *numbers, f"{row.limit.max_rel_l2:.0e}", *times, verdict])
     columns = ["case", "stage", "PCC", "cosine", "rel. L2", "max abs", "limit", "ms", "ms", ""]
     table("", columns, rows, left=2)
+    say(f"outside implementation: {header.outside}")
+    if result.missing:
+        say(f"not shown by both engines: {', '.join(result.missing)}")
+    for case, (a, b) in result.actions.items():
+        joints = (a - b).abs().amax(dim=(0, 1))
+        worst = joints.argsort(descending=True)[:JOINTS].tolist()
+        told = ", ".join(f"action {j}: {joints[j]:.1e}" for j in worst)
+        say(f"largest deviation of actions ({case}): {told}")
     failure = result.first_failure
     if failure:
         why = failure.comparison.fault or failure.limit.why

@@ -26,6 +26,8 @@ ENGINES = {
     "reference": "pi0.engines.reference:ReferenceEngine",
     "ttnn": "pi0.engines.tenstorrent.engine:TtnnEngine",
     "ttnn-host": "pi0.engines.tenstorrent.engine:TtnnHostEngine",
+    "transformers": "pi0.outside.engine:TransformersEngine",
+    "lerobot": "pi0.outside.engine:LerobotEngine",
 }
 
 

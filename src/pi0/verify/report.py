@@ -30,6 +30,7 @@ class Header:
     candidate: str
     mode: str
     sizes: str
+    outside: str  # the third engine, or why there is none
 
 
 def to_data(header: Header, result: Result) -> dict[str, Any]:
@@ -38,6 +39,7 @@ def to_data(header: Header, result: Result) -> dict[str, Any]:
     return {
         **asdict(header),
         "passed": failure is None,
+        "not_shown": result.missing,
         "first_failure": None if failure is None else f"{failure.name} ({failure.case})",
         "rows": [
             {

@@ -5,7 +5,8 @@ the candidate is fed with the reference's input, which tells where an error is b
 
 A comparison is blind to what both engines leave out. So a camera and text are masked in one of the
 cases, and there each engine is also compared with itself on other masked content, which must not
-move its velocity at all: an engine that drops the mask fails even beside another one that does.
+move its velocity at all: an engine that drops the mask fails even beside another one that does. And
+a third engine, an implementation that we did not write, is compared with the reference.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,8 +24,9 @@ from torch import Tensor
 from pi0.config import Pi0Config
 from pi0.engines.base import Engine
 from pi0.inputs import ModelInputs, random_inputs
+from pi0.model import STAGES
 from pi0.verify.compare import Comparison, compare
-from pi0.verify.thresholds import Threshold, threshold
+from pi0.verify.thresholds import Threshold, coarser, threshold
 
 MODES = ("chained", "isolated")
 ACTIONS = "actions"
@@ -43,7 +46,8 @@ class Case:
 @dataclass(frozen=True)
 class Row:
     """A stage, a block (`stage.block.7`), its keys or values, a step's velocity (`velocity.3`), the
-    actions, or an engine beside itself (`masked_content.candidate`)."""
+    actions, an engine beside itself (`masked_content.candidate`), or the third engine's velocities
+    and actions (`outside.velocity.3`)."""
 
     case: str
     name: str
@@ -61,11 +65,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """All rows, and the actions of both engines by case."""
+    """All rows, and the actions of both engines by case.
+
+    `missing` are the stages that one of them does not show.
+    """
 
     mode: str
     rows: list[Row]
     actions: dict[str, tuple[Tensor, Tensor]]
+    missing: list[str]
 
     @property
     def first_failure(self) -> Row | None:
@@ -76,6 +84,7 @@ class Result:
 class Recording:
     """What one engine handed on in one case."""
 
+    patches: int  # of one view
     tensors: dict[str, Tensor]
     ms: dict[str, float]
     steps: list[tuple[Tensor, Tensor]]  # x_t, velocity
@@ -97,24 +106,26 @@ def verify(
     reference: Callable[[], Engine],
     candidate: Callable[[], Engine],
     cases: list[Case],
-    precision: str,
+    precisions: tuple[str, str],
     mode: str = "chained",
     layers: bool = False,
     steps: int = 10,
     min_pcc: float | None = None,
     on_case: Callable[[], None] = lambda: None,
+    outside: Callable[[], Engine] | None = None,
 ) -> Result:
     """Compares a candidate engine with a reference.
 
     Args:
-        reference, candidate: make the engines; called one after the other, so that only one is in
-            memory at a time.
-        precision: the coarser of the two engines', which chooses the thresholds.
+        reference, candidate, outside: make the engines; called one after the other, so that only
+            one is in memory at a time.
+        precisions: of both engines; the coarser chooses the thresholds.
         mode: "chained" or "isolated".
         layers: compare every block, too.
         min_pcc: asked of every row beside its own limits.
         on_case: called after each case of each engine.
     """
+    precision = coarser(*precisions)
     feeds = _run_all(reference, cases, {}, steps, layers, on_case)
     fed = feeds if mode == "isolated" else {}
     runs = _run_all(candidate, cases, fed, steps, layers, on_case)
@@ -123,13 +134,18 @@ def verify(
         for case in cases
         for row in _rows(case, feeds[case.name], runs[case.name], precision, layers)
     ]
+    if outside is not None:
+        rows += _outside_rows(outside, cases, feeds, precisions[0], steps, on_case)
     if min_pcc is not None:
         rows = [
             replace(row, limit=replace(row.limit, min_pcc=max(min_pcc, row.limit.min_pcc)))
             for row in rows
         ]
     actions = {c.name: (feeds[c.name].actions, runs[c.name].actions) for c in cases}
-    return Result(mode, rows, actions)
+    first = cases[0].name
+    missing = [name for name in STAGES if name not in runs[first].tensors]
+    missing += [name for name in STAGES if name not in feeds[first].tensors]
+    return Result(mode, rows, actions, missing)
 
 
 def _run_all(
@@ -179,16 +195,45 @@ def record(
     state, noise = case.inputs.state, case.noise
     cache = engine.prefill(case.inputs, tap)
     engine.velocity(noise, torch.ones(len(noise)), state, cache, tap)
+    taken, x = _denoise(engine, case, cache, steps, feed)
+    patches = engine.config.vision.num_patches
+    return Recording(patches, tensors, ms, taken, x, _move_masked_content(engine, case))
+
+
+def _denoise(
+    engine: Engine, case: Case, cache: Any, steps: int, feed: Recording | None = None
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+    """x_t and velocity of every step, and the actions; a feed's x_t are where steps start."""
     taken = []
-    x = noise
+    x = case.noise
     for i in range(steps):
         t = torch.full((len(x),), 1 - i / steps)
         if feed is not None:
             x = feed.steps[i][0]
-        v = engine.velocity(x, t, state, cache)
+        v = engine.velocity(x, t, case.inputs.state, cache)
         taken.append((x, v))
         x = x - v / steps
-    return Recording(tensors, ms, taken, x, _move_masked_content(engine, case))
+    return taken, x
+
+
+def _outside_rows(
+    make: Callable[[], Engine],
+    cases: list[Case],
+    references: Mapping[str, Recording],
+    precision: str,
+    steps: int,
+    on_case: Callable[[], None],
+) -> list[Row]:
+    engine, rows = make(), []
+    limit = threshold("outside", precision)
+    for case in cases:
+        a = references[case.name]
+        taken, actions = _denoise(engine, case, engine.prefill(case.inputs), steps)
+        pairs = [(f"velocity.{i}", a.steps[i][1], v) for i, (_, v) in enumerate(taken)]
+        for name, x, y in [*pairs, (ACTIONS, a.actions, actions)]:
+            rows.append(Row(case.name, f"outside.{name}", compare(x, y), limit, 0.0, 0.0))
+        on_case()
+    return rows
 
 
 def _move_masked_content(engine: Engine, case: Case) -> Comparison | None:
@@ -206,19 +251,18 @@ def _move_masked_content(engine: Engine, case: Case) -> Comparison | None:
     return compare(before, after)
 
 
-def _seen(inputs: ModelInputs, prefix: int) -> Tensor:
-    """[B, X] bool: which tokens of a prefix of X somebody sees."""
-    views, tokens = inputs.image_mask.shape[1], inputs.tokens.shape[1]
-    patches = inputs.image_mask.repeat_interleave((prefix - tokens) // views, dim=1)
-    return torch.cat([patches, inputs.token_mask], dim=1)
+def _seen(inputs: ModelInputs, patches: int) -> Tensor:
+    """[B, X] bool: which tokens of the prefix somebody sees, with so many patches a view."""
+    images = inputs.image_mask.repeat_interleave(patches, dim=1)
+    return torch.cat([images, inputs.token_mask], dim=1)
 
 
 def _rows(case: Case, a: Recording, b: Recording, precision: str, layers: bool) -> list[Row]:
     rows = []
-    seen = _seen(case.inputs, a.tensors["prefix"].shape[1])
+    seen = _seen(case.inputs, a.patches)
     for name in a.tensors:
         stage, _, part = name.partition(".")
-        if part and not layers:
+        if name not in b.tensors or (part and not layers):
             continue
         x, y = a.tensors[name], b.tensors[name]
         if stage == "vlm_transformer" and x.shape == y.shape:

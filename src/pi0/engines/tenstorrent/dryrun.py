@@ -152,7 +152,7 @@ class MockBackend(DeviceBackend):
         super().__init__(library.load(environment), 0)
 
     @property
-    def stage(self) -> str:  # type: ignore[override]
+    def stage(self) -> str:
         return self._stage
 
     @stage.setter

@@ -1,0 +1,66 @@
+"""The process that holds somebody else's model: `python -m pi0.outside.worker NAME CKPT DTYPE`.
+
+Answers messages on standard input with messages on standard output. Runs in the interpreter that
+has the other implementation, which need not have ours: torch, numpy and safetensors do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pi0.checkpoint.load import open_checkpoint
+from pi0.errors import Pi0Error
+from pi0.outside.frames import receive, send
+
+
+def main() -> None:
+    """Serves until standard input ends."""
+    name, path, dtype = sys.argv[1:]
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what their code prints must not be taken for an answer
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched
+    try:
+        module = importlib.import_module(f"pi0.outside.{name}")
+        model = module.Model(open_checkpoint(Path(path)), dtype)
+    except (Pi0Error, ImportError) as error:
+        send(answers, error=str(error))
+        return
+    send(answers, name=model.name, torch=torch.__version__)
+    while (message := receive(sys.stdin.buffer)) is not None:
+        try:
+            send(answers, **answer(model, message))
+        except Pi0Error as error:
+            send(answers, error=str(error))
+
+
+@torch.no_grad()
+def answer(model: Any, message: dict[str, Any]) -> dict[str, Any]:
+    """What the model makes of a message."""
+    command = str(message.pop("command"))
+    arrays = {name: torch.from_numpy(value) for name, value in message.items() if value.ndim}
+    start = time.perf_counter()
+    if command == "prefill":
+        result = model.prefill(arrays)
+    elif command == "velocity":
+        result = {"velocity": model.velocity(arrays["x_t"], arrays["t"], arrays["state"])}
+    else:
+        noise = arrays.pop("noise")
+        result = {"actions": model.sample(arrays, noise, int(message["steps"]))}
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {name: value.float().numpy() for name, value in result.items()} | {
+        "seconds": seconds,
+        "peak": peak,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Implementations that we did not write, on the same weights, inputs and noise.
+
+Tolerance: all compute in float32 but order sums differently, and transformers has the angles of the
+time embedding in float32; the largest difference seen is 3e-5 at values of about 4. 1e-4 is far
+below any planted bug.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pi0.checkpoint.layouts import LAYOUTS
+from pi0.checkpoint.load import Checkpoint, open_checkpoint
+from pi0.checkpoint.synth import synthesise
+from pi0.config import PRESETS
+from pi0.engines.base import Engine, make_engine
+from pi0.engines.reference import ReferenceEngine
+from pi0.errors import EngineError
+from pi0.inputs import random_inputs
+from pi0.outside.engine import OUTSIDE, OutsideEngine
+from pi0.verify.run import default_cases, verify
+
+TOLERANCE = 1e-4
+
+
+def has(name: str) -> bool:
+    try:
+        OUTSIDE[name].python()
+    except EngineError:
+        return False
+    return True
+
+
+needs_transformers = pytest.mark.skipif(
+    not has("transformers"), reason="needs transformers >= 5.5 (pip install 'pi0[test]')"
+)
+needs_lerobot = pytest.mark.skipif(
+    not has("lerobot"), reason="needs LeRobot in .venv-lerobot (make .venv-lerobot/installed)"
+)
+BOTH = [
+    pytest.param("transformers", marks=needs_transformers),
+    pytest.param("lerobot", marks=needs_lerobot),
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_path: Path) -> Checkpoint:
+    return open_checkpoint(tiny_path)
+
+
+@pytest.fixture(scope="module")
+def ours(checkpoint: Checkpoint) -> Engine:
+    return make_engine("reference", checkpoint)
+
+
+@pytest.fixture(scope="module", params=BOTH)
+def theirs(checkpoint: Checkpoint, request: pytest.FixtureRequest) -> OutsideEngine:
+    made = make_engine(request.param, checkpoint)
+    assert isinstance(made, OutsideEngine)
+    return made
+
+
+@pytest.mark.parametrize(("masked", "text"), [(False, 16), (False, 9), (True, 9)])
+def test_agree(ours: Engine, theirs: OutsideEngine, masked: bool, text: int) -> None:
+    inputs, noise = random_inputs(ours.config, cameras=3, tokens=16, seed=1)
+    inputs.image_mask[0, 1] = not masked
+    inputs.token_mask[0, text:] = False
+    cache, their_cache = ours.prefill(inputs), theirs.prefill(inputs)
+    for t in (1.0, 0.5, 0.1):
+        given = noise, torch.tensor([t]), inputs.state
+        wanted = ours.velocity(*given, cache)
+        got = theirs.velocity(*given, their_cache)
+        torch.testing.assert_close(got, wanted, atol=TOLERANCE, rtol=0)
+    wanted = ours.sample(inputs, noise)
+    assert wanted.abs().max() > 0.5
+    torch.testing.assert_close(theirs.sample(inputs, noise), wanted, atol=TOLERANCE, rtol=0)
+    assert theirs.seconds > 0
+    assert theirs.peak > 1e8
+
+
+@needs_lerobot
+def test_prefix_of_lerobot(ours: Engine, checkpoint: Checkpoint) -> None:
+    inputs, _ = random_inputs(ours.config, cameras=2, tokens=5, seed=0)
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def tap(name: str, value: torch.Tensor) -> torch.Tensor:
+        seen.setdefault(name, []).append(value)
+        return value
+
+    for engine in (ours, make_engine("lerobot", checkpoint)):
+        engine.prefill(inputs, tap)
+    torch.testing.assert_close(*seen["prefix"], atol=TOLERANCE, rtol=0)
+
+
+@needs_transformers
+def test_any_layout(ours: Engine, tmp_path: Path) -> None:
+    """They get the weights from our reader, whatever the file's names."""
+    synthesise(tmp_path, PRESETS["tiny"], LAYOUTS["lerobot"], 0, torch.float32)
+    inputs, noise = random_inputs(ours.config, cameras=1, tokens=5, seed=0)
+    theirs = make_engine("transformers", open_checkpoint(tmp_path))
+    wanted = ours.sample(inputs, noise)
+    torch.testing.assert_close(theirs.sample(inputs, noise), wanted, atol=TOLERANCE, rtol=0)
+
+
+def drop_mask(engine: ReferenceEngine) -> None:
+    """Masked cameras and padded text are seen."""
+    embed = engine.model.embed_prefix
+
+    def unmasked(inputs, tap):
+        prefix, valid = embed(inputs, tap)
+        return prefix, torch.ones_like(valid)
+
+    engine.model.embed_prefix = unmasked
+
+
+@needs_transformers
+def test_what_both_engines_leave_out(checkpoint: Checkpoint) -> None:
+    """Both drop the prefix mask and agree to the bit; the third engine does not."""
+
+    def make() -> ReferenceEngine:
+        engine = ReferenceEngine(checkpoint)
+        drop_mask(engine)
+        return engine
+
+    result = verify(
+        make,
+        make,
+        default_cases(checkpoint.config, cameras=3, tokens=16),
+        ("float32", "float32"),
+        steps=1,
+        outside=lambda: make_engine("transformers", checkpoint),
+    )
+    failed = [(row.case, row.name) for row in result.rows if not row.passed]
+    assert failed == [
+        ("masked", "masked_content.reference"),
+        ("masked", "masked_content.candidate"),
+        ("masked", "outside.velocity.0"),
+        ("masked", "outside.actions"),
+    ]
+
+
+@needs_transformers
+def test_as_candidate(checkpoint: Checkpoint) -> None:
+    """Stages that it does not show are named, not passed over."""
+    result = verify(
+        lambda: make_engine("reference", checkpoint),
+        lambda: make_engine("transformers", checkpoint),
+        default_cases(checkpoint.config, cameras=2, tokens=8),
+        ("float32", "bfloat16"),  # the limits of bfloat16: those of float32 are for our own engines
+        steps=1,
+    )
+    assert result.first_failure is None
+    assert result.missing[0] == "vision_tower"
+    assert "velocity" not in result.missing
+
+
+@needs_transformers
+def test_dead_worker(checkpoint: Checkpoint) -> None:
+    engine = make_engine("transformers", checkpoint)
+    assert isinstance(engine, OutsideEngine)
+    engine._worker.kill()
+    inputs, noise = random_inputs(engine.config, cameras=1, tokens=3, seed=0)
+    with pytest.raises(EngineError, match="expected an answer of its process, found that it ended"):
+        engine.sample(inputs, noise)
+
+
+@needs_transformers
+def test_refusals(checkpoint: Checkpoint) -> None:
+    with pytest.raises(EngineError, match="expected the checkpoint's 28 for engine transformers"):
+        make_engine("transformers", checkpoint, image_size=56)
+    with pytest.raises(EngineError, match="expected cpu for engine transformers, found 'cuda'"):
+        make_engine("transformers", checkpoint, device="cuda")
+
+
+def test_not_installed(tiny_path: Path, tmp_path: Path) -> None:
+    """In an interpreter without them, found by hiding them."""
+    script = (
+        "import importlib.util as u, sys; find = u.find_spec; "
+        "u.find_spec = lambda n, *a: None if n in ('transformers', 'lerobot') else find(n, *a); "
+        "from pi0.cli.main import main; main()"
+    )
+    for engine in ("transformers", "lerobot"):
+        done = subprocess.run(
+            [sys.executable, "-c", script, "trace", str(tiny_path), "--engine", engine],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
+        assert done.returncode == 2
+        assert f"engine {engine}: expected it installed, found none. Install it" in done.stderr

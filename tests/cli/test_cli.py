@@ -306,7 +306,7 @@ def test_verify(tiny_path: Path, npz: Path, tmp_path: Path) -> None:
     assert "outside implementation: none, as asked" in done.stdout
     assert "largest deviation of actions (masked): action " in done.stdout
     html = page.read_text()
-    assert html.count("<svg") == 3
+    assert html.count("<svg") == 4
     assert "Every stage is within its limits" in html
     assert not any(word in html for word in (" src=", 'href="http', "@import")), (
         "needs nothing else"

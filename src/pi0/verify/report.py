@@ -85,6 +85,7 @@ def to_html(header: Header, result: Result) -> str:
             stages=_svg(_plot_rows("error of each stage", _stage_rows(result))),
             blocks=_svg(_plot_blocks(result)) if _block_rows(result) else None,
             actions=_svg(_plot_actions(result)),
+            joints=_svg(_plot_joints(result)),
         )
     )
 
@@ -150,6 +151,22 @@ def _plot_actions(result: Result) -> Figure:
         axes.plot(b[0, :, joint], color=CANDIDATE, linewidth=1, linestyle="--")
         axes.set_title(f"action {joint}", fontsize=9)
         axes.tick_params(labelsize=8)
+    return figure
+
+
+def _plot_joints(result: Result) -> Figure:
+    """Bars side by side, one colour a case."""
+    figure = _figure(9, 2)
+    axes = figure.subplots()
+    width = 0.8 / len(result.actions)
+    for i, (case, (a, b)) in enumerate(result.actions.items()):
+        deviations = (a - b).abs().amax(dim=(0, 1)).tolist()
+        places = [joint + (i + 0.5) * width - 0.4 for joint in range(len(deviations))]
+        colour = (CANDIDATE, REFERENCE, LIMIT)[i % 3]
+        axes.bar(places, deviations, width, color=colour, label=case)
+    axes.set_xlabel("action")
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend()
     return figure
 
 

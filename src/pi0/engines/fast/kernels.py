@@ -1,0 +1,91 @@
+"""The operations that the network is made of, in plain PyTorch, for any device and dtype.
+
+Engines replace what they can do faster; a replacement equals these in the tests.
+
+Axes: R rows (tokens of all observations), E width, N outputs, H heads, K key/value heads, D head
+dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pi0.engines.fast.weights import Matrix
+from pi0.model.gemma import EPS as RMS_EPS
+from pi0.model.siglip import EPS as LAYER_EPS
+
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [B, T, 1, D/2] float32
+
+
+class Kernels:
+    """Plain PyTorch. What matrices are multiplied with is `Any`: an engine's own affair."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor) -> Any:
+        """x [R, E] / rms(x) · weight, to be multiplied with matrices; 1 + w is in `weight`."""
+        return F.rms_norm(x.float(), x.shape[-1:], weight, RMS_EPS).to(x.dtype)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        """Layer normalisation of x [R, E], to be multiplied with matrices."""
+        return F.layer_norm(x.float(), x.shape[-1:], weight, bias, LAYER_EPS).to(x.dtype)
+
+    def operand(self, x: Tensor) -> Any:
+        """x [R, E], to be multiplied with matrices."""
+        return x
+
+    def project(self, a: Any, matrix: Matrix, residual: Tensor | None = None) -> Tensor:
+        """a · matrixᵀ + bias + residual: [R, N]."""
+        out = F.linear(a, matrix.weight, matrix.bias)
+        return out if residual is None else out.add_(residual)
+
+    def gelu_mlp(self, a: Any, first: Matrix, second: Matrix, residual: Tensor) -> Tensor:
+        """SigLIP's MLP, GELU in its tanh form, and the residual: [R, E]."""
+        hidden = F.linear(a, first.weight, first.bias)
+        return self.project(F.gelu(hidden, approximate="tanh"), second, residual)
+
+    def geglu_mlp(
+        self, a: Any, gate_up: list[Matrix], down: list[Matrix], residual: Tensor
+    ) -> Tensor:
+        """Gemma's MLP and the residual: [R, E]. It comes in parts, each small enough for a cache:
+        gate and up of some hidden units, and the columns of `down` that these meet."""
+        for first, second in zip(gate_up, down, strict=True):
+            gate, up = F.linear(a, first.weight).chunk(2, dim=-1)
+            hidden = F.gelu(gate, approximate="tanh").mul_(up)
+            residual = self.project(hidden, second, residual)
+        return residual
+
+    def split(self, qkv: Tensor, rotation: Rotation, k: Tensor, v: Tensor) -> Tensor:
+        """Writes the keys and values of qkv [B, T, (H + 2K)·D] into k and v [B, T, K, D] and
+        returns its queries [B, T, H, D], of which there may be none; queries and keys are rotated.
+        """
+        kv_heads, width = k.shape[2:]
+        heads = qkv.view(*qkv.shape[:2], -1, width)
+        q, keys, values = heads.split([heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads], dim=2)
+        k.copy_(rotate(keys, rotation))
+        v.copy_(values)
+        return rotate(q, rotation)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Attention: q [B, T, H, D], k and v [B, S, K, D], valid [B, S] bool → [B·T, H·D].
+
+        All queries of a row see the same keys, so the heads that share a key/value head are so
+        many more queries.
+        """
+        batch, t, heads, width = q.shape
+        kv_heads = k.shape[2]
+        q = q.view(batch, t, kv_heads, heads // kv_heads, width).transpose(1, 2).flatten(2, 3)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        mask = None if valid is None else valid[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, mask)
+        out = out.view(batch, kv_heads, t, heads // kv_heads, width).transpose(1, 2)
+        return out.reshape(batch * t, heads * width)
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotary embedding of x [B, T, H, D], in float32; see `pi0.model.gemma.Rope`."""
+    cos, sin = rotation
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)

@@ -1,0 +1,243 @@
+"""π0's arithmetic without what has no effect, for every fast engine.
+
+Against `pi0.model`, which it has to equal: masked cameras and padding are left out (`plan.py`);
+query, key and value are one matrix, and so are gate and up; prefix keys and values are written
+once, into buffers with room for the suffix; of the VLM's last layer only keys and values are
+computed; the state token, which sees neither actions nor time, is computed in the first step and
+stays; the two linear layers on the actions are one, and what time adds to it comes from outside,
+for every step at once.
+
+Axes as in `pi0.model`; X' is what the plan leaves of X. Tokens of all rows lie one after the other:
+x is [B·X', E] or [B·A, E].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pi0.engines.fast.kernels import Kernels, Rotation
+from pi0.engines.fast.plan import Plan
+from pi0.engines.fast.weights import EMBEDDING, Weights
+from pi0.inputs import ModelInputs
+from pi0.model import Tap
+from pi0.model.flow import embed_time
+from pi0.model.gemma import EPS as RMS_EPS
+from pi0.model.gemma import ROPE_BASE
+from pi0.model.pi0 import no_tap
+from pi0.model.siglip import EPS as LAYER_EPS
+
+PATCHES = "vision_tower.patch_embedding"
+
+
+@dataclass
+class Cache:
+    """Keys and values of prefix and suffix, each [B, X' + A, K, D] a layer.
+
+    Attributes:
+        valid: [B, X' + A] bool, or None if every key is seen.
+        rotation: of the suffix.
+        state: whose keys and values of the state token these are; None: not computed yet.
+    """
+
+    plan: Plan
+    keys: list[Tensor]
+    values: list[Tensor]
+    valid: Tensor | None
+    rotation: Rotation
+    state: Tensor | None = None
+
+
+class Network:
+    """π0 with packed weights, on one device."""
+
+    def __init__(self, weights: Weights, kernels: Kernels) -> None:
+        self.config = weights.config
+        self.weights = weights
+        self.kernels = kernels
+
+    def prefill(self, inputs: ModelInputs, plan: Plan, tap: Tap = no_tap) -> Cache:
+        """Runs the prefix. Inputs and plan are on the device."""
+        config = self.config.vlm
+        x = self._embed_prefix(inputs, plan, tap)
+        batch, tokens = plan.index.shape
+        rotation = make_rotation(plan.positions, config.head_dim)
+        valid = plan.valid
+        if valid is not None:
+            valid = F.pad(valid, (0, self.config.suffix_len), value=True)
+        cache = Cache(plan, [], [], valid, part_of(rotation, slice(tokens, None)))
+        rotation = part_of(rotation, slice(0, tokens))
+        shape = (batch, plan.positions.shape[1], config.num_kv_heads, config.head_dim)
+        for i in range(config.depth):
+            name, block = f"vlm_transformer.block.{i}", f"vlm.blocks.{i}"
+            cache.keys.append(x.new_empty(shape))
+            cache.values.append(x.new_empty(shape))
+            k, v = cache.keys[i][:, :tokens], cache.values[i][:, :tokens]
+            a = self.kernels.rms_norm(x, self.weights[f"{block}.norm1.weight"])
+            last = i == config.depth - 1
+            qkv = self.kernels.project(a, self.weights.matrix(f"{block}.{'kv' if last else 'qkv'}"))
+            q = self.kernels.split(qkv.view(batch, tokens, -1), rotation, k, v)
+            self._show_cache(tap, name, k, v, plan.spread, plan.take)
+            if not last:
+                x = self._finish(block, x, self.kernels.attend(q, k, v, plan.valid))
+                tokens_of = x.view(batch, tokens, -1)
+                x = self._show(tap, name, tokens_of, plan.spread, plan.take).flatten(0, 1)
+        return cache
+
+    def velocity(
+        self, x_t: Tensor, time: Tensor, state: Tensor, cache: Cache, tap: Tap = no_tap
+    ) -> Tensor:
+        """dx/dt [B, horizon, action_dim] float32; see `Pi0.velocity`. Tensors are on the device.
+
+        Args:
+            time: [B, E] or [E], of `time_terms`.
+            cache: with `state` None, keys and values of the state token are computed and kept. With
+                a tap they are computed in any case, to be shown.
+        """
+        config = self.config.expert
+        with_state = tap is not no_tap or cache.state is None
+        x = tap("suffix", self._embed_suffix(x_t, time, state if with_state else None))
+        batch, tokens = x.shape[:2]
+        x = x.flatten(0, 1)
+        skipped = self.config.suffix_len - tokens  # the state token, or nothing
+        at = cache.plan.tokens + skipped
+        rotation = part_of(cache.rotation, slice(skipped, None))
+        for i in range(config.depth):
+            name, block = f"expert_transformer.block.{i}", f"expert.blocks.{i}"
+            a = self.kernels.rms_norm(x, self.weights[f"{block}.norm1.weight"])
+            qkv = self.kernels.project(a, self.weights.matrix(f"{block}.qkv"))
+            k, v = cache.keys[i][:, at:], cache.values[i][:, at:]
+            q = self.kernels.split(qkv.view(batch, tokens, -1), rotation, k, v)
+            self._show_cache(tap, name, k, v)
+            attended = self._attend_suffix(q, cache, i, with_state)
+            x = self._finish(block, x, attended)
+            x = self._show(tap, name, x.view(batch, tokens, -1)).flatten(0, 1)
+        cache.state = state
+        norm = self.weights["expert.norm.weight"]
+        hidden = F.rms_norm(x.float(), x.shape[-1:], norm, RMS_EPS).to(x.dtype)
+        hidden = tap("expert_transformer", hidden.view(batch, tokens, -1))
+        actions = tap("action_tokens", hidden[:, -self.config.horizon :].float())
+        out = self.weights["action_out_proj.weight"], self.weights["action_out_proj.bias"]
+        return tap("velocity", tap("action_projection", F.linear(actions, *out)))
+
+    def time_terms(self, t: Tensor) -> Tensor:
+        """What times [B] add to the actions before the activation: [B, E] float32."""
+        weight, bias = self.weights["time.weight"], self.weights["time.bias"]
+        return F.linear(embed_time(t, weight.shape[1]).to(weight.device), weight, bias)
+
+    def _embed_prefix(self, inputs: ModelInputs, plan: Plan, tap: Tap) -> Tensor:
+        """The prefix tokens that take part, [B·X', E]."""
+        features = self._vision_tower(inputs.images.flatten(0, 1)[plan.views], plan, tap)
+        a = self.kernels.operand(features.flatten(0, 1))
+        patches = self.kernels.project(a, self.weights.matrix("projector"))
+        patches = tap("projector", plan.spread_views(patches.view(*features.shape[:2], -1)))
+        scale = self.config.vlm.width**0.5
+        text = F.embedding(inputs.tokens, self.weights[EMBEDDING]).to(patches.dtype) * scale
+        text = tap("token_embedding", text)
+        prefix = torch.cat([patches.view(len(text), -1, patches.shape[-1]), text], dim=1)
+        return plan.take(tap("prefix", prefix)).flatten(0, 1)
+
+    def _vision_tower(self, images: Tensor, plan: Plan, tap: Tap) -> Tensor:
+        """Features [n, P, E] of images [n, 3, S, S]."""
+        config, weights, kernels = self.config.vision, self.weights, self.kernels
+        conv = weights[f"{PATCHES}.conv.weight"], weights[f"{PATCHES}.conv.bias"]
+        patches = F.conv2d(images, *conv, stride=config.patch_size).flatten(2).transpose(1, 2)
+        shape = patches.shape
+        x = (patches + weights[f"{PATCHES}.position"]).to(weights.scheme.dtype).flatten(0, 1)
+        for i in range(config.depth):
+            block = f"vision_tower.blocks.{i}"
+            a = kernels.layer_norm(x, *self._affine(f"{block}.norm1"))
+            qkv = kernels.project(a, weights.matrix(f"{block}.qkv"))
+            q, k, v = qkv.view(*shape[:2], 3, config.num_heads, config.head_dim).unbind(2)
+            a = kernels.operand(kernels.attend(q, k, v))
+            x = kernels.project(a, weights.matrix(f"{block}.out_proj"), x)
+            a = kernels.layer_norm(x, *self._affine(f"{block}.norm2"))
+            x = kernels.gelu_mlp(
+                a, weights.matrix(f"{block}.fc1"), weights.matrix(f"{block}.fc2"), x
+            )
+            x = self._show(
+                tap, f"vision_tower.block.{i}", x.view(shape), plan.spread_views, plan.take_views
+            ).flatten(0, 1)
+        norm = self._affine("vision_tower.norm")
+        features = F.layer_norm(x.float(), shape[-1:], *norm, LAYER_EPS).to(x.dtype).view(shape)
+        return self._show(tap, "vision_tower", features, plan.spread_views, plan.take_views)
+
+    def _embed_suffix(self, x_t: Tensor, time: Tensor, state: Tensor | None) -> Tensor:
+        """The state token, if there is a state, then one token an action."""
+        weights = self.weights
+        hidden = F.linear(x_t, weights["actions.weight"]) + time.unsqueeze(-2)
+        last = weights["action_time_mlp_out.weight"], weights["action_time_mlp_out.bias"]
+        suffix = F.linear(F.silu(hidden), *last)
+        if state is not None:
+            token = F.linear(state, weights["state_proj.weight"], weights["state_proj.bias"])
+            suffix = torch.cat([token[:, None], suffix], dim=1)
+        return suffix.to(weights.scheme.dtype)
+
+    def _attend_suffix(self, q: Tensor, cache: Cache, layer: int, with_state: bool) -> Tensor:
+        """The actions see everything; the state, the first query if it is there, the prefix and
+        itself."""
+        k, v, valid = cache.keys[layer], cache.values[layer], cache.valid
+        batch, actions = len(q), self.config.horizon
+        attended = self.kernels.attend(q[:, -actions:], k, v, valid)
+        if not with_state:
+            return attended
+        seen = cache.plan.tokens + 1
+        known = None if valid is None else valid[:, :seen]
+        state = self.kernels.attend(q[:, :1], k[:, :seen], v[:, :seen], known)
+        parts = state.view(batch, 1, -1), attended.view(batch, actions, -1)
+        return torch.cat(parts, dim=1).flatten(0, 1)
+
+    def _finish(self, block: str, x: Tensor, attended: Tensor) -> Tensor:
+        """What follows attention in a block of Gemma: [R, E]."""
+        weights, kernels = self.weights, self.kernels
+        x = kernels.project(kernels.operand(attended), weights.matrix(f"{block}.o_proj"), x)
+        a = kernels.rms_norm(x, weights[f"{block}.norm2.weight"])
+        return kernels.geglu_mlp(
+            a, weights.parts(f"{block}.gate_up"), weights.parts(f"{block}.down"), x
+        )
+
+    def _affine(self, norm: str) -> tuple[Tensor, Tensor]:
+        return self.weights[f"{norm}.weight"], self.weights[f"{norm}.bias"]
+
+    def _show_cache(
+        self,
+        tap: Tap,
+        name: str,
+        k: Tensor,
+        v: Tensor,
+        spread: Callable[[Tensor], Tensor] = lambda x: x,
+        take: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> None:
+        """Shows keys and values, and keeps what the tap hands on."""
+        if tap is not no_tap:
+            k.copy_(self._show(tap, f"{name}.keys", k, spread, take))
+            v.copy_(self._show(tap, f"{name}.values", v, spread, take))
+
+    @staticmethod
+    def _show(
+        tap: Tap,
+        name: str,
+        x: Tensor,
+        spread: Callable[[Tensor], Tensor] = lambda x: x,
+        take: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> Tensor:
+        """Shows a tap what the model has there, and goes on with what it hands on."""
+        return x if tap is no_tap else take(tap(name, spread(x)))
+
+
+def make_rotation(positions: Tensor, head_dim: int) -> Rotation:
+    """Cosines and sines of rotary embedding at positions [B, T]; see `pi0.model.gemma.Rope`."""
+    half = head_dim // 2
+    frequency = ROPE_BASE ** (-torch.arange(half, device=positions.device) / half)
+    angle = positions[:, :, None, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def part_of(rotation: Rotation, tokens: slice) -> Rotation:
+    """The rotation of some of the tokens."""
+    cos, sin = rotation
+    return cos[:, tokens], sin[:, tokens]

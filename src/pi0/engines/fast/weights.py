@@ -1,0 +1,284 @@
+"""Weights as fast engines want them: fused, in parts that fit a cache, perhaps quantised.
+
+A checkpoint is streamed into place slab by slab, so that packing needs little memory beyond the
+result. What is packed can be kept in a file and mapped at the next start (`keep.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pi0.checkpoint.files import TORCH_DTYPES, stream
+from pi0.checkpoint.load import POSITION, Checkpoint, Progress, check, empty_model
+from pi0.config import GemmaConfig, Pi0Config
+from pi0.model.siglip import resize_positions
+
+BLOCK = re.compile(r"(vision_tower|vlm|expert)\.blocks\.(\d+)\.(\w+)\.(weight|bias)")
+EMBEDDING = "token_embedding.weight"
+INT8_MAX = 127
+
+
+@dataclass
+class Matrix:
+    """weight [N, K], perhaps quantised a row; bias [N]; scale [N] float32 of a quantised weight."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+
+    def put(self, at: int, values: Tensor) -> None:
+        """Fills rows from `at` on with values [n, K]."""
+        rows = slice(at, at + len(values))
+        if self.scale is None:
+            self.weight[rows].copy_(values)
+        else:
+            self.weight[rows], self.scale[rows] = quantise_rows(values.float(), self.weight.dtype)
+
+
+def quantised(dtype: torch.dtype) -> bool:
+    """Whether matrices of a dtype have scales."""
+    return dtype not in (torch.float32, torch.bfloat16)
+
+
+def quantise_rows(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """values [R, K] float32 → quantised, and scales [R] float32: values ≈ quantised · scale.
+
+    Symmetric; the largest magnitude of a row becomes the largest of the dtype.
+    """
+    limit = INT8_MAX if dtype == torch.int8 else torch.finfo(dtype).max
+    largest = values.abs().amax(dim=1).clamp_min_(torch.finfo(torch.float32).tiny)
+    scaled = values * (limit / largest)[:, None]
+    return (scaled.round_() if dtype == torch.int8 else scaled).to(dtype), largest / limit
+
+
+class Target(NamedTuple):
+    """Where a part of a parameter goes: its rows and columns, into a matrix from row `at` on."""
+
+    matrix: str
+    at: int
+    rows: slice
+    columns: slice = slice(None)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How an engine wants its weights.
+
+    Attributes:
+        dtype: of activations, and of matrices that `kinds` does not name.
+        kinds: dtype of a matrix, by a pattern that its whole name matches; the first counts.
+        part: hidden units of Gemma's MLP that are computed at a time.
+    """
+
+    dtype: torch.dtype
+    kinds: dict[str, torch.dtype] = field(default_factory=dict)
+    part: int = 4096
+
+    def kind(self, matrix: str) -> torch.dtype:
+        found = (d for pattern, d in self.kinds.items() if re.fullmatch(pattern, matrix))
+        return next(found, self.dtype)
+
+
+class Weights:
+    """Matrices and other tensors by name; the names are the model's, or those of what is fused.
+
+    Gemma's norms hold 1 + w; the two linear layers on the actions are one (`actions`), and what
+    time adds to it has a matrix of its own (`time`).
+    """
+
+    def __init__(self, config: Pi0Config, scheme: Scheme) -> None:
+        self.config = config
+        self.scheme = scheme
+        self.tensors: dict[str, Tensor] = {}
+        self.matrices: dict[str, Matrix] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def matrix(self, name: str) -> Matrix:
+        return self.matrices[name]
+
+    def parts(self, name: str) -> list[Matrix]:
+        """The parts of a matrix that comes in several."""
+        count = sum(key.rpartition(".")[0] == name for key in self.matrices)
+        return [self.matrices[f"{name}.{i}"] for i in range(count)]
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors, by names from which `restore` makes the same weights again."""
+        state = dict(self.tensors)
+        for name, matrix in self.matrices.items():
+            for kind, tensor in vars(matrix).items():
+                if tensor is not None:
+                    state[f"{name}:{kind}"] = tensor
+        return state
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Takes what `state` gave."""
+        for name, tensor in state.items():
+            matrix, _, kind = name.partition(":")
+            if not kind:
+                self.tensors[name] = tensor
+            elif kind == "weight":
+                self.matrices[matrix] = Matrix(
+                    tensor, state.get(f"{matrix}:bias"), state.get(f"{matrix}:scale")
+                )
+
+    def to(self, device: torch.device) -> Weights:
+        """Moved to a device, in place."""
+        self.restore({name: tensor.to(device) for name, tensor in self.state().items()})
+        return self
+
+
+@torch.inference_mode()
+def pack(
+    checkpoint: Checkpoint,
+    scheme: Scheme,
+    image_size: int | None = None,
+    progress: Progress = lambda _: None,
+) -> Weights:
+    """A checkpoint's weights, packed, on the CPU. Arguments and errors: see `load_model`."""
+    check(checkpoint)
+    native = checkpoint.config
+    config = native if image_size is None else native.at_image_size(image_size)
+    weights = Weights(config, scheme)
+    shapes = {name: p.shape for name, p in empty_model(config, scheme.dtype).named_parameters()}
+    _allocate(weights, shapes)
+    wanted = {theirs: checkpoint.tensors[theirs] for theirs in checkpoint.names.ours}
+    weights.tensors[EMBEDDING] = torch.empty(
+        shapes[EMBEDDING], dtype=_stored_dtype(checkpoint, EMBEDDING)
+    )
+    for theirs, rows, values in stream(wanted):
+        ours = checkpoint.names.ours[theirs]
+        if ours == POSITION and config.vision.grid != native.vision.grid:
+            weights.tensors[ours].copy_(resize_positions(values, config.vision.grid))
+        elif found := targets(config, scheme, ours):
+            for target in found:
+                _put(weights, target, rows, values, ours.endswith(".bias"))
+        elif ours in weights.tensors:
+            weights.tensors[ours][rows].copy_(values)
+        progress(values.nbytes)
+    _fold(weights)
+    return weights
+
+
+def targets(config: Pi0Config, scheme: Scheme, name: str) -> list[Target]:
+    """Where a parameter of the model goes; empty for what is no matrix or is never read."""
+    if name.startswith("projector."):
+        return [Target("projector", 0, slice(0, config.vlm.width))]
+    block = BLOCK.fullmatch(name)
+    if not block or "norm" in block[3]:
+        return []
+    trunk, layer, kind, _ = block.groups()
+    into = f"{trunk}.blocks.{layer}"
+    if trunk == "vision_tower":
+        return _vision_targets(config.vision.width, into, kind)
+    gemma = config.vlm if trunk == "vlm" else config.expert
+    last = trunk == "vlm" and int(layer) == gemma.depth - 1
+    return _gemma_targets(gemma, scheme.part, into, kind, last)
+
+
+def _vision_targets(width: int, into: str, kind: str) -> list[Target]:
+    if kind in ("q_proj", "k_proj", "v_proj"):
+        return [Target(f"{into}.qkv", width * "qkv".index(kind[0]), slice(0, width))]
+    return [Target(f"{into}.{kind}", 0, slice(0, None))]
+
+
+def _gemma_targets(
+    config: GemmaConfig, part: int, into: str, kind: str, last: bool
+) -> list[Target]:
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    if kind in ("k_proj", "v_proj"):
+        at = 0 if kind == "k_proj" else kv
+        return (
+            [Target(f"{into}.kv", at, slice(0, kv))]
+            if last
+            else [Target(f"{into}.qkv", q + at, slice(0, kv))]
+        )
+    if last:
+        return []  # only its keys and values are ever read
+    if kind == "q_proj":
+        return [Target(f"{into}.qkv", 0, slice(0, q))]
+    if kind == "o_proj":
+        return [Target(f"{into}.o_proj", 0, slice(0, config.width))]
+    found = []
+    for i, start in enumerate(range(0, config.mlp_dim, part)):
+        units = slice(start, min(start + part, config.mlp_dim))
+        if kind == "down_proj":
+            found.append(Target(f"{into}.down.{i}", 0, slice(0, config.width), units))
+        else:
+            at = 0 if kind == "gate_proj" else units.stop - units.start
+            found.append(Target(f"{into}.gate_up.{i}", at, units))
+    return found
+
+
+def _allocate(weights: Weights, shapes: dict[str, torch.Size]) -> None:
+    """Room for everything that is kept, but for the token embedding."""
+    outputs: dict[str, int] = {}
+    inputs: dict[str, int] = {}
+    biased = set()
+    for name, shape in shapes.items():
+        found = targets(weights.config, weights.scheme, name)
+        for target in found:
+            start, stop, _ = target.rows.indices(shape[0])
+            outputs[target.matrix] = max(outputs.get(target.matrix, 0), target.at + stop - start)
+            if name.endswith(".bias"):
+                biased.add(target.matrix)
+            else:
+                start, stop, _ = target.columns.indices(shape[1])
+                inputs[target.matrix] = stop - start
+        block = BLOCK.fullmatch(name)
+        if not found and name != EMBEDDING and (not block or "norm" in block[3]):
+            weights.tensors[name] = torch.empty(shape)
+    for name, n in outputs.items():
+        dtype = weights.scheme.kind(name)
+        weights.matrices[name] = Matrix(
+            torch.empty(n, inputs[name], dtype=dtype),
+            # A quantised product is finished in float32.
+            torch.empty(n, dtype=torch.float32 if quantised(dtype) else dtype)
+            if name in biased
+            else None,
+            torch.empty(n) if quantised(dtype) else None,
+        )
+
+
+def _put(weights: Weights, target: Target, rows: slice, values: Tensor, bias: bool) -> None:
+    """Puts the part of a slab (`rows` of a parameter) that belongs to a target."""
+    begin = max(rows.start, target.rows.start)
+    end = rows.start + len(values)
+    if target.rows.stop is not None:
+        end = min(end, target.rows.stop)
+    if begin >= end:
+        return
+    matrix = weights.matrices[target.matrix]
+    part = values[begin - rows.start : end - rows.start]
+    at = target.at + begin - target.rows.start
+    if bias:
+        assert matrix.bias is not None
+        matrix.bias[at : at + len(part)].copy_(part)
+    else:
+        matrix.put(at, part[:, target.columns])
+
+
+def _fold(weights: Weights) -> None:
+    """1 + w of Gemma's norms; both linear layers on the actions in one, in float64."""
+    tensors = weights.tensors
+    for name in tensors:
+        if name.startswith(("vlm.", "expert.")) and name.endswith("weight"):
+            tensors[name] += 1
+    first = tensors.pop("action_time_mlp_in.weight").double()
+    actions = tensors.pop("action_in_proj.weight").double()
+    width = len(first)
+    tensors["actions.weight"] = (first[:, :width] @ actions).float()
+    tensors["time.weight"] = first[:, width:].float().contiguous()
+    offset = first[:, :width] @ tensors.pop("action_in_proj.bias").double()
+    tensors["time.bias"] = (offset + tensors.pop("action_time_mlp_in.bias")).float()
+
+
+def _stored_dtype(checkpoint: Checkpoint, ours: str) -> torch.dtype:
+    (theirs,) = (name for name, found in checkpoint.names.ours.items() if found == ours)
+    return TORCH_DTYPES[checkpoint.tensors[theirs].dtype]

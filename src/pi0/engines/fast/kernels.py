@@ -63,7 +63,8 @@ class Kernels:
         """
         kv_heads, width = k.shape[2:]
         heads = qkv.view(*qkv.shape[:2], -1, width)
-        q, keys, values = heads.split([heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads], dim=2)
+        parts = [heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads]
+        q, keys, values = torch.split(heads, parts, dim=2)
         k.copy_(rotate(keys, rotation))
         v.copy_(values)
         return rotate(q, rotation)

@@ -22,40 +22,36 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [B, T, 1, D/2] float
 
 
 class Kernels:
-    """Plain PyTorch. What matrices are multiplied with is `Any`: an engine's own affair."""
+    """Plain PyTorch. What matrices are multiplied with (an operand) is an engine's own affair; `into`
+    is the matrix that an operand is meant for."""
 
-    def rms_norm(self, x: Tensor, weight: Tensor) -> Any:
-        """x [R, E] / rms(x) · weight, to be multiplied with matrices; 1 + w is in `weight`."""
-        return F.rms_norm(x.float(), x.shape[-1:], weight, RMS_EPS).to(x.dtype)
-
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Any:
-        """Layer normalisation of x [R, E], to be multiplied with matrices."""
-        return F.layer_norm(x.float(), x.shape[-1:], weight, bias, LAYER_EPS).to(x.dtype)
-
-    def operand(self, x: Tensor) -> Any:
-        """x [R, E], to be multiplied with matrices."""
+    def operand(self, x: Tensor, into: Matrix) -> Any:
+        """x [R, E] as an operand."""
         return x
+
+    def rms_norm(self, x: Tensor, weight: Tensor, into: Matrix) -> Any:
+        """x [R, E] / rms(x) · weight, as an operand; 1 + w is in `weight`."""
+        normed = F.rms_norm(x.float(), x.shape[-1:], weight, RMS_EPS)
+        return self.operand(normed.to(x.dtype), into)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, into: Matrix) -> Any:
+        """Layer normalisation of x [R, E], as an operand."""
+        normed = F.layer_norm(x.float(), x.shape[-1:], weight, bias, LAYER_EPS)
+        return self.operand(normed.to(x.dtype), into)
 
     def project(self, a: Any, matrix: Matrix, residual: Tensor | None = None) -> Tensor:
         """a · matrixᵀ + bias + residual: [R, N]."""
         out = F.linear(a, matrix.weight, matrix.bias)
         return out if residual is None else out.add_(residual)
 
-    def gelu_mlp(self, a: Any, first: Matrix, second: Matrix, residual: Tensor) -> Tensor:
-        """SigLIP's MLP, GELU in its tanh form, and the residual: [R, E]."""
-        hidden = F.linear(a, first.weight, first.bias)
-        return self.project(F.gelu(hidden, approximate="tanh"), second, residual)
+    def gelu(self, a: Any, first: Matrix, into: Matrix) -> Any:
+        """The hidden units of SigLIP's MLP, as an operand: GELU, in its tanh form, of a · firstᵀ."""
+        return self.operand(F.gelu(self.project(a, first), approximate="tanh"), into)
 
-    def geglu_mlp(
-        self, a: Any, gate_up: list[Matrix], down: list[Matrix], residual: Tensor
-    ) -> Tensor:
-        """Gemma's MLP and the residual: [R, E]. It comes in parts, each small enough for a cache:
-        gate and up of some hidden units, and the columns of `down` that these meet."""
-        for first, second in zip(gate_up, down, strict=True):
-            gate, up = F.linear(a, first.weight).chunk(2, dim=-1)
-            hidden = F.gelu(gate, approximate="tanh").mul_(up)
-            residual = self.project(hidden, second, residual)
-        return residual
+    def geglu(self, a: Any, gate_up: Matrix, into: Matrix) -> Any:
+        """Hidden units of Gemma's MLP, as an operand: GELU of their gates times ups."""
+        gate, up = self.project(a, gate_up).chunk(2, dim=-1)
+        return self.operand(F.gelu(gate, approximate="tanh").mul_(up), into)
 
     def split(self, qkv: Tensor, rotation: Rotation, k: Tensor, v: Tensor) -> Tensor:
         """Writes the keys and values of qkv [B, T, (H + 2K)·D] into k and v [B, T, K, D] and

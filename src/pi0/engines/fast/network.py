@@ -77,9 +77,10 @@ class Network:
             cache.keys.append(x.new_empty(shape))
             cache.values.append(x.new_empty(shape))
             k, v = cache.keys[i][:, :tokens], cache.values[i][:, :tokens]
-            a = self.kernels.rms_norm(x, self.weights[f"{block}.norm1.weight"])
             last = i == config.depth - 1
-            qkv = self.kernels.project(a, self.weights.matrix(f"{block}.{'kv' if last else 'qkv'}"))
+            matrix = self.weights.matrix(f"{block}.{'kv' if last else 'qkv'}")
+            a = self.kernels.rms_norm(x, self.weights[f"{block}.norm1.weight"], matrix)
+            qkv = self.kernels.project(a, matrix)
             q = self.kernels.split(qkv.view(batch, tokens, -1), rotation, k, v)
             self._show_cache(tap, name, k, v, plan.spread, plan.take)
             if not last:
@@ -108,8 +109,9 @@ class Network:
         rotation = part_of(cache.rotation, slice(skipped, None))
         for i in range(config.depth):
             name, block = f"expert_transformer.block.{i}", f"expert.blocks.{i}"
-            a = self.kernels.rms_norm(x, self.weights[f"{block}.norm1.weight"])
-            qkv = self.kernels.project(a, self.weights.matrix(f"{block}.qkv"))
+            matrix = self.weights.matrix(f"{block}.qkv")
+            a = self.kernels.rms_norm(x, self.weights[f"{block}.norm1.weight"], matrix)
+            qkv = self.kernels.project(a, matrix)
             k, v = cache.keys[i][:, at:], cache.values[i][:, at:]
             q = self.kernels.split(qkv.view(batch, tokens, -1), rotation, k, v)
             self._show_cache(tap, name, k, v)
@@ -132,8 +134,9 @@ class Network:
     def _embed_prefix(self, inputs: ModelInputs, plan: Plan, tap: Tap) -> Tensor:
         """The prefix tokens that take part, [B·X', E]."""
         features = self._vision_tower(inputs.images.flatten(0, 1)[plan.views], plan, tap)
-        a = self.kernels.operand(features.flatten(0, 1))
-        patches = self.kernels.project(a, self.weights.matrix("projector"))
+        projector = self.weights.matrix("projector")
+        a = self.kernels.operand(features.flatten(0, 1), projector)
+        patches = self.kernels.project(a, projector)
         patches = tap("projector", plan.spread_views(patches.view(*features.shape[:2], -1)))
         scale = self.config.vlm.width**0.5
         text = F.embedding(inputs.tokens, self.weights[EMBEDDING]).to(patches.dtype) * scale
@@ -150,15 +153,15 @@ class Network:
         x = (patches + weights[f"{PATCHES}.position"]).to(weights.scheme.dtype).flatten(0, 1)
         for i in range(config.depth):
             block = f"vision_tower.blocks.{i}"
-            a = kernels.layer_norm(x, *self._affine(f"{block}.norm1"))
-            qkv = kernels.project(a, weights.matrix(f"{block}.qkv"))
-            q, k, v = qkv.view(*shape[:2], 3, config.num_heads, config.head_dim).unbind(2)
-            a = kernels.operand(kernels.attend(q, k, v))
-            x = kernels.project(a, weights.matrix(f"{block}.out_proj"), x)
-            a = kernels.layer_norm(x, *self._affine(f"{block}.norm2"))
-            x = kernels.gelu_mlp(
-                a, weights.matrix(f"{block}.fc1"), weights.matrix(f"{block}.fc2"), x
+            qkv, out, fc1, fc2 = (
+                weights.matrix(f"{block}.{kind}") for kind in ("qkv", "out_proj", "fc1", "fc2")
             )
+            a = kernels.layer_norm(x, *self._affine(f"{block}.norm1"), qkv)
+            heads = kernels.project(a, qkv).view(*shape[:2], 3, config.num_heads, config.head_dim)
+            attended = kernels.attend(*heads.unbind(2))
+            x = kernels.project(kernels.operand(attended, out), out, x)
+            a = kernels.layer_norm(x, *self._affine(f"{block}.norm2"), fc1)
+            x = kernels.project(kernels.gelu(a, fc1, fc2), fc2, x)
             x = self._show(
                 tap, f"vision_tower.block.{i}", x.view(shape), plan.spread_views, plan.take_views
             ).flatten(0, 1)
@@ -194,11 +197,13 @@ class Network:
     def _finish(self, block: str, x: Tensor, attended: Tensor) -> Tensor:
         """What follows attention in a block of Gemma: [R, E]."""
         weights, kernels = self.weights, self.kernels
-        x = kernels.project(kernels.operand(attended), weights.matrix(f"{block}.o_proj"), x)
-        a = kernels.rms_norm(x, weights[f"{block}.norm2.weight"])
-        return kernels.geglu_mlp(
-            a, weights.parts(f"{block}.gate_up"), weights.parts(f"{block}.down"), x
-        )
+        out = weights.matrix(f"{block}.o_proj")
+        x = kernels.project(kernels.operand(attended, out), out, x)
+        gate_up, down = weights.parts(f"{block}.gate_up"), weights.parts(f"{block}.down")
+        a = kernels.rms_norm(x, weights[f"{block}.norm2.weight"], gate_up[0])
+        for first, second in zip(gate_up, down, strict=True):
+            x = kernels.project(kernels.geglu(a, first, second), second, x)
+        return x
 
     def _affine(self, norm: str) -> tuple[Tensor, Tensor]:
         return self.weights[f"{norm}.weight"], self.weights[f"{norm}.bias"]

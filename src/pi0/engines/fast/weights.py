@@ -72,7 +72,8 @@ class Scheme:
     Attributes:
         dtype: of activations, and of matrices that `kinds` does not name.
         kinds: dtype of a matrix, by a pattern that its whole name matches; the first counts.
-        part: hidden units of Gemma's MLP that are computed at a time.
+        part: hidden units of Gemma's MLP that are computed at a time, few enough for a cache: gate
+            and up of these, and the columns of `down` that they meet.
     """
 
     dtype: torch.dtype

@@ -44,6 +44,11 @@ THRESHOLDS: dict[str, dict[str, Threshold]] = {
         "sequence": EXACT,
         "masked_content": UNSEEN,
     },
+    "int8": {
+        "*": Threshold(0.999, 0.05, "7 bits and a sign, a scale shared by a row of a matrix"),
+        "sequence": EXACT,
+        "masked_content": UNSEEN,
+    },
     "fast": {
         "*": Threshold(0.99, 0.1, "7 bits and an exponent shared by 16 values in every matrix"),
         "sequence": EXACT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint
 from pi0.engines.base import Engine
+from pi0.engines.fast.int8 import Int8Kernels, NativeKernels
 from pi0.engines.fast.kernels import Kernels
+from pi0.engines.fast.native import Native, Unavailable
 from pi0.engines.fast.network import Cache, Network
 from pi0.engines.fast.plan import make_plan
 from pi0.engines.fast.weights import Scheme, pack
@@ -21,6 +24,7 @@ from pi0.model.pi0 import no_tap
 
 SCHEMES = {
     "float32": Scheme(torch.float32),
+    "int8": Scheme(torch.float32, {".*": torch.int8}),
 }
 
 
@@ -41,7 +45,7 @@ class CpuEngine(Engine):
             raise EngineError(f"device: expected cpu for engine cpu, found {device!r}.")
         weights = pack(checkpoint, SCHEMES[dtype], image_size, progress)
         self.config = weights.config
-        self.network = Network(weights, Kernels())
+        self.network = Network(weights, choose_kernels())
 
     @torch.inference_mode()
     def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> Cache:
@@ -55,3 +59,12 @@ class CpuEngine(Engine):
         if cache.state is not None and not torch.equal(cache.state, state):
             cache = replace(cache, state=None)
         return self.network.velocity(x_t, self.network.time_terms(t), state, cache, tap)
+
+
+def choose_kernels() -> Kernels:
+    """Native code, or, with a warning that says why not, PyTorch."""
+    try:
+        return NativeKernels(Native())
+    except Unavailable as why:
+        warnings.warn(f"engine cpu: slower than it could be: {why}.", stacklevel=2)
+        return Int8Kernels()

@@ -97,6 +97,7 @@ class Weights:
         self.scheme = scheme
         self.tensors: dict[str, Tensor] = {}
         self.matrices: dict[str, Matrix] = {}
+        self._parts: dict[str, list[Matrix]] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -106,8 +107,10 @@ class Weights:
 
     def parts(self, name: str) -> list[Matrix]:
         """The parts of a matrix that comes in several."""
-        count = sum(key.rpartition(".")[0] == name for key in self.matrices)
-        return [self.matrices[f"{name}.{i}"] for i in range(count)]
+        if name not in self._parts:
+            count = sum(key.rpartition(".")[0] == name for key in self.matrices)
+            self._parts[name] = [self.matrices[f"{name}.{i}"] for i in range(count)]
+        return self._parts[name]
 
     def state(self) -> dict[str, Tensor]:
         """All tensors, by names from which `restore` makes the same weights again."""

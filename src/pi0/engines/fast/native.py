@@ -1,0 +1,98 @@
+"""Compiles `native.c` with the machine's C compiler, once, and loads it.
+
+Threads are those of PyTorch's own OpenMP: a second one beside it would fight over the cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pi0.checkpoint.files import replacing
+
+SOURCE = Path(__file__).with_name("native.c")
+FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-std=c11")
+
+
+class Unavailable(Exception):
+    """Why there is no native library here."""
+
+
+class Native:
+    """The functions of `native.c`; see there. Arguments are tensors, numbers and None."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL(str(_compile()))
+
+    def __call__(
+        self, name: str, rows: int, columns: int, *arguments: Tensor | float | None
+    ) -> None:
+        words = [ctypes.c_int64(rows), ctypes.c_int64(columns), *map(_word, arguments)]
+        self._library[name](*words)
+
+
+def _word(argument: Tensor | float | None) -> ctypes.c_void_p | ctypes.c_float:
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
+    if argument is None:
+        return ctypes.c_void_p(None)
+    assert argument.is_contiguous()
+    return ctypes.c_void_p(argument.data_ptr())
+
+
+def _compile() -> Path:
+    """The library, compiled unless it has been already on a machine like this one.
+
+    Raises:
+        Unavailable: no compiler, no OpenMP, or it fails.
+    """
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise Unavailable("no C compiler was found (cc, or what CC names)")
+    openmp = _openmp()
+    told = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    parts = [SOURCE.read_text(), " ".join(FLAGS), told, str(openmp), _processor()]
+    key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    library = home / "pi0" / f"native-{key}.so"
+    if not library.exists():
+        with replacing(library) as temporary:
+            object_file = temporary.with_suffix(".o")
+            try:
+                _run(compiler, *FLAGS, "-c", str(SOURCE), "-o", str(object_file))
+                link = [str(object_file), str(openmp), "-lm", "-lmvec"]
+                _run(compiler, "-shared", *link, "-o", str(temporary))
+            finally:
+                object_file.unlink(missing_ok=True)
+    return library
+
+
+def _run(*words: str) -> None:
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise Unavailable(f"{words[0]} failed: {said[0] if said else 'without a word'}")
+
+
+def _openmp() -> Path:
+    """The OpenMP library that PyTorch has loaded."""
+    torch.get_num_threads()
+    maps = Path("/proc/self/maps")
+    loaded = [line.split()[-1] for line in maps.read_text().splitlines()] if maps.exists() else []
+    for path in loaded:
+        if "libgomp" in path or "libiomp5" in path or "libomp" in path:
+            return Path(path)
+    raise Unavailable("PyTorch has loaded no OpenMP library here")
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line for line in lines if line.startswith("flags")), "")

@@ -45,7 +45,9 @@ class CpuEngine(Engine):
             raise EngineError(f"device: expected cpu for engine cpu, found {device!r}.")
         weights = pack(checkpoint, SCHEMES[dtype], image_size, progress)
         self.config = weights.config
-        self.network = Network(weights, choose_kernels())
+        kernels = choose_kernels()
+        kernels.prepare(weights)
+        self.network = Network(weights, kernels)
 
     @torch.inference_mode()
     def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> Cache:

@@ -1,8 +1,4 @@
-"""Eight-bit matrices for CPUs: weights with a scale an output, activations with a scale a token.
-
-Products are `torch._int_mm` (oneDNN), which takes weights as they lie in memory, or in a file. What
-lies between them is one native pass over every row, or plain PyTorch where there is no C compiler.
-"""
+"""Eight-bit matrices for CPUs: weights with a scale an output, activations with a scale a token."""
 
 from __future__ import annotations
 
@@ -12,21 +8,24 @@ import torch
 from torch import Tensor
 
 from pi0.engines.fast.kernels import Kernels
-from pi0.engines.fast.native import Native
-from pi0.engines.fast.weights import Matrix, quantise_rows
+from pi0.engines.fast.native import Argument, Native
+from pi0.engines.fast.weights import Matrix, Weights, quantise_rows
 from pi0.model.gemma import EPS as RMS_EPS
 from pi0.model.siglip import EPS as LAYER_EPS
 
+BLOCK = 16  # outputs that lie together in native.c, by fours of inputs
+
 
 class Quantised(NamedTuple):
-    """values [R, E] int8 · scale [R] float32."""
+    """values [R, E] int8, or with 128 added uint8, · scale [R] float32."""
 
     values: Tensor
     scale: Tensor
 
 
 class Int8Kernels(Kernels):
-    """Operands of quantised matrices are quantised, in plain PyTorch; all else is float32."""
+    """Operands of quantised matrices are quantised; all else is float32. Plain PyTorch: products
+    are `torch._int_mm`."""
 
     def operand(self, x: Tensor, into: Matrix) -> Any:
         return x if into.scale is None else Quantised(*quantise_rows(x, torch.int8))
@@ -34,78 +33,87 @@ class Int8Kernels(Kernels):
     def project(self, a: Any, matrix: Matrix, residual: Tensor | None = None) -> Tensor:
         if matrix.scale is None:
             return super().project(a, matrix, residual)
-        out = multiply(a, matrix) * a.scale[:, None] * matrix.scale
+        product = torch._int_mm(a.values, matrix.weight.t())
+        out: Tensor = product * a.scale[:, None] * matrix.scale
         if matrix.bias is not None:
             out += matrix.bias
         return out if residual is None else out.add_(residual)
 
 
 class NativeKernels(Int8Kernels):
-    """The same in native code, and GeGLU of float32 matrices, too."""
+    """The same in native code, but for matrices that do not come in whole blocks; and GeGLU of
+    float32 matrices, too."""
 
     def __init__(self, native: Native) -> None:
         self._native = native
 
+    def prepare(self, weights: Weights) -> None:
+        for matrix in weights.matrices.values():
+            n, k = matrix.weight.shape
+            if matrix.scale is not None and n % BLOCK == 0 and k % 4 == 0:
+                packed = torch.empty(n // BLOCK, k // 4, BLOCK, 4, dtype=torch.int8)
+                matrix.offset = torch.empty(n, dtype=torch.int32)
+                self._native("pack", n, k, matrix.weight, packed, matrix.offset)
+                matrix.weight = packed
+
     def operand(self, x: Tensor, into: Matrix) -> Any:
-        return x if into.scale is None else self._quantise("quantise", x.contiguous())
+        if into.offset is None:
+            return super().operand(x, into)
+        return self._quantise("quantise", x.contiguous())
 
     def rms_norm(self, x: Tensor, weight: Tensor, into: Matrix) -> Any:
-        if into.scale is None:
+        if into.offset is None:
             return super().rms_norm(x, weight, into)
         return self._quantise("rms_norm", x, weight, RMS_EPS)
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, into: Matrix) -> Any:
-        if into.scale is None:
+        if into.offset is None:
             return super().layer_norm(x, weight, bias, into)
         return self._quantise("layer_norm", x, weight, bias, LAYER_EPS)
 
     def project(self, a: Any, matrix: Matrix, residual: Tensor | None = None) -> Tensor:
-        if matrix.scale is None:
+        if matrix.offset is None:
             return super().project(a, matrix, residual)
-        product = multiply(a, matrix)
+        product = self._multiply(a, matrix)
         out = product.view(torch.float32)  # in place: of every element only its own is read
-        self._native("finish", *product.shape, product, *self._scales(a, matrix), residual, out)
+        scales = a.scale, matrix.scale, matrix.bias
+        self._native("finish", *product.shape, product, *scales, residual, out)
         return out
 
     def gelu(self, a: Any, first: Matrix, into: Matrix) -> Any:
-        if first.scale is None or into.scale is None:
+        if first.offset is None or into.offset is None:
             return super().gelu(a, first, into)
-        product = multiply(a, first)
-        scales = self._scales(a, first)
-        return self._product_quantised("gelu_quantise", product, product.shape[1], *scales)
+        product = self._multiply(a, first)
+        out = self._room(*product.shape)
+        scales = a.scale, first.scale, first.bias
+        self._native("gelu_quantise", *product.shape, product, *scales, *out)
+        return out
 
     def geglu(self, a: Any, gate_up: Matrix, into: Matrix) -> Any:
-        units = len(gate_up.weight) // 2
-        if gate_up.scale is not None and into.scale is not None:
-            product = multiply(a, gate_up)
-            scales = a.scale, gate_up.scale
-            return self._product_quantised("geglu_quantise", product, units, *scales)
-        product = self.project(a, gate_up)
-        hidden = product.new_empty(len(product), units)
-        self._native("geglu", *hidden.shape, product, hidden)
-        return self.operand(hidden, into)
+        if gate_up.offset is None or into.offset is None:
+            product = self.project(a, gate_up)
+            hidden = product.new_empty(len(product), product.shape[1] // 2)
+            self._native("geglu", *hidden.shape, product, hidden)
+            return self.operand(hidden, into)
+        product = self._multiply(a, gate_up)
+        out = self._room(len(product), product.shape[1] // 2)
+        self._native("geglu_quantise", *out.values.shape, product, a.scale, gate_up.scale, *out)
+        return out
 
-    @staticmethod
-    def _scales(a: Quantised, matrix: Matrix) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return a.scale, matrix.scale, matrix.bias
+    def _multiply(self, a: Quantised, matrix: Matrix) -> Tensor:
+        """The product without scales: [R, N] int32."""
+        assert matrix.offset is not None
+        rows, k = a.values.shape
+        out = torch.empty(rows, len(matrix.offset), dtype=torch.int32)
+        sizes = rows, out.shape[1], k
+        self._native("multiply", *sizes, a.values, matrix.weight, matrix.offset, out)
+        return out
 
-    def _quantise(self, name: str, x: Tensor, *arguments: Tensor | float) -> Quantised:
-        out = Quantised(torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x)))
+    def _quantise(self, name: str, x: Tensor, *arguments: Argument) -> Quantised:
+        out = self._room(*x.shape)
         self._native(name, *x.shape, x, *arguments, *out)
         return out
 
-    def _product_quantised(
-        self, name: str, product: Tensor, units: int, *scales: Tensor | None
-    ) -> Quantised:
-        rows = len(product)
-        out = Quantised(
-            product.new_empty(rows, units, dtype=torch.int8),
-            product.new_empty(rows, dtype=torch.float32),
-        )
-        self._native(name, rows, units, product, *scales, *out)
-        return out
-
-
-def multiply(a: Quantised, matrix: Matrix) -> Tensor:
-    """The product without scales: [R, N] int32."""
-    return torch._int_mm(a.values, matrix.weight.t())
+    @staticmethod
+    def _room(rows: int, columns: int) -> Quantised:
+        return Quantised(torch.empty(rows, columns, dtype=torch.uint8), torch.empty(rows))

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pi0.engines.fast.weights import Matrix
+from pi0.engines.fast.weights import Matrix, Weights
 from pi0.model.gemma import EPS as RMS_EPS
 from pi0.model.siglip import EPS as LAYER_EPS
 
@@ -22,8 +22,11 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [B, T, 1, D/2] float
 
 
 class Kernels:
-    """Plain PyTorch. What matrices are multiplied with (an operand) is an engine's own affair; `into`
-    is the matrix that an operand is meant for."""
+    """Plain PyTorch. What matrices are multiplied with (an operand) is an engine's own affair;
+    `into` is the matrix that an operand is meant for."""
+
+    def prepare(self, weights: Weights) -> None:
+        """Brings packed weights into the form that these kernels want, in place, once."""
 
     def operand(self, x: Tensor, into: Matrix) -> Any:
         """x [R, E] as an operand."""
@@ -45,7 +48,7 @@ class Kernels:
         return out if residual is None else out.add_(residual)
 
     def gelu(self, a: Any, first: Matrix, into: Matrix) -> Any:
-        """The hidden units of SigLIP's MLP, as an operand: GELU, in its tanh form, of a · firstᵀ."""
+        """Hidden units of SigLIP's MLP, as an operand: GELU of a · firstᵀ, in its tanh form."""
         return self.operand(F.gelu(self.project(a, first), approximate="tanh"), into)
 
     def geglu(self, a: Any, gate_up: Matrix, into: Matrix) -> Any:

@@ -1,19 +1,22 @@
-/* What lies between the matrix products of a quantised network, each in one pass over a row.
+/* The matrix product of a quantised network, and what lies between two of them, each in one pass
+   over a row.
 
    Rows are independent and shared among threads. A quantised row is its values times 127 / the
-   largest magnitude, rounded to even; its scale is that magnitude / 127. Products come as int32 [rows, n]
-   and are worth acc * row scale * column scale. Compiled by native.py with -ffast-math. */
+   largest magnitude, rounded to even, plus 128, since the processor multiplies bytes without a sign
+   by bytes with one; its scale is that magnitude / 127. Products come as int32 [rows, n] and are
+   worth acc * row scale * column scale. Compiled by native.py with -ffast-math. */
 
+#include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
 
 #define ROWS _Pragma("omp parallel for schedule(static)") for (int64_t i = 0; i < rows; i++)
 
-static void quantise_row(const float *x, int64_t n, int8_t *q, float *scale) {
+static void quantise_row(const float *x, int64_t n, uint8_t *q, float *scale) {
     float largest = 0;
     for (int64_t j = 0; j < n; j++) largest = fmaxf(largest, fabsf(x[j]));
     float factor = largest > 0 ? 127 / largest : 0;
-    for (int64_t j = 0; j < n; j++) q[j] = (int8_t)(int32_t)rintf(x[j] * factor);
+    for (int64_t j = 0; j < n; j++) q[j] = (uint8_t)(128 + (int32_t)rintf(x[j] * factor));
     *scale = largest / 127;
 }
 
@@ -23,11 +26,11 @@ static inline float gelu(float x) {
     return x / (1 + expf(-u2));
 }
 
-void quantise(int64_t rows, int64_t n, const float *x, int8_t *q, float *scale) {
+void quantise(int64_t rows, int64_t n, const float *x, uint8_t *q, float *scale) {
     ROWS quantise_row(x + i * n, n, q + i * n, scale + i);
 }
 
-void rms_norm(int64_t rows, int64_t n, const float *x, const float *weight, float eps, int8_t *q,
+void rms_norm(int64_t rows, int64_t n, const float *x, const float *weight, float eps, uint8_t *q,
               float *scale) {
     ROWS {
         const float *row = x + i * n;
@@ -40,7 +43,7 @@ void rms_norm(int64_t rows, int64_t n, const float *x, const float *weight, floa
 }
 
 void layer_norm(int64_t rows, int64_t n, const float *x, const float *weight, const float *bias,
-                float eps, int8_t *q, float *scale) {
+                float eps, uint8_t *q, float *scale) {
     ROWS {
         const float *row = x + i * n;
         float out[n], sum = 0, squares = 0;
@@ -66,7 +69,7 @@ void finish(int64_t rows, int64_t n, const int32_t *acc, const float *row_scale,
 }
 
 void gelu_quantise(int64_t rows, int64_t n, const int32_t *acc, const float *row_scale,
-                   const float *column_scale, const float *bias, int8_t *q, float *scale) {
+                   const float *column_scale, const float *bias, uint8_t *q, float *scale) {
     ROWS {
         const int32_t *a = acc + i * n;
         float out[n], s = row_scale[i];
@@ -77,7 +80,7 @@ void gelu_quantise(int64_t rows, int64_t n, const int32_t *acc, const float *row
 
 /* acc is [rows, 2n]: gate, then up. */
 void geglu_quantise(int64_t rows, int64_t n, const int32_t *acc, const float *row_scale,
-                    const float *column_scale, int8_t *q, float *scale) {
+                    const float *column_scale, uint8_t *q, float *scale) {
     ROWS {
         const int32_t *gate = acc + 2 * i * n, *up = gate + n;
         float out[n], s = row_scale[i];
@@ -92,5 +95,77 @@ void geglu(int64_t rows, int64_t n, const float *gate_up, float *out) {
     ROWS {
         const float *gate = gate_up + 2 * i * n, *up = gate + n;
         for (int64_t j = 0; j < n; j++) out[i * n + j] = gelu(gate[j]) * up[j];
+    }
+}
+
+#define BLOCK 16 /* outputs that lie together */
+#define TILE 4   /* blocks that are computed together */
+#define HEIGHT 6 /* rows that are computed together */
+
+/* weight [n, k] into blocks [n / BLOCK, k / 4, BLOCK, 4], and what the 128 in every activation adds
+   to a product, with its sign turned. n is a multiple of BLOCK, k of 4. */
+void pack(int64_t n, int64_t k, const int8_t *weight, int8_t *packed, int32_t *offset) {
+    _Pragma("omp parallel for schedule(static)") for (int64_t i = 0; i < n; i++) {
+        int8_t *out = packed + i / BLOCK * BLOCK * k + i % BLOCK * 4;
+        int32_t sum = 0;
+        for (int64_t j = 0; j < k; j++) {
+            out[j / 4 * 4 * BLOCK + j % 4] = weight[i * k + j];
+            sum += weight[i * k + j];
+        }
+        offset[i] = -128 * sum;
+    }
+}
+
+/* `height` rows of x by `blocks` blocks. Inlined for every height, so that sums stay in registers. */
+static inline __attribute__((always_inline)) void tile(
+    const int height, const int blocks, int64_t n, int64_t k, const uint8_t *x,
+    const int8_t *packed, const int32_t *offset, int32_t *out) {
+    __m512i sum[HEIGHT][TILE];
+    for (int r = 0; r < height; r++)
+        for (int b = 0; b < blocks; b++) sum[r][b] = _mm512_loadu_si512(offset + b * BLOCK);
+    for (int64_t j = 0; j < k; j += 4) {
+        __m512i w[TILE];
+        for (int b = 0; b < blocks; b++)
+            w[b] = _mm512_loadu_si512(packed + (b * k + j) * BLOCK);
+        for (int r = 0; r < height; r++) {
+            __m512i v = _mm512_set1_epi32(*(const int32_t *)(x + r * k + j));
+            for (int b = 0; b < blocks; b++) sum[r][b] = _mm512_dpbusd_epi32(sum[r][b], v, w[b]);
+        }
+    }
+    for (int r = 0; r < height; r++)
+        for (int b = 0; b < blocks; b++) _mm512_storeu_si512(out + r * n + b * BLOCK, sum[r][b]);
+}
+
+static inline __attribute__((always_inline)) void strip(
+    const int blocks, int64_t rows, int64_t n, int64_t k, const uint8_t *x, const int8_t *packed,
+    const int32_t *offset, int32_t *out) {
+    int64_t i = 0;
+    for (; i + HEIGHT <= rows; i += HEIGHT)
+        tile(HEIGHT, blocks, n, k, x + i * k, packed, offset, out + i * n);
+    switch (rows - i) {
+        case 5: tile(5, blocks, n, k, x + i * k, packed, offset, out + i * n); break;
+        case 4: tile(4, blocks, n, k, x + i * k, packed, offset, out + i * n); break;
+        case 3: tile(3, blocks, n, k, x + i * k, packed, offset, out + i * n); break;
+        case 2: tile(2, blocks, n, k, x + i * k, packed, offset, out + i * n); break;
+        case 1: tile(1, blocks, n, k, x + i * k, packed, offset, out + i * n); break;
+    }
+}
+
+/* out [rows, n] = x [rows, k] without its 128, times the packed weights. A thread takes strips of
+   TILE blocks, whose weights stay in its cache while all rows pass by. */
+void multiply(int64_t rows, int64_t n, int64_t k, const uint8_t *x, const int8_t *packed,
+              const int32_t *offset, int32_t *out) {
+    const int64_t blocks = n / BLOCK, strips = (blocks + TILE - 1) / TILE;
+    _Pragma("omp parallel for schedule(static)") for (int64_t s = 0; s < strips; s++) {
+        const int64_t at = s * TILE;
+        const int8_t *w = packed + at * BLOCK * k;
+        const int32_t *o = offset + at * BLOCK;
+        int32_t *to = out + at * BLOCK;
+        switch (blocks - at) {
+            case 1: strip(1, rows, n, k, x, w, o, to); break;
+            case 2: strip(2, rows, n, k, x, w, o, to); break;
+            case 3: strip(3, rows, n, k, x, w, o, to); break;
+            default: strip(TILE, rows, n, k, x, w, o, to);
+        }
     }
 }

@@ -18,7 +18,11 @@ from torch import Tensor
 from pi0.checkpoint.files import replacing
 
 SOURCE = Path(__file__).with_name("native.c")
+NEEDED = "avx512_vnni"
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-std=c11")
+
+
+Argument = Tensor | int | float | None
 
 
 class Unavailable(Exception):
@@ -26,19 +30,22 @@ class Unavailable(Exception):
 
 
 class Native:
-    """The functions of `native.c`; see there. Arguments are tensors, numbers and None."""
+    """The functions of `native.c`; see there. Arguments are tensors, numbers and None.
+
+    Raises:
+        Unavailable: this machine cannot compile or run them.
+    """
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(str(_compile()))
 
-    def __call__(
-        self, name: str, rows: int, columns: int, *arguments: Tensor | float | None
-    ) -> None:
-        words = [ctypes.c_int64(rows), ctypes.c_int64(columns), *map(_word, arguments)]
-        self._library[name](*words)
+    def __call__(self, name: str, *arguments: Argument) -> None:
+        self._library[name](*map(_word, arguments))
 
 
-def _word(argument: Tensor | float | None) -> ctypes.c_void_p | ctypes.c_float:
+def _word(argument: Argument) -> ctypes.c_int64 | ctypes.c_float | ctypes.c_void_p:
+    if isinstance(argument, int):
+        return ctypes.c_int64(argument)
     if isinstance(argument, float):
         return ctypes.c_float(argument)
     if argument is None:
@@ -51,14 +58,17 @@ def _compile() -> Path:
     """The library, compiled unless it has been already on a machine like this one.
 
     Raises:
-        Unavailable: no compiler, no OpenMP, or it fails.
+        Unavailable: another processor, no compiler, no OpenMP, or the compiler fails.
     """
+    processor = _processor()
+    if NEEDED not in processor.split():
+        raise Unavailable(f"the processor has no {NEEDED}")
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise Unavailable("no C compiler was found (cc, or what CC names)")
     openmp = _openmp()
     told = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    parts = [SOURCE.read_text(), " ".join(FLAGS), told, str(openmp), _processor()]
+    parts = [SOURCE.read_text(), " ".join(FLAGS), told, str(openmp), processor]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     library = home / "pi0" / f"native-{key}.so"

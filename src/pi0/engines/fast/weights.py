@@ -21,23 +21,28 @@ from pi0.model.siglip import resize_positions
 BLOCK = re.compile(r"(vision_tower|vlm|expert)\.blocks\.(\d+)\.(\w+)\.(weight|bias)")
 EMBEDDING = "token_embedding.weight"
 INT8_MAX = 127
+QUANTISED_AT_A_TIME = 128  # rows: what lies between stays in a cache
 
 
 @dataclass
 class Matrix:
-    """weight [N, K], perhaps quantised a row; bias [N]; scale [N] float32 of a quantised weight."""
+    """weight [N, K], perhaps quantised a row; bias [N]; scale [N] float32 of a quantised weight;
+    offset: what kernels with a form of their own keep beside it (`Kernels.prepare`)."""
 
     weight: Tensor
     bias: Tensor | None = None
     scale: Tensor | None = None
+    offset: Tensor | None = None
 
     def put(self, at: int, values: Tensor) -> None:
         """Fills rows from `at` on with values [n, K]."""
-        rows = slice(at, at + len(values))
         if self.scale is None:
-            self.weight[rows].copy_(values)
-        else:
-            self.weight[rows], self.scale[rows] = quantise_rows(values.float(), self.weight.dtype)
+            self.weight[at : at + len(values)].copy_(values)
+            return
+        for part in torch.split(values, QUANTISED_AT_A_TIME):
+            rows = slice(at, at + len(part))
+            self.weight[rows], self.scale[rows] = quantise_rows(part.float(), self.weight.dtype)
+            at += len(part)
 
 
 def quantised(dtype: torch.dtype) -> bool:
@@ -128,9 +133,8 @@ class Weights:
             if not kind:
                 self.tensors[name] = tensor
             elif kind == "weight":
-                self.matrices[matrix] = Matrix(
-                    tensor, state.get(f"{matrix}:bias"), state.get(f"{matrix}:scale")
-                )
+                rest = (state.get(f"{matrix}:{kind}") for kind in ("bias", "scale", "offset"))
+                self.matrices[matrix] = Matrix(tensor, *rest)
 
     def to(self, device: torch.device) -> Weights:
         """Moved to a device, in place."""

@@ -134,6 +134,15 @@ def test_trace(tiny_path: Path, npz: Path) -> None:
     assert "prefix 16 + suffix 51 = 67" in table
 
 
+def test_trace_of_an_engine_that_shows_little(tiny_path: Path) -> None:
+    pytest.importorskip("transformers", minversion="5.5")
+    done = pi0("trace", tiny_path, "--engine", "transformers")
+    assert done.returncode == 0, done.stderr
+    assert "not shown by this engine: vision_tower, projector, token_embedding" in done.stdout
+    assert "prefix 56 + suffix 51 = 107" in done.stdout
+    assert "mask slice" not in done.stdout
+
+
 def test_sample_equals_the_model(tiny_path: Path, npz: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.npz"
     done = pi0("sample", tiny_path, "--inputs", npz, "--out", out, "--steps", "4")

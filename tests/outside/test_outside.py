@@ -162,7 +162,7 @@ def test_as_candidate(checkpoint: Checkpoint) -> None:
 
 
 def test_trace_of_an_engine_that_shows_little(theirs: OutsideEngine) -> None:
-    """Only what it shows, and by name what it does not; without a mask there are no slices of it."""
+    """What it shows, and by name what it does not; without a mask, no slices of one."""
     inputs, noise = random_inputs(theirs.config, cameras=2, tokens=5, seed=0)
     traced = trace(theirs, inputs, noise)
     shown = [row.stage for row in traced.stages]

@@ -89,14 +89,16 @@ def dry_run(
     backend = MockBackend(board, on_stage)
     try:
         need_room(config, precision, backend.dram()[1])
-        on_stage("weights")
         network = build_network(empty_model(config, torch.bfloat16), backend, precision)
         weights, _ = backend.dram()
         inputs, noise = random_inputs(config, cameras, tokens or config.max_tokens, seed=0)
         layout = Layout(config, cameras, inputs.tokens.shape[1])
-        on = upload_constants(layout, backend)
-        uploads = layout.uploads(inputs, precision)
-        uploads |= {"state": layout.state(inputs.state, F32), "x_t": layout.actions(noise)}
+        backend.stage = "inputs"
+        with torch.device("meta") as meta:  # shapes only: masks may be larger than the model
+            on = upload_constants(layout, backend)
+            inputs, noise = inputs.to(meta), noise.to(meta)
+            uploads = layout.uploads(inputs, precision)
+            uploads |= {"state": layout.state(inputs.state, F32), "x_t": layout.actions(noise)}
         given = {name: backend.put(upload) for name, upload in uploads.items()}
         table = embed_time(1 - torch.arange(steps) / steps, config.expert.width)[None, None]
         times = network.embed_times(backend.put(Upload(table, F32)))
@@ -131,7 +133,7 @@ class MockBackend(DeviceBackend):
     """A board that is not there."""
 
     def __init__(self, board: str, on_stage: Callable[[str], None]) -> None:
-        self._on_stage = on_stage
+        self._stage, self._on_stage = "", on_stage
         found = find_board(board)
         library.need_ttnn()
         if not standin.has_compiler():

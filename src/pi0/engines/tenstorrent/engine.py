@@ -87,6 +87,7 @@ class TtnnEngine(Engine):
                 "takes several, one after another."
             )
         on = self._on(inputs)
+        self.backend.stage = "inputs"
         given = self._put(on.layout.uploads(inputs, self.network.ops.precision))
         layers = self.network.prefill(on, given, self._adapt(tap, on.layout), tap is not no_tap)
         return DevicePrefix(on, given, layers)
@@ -228,6 +229,7 @@ class TtnnHostEngine(TtnnEngine):
 
 def build_network(model: Pi0, backend: Backend, precision: Precision) -> Network:
     """Packs a model, which is empty afterwards, onto a backend."""
+    backend.stage = "weights"
     with torch.no_grad():
         weights = Packer(precision, backend.put).pack(model)
     return Network(model.config, weights, Ops(backend, precision))

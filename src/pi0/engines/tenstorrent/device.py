@@ -122,6 +122,9 @@ class Replay:
         self.result = call(self.given)
         ttnn.end_trace_capture(backend.device, self.trace, cq_id=0)
 
+    def release(self) -> None:
+        self.backend.ttnn.release_trace(self.backend.device, self.trace)
+
     def __call__(self, uploads: dict[str, Upload]) -> Tensor:
         backend, ttnn = self.backend, self.backend.ttnn
         for name, upload in uploads.items():

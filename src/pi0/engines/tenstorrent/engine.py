@@ -48,8 +48,10 @@ class DevicePrefix:
 class TtnnEngine(Engine):
     """π0 on a Tenstorrent card or simulator; `device` is the card's number.
 
-    On a card a sampling call is captured once for each number of views, tokens and steps, and
-    replayed after that; inputs go up on a second command queue.
+    On a card a sampling call is captured, and replayed as long as the numbers of views, tokens and
+    steps stay; inputs go up on a second command queue. One capture is held at a time and released
+    before anything else is put on the card: replayed, it writes where its tensors were, whatever is
+    there by then.
     """
 
     precisions = tuple(PRESETS)
@@ -73,7 +75,7 @@ class TtnnEngine(Engine):
         self.network = build_network(model, self.backend, precision)
         self._constants: dict[tuple[int, int], Constants] = {}
         self._times: dict[int, Handle] = {}
-        self._replays: dict[tuple[int, int, int], Replay] = {}
+        self._replay: tuple[tuple[int, int, int], Replay] | None = None
 
     def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> DevicePrefix:
         """One observation; see `Engine`.
@@ -86,6 +88,7 @@ class TtnnEngine(Engine):
                 f"engine ttnn: expected one observation, found {inputs.batch_size}. Only `sample` "
                 "takes several, one after another."
             )
+        self._release_replay()
         on = self._on(inputs)
         self.backend.stage = "inputs"
         given = self._put(on.layout.uploads(inputs, self.network.ops.precision))
@@ -157,6 +160,9 @@ class TtnnEngine(Engine):
     def _sample_one(
         self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: Callable[[], None]
     ) -> Tensor:
+        key = inputs.image_mask.shape[1], inputs.tokens.shape[1], steps
+        if self._replay and self._replay[0] != key:
+            self._release_replay()
         on = self._on(inputs)
         layout = on.layout
         if steps not in self._times:
@@ -170,13 +176,17 @@ class TtnnEngine(Engine):
 
         if not (isinstance(self.backend, DeviceBackend) and self.backend.can_replay):
             return self.backend.get(call(self._put(uploads), on_step))[0]
-        key = layout.views, layout.tokens, steps
-        if key not in self._replays:
-            self._replays[key] = Replay(self.backend, uploads, call)
-        actions = self._replays[key](uploads)[0]
+        if self._replay is None:
+            self._replay = key, Replay(self.backend, uploads, call)
+        actions = self._replay[1](uploads)[0]
         for _ in range(steps):
             on_step()
         return actions
+
+    def _release_replay(self) -> None:
+        if self._replay:
+            self._replay[1].release()
+            self._replay = None
 
     def _adapt(self, tap: Tap, layout: Layout) -> HandleTap:
         if tap is no_tap:

@@ -69,6 +69,10 @@ class Card(DeviceBackend):
 
 
 class Engine(TtnnEngine):
+    @classmethod
+    def _need_device(cls, device: str | None) -> None:
+        pass
+
     def _open(self, device: str | None) -> Card:
         return Card(TtnnHostEngine._open(self, None))
 

@@ -66,7 +66,7 @@ class TtnnEngine(Engine):
     ) -> None:
         precision = PRESETS[dtype]
         config = checkpoint.config
-        need_tiles(config if image_size is None else config.at_image_size(image_size))
+        self.need(config, device, image_size)
         self.backend = self._open(device)
         if isinstance(self.backend, DeviceBackend):
             need_room(config, precision, self.backend.dram()[1])
@@ -76,6 +76,24 @@ class TtnnEngine(Engine):
         self._constants: dict[tuple[int, int], Constants] = {}
         self._times: dict[int, Handle] = {}
         self._replay: tuple[tuple[int, int, int], Replay] | None = None
+
+    @classmethod
+    def need(cls, config: Pi0Config, device: str | None, image_size: int | None) -> None:
+        """See `pi0.engines.base.need_engine`."""
+        need_tiles(config if image_size is None else config.at_image_size(image_size))
+        cls._need_device(device)
+
+    @classmethod
+    def _need_device(cls, device: str | None) -> None:
+        if not (device or "0").isdecimal():
+            raise EngineError(f"device: expected the number of a card, found {device!r}.")
+        library.need_ttnn()
+        if not library.has_device():
+            raise EngineError(
+                "engine ttnn: expected a Tenstorrent card (/dev/tenstorrent) or a simulator "
+                "(TT_METAL_SIMULATOR), found neither. `--engine ttnn-host` computes its numerics, "
+                "`pi0 ttnn dry-run` checks that the model fits."
+            )
 
     def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> DevicePrefix:
         """One observation; see `Engine`.
@@ -129,17 +147,7 @@ class TtnnEngine(Engine):
         return need_finite(torch.cat(actions))
 
     def _open(self, device: str | None) -> Backend:
-        number = device or "0"
-        if not number.isdecimal():
-            raise EngineError(f"device: expected the number of a card, found {device!r}.")
-        library.need_ttnn()
-        if not library.has_device():
-            raise EngineError(
-                "engine ttnn: expected a Tenstorrent card (/dev/tenstorrent) or a simulator "
-                "(TT_METAL_SIMULATOR), found neither. `--engine ttnn-host` computes its numerics, "
-                "`pi0 ttnn dry-run` checks that the model fits."
-            )
-        backend = DeviceBackend(library.load({}), int(number))
+        backend = DeviceBackend(library.load({}), int(device or "0"))
         weakref.finalize(self, backend.close)
         return backend
 
@@ -226,10 +234,13 @@ class TtnnHostEngine(TtnnEngine):
     """The same network in golden functions on the host, rounded as on a card: no speed, only
     numbers."""
 
-    def _open(self, device: str | None) -> Backend:
+    @classmethod
+    def _need_device(cls, device: str | None) -> None:
         if device not in (None, "cpu"):
             raise EngineError(f"device: expected cpu for engine ttnn-host, found {device!r}.")
         library.need_ttnn()
+
+    def _open(self, device: str | None) -> Backend:
         environment = {}
         if not library.has_device():  # its conversions ask for a chip, without touching it
             description = find_board("n150").write(library.cache_folder())

@@ -159,6 +159,7 @@ def test_as_candidate(checkpoint: Checkpoint) -> None:
     assert result.first_failure is None
     assert result.missing[0] == "vision_tower"
     assert "velocity" not in result.missing
+    assert len(set(result.missing)) == len(result.missing)
 
 
 def test_trace_of_an_engine_that_shows_little(theirs: OutsideEngine) -> None:

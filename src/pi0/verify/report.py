@@ -31,6 +31,7 @@ class Header:
     mode: str
     sizes: str
     outside: str  # the third engine, or why there is none
+    note: str  # what the numbers are not; may be empty
 
 
 def to_data(header: Header, result: Result) -> dict[str, Any]:

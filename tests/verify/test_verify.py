@@ -186,6 +186,20 @@ def test_bug_in_both_engines(checkpoint: Checkpoint) -> None:
     assert all(row.comparison.rel_l2 == 0 for row in result.rows if row.name not in failed)
 
 
+@pytest.mark.parametrize(
+    ("masked", "left"), [("token_mask", "vision_tower"), ("image_mask", "token_embedding")]
+)
+def test_nobody_sees_any_text_or_image(checkpoint: Checkpoint, masked: str, left: str) -> None:
+    """What is masked altogether is not compared; the rest is."""
+    case = default_cases(checkpoint.config, cameras=2, tokens=4)[0]
+    getattr(case.inputs, masked)[:] = False
+    engine = ReferenceEngine(checkpoint)
+    result = verify(lambda: engine, lambda: engine, [case], ("float32", "float32"), steps=1)
+    assert result.first_failure is None
+    names = {row.name for row in result.rows}
+    assert names & {"vision_tower", "token_embedding"} == {left}
+
+
 def test_isolated_blames_one_stage_only(checkpoint: Checkpoint) -> None:
     """Chained, everything after the bug differs; isolated, only where it was born."""
     failed = {

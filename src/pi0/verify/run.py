@@ -293,6 +293,8 @@ def _rows(case: Case, a: Recording, b: Recording, precision: str, layers: bool) 
         if stage in seen and x.shape == y.shape:
             # What becomes of masked images and padding is every engine's own affair.
             x, y = x[seen[stage]], y[seen[stage]]
+            if not x.numel():
+                continue
         limit = threshold(stage, precision)
         rows.append(Row(case.name, name, compare(x, y), limit, a.ms[name], b.ms[name]))
     for i, ((_, x), (_, y)) in enumerate(zip(a.steps, b.steps, strict=True)):

@@ -74,25 +74,16 @@ def verify(
         pi0 verify demo --engines reference ttnn-host:fast --outside none
         pi0 verify demo --engines reference transformers
     """
-    from pi0.checkpoint.files import need_file_name, replacing
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.forward import image_side, read_npz
-    from pi0.cli.show import print_json, say, step_progress
+    from pi0.cli.show import step_progress
     from pi0.engines.base import make_engine, need_engine
-    from pi0.errors import ConfigError, EngineError
     from pi0.inputs import from_npz
-    from pi0.outside.engine import OUTSIDE
-    from pi0.verify.report import Header, need_report, to_data, to_html
-    from pi0.verify.run import MODES, Case, default_cases
+    from pi0.verify.report import Header
+    from pi0.verify.run import Case, default_cases
     from pi0.verify.run import verify as run
 
-    if min_pcc is not None and not 0 <= min_pcc <= 1:
-        raise ConfigError(f"min-pcc: expected a number from 0 to 1, found {min_pcc}.")
-    need_file_name(report)
-    if report:
-        need_report()
-    if mode not in MODES:
-        raise EngineError(f"mode: expected one of {', '.join(MODES)}, found {mode!r}.")
+    _check_options(mode, min_pcc, report)
     (a, a_dtype), (b, b_dtype) = (parse_engine(spec) for spec in engines)
     arrays = read_npz(inputs) if inputs else None
     opened = open_checkpoint(checkpoint)
@@ -104,10 +95,7 @@ def verify(
         else default_cases(config, cameras, tokens or config.max_tokens, seed)
     )
     for name, where in ((a, None), (b, device)):
-        if mode == "isolated" and name in OUTSIDE:
-            raise EngineError(
-                f"mode: expected chained for engine {name}, which neither feeds nor can be fed."
-            )
+        _check_mode(mode, name)
         need_engine(name, opened.config, where, size)
     judge, told = _choose_outside(outside, (a, b), opened.config, size)
     with step_progress("verifying", (3 if judge else 2) * len(cases)) as on_case:
@@ -127,17 +115,34 @@ def verify(
     sizes = f"{views} cameras of {size} px, {length} text tokens, {steps} steps"
     names, note = (f"{a}:{a_dtype}", f"{b}:{b_dtype}"), HOST if "ttnn-host" in (a, b) else ""
     header = Header(str(checkpoint), *names, mode, sizes, told, note)
-    if report:
-        with replacing(report) as temporary:
-            temporary.write_text(to_html(header, result), encoding="utf-8")
-    if as_json:
-        print_json(to_data(header, result))
-    else:
-        _print(header, result)
-        if report:
-            say(f"wrote {report}")
+    _tell(header, result, report, as_json)
     if result.first_failure:
         raise typer.Exit(1)
+
+
+def _check_options(mode: str, min_pcc: float | None, report: Path | None) -> None:
+    from pi0.checkpoint.files import need_file_name
+    from pi0.errors import ConfigError, EngineError
+    from pi0.verify.report import need_report
+    from pi0.verify.run import MODES
+
+    if min_pcc is not None and not 0 <= min_pcc <= 1:
+        raise ConfigError(f"min-pcc: expected a number from 0 to 1, found {min_pcc}.")
+    need_file_name(report)
+    if report:
+        need_report()
+    if mode not in MODES:
+        raise EngineError(f"mode: expected one of {', '.join(MODES)}, found {mode!r}.")
+
+
+def _check_mode(mode: str, engine: str) -> None:
+    from pi0.errors import EngineError
+    from pi0.outside.engine import OUTSIDE
+
+    if mode == "isolated" and engine in OUTSIDE:
+        raise EngineError(
+            f"mode: expected chained for engine {engine}, which neither feeds nor can be fed."
+        )
 
 
 def parse_engine(spec: str) -> tuple[str, str]:
@@ -175,6 +180,22 @@ def _choose_outside(
             engine.python()
             return name, name
     return None, "none is installed: pip install 'transformers>=5.5' would give one"
+
+
+def _tell(header: Header, result: Result, report: Path | None, as_json: bool) -> None:
+    from pi0.checkpoint.files import replacing
+    from pi0.cli.show import print_json, say
+    from pi0.verify.report import to_data, to_html
+
+    if report:
+        with replacing(report) as temporary:
+            temporary.write_text(to_html(header, result), encoding="utf-8")
+    if as_json:
+        print_json(to_data(header, result))
+    else:
+        _print(header, result)
+        if report:
+            say(f"wrote {report}")
 
 
 def _print(header: Header, result: Result) -> None:

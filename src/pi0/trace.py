@@ -45,9 +45,14 @@ class MaskSlice:
 
 @dataclass(frozen=True)
 class Trace:
-    """All stages in order, and how the sequence is made up."""
+    """Stages in order, and how the sequence is made up.
+
+    `not_shown` are the stages that the engine's tap does not see; without `sequence` there are no
+    mask slices.
+    """
 
     stages: list[StageRow]
+    not_shown: list[str]
     prefix: int
     suffix: int
     total: int
@@ -88,7 +93,7 @@ class _Recorder:
 
 
 def trace(engine: Engine, inputs: ModelInputs, noise: Tensor, t: float = 1.0) -> Trace:
-    """Runs prefill and one velocity at time t, and reports all stages.
+    """Runs prefill and one velocity at time t, and reports all stages that the engine shows.
 
     Args:
         noise: [B, horizon, action_dim], taken as the noisy actions.
@@ -96,17 +101,25 @@ def trace(engine: Engine, inputs: ModelInputs, noise: Tensor, t: float = 1.0) ->
     recorder = _Recorder()
     cache = engine.prefill(inputs, recorder)
     engine.velocity(noise, torch.full((len(noise),), t), inputs.state, cache, recorder)
-    mask = recorder.mask
-    if mask is None:
-        raise ValueError("engine has no stage `sequence`")
-    x = mask.shape[1] - engine.config.suffix_len
-    slices = [
-        _slice("prefix→prefix", mask[0, :x, :x], "VLM, in prefill"),
-        _slice("suffix→suffix", mask[0, x:, x:], "expert: its own tokens, part of the next"),
-        _slice("suffix→prefix+suffix", mask[0, x:], "expert, in every denoising step"),
+    x = engine.config.prefix_len(inputs.image_mask.shape[1], inputs.tokens.shape[1])
+    suffix = engine.config.suffix_len
+    return Trace(
+        stages=[recorder.rows[name] for name in STAGES if name in recorder.rows],
+        not_shown=[name for name in STAGES if name not in recorder.rows],
+        prefix=x,
+        suffix=suffix,
+        total=x + suffix,
+        slices=[] if recorder.mask is None else _slices(recorder.mask[0], x),
+    )
+
+
+def _slices(mask: Tensor, x: int) -> list[MaskSlice]:
+    """The parts of a mask [S, S] whose first x rows are the prefix."""
+    return [
+        _slice("prefix→prefix", mask[:x, :x], "VLM, in prefill"),
+        _slice("suffix→suffix", mask[x:, x:], "expert: its own tokens, part of the next"),
+        _slice("suffix→prefix+suffix", mask[x:], "expert, in every denoising step"),
     ]
-    stages = [recorder.rows[name] for name in STAGES]
-    return Trace(stages, x, engine.config.suffix_len, mask.shape[1], slices)
 
 
 def _slice(name: str, mask: Tensor, used_by: str) -> MaskSlice:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,15 @@ def test_trace(tiny_path: Path, npz: Path) -> None:
     table = pi0("trace", tiny_path, "--inputs", npz).stdout
     assert "expert_transformer" in table
     assert "prefix 16 + suffix 51 = 67" in table
+
+
+def test_trace_of_an_engine_that_shows_little(tiny_path: Path) -> None:
+    pytest.importorskip("transformers", minversion="5.5")
+    done = pi0("trace", tiny_path, "--engine", "transformers")
+    assert done.returncode == 0, done.stderr
+    assert "not shown by this engine: vision_tower, projector, token_embedding" in done.stdout
+    assert "prefix 56 + suffix 51 = 107" in done.stdout
+    assert "mask slice" not in done.stdout
 
 
 def test_sample_equals_the_model(tiny_path: Path, npz: Path, tmp_path: Path) -> None:
@@ -302,12 +312,13 @@ def test_verify(tiny_path: Path, npz: Path, tmp_path: Path) -> None:
     words = ("verify", tiny_path, "--tokens", 16, "--steps", 2, "--outside", "none")
     done = pi0(*words, "--layers", "--report", page)
     assert done.returncode == 0, done.stdout
-    assert "agree: all 58 comparisons are within their limits" in done.stdout
+    assert "agree: all 60 comparisons are within their limits" in done.stdout
     assert "outside implementation: none, as asked" in done.stdout
     assert "largest deviation of actions (masked): action " in done.stdout
     html = page.read_text()
     assert html.count("<svg") == 4
     assert "Every stage is within its limits" in html
+    assert "reference:bfloat16 against reference:float32" in html
     assert not any(word in html for word in (" src=", 'href="http', "@import")), (
         "needs nothing else"
     )
@@ -328,9 +339,32 @@ def test_verify_refuses(tiny_path: Path) -> None:
         (["--engines", "warp", "reference"], "engine: expected one of reference"),
         (["--engines", "reference", "reference:int3"], "dtype: expected one of float32"),
         (["--inputs", "no.npz"], "No such file"),
+        (["--min-pcc", "nan"], "min-pcc: expected a number from 0 to 1, found nan"),
+        (["--device", "warp"], "device: expected cpu or cuda, found 'warp'"),
+        (["--engines", "reference", "ttnn-host", "--device", "3"], "expected cpu for engine"),
+        (["--engines", "transformers", "reference", "--mode", "isolated"], "expected chained for"),
+        (["--outside", "transformers", "--image-size", "56"], "expected the checkpoint's 28"),
         (["--outside", "us"], "outside: expected auto, none or one of transformers, lerobot"),
     ):
         assert message in refused("verify", tiny_path, *words)
+
+
+@pytest.mark.parametrize("found", [None, "0.80.0"])
+def test_verify_refuses_before_the_work(
+    tiny_path: Path, found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No ttnn, or another: said before the reference is loaded and run, not after."""
+
+    def version(name: str) -> str:
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr("pi0.engines.tenstorrent.library.version", version)
+    monkeypatch.delattr("pi0.engines.reference.load_model")
+    said = refused("verify", tiny_path, "--engines", "reference", "ttnn-host:fast")
+    assert f"pi0: ttnn: expected ttnn 0.81.1, found {found or 'none'}. Install it" in said
+    assert len(said.splitlines()) == 1
 
 
 def test_damaged_weights(tiny_path: Path, image: Path, tmp_path: Path) -> None:

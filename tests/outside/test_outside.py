@@ -22,7 +22,9 @@ from pi0.engines.base import Engine, make_engine
 from pi0.engines.reference import ReferenceEngine
 from pi0.errors import EngineError
 from pi0.inputs import random_inputs
+from pi0.model import STAGES
 from pi0.outside.engine import OUTSIDE, OutsideEngine
+from pi0.trace import trace
 from pi0.verify.run import default_cases, verify
 
 TOLERANCE = 1e-4
@@ -157,6 +159,18 @@ def test_as_candidate(checkpoint: Checkpoint) -> None:
     assert result.first_failure is None
     assert result.missing[0] == "vision_tower"
     assert "velocity" not in result.missing
+    assert len(set(result.missing)) == len(result.missing)
+
+
+def test_trace_of_an_engine_that_shows_little(theirs: OutsideEngine) -> None:
+    """What it shows, and by name what it does not; without a mask, no slices of one."""
+    inputs, noise = random_inputs(theirs.config, cameras=2, tokens=5, seed=0)
+    traced = trace(theirs, inputs, noise)
+    shown = [row.stage for row in traced.stages]
+    assert shown[-1] == "velocity"
+    assert sorted(shown + traced.not_shown) == sorted(STAGES)
+    assert "vision_tower" in traced.not_shown
+    assert (traced.prefix, traced.total, traced.slices) == (2 * 4 + 5, 2 * 4 + 5 + 51, [])
 
 
 @needs_transformers

@@ -82,6 +82,15 @@ def test_rejected_operation_names_the_stage(tiny_path: Path, tmp_path: Path) -> 
     assert "backtrace" not in done.stderr
 
 
+def test_inputs_have_to_fit(tiny_path: Path) -> None:
+    """The mask of 92 000 tokens is larger than the board's memory, and than most hosts'."""
+    done = pi0("ttnn", "dry-run", tiny_path, "--image-size", 2450, "--cameras", 3)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("pi0: inputs: expected room for bfloat16 [1, 1, 92032, 92032], ")
+    assert "found: Out of Memory: Not enough space to allocate" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_bad_input(tiny_path: Path, tmp_path: Path) -> None:
     for words, said in [
         (("ttnn", "dry-run"), "expected a checkpoint or --preset, found both or neither"),
@@ -99,6 +108,13 @@ def test_bad_input(tiny_path: Path, tmp_path: Path) -> None:
     no_compiler = pi0("ttnn", "dry-run", tiny_path, PATH=str(tmp_path))
     assert no_compiler.returncode == 2
     assert "apt install gcc-riscv64-unknown-elf" in no_compiler.stderr
+
+
+def test_device_that_cannot_be_opened(tiny_path: Path, tmp_path: Path) -> None:
+    done = pi0("trace", tiny_path, "--engine", "ttnn", TT_METAL_SIMULATOR=str(tmp_path / "none"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "engine ttnn: expected a device 0 that can be opened, found: bad file" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.skipif(

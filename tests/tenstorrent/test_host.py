@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
+from pi0.cli.main import main
 from pi0.engines.base import Engine, make_engine
 from pi0.engines.tenstorrent.backend import Upload
 from pi0.engines.tenstorrent.engine import TtnnHostEngine
@@ -58,7 +59,8 @@ def test_agrees_with_the_reference(checkpoint: Checkpoint, mode: str, precision:
     result = run(checkpoint, precision, mode=mode, layers=True)
     assert result.first_failure is None
     names = [row.name for row in result.rows if row.case == "masked"]
-    assert len(names) == 11 + 6 + 2 * 4 + 2 + 2 + 1, "every stage and block is compared"
+    wanted = 11 + 6 + 2 * 4 + 2 + 2 + 1 + (mode == "chained")
+    assert len(names) == wanted, "every stage and block is compared"
 
 
 @pytest.mark.parametrize("precision", ["accurate", "fast"])
@@ -87,6 +89,20 @@ def test_one_full_width_layer(one_layer_path: Path, precision: str) -> None:
         assert error <= tolerance, name
 
 
+def test_every_report_says_what_the_numbers_are(
+    tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    page = tmp_path / "report.html"
+    words = ["verify", str(tiny_path), "--engines", "reference", "ttnn-host", "--steps", "1"]
+    for more in (["--report", str(page)], ["--json"]):
+        monkeypatch.setattr("sys.argv", ["pi0", *words, "--outside", "none", *more])
+        with pytest.raises(SystemExit) as done:
+            main()
+        assert not done.value.code
+        assert "no card was used" in capsys.readouterr().out
+    assert "no card was used" in page.read_text()
+
+
 def no_vision_mask(engine: TtnnHostEngine) -> None:
     on = engine._on
 
@@ -94,10 +110,6 @@ def no_vision_mask(engine: TtnnHostEngine) -> None:
         return replace(on(inputs), vision_mask=None)
 
     engine._on = unmasked
-
-
-def erf_gelu(engine: TtnnHostEngine) -> None:
-    engine.network.ops.gelu = lambda x: HostTensor(F.gelu(x.value), x.dtype)
 
 
 def padded_prefix_seen(engine: TtnnHostEngine) -> None:

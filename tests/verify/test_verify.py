@@ -58,6 +58,20 @@ def mask_cut_in_both_dimensions(engine: ReferenceEngine) -> None:
     engine.model.join_sequence = join
 
 
+def mask_rows_not_cut(engine: ReferenceEngine) -> None:
+    """The expert's queries get the mask's first rows, those of the prefix, with all columns."""
+    original = engine.model.join_sequence
+
+    def join(valid: Tensor, tap: Any) -> tuple[Tensor, Tensor]:
+        mask, positions = original(valid, tap)
+        n = valid.shape[1]
+        mask = mask.clone()
+        mask[:, n:] = mask[:, : mask.shape[1] - n].clone()
+        return mask, positions
+
+    engine.model.join_sequence = join
+
+
 def erf_gelu(engine: ReferenceEngine) -> None:
     """The exact form, everywhere, while this engine runs."""
     original = functional.gelu
@@ -125,7 +139,7 @@ def test_no_bug(checkpoint: Checkpoint, mode: str, precision: str) -> None:
     result = run(checkpoint, mode=mode, precision=precision, layers=True)
     assert result.first_failure is None
     names = [row.name for row in result.rows if row.case == "masked"]
-    assert len(names) == 11 + 6 + 2 * 4 + 2 + 2 + 1
+    assert len(names) == 11 + 6 + 2 * 4 + 2 + 2 + 1 + (mode == "chained")
     exact = {row.comparison.rel_l2 == 0 for row in result.rows}
     assert exact == ({True} if precision == "float32" else {True, False})
 
@@ -139,6 +153,7 @@ def test_no_bug(checkpoint: Checkpoint, mode: str, precision: str) -> None:
         (forgotten_one_plus_w, "all valid", "vlm_transformer"),
         (rope_restarted, "all valid", "expert_transformer"),
         (mask_cut_in_both_dimensions, "all valid", "expert_transformer"),
+        (mask_rows_not_cut, "all valid", "expert_transformer"),
         (padding_counted, "masked", "vlm_transformer"),
     ],
 )
@@ -151,12 +166,38 @@ def test_planted_bug(
     assert (failure.case, failure.name) == (case, stage)
 
 
+def test_bug_in_the_engines_own_loop(checkpoint: Checkpoint) -> None:
+    """Stages and velocities are right; what `sample` makes of them is not."""
+
+    def plant(engine: ReferenceEngine) -> None:
+        sample = engine.sample
+        engine.sample = lambda inputs, noise, steps: sample(inputs, noise, steps + 1)
+
+    result = run(checkpoint, plant, mode="chained")
+    failed = [(row.case, row.name) for row in result.rows if not row.passed]
+    assert failed == [("all valid", "sample"), ("masked", "sample")]
+
+
 def test_bug_in_both_engines(checkpoint: Checkpoint) -> None:
     """Both drop the prefix mask: no comparison between them can see it."""
     result = run(checkpoint, padding_counted, padding_counted)
     failed = [row.name for row in result.rows if not row.passed]
     assert failed == ["masked_content.reference", "masked_content.candidate"]
     assert all(row.comparison.rel_l2 == 0 for row in result.rows if row.name not in failed)
+
+
+@pytest.mark.parametrize(
+    ("masked", "left"), [("token_mask", "vision_tower"), ("image_mask", "token_embedding")]
+)
+def test_nobody_sees_any_text_or_image(checkpoint: Checkpoint, masked: str, left: str) -> None:
+    """What is masked altogether is not compared; the rest is."""
+    case = default_cases(checkpoint.config, cameras=2, tokens=4)[0]
+    getattr(case.inputs, masked)[:] = False
+    engine = ReferenceEngine(checkpoint)
+    result = verify(lambda: engine, lambda: engine, [case], ("float32", "float32"), steps=1)
+    assert result.first_failure is None
+    names = {row.name for row in result.rows}
+    assert names & {"vision_tower", "token_embedding"} == {left}
 
 
 def test_isolated_blames_one_stage_only(checkpoint: Checkpoint) -> None:
@@ -207,6 +248,7 @@ def test_comparison_by_hand() -> None:
         ([1.0, 2.0], [1.0, float("nan")], "candidate has 1 NaN"),
         ([1.0, float("inf")], [1.0, 2.0], "reference has 1 NaN or infinite"),
         ([1.0, 2.0], [1.0, 2.0, 3.0], "shape [3] instead of [2]"),
+        ([], [], "no values"),
     ],
 )
 def test_faults(a: list[float], b: list[float], fault: str) -> None:

@@ -39,7 +39,7 @@ def trace(
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Run one forward pass and show the eleven stages.
+    """Run one forward pass and show the eleven stages, or those that an engine shows.
 
     Shape, dtype, statistics and time of each, and the parts of the attention mask with who uses
     them. Without --inputs the model reads noise.
@@ -127,16 +127,19 @@ def print_trace(traced: Trace) -> None:
         ],
         left=3,
     )
+    if traced.not_shown:
+        say(f"not shown by this engine: {', '.join(traced.not_shown)}")
     say(f"sequence: prefix {traced.prefix} + suffix {traced.suffix} = {traced.total}")
-    table(
-        "",
-        ["mask slice", "shape", "visible", "used by"],
-        [
-            [part.name, str(part.shape), f"{part.visible:.1%}", part.used_by]
-            for part in traced.slices
-        ],
-        left=4,
-    )
+    if traced.slices:
+        table(
+            "",
+            ["mask slice", "shape", "visible", "used by"],
+            [
+                [part.name, str(part.shape), f"{part.visible:.1%}", part.used_by]
+                for part in traced.slices
+            ],
+            left=4,
+        )
 
 
 def _engine(

@@ -11,8 +11,10 @@ import typer
 from pi0.cli import options
 
 JOINTS = 4  # how many of the joints that deviate most are told
+HOST = "ttnn-host: a card's arithmetic and rounding computed on the host; no card was used."
 
 if TYPE_CHECKING:
+    from pi0.config import Pi0Config
     from pi0.verify.report import Header
     from pi0.verify.run import Result
 
@@ -72,23 +74,16 @@ def verify(
         pi0 verify demo --engines reference ttnn-host:fast --outside none
         pi0 verify demo --engines reference transformers
     """
-    from pi0.checkpoint.files import need_file_name, replacing
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.forward import image_side, read_npz
-    from pi0.cli.show import print_json, say, step_progress
-    from pi0.engines.base import make_engine
-    from pi0.errors import EngineError
+    from pi0.cli.show import step_progress
+    from pi0.engines.base import make_engine, need_engine
     from pi0.inputs import from_npz
-    from pi0.outside.engine import OUTSIDE
-    from pi0.verify.report import Header, need_report, to_data, to_html
-    from pi0.verify.run import MODES, Case, default_cases
+    from pi0.verify.report import Header
+    from pi0.verify.run import Case, default_cases
     from pi0.verify.run import verify as run
 
-    need_file_name(report)
-    if report:
-        need_report()
-    if mode not in MODES:
-        raise EngineError(f"mode: expected one of {', '.join(MODES)}, found {mode!r}.")
+    _check_options(mode, min_pcc, report)
     (a, a_dtype), (b, b_dtype) = (parse_engine(spec) for spec in engines)
     arrays = read_npz(inputs) if inputs else None
     opened = open_checkpoint(checkpoint)
@@ -99,9 +94,10 @@ def verify(
         if arrays
         else default_cases(config, cameras, tokens or config.max_tokens, seed)
     )
-    judge, why_none = _choose_outside(outside, (a, b), size, opened.config.vision.image_size)
-    if mode == "isolated" and b in OUTSIDE:
-        raise EngineError(f"mode: expected chained for engine {b}, which cannot be fed.")
+    for name, where in ((a, None), (b, device)):
+        _check_mode(mode, name)
+        need_engine(name, opened.config, where, size)
+    judge, told = _choose_outside(outside, (a, b), opened.config, size)
     with step_progress("verifying", (3 if judge else 2) * len(cases)) as on_case:
         result = run(
             lambda: make_engine(a, opened, None, a_dtype, size),
@@ -117,18 +113,36 @@ def verify(
         )
     views, length = cases[0].inputs.image_mask.shape[1], cases[0].inputs.tokens.shape[1]
     sizes = f"{views} cameras of {size} px, {length} text tokens, {steps} steps"
-    header = Header(str(checkpoint), *engines, mode, sizes, judge or why_none)
-    if report:
-        with replacing(report) as temporary:
-            temporary.write_text(to_html(header, result), encoding="utf-8")
-    if as_json:
-        print_json(to_data(header, result))
-    else:
-        _print(header, result)
-        if report:
-            say(f"wrote {report}")
+    names, note = (f"{a}:{a_dtype}", f"{b}:{b_dtype}"), HOST if "ttnn-host" in (a, b) else ""
+    header = Header(str(checkpoint), *names, mode, sizes, told, note)
+    _tell(header, result, report, as_json)
     if result.first_failure:
         raise typer.Exit(1)
+
+
+def _check_options(mode: str, min_pcc: float | None, report: Path | None) -> None:
+    from pi0.checkpoint.files import need_file_name
+    from pi0.errors import ConfigError, EngineError
+    from pi0.verify.report import need_report
+    from pi0.verify.run import MODES
+
+    if min_pcc is not None and not 0 <= min_pcc <= 1:
+        raise ConfigError(f"min-pcc: expected a number from 0 to 1, found {min_pcc}.")
+    need_file_name(report)
+    if report:
+        need_report()
+    if mode not in MODES:
+        raise EngineError(f"mode: expected one of {', '.join(MODES)}, found {mode!r}.")
+
+
+def _check_mode(mode: str, engine: str) -> None:
+    from pi0.errors import EngineError
+    from pi0.outside.engine import OUTSIDE
+
+    if mode == "isolated" and engine in OUTSIDE:
+        raise EngineError(
+            f"mode: expected chained for engine {engine}, which neither feeds nor can be fed."
+        )
 
 
 def parse_engine(spec: str) -> tuple[str, str]:
@@ -140,19 +154,21 @@ def parse_engine(spec: str) -> tuple[str, str]:
 
 
 def _choose_outside(
-    choice: str, engines: tuple[str, str], size: int, native: int
+    choice: str, engines: tuple[str, str], config: Pi0Config, size: int
 ) -> tuple[str | None, str]:
-    """The engine to compare the reference with, or None and why."""
+    """The engine to compare the reference with, or None; and its name, or why there is none."""
+    from pi0.engines.base import need_engine
     from pi0.errors import EngineError
     from pi0.outside.engine import OUTSIDE
 
+    native = config.vision.image_size
     if choice not in ("auto", "none", *OUTSIDE):
         raise EngineError(
             f"outside: expected auto, none or one of {', '.join(OUTSIDE)}, found {choice!r}."
         )
     if choice in OUTSIDE:
-        OUTSIDE[choice].python()  # says what to install
-        return choice, ""
+        need_engine(choice, config, None, size)
+        return choice, choice
     if choice == "none":
         return None, "none, as asked"
     if set(engines) & set(OUTSIDE):
@@ -162,8 +178,24 @@ def _choose_outside(
     for name, engine in OUTSIDE.items():
         with contextlib.suppress(EngineError):
             engine.python()
-            return name, ""
+            return name, name
     return None, "none is installed: pip install 'transformers>=5.5' would give one"
+
+
+def _tell(header: Header, result: Result, report: Path | None, as_json: bool) -> None:
+    from pi0.checkpoint.files import replacing
+    from pi0.cli.show import print_json, say
+    from pi0.verify.report import to_data, to_html
+
+    if report:
+        with replacing(report) as temporary:
+            temporary.write_text(to_html(header, result), encoding="utf-8")
+    if as_json:
+        print_json(to_data(header, result))
+    else:
+        _print(header, result)
+        if report:
+            say(f"wrote {report}")
 
 
 def _print(header: Header, result: Result) -> None:
@@ -184,6 +216,8 @@ def _print(header: Header, result: Result) -> None:
     columns = ["case", "stage", "PCC", "cosine", "rel. L2", "max abs", "limit", "ms", "ms", ""]
     table("", columns, rows, left=2)
     say(f"outside implementation: {header.outside}")
+    if header.note:
+        say(header.note)
     if result.missing:
         say(f"not shown by both engines: {', '.join(result.missing)}")
     for case, (a, b) in result.actions.items():

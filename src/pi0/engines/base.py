@@ -116,6 +116,21 @@ def make_engine(
     return made
 
 
+def need_engine(
+    name: str, config: Pi0Config, device: str | None = None, image_size: int | None = None
+) -> None:
+    """Says what an engine lacks before there is work, for those who make it later.
+
+    An engine that can tell has a classmethod `need`, called with the last three arguments.
+
+    Raises:
+        EngineError: no such engine; or its library, device or image size is not to be had.
+    """
+    need = getattr(_find(name), "need", None)
+    if need is not None:
+        need(config, device, image_size)
+
+
 def choose_precision(name: str, dtype: str | None) -> str:
     """The precision that an engine of this name runs in.
 

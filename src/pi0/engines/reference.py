@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint, load_model
+from pi0.config import Pi0Config
 from pi0.engines.base import Engine
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
@@ -32,6 +33,11 @@ class ReferenceEngine(Engine):
         self.device = parse_device(device or "cpu")
         self.model = load_model(checkpoint, parse_dtype(dtype), self.device, image_size, progress)
         self.config = self.model.config
+
+    @classmethod
+    def need(cls, config: Pi0Config, device: str | None, image_size: int | None) -> None:
+        """See `need_engine`."""
+        parse_device(device or "cpu")
 
     @torch.inference_mode()
     def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> PrefixCache:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import pi0
 from pi0.checkpoint.load import Checkpoint
+from pi0.config import Pi0Config
 from pi0.engines.base import Engine, need_finite
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
@@ -52,13 +53,7 @@ class OutsideEngine(Engine):
         progress: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.config = checkpoint.config
-        if device not in (None, "cpu"):
-            raise EngineError(f"device: expected cpu for engine {self.module}, found {device!r}.")
-        if image_size not in (None, self.config.vision.image_size):
-            raise EngineError(
-                f"image_size: expected the checkpoint's {self.config.vision.image_size} for engine "
-                f"{self.module}, found {image_size}."
-            )
+        self.need(self.config, device, image_size)
         source = Path(pi0.__file__).parents[1]
         words = [self.python(), "-m", "pi0.outside.worker", self.module]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the engine
@@ -73,6 +68,18 @@ class OutsideEngine(Engine):
         ready = self._answer()
         self.implementation, self.torch = str(ready["name"]), str(ready["torch"])
         self._prefixes = 0
+
+    @classmethod
+    def need(cls, config: Pi0Config, device: str | None, image_size: int | None) -> None:
+        """See `pi0.engines.base.need_engine`."""
+        if device not in (None, "cpu"):
+            raise EngineError(f"device: expected cpu for engine {cls.module}, found {device!r}.")
+        if image_size not in (None, config.vision.image_size):
+            raise EngineError(
+                f"image_size: expected the checkpoint's {config.vision.image_size} for engine "
+                f"{cls.module}, found {image_size}."
+            )
+        cls.python()
 
     @classmethod
     def python(cls) -> str:

@@ -20,6 +20,7 @@ from pi0.outside.weights import EMBEDDING_HEAD, fill
 
 PACKAGE = "transformers"
 UNUSED = "model.dit.embed_tokens.weight"  # the expert reads no text
+CACHES = ("cache", "past_key_values")  # what their forward calls it, newer versions first
 RENAMED = (
     (EMBEDDING_HEAD, "model.vlm.language_model.embed_tokens.weight"),
     ("paligemma_with_expert.paligemma.model.", "model.vlm."),
@@ -83,7 +84,7 @@ class Model:
 
     def velocity(self, x_t: Tensor, t: Tensor, state: Tensor) -> Tensor:
         given = {"noise": self._cast(x_t), "timestep": t, "state": self._cast(state)}
-        past = self.prefix["past_key_values"]
+        (past,) = (self.prefix[name] for name in CACHES if name in self.prefix)
         length = past.get_seq_length()
         v: Tensor = self.model(**{**self.prefix, **given}).logits
         past.crop(length - past.get_seq_length())  # as their loop does

@@ -35,6 +35,8 @@ def compare(reference: Tensor, candidate: Tensor) -> Comparison:
     """
     if reference.shape != candidate.shape:
         return _faulty(f"shape {list(candidate.shape)} instead of {list(reference.shape)}")
+    if not reference.numel():
+        return _faulty("no values")
     a, b = reference.double().flatten(), candidate.double().flatten()
     for name, x in (("reference", a), ("candidate", b)):
         if not torch.isfinite(x).all():

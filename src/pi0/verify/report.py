@@ -31,6 +31,7 @@ class Header:
     mode: str
     sizes: str
     outside: str  # the third engine, or why there is none
+    note: str  # what the numbers are not; may be empty
 
 
 def to_data(header: Header, result: Result) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def _plot_blocks(result: Result) -> Figure:
     rows = _block_rows(result)
     towers = list(dict.fromkeys(row.name.partition(".")[0] for row in rows))
     figure = _figure(3.2 * len(towers), 3)
-    panels = figure.subplots(1, len(towers), sharey=True, squeeze=False).flat
+    panels = figure.subplots(1, len(towers), sharey=True, squeeze=False)[0]
     for tower, axes in zip(towers, panels, strict=True):
         for case, style in zip(
             dict.fromkeys(row.case for row in rows), ("-", "--", ":"), strict=False
@@ -137,6 +138,8 @@ def _plot_blocks(result: Result) -> Figure:
             axes.plot([max(1 - row.comparison.pcc, LEAST) for row in mine], style, color=REFERENCE)
         _label(axes, tower)
         axes.set_xlabel("block")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    panels[0].legend()
     figure.suptitle("relative L2 error (blue) and 1 - PCC (grey) by block", fontsize=10)
     return figure
 
@@ -166,7 +169,8 @@ def _plot_joints(result: Result) -> Figure:
         axes.bar(places, deviations, width, color=colour, label=case)
     axes.set_xlabel("action")
     axes.grid(axis="y", alpha=0.25)
-    axes.legend()
+    axes.margins(x=0.01)
+    figure.legend(loc="outside right upper")
     return figure
 
 

@@ -46,8 +46,9 @@ class Case:
 @dataclass(frozen=True)
 class Row:
     """A stage, a block (`stage.block.7`), its keys or values, a step's velocity (`velocity.3`), the
-    actions, an engine beside itself (`masked_content.candidate`), or the third engine's velocities
-    and actions (`outside.velocity.3`)."""
+    actions of these velocities, those of the candidate's own loop (`sample`), an engine beside
+    itself (`masked_content.candidate`), or the third engine's velocities and actions
+    (`outside.velocity.3`)."""
 
     case: str
     name: str
@@ -90,6 +91,7 @@ class Recording:
     steps: list[tuple[Tensor, Tensor]]  # x_t, velocity
     actions: Tensor
     masked_content: Comparison | None  # of the velocity with itself, other content being masked
+    sample: Tensor | None = None  # actions of the engine's own loop
 
 
 def default_cases(config: Pi0Config, cameras: int, tokens: int, seed: int = 0) -> list[Case]:
@@ -128,7 +130,7 @@ def verify(
     precision = coarser(*precisions)
     feeds = _run_all(reference, cases, {}, steps, layers, on_case)
     fed = feeds if mode == "isolated" else {}
-    runs = _run_all(candidate, cases, fed, steps, layers, on_case)
+    runs = _run_all(candidate, cases, fed, steps, layers, on_case, sample=mode == "chained")
     rows = [
         row
         for case in cases
@@ -143,8 +145,8 @@ def verify(
         ]
     actions = {c.name: (feeds[c.name].actions, runs[c.name].actions) for c in cases}
     first = cases[0].name
-    missing = [name for name in STAGES if name not in runs[first].tensors]
-    missing += [name for name in STAGES if name not in feeds[first].tensors]
+    shown = feeds[first].tensors.keys() & runs[first].tensors.keys()
+    missing = [name for name in STAGES if name not in shown]
     return Result(mode, rows, actions, missing)
 
 
@@ -155,11 +157,17 @@ def _run_all(
     steps: int,
     layers: bool,
     on_case: Callable[[], None],
+    sample: bool = False,
 ) -> dict[str, Recording]:
     engine = make()
     recordings = {}
     for case in cases:
-        recordings[case.name] = record(engine, case, steps, layers, feeds.get(case.name))
+        recording = record(engine, case, steps, layers, feeds.get(case.name))
+        if sample and recording.actions.isfinite().all():
+            start = time.perf_counter()
+            recording.sample = engine.sample(case.inputs, case.noise, steps)
+            recording.ms["sample"] = (time.perf_counter() - start) * 1e3
+        recordings[case.name] = recording
         on_case()
     del engine
     gc.collect()
@@ -285,6 +293,8 @@ def _rows(case: Case, a: Recording, b: Recording, precision: str, layers: bool) 
         if stage in seen and x.shape == y.shape:
             # What becomes of masked images and padding is every engine's own affair.
             x, y = x[seen[stage]], y[seen[stage]]
+            if not x.numel():
+                continue
         limit = threshold(stage, precision)
         rows.append(Row(case.name, name, compare(x, y), limit, a.ms[name], b.ms[name]))
     for i, ((_, x), (_, y)) in enumerate(zip(a.steps, b.steps, strict=True)):
@@ -296,4 +306,7 @@ def _rows(case: Case, a: Recording, b: Recording, precision: str, layers: bool) 
             rows.append(Row(case.name, name, recording.masked_content, exact, 0.0, 0.0))
     limit = threshold(ACTIONS, precision)
     rows.append(Row(case.name, ACTIONS, compare(a.actions, b.actions), limit, 0.0, 0.0))
+    if b.sample is not None:
+        sampled = compare(a.actions, b.sample)
+        rows.append(Row(case.name, "sample", sampled, limit, 0.0, b.ms["sample"]))
     return rows

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,22 +28,23 @@ class DeviceBackend(Backend):
         self.ttnn = ttnn
         # Neither a mock device nor a simulator with slow dispatch can capture commands.
         self.can_replay = not {MOCK, "TT_METAL_SLOW_DISPATCH_MODE"} & set(os.environ)
-        self.device = ttnn.open_device(
-            device_id=device_id,
-            l1_small_size=L1_SMALL,
-            trace_region_size=TRACE_REGION if self.can_replay else 0,
-            num_command_queues=2 if self.can_replay else 1,
-        )
+        with refusals(f"engine ttnn: expected a device {device_id} that can be opened"):
+            self.device = ttnn.open_device(
+                device_id=device_id,
+                l1_small_size=L1_SMALL,
+                trace_region_size=TRACE_REGION if self.can_replay else 0,
+                num_command_queues=2 if self.can_replay else 1,
+            )
         self.arch = self.device.arch()
         size = self.device.compute_with_storage_grid_size()
         self.grid = Grid(size.x, size.y)
 
     def put(self, upload: Upload) -> Handle:
-        if upload.value.is_meta:
-            return self.ttnn.empty(
-                tuple(upload.value.shape), device=self.device, **self._kind(upload)
-            )
-        return self.ttnn.from_torch(self._plain(upload), device=self.device, **self._kind(upload))
+        shape, where = tuple(upload.value.shape), {"device": self.device, **self._kind(upload)}
+        with refusals(f"{self.stage}: expected room for {upload.dtype} {list(shape)}"):
+            if upload.value.is_meta:
+                return self.ttnn.empty(shape, **where)
+            return self.ttnn.from_torch(self._plain(upload), **where)
 
     def stage_upload(self, upload: Upload) -> Handle:
         """The upload as a tensor of the library, still on the host."""
@@ -58,13 +61,9 @@ class DeviceBackend(Backend):
     def run(self, name: str, *args: Any, dtype: str | None = None, **options: Any) -> Any:
         if dtype is not None:
             options["dtype"] = self.option(dtype)
-        try:
+        what = f"ttnn.{name} in stage {self.stage}: expected an operation that the device takes"
+        with refusals(what):
             return self.option(name)(*args, **options)
-        except RuntimeError as error:
-            raise EngineError(
-                f"ttnn.{name} in stage {self.stage}: expected an operation that the device takes, "
-                f"found: {reason(error)}"
-            ) from error
 
     def dram(self) -> tuple[int, int]:
         """Bytes of DRAM that tensors hold, and that there are."""
@@ -88,9 +87,18 @@ class DeviceBackend(Backend):
         return kind | {"memory_config": self.option("DRAM_MEMORY_CONFIG")} if placed else kind
 
 
+@contextlib.contextmanager
+def refusals(what: str) -> Iterator[None]:
+    """Turns what TTNN refuses into an EngineError, whose sentence begins with `what`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise EngineError(f"{what}, found: {reason(error)}") from error
+
+
 def reason(error: RuntimeError) -> str:
     """What TTNN says is wrong, without where in its sources and without the stack."""
-    lines = [line.strip() for line in str(error).split("backtrace:")[0].splitlines()]
+    lines = [line.strip() for line in re.split("backtrace:|Location:", str(error))[0].splitlines()]
     told = [line for line in lines if line and line != "info:"]
     return " ".join(told[1:] or told)
 
@@ -113,6 +121,9 @@ class Replay:
         self.trace = ttnn.begin_trace_capture(backend.device, cq_id=0)
         self.result = call(self.given)
         ttnn.end_trace_capture(backend.device, self.trace, cq_id=0)
+
+    def release(self) -> None:
+        self.backend.ttnn.release_trace(self.backend.device, self.trace)
 
     def __call__(self, uploads: dict[str, Upload]) -> Tensor:
         backend, ttnn = self.backend, self.backend.ttnn

@@ -30,7 +30,8 @@ from pi0.engines.tenstorrent.engine import (
     upload_constants,
 )
 from pi0.engines.tenstorrent.layout import Layout
-from pi0.engines.tenstorrent.precision import F32, PRESETS
+from pi0.engines.tenstorrent.network import Constants
+from pi0.engines.tenstorrent.precision import F32, PRESETS, Precision
 from pi0.errors import EngineError
 from pi0.inputs import random_inputs
 from pi0.model.flow import embed_time
@@ -89,15 +90,10 @@ def dry_run(
     backend = MockBackend(board, on_stage)
     try:
         need_room(config, precision, backend.dram()[1])
-        on_stage("weights")
         network = build_network(empty_model(config, torch.bfloat16), backend, precision)
         weights, _ = backend.dram()
-        inputs, noise = random_inputs(config, cameras, tokens or config.max_tokens, seed=0)
-        layout = Layout(config, cameras, inputs.tokens.shape[1])
-        on = upload_constants(layout, backend)
-        uploads = layout.uploads(inputs, precision)
-        uploads |= {"state": layout.state(inputs.state, F32), "x_t": layout.actions(noise)}
-        given = {name: backend.put(upload) for name, upload in uploads.items()}
+        layout = Layout(config, cameras, tokens or config.max_tokens)
+        on, given = upload_inputs(layout, backend, precision)
         table = embed_time(1 - torch.arange(steps) / steps, config.expert.width)[None, None]
         times = network.embed_times(backend.put(Upload(table, F32)))
 
@@ -127,11 +123,25 @@ def dry_run(
         backend.close()
 
 
+def upload_inputs(
+    layout: Layout, backend: MockBackend, precision: Precision
+) -> tuple[Constants, dict[str, Handle]]:
+    """What a sampling call is given. Shapes only: masks may be larger than the model."""
+    inputs, noise = random_inputs(layout.config, layout.views, layout.tokens, seed=0)
+    backend.stage = "inputs"
+    with torch.device("meta") as meta:
+        inputs, noise = inputs.to(meta), noise.to(meta)
+        on = upload_constants(layout, backend)
+        uploads = layout.uploads(inputs, precision)
+        uploads |= {"state": layout.state(inputs.state, F32), "x_t": layout.actions(noise)}
+    return on, {name: backend.put(upload) for name, upload in uploads.items()}
+
+
 class MockBackend(DeviceBackend):
     """A board that is not there."""
 
     def __init__(self, board: str, on_stage: Callable[[str], None]) -> None:
-        self._on_stage = on_stage
+        self._stage, self._on_stage = "", on_stage
         found = find_board(board)
         library.need_ttnn()
         if not standin.has_compiler():

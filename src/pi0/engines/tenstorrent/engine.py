@@ -48,8 +48,10 @@ class DevicePrefix:
 class TtnnEngine(Engine):
     """π0 on a Tenstorrent card or simulator; `device` is the card's number.
 
-    On a card a sampling call is captured once for each number of views, tokens and steps, and
-    replayed after that; inputs go up on a second command queue.
+    On a card a sampling call is captured, and replayed as long as the numbers of views, tokens and
+    steps stay; inputs go up on a second command queue. One capture is held at a time and released
+    before anything else is put on the card: replayed, it writes where its tensors were, whatever is
+    there by then.
     """
 
     precisions = tuple(PRESETS)
@@ -64,7 +66,7 @@ class TtnnEngine(Engine):
     ) -> None:
         precision = PRESETS[dtype]
         config = checkpoint.config
-        need_tiles(config if image_size is None else config.at_image_size(image_size))
+        self.need(config, device, image_size)
         self.backend = self._open(device)
         if isinstance(self.backend, DeviceBackend):
             need_room(config, precision, self.backend.dram()[1])
@@ -73,7 +75,25 @@ class TtnnEngine(Engine):
         self.network = build_network(model, self.backend, precision)
         self._constants: dict[tuple[int, int], Constants] = {}
         self._times: dict[int, Handle] = {}
-        self._replays: dict[tuple[int, int, int], Replay] = {}
+        self._replay: tuple[tuple[int, int, int], Replay] | None = None
+
+    @classmethod
+    def need(cls, config: Pi0Config, device: str | None, image_size: int | None) -> None:
+        """See `pi0.engines.base.need_engine`."""
+        need_tiles(config if image_size is None else config.at_image_size(image_size))
+        cls._need_device(device)
+
+    @classmethod
+    def _need_device(cls, device: str | None) -> None:
+        if not (device or "0").isdecimal():
+            raise EngineError(f"device: expected the number of a card, found {device!r}.")
+        library.need_ttnn()
+        if not library.has_device():
+            raise EngineError(
+                "engine ttnn: expected a Tenstorrent card (/dev/tenstorrent) or a simulator "
+                "(TT_METAL_SIMULATOR), found neither. `--engine ttnn-host` computes its numerics, "
+                "`pi0 ttnn dry-run` checks that the model fits."
+            )
 
     def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> DevicePrefix:
         """One observation; see `Engine`.
@@ -86,7 +106,9 @@ class TtnnEngine(Engine):
                 f"engine ttnn: expected one observation, found {inputs.batch_size}. Only `sample` "
                 "takes several, one after another."
             )
+        self._release_replay()
         on = self._on(inputs)
+        self.backend.stage = "inputs"
         given = self._put(on.layout.uploads(inputs, self.network.ops.precision))
         layers = self.network.prefill(on, given, self._adapt(tap, on.layout), tap is not no_tap)
         return DevicePrefix(on, given, layers)
@@ -125,17 +147,7 @@ class TtnnEngine(Engine):
         return need_finite(torch.cat(actions))
 
     def _open(self, device: str | None) -> Backend:
-        number = device or "0"
-        if not number.isdecimal():
-            raise EngineError(f"device: expected the number of a card, found {device!r}.")
-        library.need_ttnn()
-        if not library.has_device():
-            raise EngineError(
-                "engine ttnn: expected a Tenstorrent card (/dev/tenstorrent) or a simulator "
-                "(TT_METAL_SIMULATOR), found neither. `--engine ttnn-host` computes its numerics, "
-                "`pi0 ttnn dry-run` checks that the model fits."
-            )
-        backend = DeviceBackend(library.load({}), int(number))
+        backend = DeviceBackend(library.load({}), int(device or "0"))
         weakref.finalize(self, backend.close)
         return backend
 
@@ -156,6 +168,9 @@ class TtnnEngine(Engine):
     def _sample_one(
         self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: Callable[[], None]
     ) -> Tensor:
+        key = inputs.image_mask.shape[1], inputs.tokens.shape[1], steps
+        if self._replay and self._replay[0] != key:
+            self._release_replay()
         on = self._on(inputs)
         layout = on.layout
         if steps not in self._times:
@@ -169,13 +184,17 @@ class TtnnEngine(Engine):
 
         if not (isinstance(self.backend, DeviceBackend) and self.backend.can_replay):
             return self.backend.get(call(self._put(uploads), on_step))[0]
-        key = layout.views, layout.tokens, steps
-        if key not in self._replays:
-            self._replays[key] = Replay(self.backend, uploads, call)
-        actions = self._replays[key](uploads)[0]
+        if self._replay is None:
+            self._replay = key, Replay(self.backend, uploads, call)
+        actions = self._replay[1](uploads)[0]
         for _ in range(steps):
             on_step()
         return actions
+
+    def _release_replay(self) -> None:
+        if self._replay:
+            self._replay[1].release()
+            self._replay = None
 
     def _adapt(self, tap: Tap, layout: Layout) -> HandleTap:
         if tap is no_tap:
@@ -215,10 +234,13 @@ class TtnnHostEngine(TtnnEngine):
     """The same network in golden functions on the host, rounded as on a card: no speed, only
     numbers."""
 
-    def _open(self, device: str | None) -> Backend:
+    @classmethod
+    def _need_device(cls, device: str | None) -> None:
         if device not in (None, "cpu"):
             raise EngineError(f"device: expected cpu for engine ttnn-host, found {device!r}.")
         library.need_ttnn()
+
+    def _open(self, device: str | None) -> Backend:
         environment = {}
         if not library.has_device():  # its conversions ask for a chip, without touching it
             description = find_board("n150").write(library.cache_folder())
@@ -228,6 +250,7 @@ class TtnnHostEngine(TtnnEngine):
 
 def build_network(model: Pi0, backend: Backend, precision: Precision) -> Network:
     """Packs a model, which is empty afterwards, onto a backend."""
+    backend.stage = "weights"
     with torch.no_grad():
         weights = Packer(precision, backend.put).pack(model)
     return Network(model.config, weights, Ops(backend, precision))

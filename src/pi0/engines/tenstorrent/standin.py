@@ -36,10 +36,7 @@ def make_root(package: Path, root: Path) -> Path:
     Its compiler is this file, started by this interpreter.
     """
     for name in LINKED:
-        link = root / name
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(package / name)
+        point(root / name, package / name)
     compiler = root / "runtime" / "sfpi" / "compiler" / "bin" / NAME
     compiler.parent.mkdir(parents=True, exist_ok=True)
     source = Path(__file__).read_text(encoding="utf-8")
@@ -48,6 +45,17 @@ def make_root(package: Path, root: Path) -> Path:
     temporary.chmod(0o755)
     temporary.replace(compiler)
     return root
+
+
+def point(link: Path, target: Path) -> None:
+    """A symbolic link, never missing in between: other dry runs may be reading through it."""
+    if link.is_symlink() and link.readlink() == target:
+        return
+    link.parent.mkdir(parents=True, exist_ok=True)
+    temporary = link.with_name(f"{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    temporary.replace(link)
 
 
 def has_compiler() -> bool:

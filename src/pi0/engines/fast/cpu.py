@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -59,7 +58,7 @@ class CpuEngine(Engine):
         self, x_t: Tensor, t: Tensor, state: Tensor, cache: Cache, tap: Tap = no_tap
     ) -> Tensor:
         if cache.state is not None and not torch.equal(cache.state, state):
-            cache = replace(cache, state=None)
+            cache.state = None
         return self.network.velocity(x_t, self.network.time_terms(t), state, cache, tap)
 
 

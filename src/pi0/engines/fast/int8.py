@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pi0.engines.fast.kernels import Kernels
+from pi0.engines.fast.kernels import Kernels, Rotation
 from pi0.engines.fast.native import Argument, Native
 from pi0.engines.fast.weights import Matrix, Weights, quantise_rows
 from pi0.model.gemma import EPS as RMS_EPS
@@ -41,8 +41,8 @@ class Int8Kernels(Kernels):
 
 
 class NativeKernels(Int8Kernels):
-    """The same in native code, but for matrices that do not come in whole blocks; and GeGLU of
-    float32 matrices, too."""
+    """The same in native code, but for matrices that do not come in whole blocks. What is not
+    matrices helps float32, too."""
 
     def __init__(self, native: Native) -> None:
         self._native = native
@@ -99,6 +99,28 @@ class NativeKernels(Int8Kernels):
         out = self._room(len(product), product.shape[1] // 2)
         self._native("geglu_quantise", *out.values.shape, product, a.scale, gate_up.scale, *out)
         return out
+
+    def split(self, qkv: Tensor, rotation: Rotation, k: Tensor, v: Tensor) -> Tensor:
+        batch, tokens = qkv.shape[:2]
+        kv_heads, width = k.shape[2:]
+        q = qkv.new_empty(batch, tokens, qkv.shape[2] // width - 2 * kv_heads, width)
+        sizes = tokens, q.shape[2], kv_heads, width // 2
+        for row, cos, sin, *places in zip(qkv, *rotation, q, k, v, strict=True):
+            self._native("split", *sizes, row, cos.contiguous(), sin.contiguous(), *places)
+        return q
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
+        """With one key/value head, as in the trunks, three calls beat PyTorch's fused one."""
+        if k.shape[2] != 1:
+            return super().attend(q, k, v, valid)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for i in range(len(q)):
+            queries, keys, values = q[i].flatten(0, 1), k[i, :, 0], v[i, :, 0]
+            logits = queries @ keys.t()
+            seen = None if valid is None else valid[i].contiguous()
+            self._native("softmax", *logits.shape, q.shape[3] ** -0.5, seen, logits)
+            torch.mm(logits, values, out=out[i].view(queries.shape))
+        return out.view(len(q) * q.shape[1], -1)
 
     def _multiply(self, a: Quantised, matrix: Matrix) -> Tensor:
         """The product without scales: [R, N] int32."""

@@ -9,6 +9,7 @@
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #define ROWS _Pragma("omp parallel for schedule(static)") for (int64_t i = 0; i < rows; i++)
 
@@ -95,6 +96,40 @@ void geglu(int64_t rows, int64_t n, const float *gate_up, float *out) {
     ROWS {
         const float *gate = gate_up + 2 * i * n, *up = gate + n;
         for (int64_t j = 0; j < n; j++) out[i * n + j] = gelu(gate[j]) * up[j];
+    }
+}
+
+/* Of qkv [rows, heads + 2 kv, 2 half]: queries and keys, rotated, and values, each to its own place.
+   cosine and sine are [rows, half]. */
+void split(int64_t rows, int64_t heads, int64_t kv, int64_t half, const float *qkv,
+           const float *cosine, const float *sine, float *q, float *k, float *v) {
+    ROWS {
+        const float *x = qkv + i * (heads + 2 * kv) * 2 * half;
+        const float *c = cosine + i * half, *s = sine + i * half;
+        for (int64_t h = 0; h < heads + kv; h++, x += 2 * half) {
+            float *o = h < heads ? q + (i * heads + h) * 2 * half
+                                 : k + (i * kv + h - heads) * 2 * half;
+            for (int64_t j = 0; j < half; j++) {
+                o[j] = x[j] * c[j] - x[half + j] * s[j];
+                o[half + j] = x[half + j] * c[j] + x[j] * s[j];
+            }
+        }
+        memcpy(v + i * kv * 2 * half, x, kv * 2 * half * sizeof(float));
+    }
+}
+
+/* Softmax of x [rows, n] * factor, in place, over the columns that `valid` [n] allows; over all if
+   it is missing. */
+void softmax(int64_t rows, int64_t n, float factor, const uint8_t *valid, float *x) {
+    ROWS {
+        float *row = x + i * n, largest = -INFINITY, sum = 0;
+        if (valid) for (int64_t j = 0; j < n; j++) row[j] = valid[j] ? row[j] : -1e30f;
+        for (int64_t j = 0; j < n; j++) largest = fmaxf(largest, row[j]);
+        for (int64_t j = 0; j < n; j++) {
+            row[j] = expf((row[j] - largest) * factor);
+            sum += row[j];
+        }
+        for (int64_t j = 0; j < n; j++) row[j] /= sum;
     }
 }
 

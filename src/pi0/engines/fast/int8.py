@@ -14,6 +14,7 @@ from pi0.model.gemma import EPS as RMS_EPS
 from pi0.model.siglip import EPS as LAYER_EPS
 
 BLOCK = 16  # outputs that lie together in native.c, by fours of inputs
+LINEAR, GELU, GEGLU = range(3)  # kinds of products there
 
 
 class Quantised(NamedTuple):
@@ -74,31 +75,20 @@ class NativeKernels(Int8Kernels):
     def project(self, a: Any, matrix: Matrix, residual: Tensor | None = None) -> Tensor:
         if matrix.offset is None:
             return super().project(a, matrix, residual)
-        product = self._multiply(a, matrix)
-        out = product.view(torch.float32)  # in place: of every element only its own is read
-        scales = a.scale, matrix.scale, matrix.bias
-        self._native("finish", *product.shape, product, *scales, residual, out)
-        return out
+        return self._multiply(LINEAR, a, matrix, residual)
 
     def gelu(self, a: Any, first: Matrix, into: Matrix) -> Any:
-        if first.offset is None or into.offset is None:
+        if first.offset is None:
             return super().gelu(a, first, into)
-        product = self._multiply(a, first)
-        out = self._room(*product.shape)
-        scales = a.scale, first.scale, first.bias
-        self._native("gelu_quantise", *product.shape, product, *scales, *out)
-        return out
+        return self.operand(self._multiply(GELU, a, first), into)
 
     def geglu(self, a: Any, gate_up: Matrix, into: Matrix) -> Any:
-        if gate_up.offset is None or into.offset is None:
-            product = self.project(a, gate_up)
-            hidden = product.new_empty(len(product), product.shape[1] // 2)
-            self._native("geglu", *hidden.shape, product, hidden)
-            return self.operand(hidden, into)
-        product = self._multiply(a, gate_up)
-        out = self._room(len(product), product.shape[1] // 2)
-        self._native("geglu_quantise", *out.values.shape, product, a.scale, gate_up.scale, *out)
-        return out
+        if gate_up.offset is not None and len(gate_up.offset) % (2 * BLOCK) == 0:
+            return self.operand(self._multiply(GEGLU, a, gate_up), into)
+        product = self.project(a, gate_up)
+        hidden = product.new_empty(len(product), product.shape[1] // 2)
+        self._native("geglu", *hidden.shape, product, hidden)
+        return self.operand(hidden, into)
 
     def split(self, qkv: Tensor, rotation: Rotation, k: Tensor, v: Tensor) -> Tensor:
         batch, tokens = qkv.shape[:2]
@@ -122,20 +112,19 @@ class NativeKernels(Int8Kernels):
             torch.mm(logits, values, out=out[i].view(queries.shape))
         return out.view(len(q) * q.shape[1], -1)
 
-    def _multiply(self, a: Quantised, matrix: Matrix) -> Tensor:
-        """The product without scales: [R, N] int32."""
+    def _multiply(
+        self, kind: int, a: Quantised, matrix: Matrix, residual: Tensor | None = None
+    ) -> Tensor:
+        """The finished product [R, N] float32; of half as many columns for GEGLU."""
         assert matrix.offset is not None
         rows, k = a.values.shape
-        out = torch.empty(rows, len(matrix.offset), dtype=torch.int32)
-        sizes = rows, out.shape[1], k
-        self._native("multiply", *sizes, a.values, matrix.weight, matrix.offset, out)
+        columns = len(matrix.offset) // (2 if kind == GEGLU else 1)
+        out = torch.empty(rows, columns)
+        weights = matrix.weight, matrix.offset, matrix.scale, matrix.bias
+        self._native("multiply", kind, rows, columns, k, *a, *weights, residual, out)
         return out
 
     def _quantise(self, name: str, x: Tensor, *arguments: Argument) -> Quantised:
-        out = self._room(*x.shape)
+        out = Quantised(torch.empty_like(x, dtype=torch.uint8), x.new_empty(len(x)))
         self._native(name, *x.shape, x, *arguments, *out)
         return out
-
-    @staticmethod
-    def _room(rows: int, columns: int) -> Quantised:
-        return Quantised(torch.empty(rows, columns, dtype=torch.uint8), torch.empty(rows))

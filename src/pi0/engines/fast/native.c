@@ -1,10 +1,8 @@
-/* The matrix product of a quantised network, and what lies between two of them, each in one pass
-   over a row.
+/* Eight-bit matrix products, and what lies between two of them, each in one pass over a row.
 
    Rows are independent and shared among threads. A quantised row is its values times 127 / the
    largest magnitude, rounded to even, plus 128, since the processor multiplies bytes without a sign
-   by bytes with one; its scale is that magnitude / 127. Products come as int32 [rows, n] and are
-   worth acc * row scale * column scale. Compiled by native.py with -ffast-math. */
+   by bytes with one; its scale is that magnitude / 127. Compiled by native.py with -ffast-math. */
 
 #include <immintrin.h>
 #include <math.h>
@@ -21,10 +19,20 @@ static void quantise_row(const float *x, int64_t n, uint8_t *q, float *scale) {
     *scale = largest / 127;
 }
 
+/* exp, between -80 and 80: 2^whole * 2^part, and a Taylor series for 2^part, |part| <= 1/2, whose
+   error is that of a float32. Vectorised where expf would be a call. */
+static inline float exponential(float x) {
+    const float y = fminf(fmaxf(x, -80), 80) * 1.44269504f, whole = rintf(y);
+    const float p = (y - whole) * 0.693147181f;
+    const float series =
+        1 + p * (1 + p * (1.f / 2 + p * (1.f / 6 + p * (1.f / 24 + p * (1.f / 120 + p / 720)))));
+    union { int32_t bits; float value; } power = {((int32_t)whole + 127) << 23};
+    return series * power.value;
+}
+
 /* The tanh form: 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3). */
 static inline float gelu(float x) {
-    float u2 = 1.5957691216057308f * (x + 0.044715f * x * x * x);
-    return x / (1 + expf(-u2));
+    return x / (1 + exponential(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
 }
 
 void quantise(int64_t rows, int64_t n, const float *x, uint8_t *q, float *scale) {
@@ -57,41 +65,7 @@ void layer_norm(int64_t rows, int64_t n, const float *x, const float *weight, co
     }
 }
 
-/* out = product + bias + residual, each of which may be missing. */
-void finish(int64_t rows, int64_t n, const int32_t *acc, const float *row_scale,
-            const float *column_scale, const float *bias, const float *residual, float *out) {
-    ROWS {
-        const int32_t *a = acc + i * n;
-        float *o = out + i * n, s = row_scale[i];
-        for (int64_t j = 0; j < n; j++) o[j] = a[j] * s * column_scale[j];
-        if (bias) for (int64_t j = 0; j < n; j++) o[j] += bias[j];
-        if (residual) for (int64_t j = 0; j < n; j++) o[j] += residual[i * n + j];
-    }
-}
-
-void gelu_quantise(int64_t rows, int64_t n, const int32_t *acc, const float *row_scale,
-                   const float *column_scale, const float *bias, uint8_t *q, float *scale) {
-    ROWS {
-        const int32_t *a = acc + i * n;
-        float out[n], s = row_scale[i];
-        for (int64_t j = 0; j < n; j++) out[j] = gelu(a[j] * s * column_scale[j] + bias[j]);
-        quantise_row(out, n, q + i * n, scale + i);
-    }
-}
-
-/* acc is [rows, 2n]: gate, then up. */
-void geglu_quantise(int64_t rows, int64_t n, const int32_t *acc, const float *row_scale,
-                    const float *column_scale, uint8_t *q, float *scale) {
-    ROWS {
-        const int32_t *gate = acc + 2 * i * n, *up = gate + n;
-        float out[n], s = row_scale[i];
-        for (int64_t j = 0; j < n; j++)
-            out[j] = gelu(gate[j] * s * column_scale[j]) * (up[j] * s * column_scale[n + j]);
-        quantise_row(out, n, q + i * n, scale + i);
-    }
-}
-
-/* The same in float32, for products that are not quantised. gate_up is [rows, 2n]. */
+/* Gate times up, of products that are not quantised: gate_up is [rows, 2n]. */
 void geglu(int64_t rows, int64_t n, const float *gate_up, float *out) {
     ROWS {
         const float *gate = gate_up + 2 * i * n, *up = gate + n;
@@ -123,10 +97,10 @@ void split(int64_t rows, int64_t heads, int64_t kv, int64_t half, const float *q
 void softmax(int64_t rows, int64_t n, float factor, const uint8_t *valid, float *x) {
     ROWS {
         float *row = x + i * n, largest = -INFINITY, sum = 0;
-        if (valid) for (int64_t j = 0; j < n; j++) row[j] = valid[j] ? row[j] : -1e30f;
-        for (int64_t j = 0; j < n; j++) largest = fmaxf(largest, row[j]);
+        for (int64_t j = 0; j < n; j++)
+            largest = fmaxf(largest, !valid || valid[j] ? row[j] : -INFINITY);
         for (int64_t j = 0; j < n; j++) {
-            row[j] = expf((row[j] - largest) * factor);
+            row[j] = !valid || valid[j] ? exponential((row[j] - largest) * factor) : 0;
             sum += row[j];
         }
         for (int64_t j = 0; j < n; j++) row[j] /= sum;
@@ -151,56 +125,87 @@ void pack(int64_t n, int64_t k, const int8_t *weight, int8_t *packed, int32_t *o
     }
 }
 
-/* `height` rows of x by `blocks` blocks. Inlined for every height, so that sums stay in registers. */
-static inline __attribute__((always_inline)) void tile(
-    const int height, const int blocks, int64_t n, int64_t k, const uint8_t *x,
-    const int8_t *packed, const int32_t *offset, int32_t *out) {
+/* `height` rows of x by `blocks` blocks, the first half of them at `first`, the others at `second`.
+   Inlined for every size, so that sums stay in registers. */
+static inline __attribute__((always_inline)) void sums(
+    const int height, const int blocks, int64_t k, const uint8_t *x, const int8_t *first,
+    const int8_t *second, const int32_t *first_offset, const int32_t *second_offset,
+    int32_t *out) {
+    const int half = (blocks + 1) / 2;
     __m512i sum[HEIGHT][TILE];
     for (int r = 0; r < height; r++)
-        for (int b = 0; b < blocks; b++) sum[r][b] = _mm512_loadu_si512(offset + b * BLOCK);
+        for (int b = 0; b < blocks; b++)
+            sum[r][b] = _mm512_loadu_si512(b < half ? first_offset + b * BLOCK
+                                                    : second_offset + (b - half) * BLOCK);
     for (int64_t j = 0; j < k; j += 4) {
         __m512i w[TILE];
         for (int b = 0; b < blocks; b++)
-            w[b] = _mm512_loadu_si512(packed + (b * k + j) * BLOCK);
+            w[b] = _mm512_loadu_si512(b < half ? first + (b * k + j) * BLOCK
+                                               : second + ((b - half) * k + j) * BLOCK);
         for (int r = 0; r < height; r++) {
             __m512i v = _mm512_set1_epi32(*(const int32_t *)(x + r * k + j));
             for (int b = 0; b < blocks; b++) sum[r][b] = _mm512_dpbusd_epi32(sum[r][b], v, w[b]);
         }
     }
     for (int r = 0; r < height; r++)
-        for (int b = 0; b < blocks; b++) _mm512_storeu_si512(out + r * n + b * BLOCK, sum[r][b]);
+        for (int b = 0; b < blocks; b++)
+            _mm512_storeu_si512(out + (r * TILE + b) * BLOCK, sum[r][b]);
 }
 
-static inline __attribute__((always_inline)) void strip(
-    const int blocks, int64_t rows, int64_t n, int64_t k, const uint8_t *x, const int8_t *packed,
-    const int32_t *offset, int32_t *out) {
-    int64_t i = 0;
-    for (; i + HEIGHT <= rows; i += HEIGHT)
-        tile(HEIGHT, blocks, n, k, x + i * k, packed, offset, out + i * n);
-    switch (rows - i) {
-        case 5: tile(5, blocks, n, k, x + i * k, packed, offset, out + i * n); break;
-        case 4: tile(4, blocks, n, k, x + i * k, packed, offset, out + i * n); break;
-        case 3: tile(3, blocks, n, k, x + i * k, packed, offset, out + i * n); break;
-        case 2: tile(2, blocks, n, k, x + i * k, packed, offset, out + i * n); break;
-        case 1: tile(1, blocks, n, k, x + i * k, packed, offset, out + i * n); break;
+enum { LINEAR, GELU, GEGLU };
+
+/* What becomes of the sums of some rows, of columns from `at` on. */
+static void finish(int kind, int height, int width, int64_t at, int64_t n, const int32_t *sum,
+                   const float *row_scale, const float *column_scale, const float *bias,
+                   const float *residual, float *out) {
+    const float *c = column_scale + at;
+    for (int r = 0; r < height; r++, sum += TILE * BLOCK) {
+        const float s = row_scale[r];
+        float *o = out + r * n + at;
+        if (kind == GEGLU) {
+            const float *up_scale = c + n;
+            for (int j = 0; j < width / 2; j++)
+                o[j] = gelu(sum[j] * s * c[j]) * (sum[width / 2 + j] * s * up_scale[j]);
+            continue;
+        }
+        float value[TILE * BLOCK];
+        for (int j = 0; j < width; j++) value[j] = sum[j] * s * c[j];
+        if (bias) for (int j = 0; j < width; j++) value[j] += bias[at + j];
+        if (residual) for (int j = 0; j < width; j++) value[j] += residual[r * n + at + j];
+        if (kind == GELU) for (int j = 0; j < width; j++) value[j] = gelu(value[j]);
+        memcpy(o, value, width * sizeof(float));
     }
 }
 
-/* out [rows, n] = x [rows, k] without its 128, times the packed weights. A thread takes strips of
-   TILE blocks, whose weights stay in its cache while all rows pass by. */
-void multiply(int64_t rows, int64_t n, int64_t k, const uint8_t *x, const int8_t *packed,
-              const int32_t *offset, int32_t *out) {
-    const int64_t blocks = n / BLOCK, strips = (blocks + TILE - 1) / TILE;
-    _Pragma("omp parallel for schedule(static)") for (int64_t s = 0; s < strips; s++) {
-        const int64_t at = s * TILE;
-        const int8_t *w = packed + at * BLOCK * k;
-        const int32_t *o = offset + at * BLOCK;
-        int32_t *to = out + at * BLOCK;
-        switch (blocks - at) {
-            case 1: strip(1, rows, n, k, x, w, o, to); break;
-            case 2: strip(2, rows, n, k, x, w, o, to); break;
-            case 3: strip(3, rows, n, k, x, w, o, to); break;
-            default: strip(TILE, rows, n, k, x, w, o, to);
+/* The product of x [rows, k] and packed weights, with scales, bias and residual (which may be
+   missing), and perhaps an activation: out [rows, n], where n is half of the weights' outputs for
+   GEGLU, whose gates come first and whose ups follow. A thread takes strips of TILE blocks, whose
+   weights stay in its cache while all rows pass by. */
+void multiply(int64_t kind, int64_t rows, int64_t n, int64_t k, const uint8_t *x,
+              const float *row_scale, const int8_t *packed, const int32_t *offset,
+              const float *column_scale, const float *bias, const float *residual, float *out) {
+    const int64_t all = n / BLOCK, step = kind == GEGLU ? TILE / 2 : TILE;
+    _Pragma("omp parallel for schedule(static)") for (int64_t at = 0; at < all; at += step) {
+        const int count = all - at < step ? all - at : step;
+        const int blocks = kind == GEGLU ? 2 * count : count;
+        const int64_t other = at + (kind == GEGLU ? all : (blocks + 1) / 2);
+        const int8_t *first = packed + at * BLOCK * k, *second = packed + other * BLOCK * k;
+        const int32_t *o1 = offset + at * BLOCK, *o2 = offset + other * BLOCK;
+        int32_t sum[HEIGHT * TILE * BLOCK];
+        const int64_t ahead = (all - at - step < step ? all - at - step : step) * BLOCK * k;
+        for (int64_t i = 0; i < rows; i += HEIGHT) {
+            /* The next strip, from memory, a share while each share of the rows is computed. */
+            for (int64_t j = ahead * i / rows; j < ahead * (i + HEIGHT) / rows; j += 64) {
+                _mm_prefetch(first + step * BLOCK * k + j, _MM_HINT_T1);
+                if (kind == GEGLU) _mm_prefetch(second + step * BLOCK * k + j, _MM_HINT_T1);
+            }
+            const int height = rows - i < HEIGHT ? rows - i : HEIGHT;
+            const uint8_t *a = x + i * k;
+#define CASE(h, b) case (h) * 8 + (b): sums(h, b, k, a, first, second, o1, o2, sum); break;
+#define CASES(h) CASE(h, 1) CASE(h, 2) CASE(h, 3) CASE(h, 4)
+            switch (height * 8 + blocks) { CASES(1) CASES(2) CASES(3) CASES(4) CASES(5) CASES(6) }
+            finish(kind, height, blocks * BLOCK, at * BLOCK, n, sum, row_scale + i, column_scale,
+                   bias, residual ? residual + i * n : 0, out + i * n);
         }
     }
 }

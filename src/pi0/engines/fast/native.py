@@ -77,7 +77,7 @@ def _compile() -> Path:
             object_file = temporary.with_suffix(".o")
             try:
                 _run(compiler, *FLAGS, "-c", str(SOURCE), "-o", str(object_file))
-                link = [str(object_file), str(openmp), "-lm", "-lmvec"]
+                link = [str(object_file), str(openmp), "-lm"]
                 _run(compiler, "-shared", *link, "-o", str(temporary))
             finally:
                 object_file.unlink(missing_ok=True)

@@ -192,13 +192,7 @@ void multiply(int64_t kind, int64_t rows, int64_t n, int64_t k, const uint8_t *x
         const int8_t *first = packed + at * BLOCK * k, *second = packed + other * BLOCK * k;
         const int32_t *o1 = offset + at * BLOCK, *o2 = offset + other * BLOCK;
         int32_t sum[HEIGHT * TILE * BLOCK];
-        const int64_t ahead = (all - at - step < step ? all - at - step : step) * BLOCK * k;
         for (int64_t i = 0; i < rows; i += HEIGHT) {
-            /* The next strip, from memory, a share while each share of the rows is computed. */
-            for (int64_t j = ahead * i / rows; j < ahead * (i + HEIGHT) / rows; j += 64) {
-                _mm_prefetch(first + step * BLOCK * k + j, _MM_HINT_T1);
-                if (kind == GEGLU) _mm_prefetch(second + step * BLOCK * k + j, _MM_HINT_T1);
-            }
             const int height = rows - i < HEIGHT ? rows - i : HEIGHT;
             const uint8_t *a = x + i * k;
 #define CASE(h, b) case (h) * 8 + (b): sums(h, b, k, a, first, second, o1, o2, sum); break;

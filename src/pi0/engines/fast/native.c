@@ -130,7 +130,7 @@ void pack(int64_t n, int64_t k, const int8_t *weight, int8_t *packed, int32_t *o
 static inline __attribute__((always_inline)) void sums(
     const int height, const int blocks, int64_t k, const uint8_t *x, const int8_t *first,
     const int8_t *second, const int32_t *first_offset, const int32_t *second_offset,
-    int32_t *out) {
+    const int8_t *ahead, int32_t *out) {
     const int half = (blocks + 1) / 2;
     __m512i sum[HEIGHT][TILE];
     for (int r = 0; r < height; r++)
@@ -139,6 +139,7 @@ static inline __attribute__((always_inline)) void sums(
                                                     : second_offset + (b - half) * BLOCK);
     for (int64_t j = 0; j < k; j += 4) {
         __m512i w[TILE];
+        _mm_prefetch(ahead + j * BLOCK, _MM_HINT_T1);
         for (int b = 0; b < blocks; b++)
             w[b] = _mm512_loadu_si512(b < half ? first + (b * k + j) * BLOCK
                                                : second + ((b - half) * k + j) * BLOCK);
@@ -195,7 +196,10 @@ void multiply(int64_t kind, int64_t rows, int64_t n, int64_t k, const uint8_t *x
         for (int64_t i = 0; i < rows; i += HEIGHT) {
             const int height = rows - i < HEIGHT ? rows - i : HEIGHT;
             const uint8_t *a = x + i * k;
-#define CASE(h, b) case (h) * 8 + (b): sums(h, b, k, a, first, second, o1, o2, sum); break;
+            const int64_t block = i / HEIGHT % TILE; /* of the next strip, to come from memory */
+            const int8_t *ahead = block < TILE / 2 ? first + (step + block) * BLOCK * k
+                                                   : second + (step + block - TILE / 2) * BLOCK * k;
+#define CASE(h, b) case (h) * 8 + (b): sums(h, b, k, a, first, second, o1, o2, ahead, sum); break;
 #define CASES(h) CASE(h, 1) CASE(h, 2) CASE(h, 3) CASE(h, 4)
             switch (height * 8 + blocks) { CASES(1) CASES(2) CASES(3) CASES(4) CASES(5) CASES(6) }
             finish(kind, height, blocks * BLOCK, at * BLOCK, n, sum, row_scale + i, column_scale,

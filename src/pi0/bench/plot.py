@@ -55,7 +55,7 @@ def plot_times(path: Path, data: dict[str, Any], title: str, small: str) -> None
         axes.barh([0], [0], color=colour, label=label)
     axes.set_yticks(range(len(rows)), [row["engine"] for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xlim(0, longest / scale * 1.3)  # room for the labels
+    axes.set_xlim(0, longest / scale * 1.45)  # room for the labels
     axes.set_xlabel(f"{unit} for a chunk of actions: median; the line is least to most")
     axes.set_title(textwrap.fill(small, 110), loc="left", fontsize=8.5, color=FAINT)
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
@@ -81,7 +81,9 @@ def _label(row: dict[str, Any], scale: float, unit: str, peer: str) -> str:
     value = row["ms"] / scale
     time = f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
     return (
-        time if row["engine"] == peer else f"{time}   {row['ratio']:.2f} × {peer.partition(':')[0]}"
+        time
+        if row["engine"] == peer
+        else f"{time}   {row['ratio']:.2f} × as fast as {peer.partition(':')[0]}"
     )
 
 

@@ -223,7 +223,7 @@ def _print_stages(data: dict[str, Any]) -> None:
             f"{stage['gflop']:.3g}",
             f"{stage['ms']:.1f}",
             f"{stage['gflops']:.3g}",
-            _number(stage["floor_ms"], ".1f"),
+            _number(stage["floor_ms"], ".3g"),
             _number(stage["times_floor"], ".2f"),
         ]
         for engine in data["engines"]

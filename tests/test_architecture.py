@@ -23,6 +23,16 @@ ARROWS = {
     "outside": {"errors", "config", "inputs", "model", "checkpoint", "engines"},
     "trace": {"inputs", "model", "engines"},
     "verify": {"errors", "config", "inputs", "model", "engines"},
+    "bench": {
+        "errors",
+        "config",
+        "inputs",
+        "model",
+        "checkpoint",
+        "engines",
+        "outside",
+        "verify",
+    },
     "policy": {"errors", "inputs", "checkpoint", "engines"},
     "cli": {
         "errors",
@@ -35,6 +45,7 @@ ARROWS = {
         "trace",
         "verify",
         "outside",
+        "bench",
     },
 }
 

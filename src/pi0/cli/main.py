@@ -12,6 +12,7 @@ from typing import TextIO
 import typer
 
 from pi0.cli.act import act
+from pi0.cli.bench import ManyValues, bench
 from pi0.cli.checkpoint import inspect, synth
 from pi0.cli.forward import sample, trace
 from pi0.cli.ttnn import app as ttnn
@@ -40,6 +41,7 @@ Tab completion: `pi0 --install-completion`.""",
 
 for verb in (act, trace, sample, verify, inspect, synth):
     app.command()(verb)
+app.command(cls=ManyValues)(bench)
 app.add_typer(ttnn, name="ttnn")
 
 
@@ -63,7 +65,8 @@ def _options(
 def main() -> None:
     """Runs the command line.
 
-    Exit codes: 0 done; 1 engines do not agree; 2 bad input, one sentence on stderr; 130 Ctrl-C.
+    Exit codes: 0 done; 1 engines do not agree, or one of many
+    failed; 2 bad input, one sentence on stderr; 130 Ctrl-C.
     """
     with warnings.catch_warnings():
         warnings.showwarning = _warn

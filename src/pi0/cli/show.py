@@ -81,8 +81,13 @@ def table(title: str, columns: list[str], rows: list[list[str]], left: int = 1) 
 
 
 def print_json(value: Any) -> None:
-    """Prints plain data as JSON; NaN and infinities, which JSON does not have, as null."""
-    print(json.dumps(_finite(value), indent=2, ensure_ascii=False))
+    """Prints plain data as JSON."""
+    print(to_json(value))
+
+
+def to_json(value: Any) -> str:
+    """Plain data as JSON; NaN and infinities, which JSON does not have, as null."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False)
 
 
 def _finite(value: Any) -> Any:

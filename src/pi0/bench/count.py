@@ -1,0 +1,146 @@
+"""Floating point operations of π0: in the model as published, and the least that is needed.
+
+A multiplication and an addition are two operations; only matrices count (projections, attention),
+not norms, activations or softmax.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pi0.config import GemmaConfig, Pi0Config
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations in linears and in attention, and the linears' parameters, each read once."""
+
+    linears: int
+    attention: int
+    weights: int
+
+    @property
+    def flop(self) -> int:
+        return self.linears + self.attention
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.linears + other.linears,
+            self.attention + other.attention,
+            self.weights + other.weights,
+        )
+
+    def __mul__(self, times: int) -> Work:
+        return Work(self.linears * times, self.attention * times, self.weights * times)
+
+
+@dataclass(frozen=True)
+class Count:
+    """Work of the parts of one action chunk.
+
+    Attributes:
+        vision: tower and projector, all cameras.
+        language: the rest of prefill.
+        step: one denoising step.
+    """
+
+    vision: Work
+    language: Work
+    step: Work
+
+    @property
+    def prefill(self) -> Work:
+        return self.vision + self.language
+
+    def total(self, steps: int) -> Work:
+        return self.prefill + self.step * steps
+
+
+def published(config: Pi0Config, cameras: int, tokens: int, batch: int = 1) -> Count:
+    """Everything that the model as published computes: all cameras, all text tokens, every layer
+    to its end, the state token anew in every step."""
+    prefix = config.prefix_len(cameras, tokens)
+    suffix = config.suffix_len
+    return Count(
+        vision=vision(config, cameras * batch),
+        language=trunk(config.vlm, prefix, prefix, batch),
+        step=trunk(config.expert, suffix, prefix + suffix, batch)
+        + heads(config, config.horizon * batch)
+        + linear(config.state_dim, config.expert.width, batch),
+    )
+
+
+def needed(config: Pi0Config, cameras: int, tokens: int, batch: int = 1) -> Count:
+    """The least that gives the same actions, for so many valid cameras and valid text tokens.
+
+    The last layer's output is read of the actions only: of the prefix and of the state token its
+    keys and values do. The state token sees nothing that changes between steps: it is done once.
+    """
+    prefix = config.prefix_len(cameras, tokens)
+    suffix = config.suffix_len
+    state = trunk(config.expert, 1, prefix + 1, batch, last_output=False) + linear(
+        config.state_dim, config.expert.width, batch
+    )
+    return Count(
+        vision=vision(config, cameras * batch),
+        language=trunk(config.vlm, prefix, prefix, batch, last_output=False) + state,
+        step=trunk(config.expert, config.horizon, prefix + suffix, batch)
+        + heads(config, config.horizon * batch),
+    )
+
+
+def linear(inner: int, outer: int, rows: int) -> Work:
+    """A matrix [outer, inner] times so many rows."""
+    return Work(2 * inner * outer * rows, 0, inner * outer)
+
+
+def attention(heads_width: int, queries: int, keys: int, batch: int) -> Work:
+    """Logits and their sum over values, all heads together so wide."""
+    return Work(0, 4 * heads_width * queries * keys * batch, 0)
+
+
+def vision(config: Pi0Config, images: int) -> Work:
+    """The tower and the projector on so many images."""
+    tower = config.vision
+    patches = tower.num_patches
+    rows = patches * images
+    block = (
+        linear(tower.width, 4 * tower.width, rows)
+        + linear(tower.width, 2 * tower.mlp_dim, rows)
+        + attention(tower.width, patches, patches, images)
+    )
+    return (
+        linear(3 * tower.patch_size**2, tower.width, rows)
+        + block * tower.depth
+        + linear(tower.width, config.vlm.width, rows)
+    )
+
+
+def trunk(
+    gemma: GemmaConfig, queries: int, keys: int, batch: int, last_output: bool = True
+) -> Work:
+    """A trunk on so many queries a row of the batch, which see so many keys.
+
+    Args:
+        last_output: False: of the last layer only keys and values.
+    """
+    rows = queries * batch
+    q_width, kv_width = gemma.num_heads * gemma.head_dim, gemma.num_kv_heads * gemma.head_dim
+    keys_values = linear(gemma.width, 2 * kv_width, rows)
+    rest = (
+        linear(gemma.width, 2 * q_width, rows)  # query and output
+        + attention(q_width, queries, keys, batch)
+        + linear(gemma.width, 3 * gemma.mlp_dim, rows)  # gate, up and down
+    )
+    return keys_values * gemma.depth + rest * (gemma.depth if last_output else gemma.depth - 1)
+
+
+def heads(config: Pi0Config, rows: int) -> Work:
+    """Actions in, mixed with time, and velocity out."""
+    width = config.expert.width
+    return (
+        linear(config.action_dim, width, rows)
+        + linear(2 * width, width, rows)
+        + linear(width, width, rows)
+        + linear(width, config.action_dim, rows)
+    )

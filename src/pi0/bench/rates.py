@@ -1,0 +1,74 @@
+"""How fast this machine multiplies plain large matrices and reads memory: what the floor is of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pi0.bench.count import Work
+
+SIZES = {"cpu": 2048, "cuda": 8192}  # of square matrices, beyond what caches hold
+READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
+SECONDS = 1.0  # of trying, for each rate
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "fp8": 1}  # of a weight, by precision
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Of one precision: operations a second of a plain large matrix product, bytes read a second,
+    bytes of a weight."""
+
+    flops: float
+    bandwidth: float
+    weight_bytes: int
+
+    def floor(self, work: Work) -> float:
+        """The least seconds that the work takes: its arithmetic, or reading its weights."""
+        return max(work.flop / self.flops, work.weights * self.weight_bytes / self.bandwidth)
+
+
+def measure(device: str, precision: str) -> Rate | None:
+    """The best of a second of trying, on "cpu" or "cuda".
+
+    None for a precision without a plain product there: one of another device, fp8 on an old one.
+    """
+    n = SIZES[device]
+    values = torch.ones(READ_BYTES[device] // 4, device=device)
+    bandwidth = values.nbytes / _best(values.sum)
+    del values
+    a, b = (torch.randn(n, n, device=device) for _ in range(2))
+    product = _product(precision, a, b)
+    if product is None:
+        return None
+    return Rate(2 * n**3 / _best(product), bandwidth, BYTES[precision])
+
+
+def _product(precision: str, a: Tensor, b: Tensor) -> Callable[[], object] | None:
+    if precision in ("float32", "bfloat16"):
+        x, w = (value.to(getattr(torch, precision)) for value in (a, b))
+        return lambda: F.linear(x, w)
+    if precision == "int8":
+        x, w = ((value * 8).to(torch.int8) for value in (a, b))
+        return lambda: torch._int_mm(x, w)
+    if precision == "fp8" and a.is_cuda and torch.cuda.get_device_capability() >= (8, 9):
+        x, w = (value.to(torch.float8_e4m3fn) for value in (a, b))
+        one = torch.ones((), device=a.device)
+        return lambda: torch._scaled_mm(x, w.t(), one, one, out_dtype=torch.bfloat16)
+    return None
+
+
+def _best(call: Callable[[], object]) -> float:
+    """Seconds of the fastest call."""
+    best, end = float("inf"), time.perf_counter() + SECONDS
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best

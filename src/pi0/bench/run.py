@@ -1,0 +1,185 @@
+"""Visits every engine in turn (A B C A B C, so that what disturbs the machine hits all alike)."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pi0.bench.job import ACTIONS, TOLD, Job, Point, Spec, Visit
+from pi0.bench.rates import Rate, measure
+from pi0.bench.scaling import SWEEP_REPEAT, points_around
+from pi0.errors import EngineError
+from pi0.verify.compare import Comparison, compare
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be measured.
+
+    Attributes:
+        peers: how many of the specs, the last ones, were named as peers.
+        repeat: timed calls of each engine, in all rounds together.
+        seeds: of noise, over which accuracy is the worst.
+        scaling: also sweep cameras, text, steps and batch.
+    """
+
+    checkpoint: Path
+    specs: list[Spec]
+    peers: int
+    point: Point
+    repeat: int
+    rounds: int
+    seeds: int
+    seed: int
+    scaling: bool
+
+    def job(self, spec: Spec, first: bool) -> Job:
+        """A visit; accuracy is measured in the first."""
+        repeat = math.ceil(self.repeat / self.rounds)
+        seeds = self.seeds if first else 0
+        return Job(str(self.checkpoint), spec, self.point, repeat, seeds, self.seed)
+
+    def sweep(self, spec: Spec) -> Job:
+        points = dict.fromkeys(p for around in points_around(self.point).values() for p in around)
+        return Job(
+            str(self.checkpoint), spec, self.point, SWEEP_REPEAT, 0, self.seed, tuple(points)
+        )
+
+
+@dataclass
+class Measured:
+    """What is known of one engine.
+
+    Attributes:
+        first_action_s: of each visit, from the start of its process.
+        failure: why it is not measured further: one sentence.
+        comparisons: its actions beside the yardstick's, by seed.
+        growth: milliseconds of each point of the sweep; None where it refused.
+        notes: its warnings, and what it refused.
+    """
+
+    spec: Spec
+    visits: list[Visit] = field(default_factory=list)
+    first_action_s: list[float] = field(default_factory=list)
+    failure: str | None = None
+    actions: Tensor | None = None  # [seeds, batch, horizon, action_dim]
+    comparisons: list[Comparison] = field(default_factory=list)
+    growth: dict[Point, float | None] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, sentences: list[str]) -> None:
+        self.notes += [sentence for sentence in sentences if sentence not in self.notes]
+
+
+@dataclass(frozen=True)
+class Result:
+    """All engines in the order of the plan, and the machine's rates by device and precision."""
+
+    engines: list[Measured]
+    rates: dict[tuple[str, str], Rate]
+
+    def rate_of(self, engine: Measured) -> Rate | None:
+        return (
+            self.rates.get((engine.visits[0].device, engine.spec.dtype)) if engine.visits else None
+        )
+
+
+def bench(plan: Plan, on_visit: Callable[[], None] = lambda: None) -> Result:
+    """Measures a plan; an engine that fails is said so, and the others go on.
+
+    Args:
+        on_visit: called after each visit.
+    """
+    engines = [Measured(spec) for spec in plan.specs]
+    for round_number in range(plan.rounds):
+        for engine in engines:
+            _try(_visit, plan, engine, first=round_number == 0)
+            on_visit()
+    for engine in engines if plan.scaling else []:
+        _try(_sweep, plan, engine)
+        on_visit()
+    yardstick = engines[0].actions
+    for engine in engines:
+        if yardstick is not None and engine.actions is not None:
+            pairs = zip(yardstick, engine.actions, strict=True)
+            engine.comparisons = [compare(a, b) for a, b in pairs]
+    return Result(engines, _rates(engines))
+
+
+def _try(work: Callable[..., None], plan: Plan, engine: Measured, **options: bool) -> None:
+    if engine.failure is None:
+        try:
+            work(plan, engine, **options)
+        except EngineError as error:
+            engine.failure = str(error)
+
+
+def _visit(plan: Plan, engine: Measured, first: bool) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        start = time.monotonic()
+        told = run_worker(plan.job(engine.spec, first), folder)
+        if (folder / ACTIONS).exists():
+            with np.load(folder / ACTIONS, allow_pickle=False) as file:
+                engine.actions = torch.from_numpy(file["actions"])
+    engine.note(told.pop("warnings"))
+    visit = Visit(**told)
+    engine.visits.append(visit)
+    engine.first_action_s.append(visit.first_action_at - start)
+
+
+def _sweep(plan: Plan, engine: Measured) -> None:
+    job = plan.sweep(engine.spec)
+    with tempfile.TemporaryDirectory() as name:
+        told = run_worker(job, Path(name))
+    engine.note(told["warnings"])
+    for point, found in zip(job.sweep, told["points"], strict=True):
+        engine.growth[point] = found["ms"]
+        if found["ms"] is None:
+            engine.note([found["error"]])
+
+
+def run_worker(job: Job, folder: Path) -> dict[str, Any]:
+    """What a worker tells of a job; it leaves actions in the folder.
+
+    Raises:
+        EngineError: it failed or died; the sentence names the engine.
+    """
+    words = [sys.executable, "-m", "pi0.bench.worker", job.to_json(), str(folder)]
+    # Killed by `run` itself if this process is interrupted.
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise EngineError(
+            f"{job.spec.label}: expected a measurement, found that its process "
+            f"{_end(done.returncode, done.stdout.decode(errors='replace'))}."
+        )
+    told: dict[str, Any] = json.loads((folder / TOLD).read_text(encoding="utf-8"))
+    if "error" in told:
+        raise EngineError(f"{job.spec.label}: {told['error']}")
+    return told
+
+
+def _end(code: int, said: str) -> str:
+    if code == -signal.SIGKILL:
+        return "was killed, as the system does when memory is short"
+    lines = said.strip().splitlines()
+    return f"ended with code {code} ({lines[-1] if lines else 'without a word'})"
+
+
+def _rates(engines: list[Measured]) -> dict[tuple[str, str], Rate]:
+    wanted = {(e.visits[0].device, e.spec.dtype) for e in engines if e.visits}
+    found = {key: measure(*key) for key in sorted(wanted)}
+    return {key: rate for key, rate in found.items() if rate}

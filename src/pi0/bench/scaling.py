@@ -1,0 +1,24 @@
+"""How time grows: points around the one that is measured, one thing varied at a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pi0.bench.job import Point
+
+CAMERAS = (1, 2, 3)
+TOKENS = (16, 48, 100, 200)
+STEPS = (1, 5, 10, 20)
+BATCH = (1, 2, 4)
+SWEEP_REPEAT = 2  # timed calls at each point: growth is told from large differences
+
+
+def points_around(point: Point) -> dict[str, list[Point]]:
+    """The points of each sweep, by what is varied; cameras and tokens that are varied are all
+    valid."""
+    return {
+        "cameras": [replace(point, cameras=n, masked=0) for n in CAMERAS],
+        "tokens": [replace(point, tokens=n, valid=n) for n in TOKENS],
+        "steps": [replace(point, steps=n) for n in STEPS],
+        "batch": [replace(point, batch=n) for n in BATCH],
+    }

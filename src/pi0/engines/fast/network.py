@@ -137,7 +137,9 @@ class Network:
         projector = self.weights.matrix("projector")
         a = self.kernels.operand(features.flatten(0, 1), projector)
         patches = self.kernels.project(a, projector)
-        patches = tap("projector", plan.spread_views(patches.view(*features.shape[:2], -1)))
+        patches = tap(
+            "projector", plan.spread_views(patches.view(*features.shape[:2], self.config.vlm.width))
+        )
         scale = self.config.vlm.width**0.5
         text = F.embedding(inputs.tokens, self.weights[EMBEDDING]).to(patches.dtype) * scale
         text = tap("token_embedding", text)

@@ -1,0 +1,197 @@
+"""Eight-bit matrices: native code computes what plain PyTorch does.
+
+Products of integers are exact, so native and plain differ by rounding only: of a value, or of a
+quantised one by one unit where its float lies on the border between two.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pi0.checkpoint.load import open_checkpoint
+from pi0.config import PRESETS
+from pi0.engines.base import make_engine
+from pi0.engines.fast import cpu, native
+from pi0.engines.fast.int8 import Int8Kernels, NativeKernels
+from pi0.engines.fast.native import Native, Unavailable
+from pi0.engines.fast.weights import Matrix, quantise_rows
+from pi0.errors import Pi0Error
+from pi0.inputs import random_inputs
+from pi0.verify.compare import compare
+
+try:
+    NATIVE: Native | None = Native()
+    WHY = ""
+except Unavailable as why:
+    NATIVE, WHY = None, str(why)
+needs_native = pytest.mark.skipif(NATIVE is None, reason=f"no native code: {WHY}")
+
+ROWS = st.integers(1, 20)
+BLOCKS = st.integers(1, 9)
+
+
+def matrices(n: int, k: int, bias: bool = False) -> tuple[Matrix, Matrix]:
+    """The same random matrix as plain kernels and as native ones want it."""
+    weight, scale = quantise_rows(torch.randn(n, k), torch.int8)
+    plain = Matrix(weight, torch.randn(n) if bias else None, scale)
+    packed = Matrix(plain.weight, plain.bias, plain.scale)
+    holder = type("Holder", (), {"matrices": {"m": packed}})()
+    native_kernels().prepare(holder)
+    assert packed.offset is not None
+    return plain, packed
+
+
+def native_kernels() -> NativeKernels:
+    assert NATIVE is not None
+    return NativeKernels(NATIVE)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= 1e-5 * b.abs().max().clamp(min=1e-3))
+
+
+@given(st.integers(1, 40), st.integers(1, 70), st.floats(1e-6, 1e6))
+def test_quantised_rows_are_within_half_a_unit(rows: int, width: int, size: float) -> None:
+    x = torch.randn(rows, width) * size
+    values, scale = quantise_rows(x, torch.int8)
+    assert values.abs().amax(dim=1).eq(127).all()
+    error = (values * scale[:, None] - x).abs()
+    assert (error <= 0.5001 * scale[:, None]).all()
+
+
+def test_a_row_of_zeros() -> None:
+    values, _ = quantise_rows(torch.zeros(2, 8), torch.int8)
+    assert not values.any()
+
+
+@needs_native
+@given(ROWS, BLOCKS, BLOCKS, st.booleans(), st.booleans())
+def test_products(rows: int, n: int, k: int, bias: bool, residual: bool) -> None:
+    plain, packed = matrices(16 * n, 4 * k, bias)
+    x = torch.randn(rows, 4 * k)
+    add = torch.randn(rows, 16 * n) if residual else None
+    mine = native_kernels().project(native_kernels().operand(x, packed), packed, add)
+    assert same(mine, Int8Kernels().project(Int8Kernels().operand(x, plain), plain, add))
+
+
+@needs_native
+@given(ROWS, BLOCKS, BLOCKS)
+def test_hidden_units(rows: int, n: int, k: int) -> None:
+    x = torch.randn(rows, 4 * k) * 3
+    _, into = matrices(16, 32 * n)
+    aside = Matrix(into.weight)  # a float32 matrix: the hidden units as they are
+    for units, of in ((32 * n, "geglu"), (16 * n, "gelu")):
+        plain, packed = matrices(units, 4 * k, bias=of == "gelu")
+        a, b = native_kernels().operand(x, packed), Int8Kernels().operand(x, plain)
+        mine = getattr(native_kernels(), of)(a, packed, aside)
+        assert same(mine, getattr(Int8Kernels(), of)(b, plain, aside))
+
+
+@needs_native
+def test_gelu_far_out() -> None:
+    """Where the exponential leaves float32."""
+    gate_up = torch.tensor([[-1e4, -100.0, 100.0, 1e4, *[1.0] * 4]])
+    out = torch.empty(1, 4)
+    assert NATIVE is not None
+    NATIVE("geglu", 1, 4, gate_up, out)
+    assert same(out, torch.tensor([[0.0, 0.0, 100.0, 1e4]]))
+
+
+@needs_native
+@given(ROWS, st.integers(1, 70))
+def test_norms(rows: int, width: int) -> None:
+    _, into = matrices(16, 16)
+    into = Matrix(into.weight, None, into.scale, into.offset)
+    x, weight, bias = torch.randn(rows, width) * 5, torch.randn(width), torch.randn(width)
+    for name, arguments in (("rms_norm", (weight,)), ("layer_norm", (weight, bias))):
+        mine = getattr(native_kernels(), name)(x, *arguments, into)
+        plain = getattr(Int8Kernels(), name)(x, *arguments, into)
+        assert (mine.values.int() - 128 - plain.values.int()).abs().max() <= 1
+        assert torch.allclose(mine.scale, plain.scale, rtol=1e-5)
+
+
+@needs_native
+@given(st.integers(1, 3), ROWS, st.integers(1, 4), st.integers(1, 30), st.booleans())
+def test_attention(batch: int, t: int, heads: int, s: int, masked: bool) -> None:
+    q, k, v = (torch.randn(batch, n, h, 16) for n, h in ((t, heads), (s, 1), (s, 1)))
+    valid = torch.rand(batch, s) < 0.5 if masked else None
+    if valid is not None:
+        valid[:, 0] = True
+    assert same(native_kernels().attend(q, k, v, valid), Int8Kernels().attend(q, k, v, valid))
+    if valid is not None:  # what is masked has no effect at all
+        other = k + 1e3 * ~valid[:, :, None, None]
+        a, b = (native_kernels().attend(q, keys, v, valid) for keys in (k, other))
+        assert torch.equal(a, b)
+
+
+@needs_native
+@given(st.integers(1, 3), ROWS, st.integers(0, 4), st.integers(1, 2))
+def test_split(batch: int, t: int, heads: int, kv: int) -> None:
+    qkv = torch.randn(batch, t, (heads + 2 * kv) * 16)
+    rotation = torch.randn(batch, t + 3, 1, 8)[:, 3:], torch.randn(batch, t, 1, 8)
+    places = [torch.zeros(2, batch, t + 2, kv, 16) for _ in range(2)]
+    queries = [
+        kernels.split(qkv, rotation, place[0][:, 2:], place[1][:, 2:])
+        for kernels, place in zip((native_kernels(), Int8Kernels()), places, strict=True)
+    ]
+    assert torch.allclose(*queries, atol=1e-5)
+    assert torch.allclose(*places, atol=1e-5)
+    assert not places[0][:, :, :2].any()
+
+
+def test_actions_are_close(tiny_path: Path) -> None:
+    """Limits of `pi0 verify`; tiny layers average less rounding away than real ones."""
+    checkpoint = open_checkpoint(tiny_path)
+    inputs, noise = random_inputs(PRESETS["tiny"], 2, 6, 0)
+    exact, close = (
+        make_engine("cpu", checkpoint, None, dtype).sample(inputs, noise)
+        for dtype in ("float32", "int8")
+    )
+    found = compare(exact, close)
+    assert found.fault is None
+    assert found.pcc > 0.999
+    assert 1e-5 < found.rel_l2 < 0.03
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float32"])
+def test_damaged_weights_are_refused(tiny_path: Path, tmp_path: Path, dtype: str) -> None:
+    """Quantised, a NaN would pass for a number."""
+    tensors = load_file(tiny_path / "model.safetensors")
+    name = next(n for n in tensors if n.endswith("layers.1.mlp.up_proj.weight"))
+    tensors[name][3, 5] = float("nan")
+    save_file(tensors, tmp_path / "model.safetensors")
+    inputs, noise = random_inputs(PRESETS["tiny"], 2, 6, 0)
+    with pytest.raises(Pi0Error, match="expected finite"):
+        make_engine("cpu", open_checkpoint(tmp_path), None, dtype).sample(inputs, noise)
+
+
+def test_without_a_compiler(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slower, with a warning, and within rounding of the same actions."""
+    checkpoint = open_checkpoint(tiny_path)
+    inputs, noise = random_inputs(PRESETS["tiny"], 2, 6, 0)
+    expected = make_engine("cpu", checkpoint, None, "int8").sample(inputs, noise)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.warns(UserWarning, match=r"engine cpu: slower than it could be: .+\."):
+        plain = make_engine("cpu", checkpoint, None, "int8")
+    assert isinstance(plain.network.kernels, Int8Kernels)  # type: ignore[attr-defined]
+    assert not isinstance(plain.network.kernels, NativeKernels)  # type: ignore[attr-defined]
+    found = compare(expected, plain.sample(inputs, noise))
+    assert found.rel_l2 < 0.01
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "--no-such-flag"))
+    monkeypatch.setattr(native, "_processor", lambda: native.NEEDED)
+    with pytest.warns(UserWarning, match="failed"):
+        cpu.choose_kernels()
+    assert not list(tmp_path.rglob("native-*"))

@@ -7,6 +7,7 @@ quantised one by one unit where its float lies on the border between two.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,9 @@ from pi0.checkpoint.load import open_checkpoint
 from pi0.config import PRESETS
 from pi0.engines.base import make_engine
 from pi0.engines.fast import cpu, native
-from pi0.engines.fast.int8 import Int8Kernels, NativeKernels
+from pi0.engines.fast.int8 import Int8Kernels, NativeKernels, is_packed
 from pi0.engines.fast.native import Native, Unavailable
-from pi0.engines.fast.weights import Matrix, quantise_rows
+from pi0.engines.fast.weights import Matrix, Scheme, Weights, quantise_rows
 from pi0.errors import Pi0Error
 from pi0.inputs import random_inputs
 from pi0.verify.compare import compare
@@ -34,19 +35,26 @@ except Unavailable as why:
     NATIVE, WHY = None, str(why)
 needs_native = pytest.mark.skipif(NATIVE is None, reason=f"no native code: {WHY}")
 
+CONFIG = PRESETS["tiny"]
 ROWS = st.integers(1, 20)
 BLOCKS = st.integers(1, 9)
 
 
-def matrices(n: int, k: int, bias: bool = False) -> tuple[Matrix, Matrix]:
+def matrices(n: int, k: int, bias: bool = False, int8: bool = True) -> tuple[Matrix, Matrix]:
     """The same random matrix as plain kernels and as native ones want it."""
-    weight, scale = quantise_rows(torch.randn(n, k), torch.int8)
-    plain = Matrix(weight, torch.randn(n) if bias else None, scale)
-    packed = Matrix(plain.weight, plain.bias, plain.scale)
-    holder = type("Holder", (), {"matrices": {"m": packed}})()
-    native_kernels().prepare(holder)
-    assert packed.offset is not None
+    plain = Matrix(torch.randn(n, k), torch.randn(n) if bias else None)
+    if int8:
+        plain.weight, plain.scale = quantise_rows(plain.weight, torch.int8)
+    packed = replace(plain)
+    prepare(packed)
     return plain, packed
+
+
+def prepare(matrix: Matrix) -> None:
+    weights = Weights(CONFIG, Scheme(torch.float32))
+    weights.matrices["m"] = matrix
+    native_kernels().prepare(weights)
+    assert is_packed(matrix)
 
 
 def native_kernels() -> NativeKernels:
@@ -73,9 +81,9 @@ def test_a_row_of_zeros() -> None:
 
 
 @needs_native
-@given(ROWS, BLOCKS, BLOCKS, st.booleans(), st.booleans())
-def test_products(rows: int, n: int, k: int, bias: bool, residual: bool) -> None:
-    plain, packed = matrices(16 * n, 4 * k, bias)
+@given(ROWS, BLOCKS, BLOCKS, st.booleans(), st.booleans(), st.booleans())
+def test_products(rows: int, n: int, k: int, bias: bool, residual: bool, int8: bool) -> None:
+    plain, packed = matrices(16 * n, 4 * k, bias, int8)
     x = torch.randn(rows, 4 * k)
     add = torch.randn(rows, 16 * n) if residual else None
     mine = native_kernels().project(native_kernels().operand(x, packed), packed, add)
@@ -83,13 +91,13 @@ def test_products(rows: int, n: int, k: int, bias: bool, residual: bool) -> None
 
 
 @needs_native
-@given(ROWS, BLOCKS, BLOCKS)
-def test_hidden_units(rows: int, n: int, k: int) -> None:
+@given(ROWS, BLOCKS, BLOCKS, st.booleans())
+def test_hidden_units(rows: int, n: int, k: int, int8: bool) -> None:
     x = torch.randn(rows, 4 * k) * 3
     _, into = matrices(16, 32 * n)
     aside = Matrix(into.weight)  # a float32 matrix: the hidden units as they are
     for units, of in ((32 * n, "geglu"), (16 * n, "gelu")):
-        plain, packed = matrices(units, 4 * k, bias=of == "gelu")
+        plain, packed = matrices(units, 4 * k, of == "gelu", int8)
         a, b = native_kernels().operand(x, packed), Int8Kernels().operand(x, plain)
         mine = getattr(native_kernels(), of)(a, packed, aside)
         assert same(mine, getattr(Int8Kernels(), of)(b, plain, aside))
@@ -98,11 +106,11 @@ def test_hidden_units(rows: int, n: int, k: int) -> None:
 @needs_native
 def test_gelu_far_out() -> None:
     """Where the exponential leaves float32."""
-    gate_up = torch.tensor([[-1e4, -100.0, 100.0, 1e4, *[1.0] * 4]])
-    out = torch.empty(1, 4)
-    assert NATIVE is not None
-    NATIVE("geglu", 1, 4, gate_up, out)
-    assert same(out, torch.tensor([[0.0, 0.0, 100.0, 1e4]]))
+    x = torch.tensor([[-1e4, -100.0, 100.0, 1e4]])
+    matrix = Matrix(torch.eye(4).repeat(4, 1))
+    prepare(matrix)
+    out = native_kernels().gelu(x, matrix, Matrix(torch.empty(1, 16)))
+    assert same(out[:, :4], torch.tensor([[0.0, 0.0, 100.0, 1e4]]))
 
 
 @needs_native
@@ -150,7 +158,7 @@ def test_split(batch: int, t: int, heads: int, kv: int) -> None:
 def test_actions_are_close(tiny_path: Path) -> None:
     """Limits of `pi0 verify`; tiny layers average less rounding away than real ones."""
     checkpoint = open_checkpoint(tiny_path)
-    inputs, noise = random_inputs(PRESETS["tiny"], 2, 6, 0)
+    inputs, noise = random_inputs(CONFIG, 2, 6, 0)
     exact, close = (
         make_engine("cpu", checkpoint, None, dtype).sample(inputs, noise)
         for dtype in ("float32", "int8")
@@ -164,11 +172,12 @@ def test_actions_are_close(tiny_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["int8", "float32"])
 def test_damaged_weights_are_refused(tiny_path: Path, tmp_path: Path, dtype: str) -> None:
     """Quantised, a NaN would pass for a number."""
+    shutil.copytree(tiny_path, tmp_path, dirs_exist_ok=True)
     tensors = load_file(tiny_path / "model.safetensors")
-    name = next(n for n in tensors if n.endswith("layers.1.mlp.up_proj.weight"))
+    name = next(n for n in tensors if n.endswith("layers.0.mlp.up_proj.weight"))
     tensors[name][3, 5] = float("nan")
     save_file(tensors, tmp_path / "model.safetensors")
-    inputs, noise = random_inputs(PRESETS["tiny"], 2, 6, 0)
+    inputs, noise = random_inputs(CONFIG, 2, 6, 0)
     with pytest.raises(Pi0Error, match="expected finite"):
         make_engine("cpu", open_checkpoint(tmp_path), None, dtype).sample(inputs, noise)
 
@@ -176,7 +185,7 @@ def test_damaged_weights_are_refused(tiny_path: Path, tmp_path: Path, dtype: str
 def test_without_a_compiler(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slower, with a warning, and within rounding of the same actions."""
     checkpoint = open_checkpoint(tiny_path)
-    inputs, noise = random_inputs(PRESETS["tiny"], 2, 6, 0)
+    inputs, noise = random_inputs(CONFIG, 2, 6, 0)
     expected = make_engine("cpu", checkpoint, None, "int8").sample(inputs, noise)
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.warns(UserWarning, match=r"engine cpu: slower than it could be: .+\."):

@@ -22,7 +22,7 @@ from pi0.model import Tap
 from pi0.model.pi0 import no_tap
 
 SCHEMES = {
-    "float32": Scheme(torch.float32),
+    "float32": Scheme(torch.float32, part=2048),
     "int8": Scheme(torch.float32, {".*": torch.int8}),
 }
 

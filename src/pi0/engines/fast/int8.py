@@ -42,8 +42,7 @@ class Int8Kernels(Kernels):
 
 
 class NativeKernels(Int8Kernels):
-    """The same in native code, but for matrices that do not come in whole blocks. What is not
-    matrices helps float32, too."""
+    """The same in native code, float32 too, but for matrices that do not come in whole blocks."""
 
     def __init__(self, native: Native) -> None:
         self._native = native
@@ -51,16 +50,22 @@ class NativeKernels(Int8Kernels):
     def prepare(self, weights: Weights) -> None:
         for matrix in weights.matrices.values():
             n, k = matrix.weight.shape
-            if matrix.scale is not None and n % BLOCK == 0 and k % 4 == 0:
+            if n % BLOCK or k % 4:
+                continue
+            if matrix.scale is None:
+                packed = torch.empty(n // BLOCK, k, BLOCK)
+                self._native("pack_float", n, k, matrix.weight, packed)
+            else:
                 packed = torch.empty(n // BLOCK, k // 4, BLOCK, 4, dtype=torch.int8)
                 matrix.offset = torch.empty(n, dtype=torch.int32)
                 self._native("pack", n, k, matrix.weight, packed, matrix.offset)
-                matrix.weight = packed
+            matrix.weight = packed
 
     def operand(self, x: Tensor, into: Matrix) -> Any:
-        if into.offset is None:
+        if not is_packed(into):
             return super().operand(x, into)
-        return self._quantise("quantise", x.contiguous())
+        x = x.contiguous()
+        return x if into.scale is None else self._quantise("quantise", x)
 
     def rms_norm(self, x: Tensor, weight: Tensor, into: Matrix) -> Any:
         if into.offset is None:
@@ -73,22 +78,19 @@ class NativeKernels(Int8Kernels):
         return self._quantise("layer_norm", x, weight, bias, LAYER_EPS)
 
     def project(self, a: Any, matrix: Matrix, residual: Tensor | None = None) -> Tensor:
-        if matrix.offset is None:
+        if not is_packed(matrix):
             return super().project(a, matrix, residual)
         return self._multiply(LINEAR, a, matrix, residual)
 
     def gelu(self, a: Any, first: Matrix, into: Matrix) -> Any:
-        if first.offset is None:
+        if not is_packed(first):
             return super().gelu(a, first, into)
         return self.operand(self._multiply(GELU, a, first), into)
 
     def geglu(self, a: Any, gate_up: Matrix, into: Matrix) -> Any:
-        if gate_up.offset is not None and len(gate_up.offset) % (2 * BLOCK) == 0:
-            return self.operand(self._multiply(GEGLU, a, gate_up), into)
-        product = self.project(a, gate_up)
-        hidden = product.new_empty(len(product), product.shape[1] // 2)
-        self._native("geglu", *hidden.shape, product, hidden)
-        return self.operand(hidden, into)
+        if not is_packed(gate_up) or len(gate_up.weight) % 2:
+            return super().geglu(a, gate_up, into)
+        return self.operand(self._multiply(GEGLU, a, gate_up), into)
 
     def split(self, qkv: Tensor, rotation: Rotation, k: Tensor, v: Tensor) -> Tensor:
         batch, tokens = qkv.shape[:2]
@@ -113,18 +115,22 @@ class NativeKernels(Int8Kernels):
         return out.view(len(q) * q.shape[1], -1)
 
     def _multiply(
-        self, kind: int, a: Quantised, matrix: Matrix, residual: Tensor | None = None
+        self, kind: int, a: Tensor | Quantised, matrix: Matrix, residual: Tensor | None = None
     ) -> Tensor:
         """The finished product [R, N] float32; of half as many columns for GEGLU."""
-        assert matrix.offset is not None
-        rows, k = a.values.shape
-        columns = len(matrix.offset) // (2 if kind == GEGLU else 1)
-        out = torch.empty(rows, columns)
+        x, scale = a if isinstance(a, Quantised) else (a, None)
+        columns = len(matrix.weight) * BLOCK // (2 if kind == GEGLU else 1)
+        out = torch.empty(len(x), columns)
         weights = matrix.weight, matrix.offset, matrix.scale, matrix.bias
-        self._native("multiply", kind, rows, columns, k, *a, *weights, residual, out)
+        self._native("multiply", kind, *out.shape, x.shape[1], x, scale, *weights, residual, out)
         return out
 
     def _quantise(self, name: str, x: Tensor, *arguments: Argument) -> Quantised:
         out = Quantised(torch.empty_like(x, dtype=torch.uint8), x.new_empty(len(x)))
         self._native(name, *x.shape, x, *arguments, *out)
         return out
+
+
+def is_packed(matrix: Matrix) -> bool:
+    """Whether a matrix is in the form of native.c; others are [N, K]."""
+    return matrix.weight.ndim > 2

@@ -1,4 +1,4 @@
-/* Eight-bit matrix products, and what lies between two of them, each in one pass over a row.
+/* Matrix products in eight bits and float32, and what lies between two of them, each in one pass over a row.
 
    Rows are independent and shared among threads. A quantised row is its values times 127 / the
    largest magnitude, rounded to even, plus 128, since the processor multiplies bytes without a sign
@@ -9,7 +9,8 @@
 #include <stdint.h>
 #include <string.h>
 
-#define ROWS _Pragma("omp parallel for schedule(static)") for (int64_t i = 0; i < rows; i++)
+#define ROWS_OF(n) _Pragma("omp parallel for schedule(static)") for (int64_t i = 0; i < n; i++)
+#define ROWS ROWS_OF(rows)
 
 static void quantise_row(const float *x, int64_t n, uint8_t *q, float *scale) {
     float largest = 0;
@@ -65,14 +66,6 @@ void layer_norm(int64_t rows, int64_t n, const float *x, const float *weight, co
     }
 }
 
-/* Gate times up, of products that are not quantised: gate_up is [rows, 2n]. */
-void geglu(int64_t rows, int64_t n, const float *gate_up, float *out) {
-    ROWS {
-        const float *gate = gate_up + 2 * i * n, *up = gate + n;
-        for (int64_t j = 0; j < n; j++) out[i * n + j] = gelu(gate[j]) * up[j];
-    }
-}
-
 /* Of qkv [rows, heads + 2 kv, 2 half]: queries and keys, rotated, and values, each to its own place.
    cosine and sine are [rows, half]. */
 void split(int64_t rows, int64_t heads, int64_t kv, int64_t half, const float *qkv,
@@ -114,7 +107,7 @@ void softmax(int64_t rows, int64_t n, float factor, const uint8_t *valid, float 
 /* weight [n, k] into blocks [n / BLOCK, k / 4, BLOCK, 4], and what the 128 in every activation adds
    to a product, with its sign turned. n is a multiple of BLOCK, k of 4. */
 void pack(int64_t n, int64_t k, const int8_t *weight, int8_t *packed, int32_t *offset) {
-    _Pragma("omp parallel for schedule(static)") for (int64_t i = 0; i < n; i++) {
+    ROWS_OF(n) {
         int8_t *out = packed + i / BLOCK * BLOCK * k + i % BLOCK * 4;
         int32_t sum = 0;
         for (int64_t j = 0; j < k; j++) {
@@ -125,85 +118,142 @@ void pack(int64_t n, int64_t k, const int8_t *weight, int8_t *packed, int32_t *o
     }
 }
 
-/* `height` rows of x by `blocks` blocks, the first half of them at `first`, the others at `second`.
-   Inlined for every size, so that sums stay in registers. */
-static inline __attribute__((always_inline)) void sums(
-    const int height, const int blocks, int64_t k, const uint8_t *x, const int8_t *first,
-    const int8_t *second, const int32_t *first_offset, const int32_t *second_offset,
-    const int8_t *ahead, int32_t *out) {
+/* The same of float32: [n / BLOCK, k, BLOCK]. */
+void pack_float(int64_t n, int64_t k, const float *weight, float *packed) {
+    ROWS_OF(n) {
+        float *out = packed + i / BLOCK * BLOCK * k + i % BLOCK;
+        for (int64_t j = 0; j < k; j++) out[j * BLOCK] = weight[i * k + j];
+    }
+}
+
+/* Products of `height` rows by `blocks` blocks, the first half of them at `first`, the others at
+   `second`. Inlined for every size, so that sums stay in registers. Meanwhile a block of those that
+   follow, `ahead`, comes from memory. */
+#define EACH(i, n) _Pragma("GCC unroll 6") for (int i = 0; i < n; i++)
+#define INLINED static inline __attribute__((always_inline)) void
+
+INLINED integer_sums(const int height, const int blocks, int64_t k, const uint8_t *x,
+                     const int8_t *first, const int8_t *second, const int32_t *first_offset,
+                     const int32_t *second_offset, const int8_t *ahead, int32_t *out) {
     const int half = (blocks + 1) / 2;
     __m512i sum[HEIGHT][TILE];
-    for (int r = 0; r < height; r++)
-        for (int b = 0; b < blocks; b++)
+    EACH(r, height)
+        EACH(b, blocks)
             sum[r][b] = _mm512_loadu_si512(b < half ? first_offset + b * BLOCK
                                                     : second_offset + (b - half) * BLOCK);
     for (int64_t j = 0; j < k; j += 4) {
         __m512i w[TILE];
         _mm_prefetch(ahead + j * BLOCK, _MM_HINT_T1);
-        for (int b = 0; b < blocks; b++)
+        EACH(b, blocks)
             w[b] = _mm512_loadu_si512(b < half ? first + (b * k + j) * BLOCK
                                                : second + ((b - half) * k + j) * BLOCK);
-        for (int r = 0; r < height; r++) {
+        EACH(r, height) {
             __m512i v = _mm512_set1_epi32(*(const int32_t *)(x + r * k + j));
-            for (int b = 0; b < blocks; b++) sum[r][b] = _mm512_dpbusd_epi32(sum[r][b], v, w[b]);
+            EACH(b, blocks) sum[r][b] = _mm512_dpbusd_epi32(sum[r][b], v, w[b]);
         }
     }
-    for (int r = 0; r < height; r++)
-        for (int b = 0; b < blocks; b++)
+    EACH(r, height)
+        EACH(b, blocks)
             _mm512_storeu_si512(out + (r * TILE + b) * BLOCK, sum[r][b]);
+}
+
+INLINED float_sums(const int height, const int blocks, int64_t k, const float *x,
+                   const float *first, const float *second, const float *ahead, float *out) {
+    const int half = (blocks + 1) / 2;
+    __m512 sum[HEIGHT][TILE];
+    EACH(r, height)
+        EACH(b, blocks) sum[r][b] = _mm512_setzero_ps();
+    for (int64_t j = 0; j < k; j++) {
+        __m512 w[TILE];
+        _mm_prefetch((const char *)(ahead + j * BLOCK), _MM_HINT_T1);
+        EACH(b, blocks)
+            w[b] = _mm512_loadu_ps(b < half ? first + (b * k + j) * BLOCK
+                                            : second + ((b - half) * k + j) * BLOCK);
+        EACH(r, height) {
+            __m512 v = _mm512_set1_ps(x[r * k + j]);
+            EACH(b, blocks) sum[r][b] = _mm512_fmadd_ps(v, w[b], sum[r][b]);
+        }
+    }
+    EACH(r, height)
+        EACH(b, blocks)
+            _mm512_storeu_ps(out + (r * TILE + b) * BLOCK, sum[r][b]);
+}
+
+#define CASES(h) CASE(h, 1) CASE(h, 2) CASE(h, 3) CASE(h, 4)
+#define ALL_CASES CASES(1) CASES(2) CASES(3) CASES(4) CASES(5) CASES(6)
+
+static __attribute__((noinline)) void integer_tile(
+    int height, int blocks, int64_t k, const uint8_t *x, const int8_t *first, const int8_t *second,
+    const int32_t *o1, const int32_t *o2, const int8_t *ahead, float *sum) {
+    int32_t out[HEIGHT * TILE * BLOCK];
+#define CASE(h, b) case (h) * 8 + (b): integer_sums(h, b, k, x, first, second, o1, o2, ahead, out); break;
+    switch (height * 8 + blocks) { ALL_CASES }
+#undef CASE
+    for (int j = 0; j < height * TILE * BLOCK; j++) sum[j] = out[j];
+}
+
+static __attribute__((noinline)) void float_tile(
+    int height, int blocks, int64_t k, const float *x, const float *first, const float *second,
+    const float *ahead, float *out) {
+#define CASE(h, b) case (h) * 8 + (b): float_sums(h, b, k, x, first, second, ahead, out); break;
+    switch (height * 8 + blocks) { ALL_CASES }
+#undef CASE
 }
 
 enum { LINEAR, GELU, GEGLU };
 
-/* What becomes of the sums of some rows, of columns from `at` on. */
-static void finish(int kind, int height, int width, int64_t at, int64_t n, const int32_t *sum,
+/* What becomes of the sums of some rows, of columns from `at` on. Without scales they are 1. */
+static void finish(int kind, int height, int width, int64_t at, int64_t n, float *sum,
                    const float *row_scale, const float *column_scale, const float *bias,
                    const float *residual, float *out) {
-    const float *c = column_scale + at;
     for (int r = 0; r < height; r++, sum += TILE * BLOCK) {
-        const float s = row_scale[r];
         float *o = out + r * n + at;
+        const int half = width / 2;
+        if (row_scale) {
+            const float s = row_scale[r], *first = column_scale + at;
+            const float *second = first + (kind == GEGLU ? n : half);
+            for (int j = 0; j < half; j++) sum[j] *= s * first[j];
+            for (int j = half; j < width; j++) sum[j] *= s * second[j - half];
+        }
         if (kind == GEGLU) {
-            const float *up_scale = c + n;
-            for (int j = 0; j < width / 2; j++)
-                o[j] = gelu(sum[j] * s * c[j]) * (sum[width / 2 + j] * s * up_scale[j]);
+            for (int j = 0; j < half; j++) o[j] = gelu(sum[j]) * sum[half + j];
             continue;
         }
-        float value[TILE * BLOCK];
-        for (int j = 0; j < width; j++) value[j] = sum[j] * s * c[j];
-        if (bias) for (int j = 0; j < width; j++) value[j] += bias[at + j];
-        if (residual) for (int j = 0; j < width; j++) value[j] += residual[r * n + at + j];
-        if (kind == GELU) for (int j = 0; j < width; j++) value[j] = gelu(value[j]);
-        memcpy(o, value, width * sizeof(float));
+        if (bias) for (int j = 0; j < width; j++) sum[j] += bias[at + j];
+        if (residual) for (int j = 0; j < width; j++) sum[j] += residual[r * n + at + j];
+        if (kind == GELU) for (int j = 0; j < width; j++) sum[j] = gelu(sum[j]);
+        memcpy(o, sum, width * sizeof(float));
     }
 }
 
 /* The product of x [rows, k] and packed weights, with scales, bias and residual (which may be
    missing), and perhaps an activation: out [rows, n], where n is half of the weights' outputs for
-   GEGLU, whose gates come first and whose ups follow. A thread takes strips of TILE blocks, whose
-   weights stay in its cache while all rows pass by. */
-void multiply(int64_t kind, int64_t rows, int64_t n, int64_t k, const uint8_t *x,
-              const float *row_scale, const int8_t *packed, const int32_t *offset,
+   GEGLU, whose gates come first and whose ups follow. Weights are float32, and so is x, if there is
+   no offset. A thread takes strips of TILE blocks, whose weights stay in its cache while all rows
+   pass by. */
+void multiply(int64_t kind, int64_t rows, int64_t n, int64_t k, const char *x,
+              const float *row_scale, const char *packed, const int32_t *offset,
               const float *column_scale, const float *bias, const float *residual, float *out) {
     const int64_t all = n / BLOCK, step = kind == GEGLU ? TILE / 2 : TILE;
+    const int64_t size = offset ? 1 : sizeof(float), block = BLOCK * k * size;
     _Pragma("omp parallel for schedule(static)") for (int64_t at = 0; at < all; at += step) {
         const int count = all - at < step ? all - at : step;
         const int blocks = kind == GEGLU ? 2 * count : count;
         const int64_t other = at + (kind == GEGLU ? all : (blocks + 1) / 2);
-        const int8_t *first = packed + at * BLOCK * k, *second = packed + other * BLOCK * k;
+        const void *first = packed + at * block, *second = packed + other * block;
         const int32_t *o1 = offset + at * BLOCK, *o2 = offset + other * BLOCK;
-        int32_t sum[HEIGHT * TILE * BLOCK];
+        float sum[HEIGHT * TILE * BLOCK];
         for (int64_t i = 0; i < rows; i += HEIGHT) {
             const int height = rows - i < HEIGHT ? rows - i : HEIGHT;
-            const uint8_t *a = x + i * k;
-            const int64_t block = i / HEIGHT % TILE; /* of the next strip, to come from memory */
-            const int8_t *ahead = block < TILE / 2 ? first + (step + block) * BLOCK * k
-                                                   : second + (step + block - TILE / 2) * BLOCK * k;
-#define CASE(h, b) case (h) * 8 + (b): sums(h, b, k, a, first, second, o1, o2, ahead, sum); break;
-#define CASES(h) CASE(h, 1) CASE(h, 2) CASE(h, 3) CASE(h, 4)
-            switch (height * 8 + blocks) { CASES(1) CASES(2) CASES(3) CASES(4) CASES(5) CASES(6) }
-            finish(kind, height, blocks * BLOCK, at * BLOCK, n, sum, row_scale + i, column_scale,
-                   bias, residual ? residual + i * n : 0, out + i * n);
+            const int64_t next = i / HEIGHT % TILE;
+            const void *a = x + i * k * size;
+            const void *ahead = packed + (next < TILE / 2 ? at + step + next
+                                                          : other + step + next - TILE / 2) * block;
+            if (offset) integer_tile(height, blocks, k, a, first, second, o1, o2, ahead, sum);
+            else float_tile(height, blocks, k, a, first, second, ahead, sum);
+            finish(kind, height, blocks * BLOCK, at * BLOCK, n, sum,
+                   row_scale ? row_scale + i : 0, column_scale, bias,
+                   residual ? residual + i * n : 0, out + i * n);
         }
     }
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 from pi0.checkpoint.files import TORCH_DTYPES, stream
 from pi0.checkpoint.load import POSITION, Checkpoint, Progress, check, empty_model
 from pi0.config import GemmaConfig, Pi0Config
+from pi0.errors import CheckpointError
 from pi0.model.siglip import resize_positions
 
 BLOCK = re.compile(r"(vision_tower|vlm|expert)\.blocks\.(\d+)\.(\w+)\.(weight|bias)")
@@ -170,6 +171,13 @@ def pack(
         elif ours in weights.tensors:
             weights.tensors[ours][rows].copy_(values)
         progress(values.nbytes)
+    for name, matrix in weights.matrices.items():
+        # A NaN would pass for a number; in float32 it shows in the actions.
+        if matrix.scale is not None and not torch.isfinite(matrix.scale).all():
+            raise CheckpointError(
+                f"{checkpoint.path}: expected finite weights, found NaN or infinite ones in "
+                f"{name}. The file is damaged: copy or download it again."
+            )
     _fold(weights)
     return weights
 

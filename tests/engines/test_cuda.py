@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pi0.checkpoint.load import open_checkpoint
 from pi0.engines.base import make_engine
-from pi0.engines.fast.cuda import BUCKET, SCHEMES, guard
+from pi0.engines.fast import fp8
+from pi0.engines.fast.cuda import BUCKET, choose_scheme, guard
+from pi0.engines.fast.fp8 import Fp8Kernels
 from pi0.engines.fast.graph import LIMIT, Call, Graph, Graphs
-from pi0.engines.fast.kernels import Kernels
 from pi0.engines.fast.network import Network
 from pi0.engines.fast.plan import make_plan
 from pi0.engines.fast.weights import pack
@@ -43,7 +44,14 @@ WAITING = {
 
 @pytest.fixture(scope="module")
 def network(tiny_path: Path) -> Network:
-    return Network(pack(open_checkpoint(tiny_path), SCHEMES["float32"]), Kernels())
+    return make_network(tiny_path, "float32")
+
+
+def make_network(path: Path, precision: str) -> Network:
+    """As the engine makes it where there is no Triton."""
+    opened = open_checkpoint(path)
+    weights = fp8.finish(pack(opened, choose_scheme(opened, precision)[0]))
+    return Network(weights, Fp8Kernels())
 
 
 def call_of(network: Network, inputs: ModelInputs, noise: Tensor, steps: int = 3) -> Call:

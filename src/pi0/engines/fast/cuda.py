@@ -16,22 +16,27 @@ from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint
 from pi0.engines.base import Engine, need_finite
+from pi0.engines.fast import fp8
+from pi0.engines.fast.fp8 import Fp8Kernels
 from pi0.engines.fast.graph import Call, Graphs, copy
 from pi0.engines.fast.kernels import Kernels
 from pi0.engines.fast.network import Cache, Network
 from pi0.engines.fast.plan import Plan, make_plan
-from pi0.engines.fast.weights import Scheme, pack
+from pi0.engines.fast.weights import Matrix, Scheme, pack
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
 from pi0.model import Tap
 from pi0.model.pi0 import no_tap
+from pi0.model.precision import parse_dtype
 
 BUCKET = 16  # prefix tokens are rounded up to a multiple, so that like prompts share a graph
 WHOLE = 2**31  # the MLPs are not cut: a GPU's caches hold no part of their weights anyway
-SCHEMES = {
-    "bfloat16": Scheme(torch.bfloat16, part=WHOLE),
-    "float32": Scheme(torch.float32, part=WHOLE),
-}
+PRECISIONS = ("bfloat16", "fp8", "float32")
+PLAIN = (
+    "engine cuda: Triton's fused kernels cannot be used ({why}); plain PyTorch's are used, which "
+    "are slower."
+)
+FP8_CAPABILITY = (8, 9)  # Ada, Hopper and newer
 
 
 class CudaEngine(Engine):
@@ -41,7 +46,7 @@ class CudaEngine(Engine):
         notes: sentences on what was chosen for this device, and why.
     """
 
-    precisions = tuple(SCHEMES)
+    precisions = PRECISIONS
 
     def __init__(
         self,
@@ -52,10 +57,15 @@ class CudaEngine(Engine):
         progress: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.device = find_device(device or "cuda")
-        kernels, self.notes = choose_kernels()
+        if dtype == "fp8":
+            check_fp8(self.device)
+        scheme, kept = choose_scheme(checkpoint, dtype)
+        with on_device(self.device):
+            kernels, chosen = choose_kernels(self.device, scheme)
+        self.notes = [*chosen, *kept]
         for note in self.notes:
-            warnings.warn(note, stacklevel=2)
-        weights = pack(checkpoint, SCHEMES[dtype], image_size, progress).to(self.device)
+            warnings.warn(note, stacklevel=3)
+        weights = fp8.finish(pack(checkpoint, scheme, image_size, progress)).to(self.device)
         self.config = weights.config
         self.network = Network(weights, kernels)
         self.graphs = Graphs(self.network, self.device)
@@ -142,6 +152,45 @@ def find_device(name: str) -> torch.device:
     )
 
 
-def choose_kernels() -> tuple[Kernels, list[str]]:
-    """The fastest kernels that work on the current device, and notes on what does not."""
-    return Kernels(), []
+def check_fp8(device: torch.device) -> None:
+    """Raises EngineError if this device or PyTorch has no products of e4m3 with scales a row."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY:
+        raise EngineError(
+            f"dtype fp8: expected a device of compute capability {_dotted(FP8_CAPABILITY)} or "
+            f"newer, found {_dotted(capability)} ({torch.cuda.get_device_name(device)}). "
+            "Use --dtype bfloat16."
+        )
+    values, scale = torch.zeros(16, 16, device=device, dtype=fp8.FP8), torch.ones(16, device=device)
+    try:
+        fp8.multiply(fp8.Rows(values, scale[:, None]), Matrix(values, scale=scale))
+    except RuntimeError as error:
+        raise EngineError(
+            f"dtype fp8: expected a PyTorch with row-wise scaled products for this device, found "
+            f"{torch.__version__} ({error}). Use --dtype bfloat16, or a newer PyTorch."
+        ) from error
+
+
+def choose_scheme(checkpoint: Checkpoint, precision: str) -> tuple[Scheme, list[str]]:
+    """How weights are packed for a precision, and notes on what stays coarser or finer."""
+    if precision == "fp8":
+        return fp8.make_scheme(checkpoint.config, WHOLE)
+    return Scheme(parse_dtype(precision), part=WHOLE), []
+
+
+def choose_kernels(device: torch.device, scheme: Scheme) -> tuple[Kernels, list[str]]:
+    """The fastest kernels that work on the current device, and notes on why others do not."""
+    try:
+        from pi0.engines.fast.triton_check import Unavailable, check
+        from pi0.engines.fast.triton_kernels import TritonKernels
+    except ImportError as error:
+        return Fp8Kernels(), [PLAIN.format(why=error)]
+    try:
+        check(device, scheme.dtype, fp8.FP8 in scheme.kinds.values())
+    except Unavailable as why:
+        return Fp8Kernels(), [PLAIN.format(why=why)]
+    return TritonKernels(), []
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))

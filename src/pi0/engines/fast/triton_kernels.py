@@ -30,6 +30,8 @@ GELU_SCALE = tl.constexpr(1.5957691216057308)
 GELU_CUBE = tl.constexpr(0.044715)
 UNSEEN = tl.constexpr(-1e30)  # a logit that no key reaches
 
+# a·b + c rounded once: Triton's default up to 3.9, which warns if it is not asked for.
+FUSED = {"enable_fp_fusion": True}
 COLUMNS = 1024  # of a row, that a program computes where a row need not be one program
 QUERIES, KEYS = 32, 32  # rows and columns of the logits that a program holds
 SHARE = 128  # keys that one program goes through
@@ -60,6 +62,7 @@ class TritonKernels(Fp8Kernels):
         return _activate(self.project(a, gate_up), into, gelu=True, gated=True)
 
     def split(self, qkv: Tensor, rotation: Rotation, k: Tensor, v: Tensor) -> Tensor:
+        qkv = qkv.contiguous()
         batch, tokens = qkv.shape[:2]
         kv_heads, width = k.shape[2:]
         q_heads = qkv.shape[2] // width - 2 * kv_heads
@@ -71,6 +74,7 @@ class TritonKernels(Fp8Kernels):
             *(q_heads, kv_heads, width // 2),
             triton.next_power_of_2(q_heads + 2 * kv_heads),
             triton.next_power_of_2(width // 2),
+            **FUSED,
         )
         return q
 
@@ -81,11 +85,14 @@ class TritonKernels(Fp8Kernels):
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, into: Matrix) -> Any:
+    x = x.contiguous()  # the patches of one view come transposed
     rows, width = x.shape
     out, scale = _room(x, width, into)
     block = triton.next_power_of_2(width)
     _norm_kernel[(rows,)](
-        x, weight, bias, out, scale, width, eps, bias is not None, block, num_warps=_warps(block)
+        *(x, weight, bias, out, scale, width, eps, bias is not None, block),
+        num_warps=_warps(block),
+        **FUSED,
     )
     return out if scale is None else Rows(out, scale)
 
@@ -98,7 +105,9 @@ def _activate(x: Tensor, into: Matrix, gelu: bool, gated: bool) -> Any:
     if scale is None:
         block = min(block, COLUMNS)
     grid = (rows, triton.cdiv(width, block))
-    _activate_kernel[grid](x, out, scale, width, gelu, gated, block, num_warps=_warps(block))
+    _activate_kernel[grid](
+        x, out, scale, width, gelu, gated, block, num_warps=_warps(block), **FUSED
+    )
     return out if scale is None else Rows(out, scale)
 
 
@@ -127,10 +136,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
         *(q, k, v, valid, sums, stats, rows, keys, kv_heads, group, width, width**-0.5),
         *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], valid.stride(0)),
         *(QUERIES, KEYS, SHARE, block),
+        **FUSED,
     )
     _join_kernel[(rows, pairs)](
         *(sums, stats, out, rows, shares, kv_heads, group, width),
         *(triton.next_power_of_2(shares), block),
+        **FUSED,
     )
     return out
 
@@ -267,8 +278,8 @@ def _attend_kernel(
     lane = tl.arange(0, WIDTH)
     asked = (query < rows)[:, None] & (lane < width)[None]
     head = kv_head * group + query % group
-    at = batch * q_row + (query // group) * q_token + head * width
-    queries = tl.load(q + at[:, None] + lane[None], mask=asked, other=0.0)
+    source = batch * q_row + (query // group) * q_token + head * width
+    queries = tl.load(q + source[:, None] + lane[None], mask=asked, other=0.0)
     peak = tl.full([QUERIES], UNSEEN, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     summed = tl.zeros([QUERIES, WIDTH], tl.float32)
@@ -276,10 +287,10 @@ def _attend_kernel(
         key = share * SHARE + start + tl.arange(0, KEYS)
         seen = tl.load(valid + batch * valid_row + key, mask=key < keys, other=0) != 0
         there = (key < keys)[:, None] & (lane < width)[None]
-        at = key[:, None] * k_token + lane[None] + batch * k_row + kv_head * width
-        some_keys = tl.load(k + at, mask=there, other=0.0)
-        at = key[:, None] * v_token + lane[None] + batch * v_row + kv_head * width
-        some_values = tl.load(v + at, mask=there, other=0.0)
+        of_keys = batch * k_row + key[:, None] * k_token + kv_head * width + lane[None]
+        some_keys = tl.load(k + of_keys, mask=there, other=0.0)
+        of_values = batch * v_row + key[:, None] * v_token + kv_head * width + lane[None]
+        some_values = tl.load(v + of_values, mask=there, other=0.0)
         logits = tl.dot(queries, tl.trans(some_keys), input_precision="ieee") * factor
         logits = tl.where(seen[None], logits, UNSEEN)
         higher = tl.maximum(peak, tl.max(logits, 1))

@@ -55,8 +55,9 @@ def network(tiny_path: Path) -> Network:
 def make_network(path: Path, precision: str) -> Network:
     """As the engine makes it where there is no Triton."""
     opened = open_checkpoint(path)
-    weights = fp8.finish(pack(opened, choose_scheme(opened, precision)[0]))
-    return Network(weights, Fp8Kernels())
+    weights, kernels = pack(opened, choose_scheme(opened, precision)[0]), Fp8Kernels()
+    kernels.prepare(weights)
+    return Network(weights, kernels)
 
 
 def call_of(network: Network, inputs: ModelInputs, noise: Tensor, steps: int = 3) -> Call:

@@ -65,7 +65,8 @@ class CudaEngine(Engine):
         self.notes = [*chosen, *kept]
         for note in self.notes:
             warnings.warn(note, stacklevel=3)
-        weights = fp8.finish(pack(checkpoint, scheme, image_size, progress)).to(self.device)
+        weights = pack(checkpoint, scheme, image_size, progress).to(self.device)
+        kernels.prepare(weights)
         self.config = weights.config
         self.network = Network(weights, kernels)
         self.graphs = Graphs(self.network, self.device)

@@ -29,6 +29,12 @@ class Rows(NamedTuple):
 class Fp8Kernels(Kernels):
     """Operands of quantised matrices are quantised, in plain PyTorch; all else is bfloat16."""
 
+    def prepare(self, weights: Weights) -> None:
+        """Biases in bfloat16, as `_scaled_mm` wants them."""
+        for matrix in weights.matrices.values():
+            if matrix.scale is not None and matrix.bias is not None:
+                matrix.bias = matrix.bias.bfloat16()
+
     def operand(self, x: Tensor, into: Matrix) -> Any:
         if into.scale is None:
             return x
@@ -74,11 +80,3 @@ def make_scheme(config: Pi0Config, part: int) -> tuple[Scheme, list[str]]:
             )
     kinds[".*"] = FP8
     return Scheme(torch.bfloat16, kinds, part), notes
-
-
-def finish(weights: Weights) -> Weights:
-    """Biases in bfloat16, as `_scaled_mm` wants them; in place."""
-    for matrix in weights.matrices.values():
-        if matrix.scale is not None and matrix.bias is not None:
-            matrix.bias = matrix.bias.bfloat16()
-    return weights

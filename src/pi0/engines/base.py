@@ -25,6 +25,7 @@ from pi0.model.precision import parse_dtype
 ENGINES = {
     "reference": "pi0.engines.reference:ReferenceEngine",
     "cpu": "pi0.engines.fast.cpu:CpuEngine",
+    "cuda": "pi0.engines.fast.cuda:CudaEngine",
     "ttnn": "pi0.engines.tenstorrent.engine:TtnnEngine",
     "ttnn-host": "pi0.engines.tenstorrent.engine:TtnnHostEngine",
     "transformers": "pi0.outside.engine:TransformersEngine",

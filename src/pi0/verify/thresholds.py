@@ -54,6 +54,17 @@ THRESHOLDS: dict[str, dict[str, Threshold]] = {
         "sequence": EXACT,
         "masked_content": UNSEEN,
     },
+    "fp8": {
+        "*": Threshold(
+            0.99, 0.15, "e4m3 has 3 bits of mantissa: 0.05 to 0.07 through three towers"
+        ),
+        "token_embedding": Threshold(0.9999, 0.006, "one product, rounded to bfloat16"),
+        "suffix": Threshold(0.9999, 0.006, "computed in float32, rounded once to bfloat16"),
+        "actions": Threshold(0.998, 0.05, "noise, which is exact, is most of them: 0.01 to 0.02"),
+        "sample": Threshold(0.998, 0.05, "as actions"),
+        "sequence": EXACT,
+        "masked_content": UNSEEN,
+    },
 }
 
 

@@ -57,7 +57,8 @@ def quantise_rows(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     Symmetric; the largest magnitude of a row becomes the largest of the dtype.
     """
     limit = INT8_MAX if dtype == torch.int8 else torch.finfo(dtype).max
-    largest = values.abs().amax(dim=1).clamp_min_(torch.finfo(torch.float32).tiny)
+    # A row of zeros has to have a scale whose inverse is finite.
+    largest = values.abs().amax(dim=1).clamp_min_(limit * torch.finfo(torch.float32).tiny)
     scaled = values * (limit / largest)[:, None]
     return (scaled.round_() if dtype == torch.int8 else scaled).to(dtype), largest / limit
 

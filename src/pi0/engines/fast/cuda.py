@@ -1,0 +1,197 @@
+"""Engine `cuda`: a sampling call is one CUDA graph; see `graph.py`.
+
+Fused operations are Triton's where Triton works, else plain PyTorch's: `notes` says what was chosen
+and why.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pi0.checkpoint.load import Checkpoint
+from pi0.engines.base import Engine, need_finite
+from pi0.engines.fast import fp8
+from pi0.engines.fast.fp8 import Fp8Kernels
+from pi0.engines.fast.graph import Call, Graphs, copy
+from pi0.engines.fast.kernels import Kernels
+from pi0.engines.fast.network import Cache, Network
+from pi0.engines.fast.plan import Plan, make_plan
+from pi0.engines.fast.weights import Matrix, Scheme, pack
+from pi0.errors import EngineError
+from pi0.inputs import ModelInputs
+from pi0.model import Tap
+from pi0.model.pi0 import no_tap
+from pi0.model.precision import parse_dtype
+
+BUCKET = 16  # prefix tokens are rounded up to a multiple, so that like prompts share a graph
+WHOLE = 2**31  # the MLPs are not cut: a GPU's caches hold no part of their weights anyway
+PRECISIONS = ("bfloat16", "fp8", "float32")
+PLAIN = (
+    "engine cuda: Triton's fused kernels cannot be used ({why}); plain PyTorch's are used, which "
+    "are slower."
+)
+FP8_CAPABILITY = (8, 9)  # Ada, Hopper and newer
+
+
+class CudaEngine(Engine):
+    """See `Engine`. `prefill` and `velocity` launch the kernels that `sample` replays.
+
+    Attributes:
+        notes: sentences on what was chosen for this device, and why.
+    """
+
+    precisions = PRECISIONS
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: str | None = None,
+        dtype: str = "bfloat16",
+        image_size: int | None = None,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self.device = find_device(device or "cuda")
+        if dtype == "fp8":
+            check_fp8(self.device)
+        scheme, kept = choose_scheme(checkpoint, dtype)
+        with on_device(self.device):
+            kernels, chosen = choose_kernels(self.device, scheme)
+        self.notes = [*chosen, *kept]
+        for note in self.notes:
+            warnings.warn(note, stacklevel=3)
+        weights = pack(checkpoint, scheme, image_size, progress).to(self.device)
+        kernels.prepare(weights)
+        self.config = weights.config
+        self.network = Network(weights, kernels)
+        self.graphs = Graphs(self.network, self.device)
+
+    @torch.inference_mode()
+    def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> Cache:
+        plan = copy(self._plan(inputs), self.device)
+        with on_device(self.device):
+            return self.network.prefill(copy(inputs, self.device), plan, guard(tap))
+
+    @torch.inference_mode()
+    def velocity(
+        self, x_t: Tensor, t: Tensor, state: Tensor, cache: Cache, tap: Tap = no_tap
+    ) -> Tensor:
+        x_t, state = x_t.to(self.device), state.to(self.device)
+        if cache.state is not None and not torch.equal(cache.state, state):
+            cache = replace(cache, state=None)
+        with on_device(self.device):
+            terms = self.network.time_terms(t)
+            return self.network.velocity(x_t, terms, state, cache, guard(tap)).cpu()
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        inputs: ModelInputs,
+        noise: Tensor,
+        steps: int = 10,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """See `Engine.sample`; all steps are one launch, after which `on_step` is told of them."""
+        with on_device(self.device):
+            actions = self.graphs(Call(inputs, self._plan(inputs), noise, steps))
+        for _ in range(steps):
+            on_step()
+        return need_finite(actions)
+
+    def _plan(self, inputs: ModelInputs) -> Plan:
+        config = self.config
+        return make_plan(inputs, config.vision.num_patches, config.suffix_len, BUCKET)
+
+
+def guard(tap: Tap) -> Tap:
+    """A tap whose tensors stay as they are: kernels add residuals in place."""
+    return tap if tap is no_tap else lambda name, x: tap(name, x).clone()
+
+
+@contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Kernels go to this device; convolutions are exact (by default cuDNN's are TF32)."""
+    exact = torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    )
+    with torch.cuda.device(device), exact:
+        yield
+
+
+def find_device(name: str) -> torch.device:
+    """A CUDA device that is there.
+
+    Raises:
+        EngineError: the name is none, this PyTorch has no CUDA, or this machine has no such device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise EngineError(f"device: expected cuda or cuda:N, found {name!r}.") from error
+    if device.type != "cuda":
+        raise EngineError(
+            f"device: expected cuda or cuda:N for engine cuda, found {name!r}. Use --engine cpu."
+        )
+    if not torch.backends.cuda.is_built():
+        raise EngineError(
+            f"device {name}: expected a PyTorch built for CUDA, found {torch.__version__}. Install "
+            "one (pytorch.org), or use --engine cpu."
+        )
+    count = torch.cuda.device_count()
+    if not torch.cuda.is_available() or (device.index or 0) >= count:
+        raise EngineError(
+            f"device {name}: expected one of this machine's CUDA devices, found {count} of them. "
+            "See nvidia-smi, or use --engine cpu."
+        )
+    return torch.device(
+        "cuda", torch.cuda.current_device() if device.index is None else device.index
+    )
+
+
+def check_fp8(device: torch.device) -> None:
+    """Raises EngineError if this device or PyTorch has no products of e4m3 with scales a row."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FP8_CAPABILITY:
+        raise EngineError(
+            f"dtype fp8: expected a device of compute capability {_dotted(FP8_CAPABILITY)} or "
+            f"newer, found {_dotted(capability)} ({torch.cuda.get_device_name(device)}). "
+            "Use --dtype bfloat16."
+        )
+    values, scale = torch.zeros(16, 16, device=device, dtype=fp8.FP8), torch.ones(16, device=device)
+    try:
+        fp8.multiply(fp8.Rows(values, scale[:, None]), Matrix(values, scale=scale))
+    except RuntimeError as error:
+        raise EngineError(
+            f"dtype fp8: expected a PyTorch with row-wise scaled products for this device, found "
+            f"{torch.__version__} ({error}). Use --dtype bfloat16, or a newer PyTorch."
+        ) from error
+
+
+def choose_scheme(checkpoint: Checkpoint, precision: str) -> tuple[Scheme, list[str]]:
+    """How weights are packed for a precision, and notes on what stays coarser or finer."""
+    if precision == "fp8":
+        return fp8.make_scheme(checkpoint.config, WHOLE)
+    return Scheme(parse_dtype(precision), part=WHOLE), []
+
+
+def choose_kernels(device: torch.device, scheme: Scheme) -> tuple[Kernels, list[str]]:
+    """The fastest kernels that work on the current device, and notes on why others do not."""
+    try:
+        from pi0.engines.fast.triton_check import Unavailable, check
+        from pi0.engines.fast.triton_kernels import TritonKernels
+    except ImportError as error:
+        return Fp8Kernels(), [PLAIN.format(why=error)]
+    try:
+        check(device, scheme.dtype, fp8.FP8 in scheme.kinds.values())
+    except Unavailable as why:
+        return Fp8Kernels(), [PLAIN.format(why=why)]
+    return TritonKernels(), []
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))

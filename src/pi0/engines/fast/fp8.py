@@ -1,0 +1,82 @@
+"""Eight-bit floating point matrices (e4m3): a scale an output of a weight, a scale a token.
+
+Products are `torch._scaled_mm` with both scales, which sums in float32 and answers in bfloat16.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pi0.config import Pi0Config
+from pi0.engines.fast.kernels import Kernels
+from pi0.engines.fast.weights import Matrix, Scheme, Weights, quantise_rows
+
+FP8 = torch.float8_e4m3fn
+MULTIPLE = 16  # what `_scaled_mm` wants of both sizes of a weight
+
+
+class Rows(NamedTuple):
+    """values [R, E] e4m3 · scale [R, 1] float32."""
+
+    values: Tensor
+    scale: Tensor
+
+
+class Fp8Kernels(Kernels):
+    """Operands of quantised matrices are quantised, in plain PyTorch; all else is bfloat16."""
+
+    def prepare(self, weights: Weights) -> None:
+        """Biases in bfloat16, as `_scaled_mm` wants them."""
+        for matrix in weights.matrices.values():
+            if matrix.scale is not None and matrix.bias is not None:
+                matrix.bias = matrix.bias.bfloat16()
+
+    def operand(self, x: Tensor, into: Matrix) -> Any:
+        if into.scale is None:
+            return x
+        values, scale = quantise_rows(x.float(), FP8)
+        return Rows(values, scale[:, None])
+
+    def project(self, a: Any, matrix: Matrix, residual: Tensor | None = None) -> Tensor:
+        if matrix.scale is None:
+            return super().project(a, matrix, residual)
+        out = multiply(a, matrix)
+        return out if residual is None else out.add_(residual)
+
+
+def multiply(a: Rows, matrix: Matrix) -> Tensor:
+    """a · matrixᵀ + bias: [R, N] bfloat16."""
+    assert matrix.scale is not None
+    return torch._scaled_mm(
+        a.values,
+        matrix.weight.t(),
+        a.scale,
+        matrix.scale[None],
+        bias=matrix.bias,
+        out_dtype=torch.bfloat16,
+    )
+
+
+def make_scheme(config: Pi0Config, part: int) -> tuple[Scheme, list[str]]:
+    """Which matrices are e4m3, and notes on those that cannot be.
+
+    The projector stays bfloat16: it is one product, and its error would enter every layer's input.
+    """
+    vision, notes, kinds = config.vision, [], {"projector": torch.bfloat16}
+    sizes = {"vision_tower": {vision.width, vision.mlp_dim}}
+    for trunk, gemma in (("vlm", config.vlm), ("expert", config.expert)):
+        heads = {count * gemma.head_dim for count in (gemma.num_heads, gemma.num_kv_heads)}
+        sizes[trunk] = {gemma.width, gemma.mlp_dim} | heads
+    for trunk, widths in sizes.items():
+        if odd := sorted(width for width in widths if width % MULTIPLE):
+            kinds[rf"{re.escape(trunk)}\..*"] = torch.bfloat16
+            notes.append(
+                f"fp8: expected sizes that are multiples of {MULTIPLE} in {trunk}, found "
+                f"{', '.join(map(str, odd))}. This tower stays bfloat16."
+            )
+    kinds[".*"] = FP8
+    return Scheme(torch.bfloat16, kinds, part), notes

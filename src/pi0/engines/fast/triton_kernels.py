@@ -1,0 +1,335 @@
+"""Triton kernels for what lies between matrix products, and for the suffix's attention.
+
+Notable: each reads bfloat16, e4m3 or float32, computes in float32 and rounds once. A row that is
+meant for an e4m3 matrix is quantised where it is made. Residuals are added by the matrix product,
+in place. The actions' few queries have their keys shared out among many programs, which would leave
+most of a GPU idle otherwise, and take their mask as it is.
+
+Runs on the CPU in Triton's interpreter (tests/engines/test_triton.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pi0.engines.fast.fp8 import FP8, Fp8Kernels, Rows
+from pi0.engines.fast.kernels import Rotation
+from pi0.engines.fast.weights import Matrix
+from pi0.model.gemma import EPS as RMS_EPS
+from pi0.model.siglip import EPS as LAYER_EPS
+
+LIMIT = tl.constexpr(448.0)  # the largest e4m3
+SMALLEST = tl.constexpr(448.0 * 1.1754944e-38)  # as in `quantise_rows`
+# GELU's tanh form: x (1 + tanh(u / 2)) / 2 = x / (1 + exp(-u)), with 2 √(2 / π) in u.
+GELU_SCALE = tl.constexpr(1.5957691216057308)
+GELU_CUBE = tl.constexpr(0.044715)
+UNSEEN = tl.constexpr(-1e30)  # a logit that no key reaches
+
+# a·b + c rounded once: Triton's default up to 3.9, which warns if it is not asked for.
+FUSED = {"enable_fp_fusion": True}
+COLUMNS = 1024  # of a row, that a program computes where a row need not be one program
+QUERIES, KEYS = 32, 32  # rows and columns of the logits that a program holds
+SHARE = 128  # keys that one program goes through
+MOST_QUERIES = 1024  # beyond these a GPU is busy without sharing out keys
+
+
+class TritonKernels(Fp8Kernels):
+    """Equals `Fp8Kernels` but for roundings in between, which are fewer."""
+
+    def operand(self, x: Tensor, into: Matrix) -> Any:
+        return x if into.scale is None else _activate(x, into, gelu=False, gated=False)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, into: Matrix) -> Any:
+        return _norm(x, weight, None, RMS_EPS, into)
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, into: Matrix) -> Any:
+        return _norm(x, weight, bias, LAYER_EPS, into)
+
+    def project(self, a: Any, matrix: Matrix, residual: Tensor | None = None) -> Tensor:
+        if matrix.scale is None and matrix.bias is None and residual is not None:
+            return residual.addmm_(a, matrix.weight.t())
+        return super().project(a, matrix, residual)
+
+    def gelu(self, a: Any, first: Matrix, into: Matrix) -> Any:
+        return _activate(self.project(a, first), into, gelu=True, gated=False)
+
+    def geglu(self, a: Any, gate_up: Matrix, into: Matrix) -> Any:
+        return _activate(self.project(a, gate_up), into, gelu=True, gated=True)
+
+    def split(self, qkv: Tensor, rotation: Rotation, k: Tensor, v: Tensor) -> Tensor:
+        qkv = qkv.contiguous()
+        batch, tokens = qkv.shape[:2]
+        kv_heads, width = k.shape[2:]
+        q_heads = qkv.shape[2] // width - 2 * kv_heads
+        q = qkv.new_empty(batch, tokens, q_heads, width)
+        cos, sin = rotation
+        _split_kernel[(batch * tokens,)](
+            *(qkv, cos, sin, q, k, v, tokens),
+            *(cos.stride(0), cos.stride(1), *k.stride()[:2], *v.stride()[:2]),
+            *(q_heads, kv_heads, width // 2),
+            triton.next_power_of_2(q_heads + 2 * kv_heads),
+            triton.next_power_of_2(width // 2),
+            **FUSED,
+        )
+        return q
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
+        if valid is None or q[..., 0].numel() > MOST_QUERIES:
+            return super().attend(q, k, v, valid)
+        return _attend(q, k, v, valid)
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, into: Matrix) -> Any:
+    x = x.contiguous()  # the patches of one view come transposed
+    rows, width = x.shape
+    out, scale = _room(x, width, into)
+    block = triton.next_power_of_2(width)
+    _norm_kernel[(rows,)](
+        *(x, weight, bias, out, scale, width, eps, bias is not None, block),
+        num_warps=_warps(block),
+        **FUSED,
+    )
+    return out if scale is None else Rows(out, scale)
+
+
+def _activate(x: Tensor, into: Matrix, gelu: bool, gated: bool) -> Any:
+    x = x.contiguous()
+    rows, width = x.shape[0], x.shape[1] // (2 if gated else 1)
+    out, scale = _room(x, width, into)
+    block = triton.next_power_of_2(width)
+    if scale is None:
+        block = min(block, COLUMNS)
+    grid = (rows, triton.cdiv(width, block))
+    _activate_kernel[grid](
+        x, out, scale, width, gelu, gated, block, num_warps=_warps(block), **FUSED
+    )
+    return out if scale is None else Rows(out, scale)
+
+
+def _room(x: Tensor, width: int, into: Matrix) -> tuple[Tensor, Tensor | None]:
+    """For an operand [R, width] and, if the matrix is quantised, its scale [R, 1]."""
+    if into.scale is None:
+        return x.new_empty(len(x), width), None
+    scale = x.new_empty(len(x), 1, dtype=torch.float32)
+    return x.new_empty(len(x), width, dtype=FP8), scale
+
+
+def _warps(block: int) -> int:
+    return max(1, min(16, block // 512))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+    batch, t, heads, width = q.shape
+    keys, kv_heads = k.shape[1:3]
+    pairs, group = batch * kv_heads, heads // kv_heads
+    rows, shares = t * group, triton.cdiv(keys, SHARE)
+    sums = q.new_empty(shares, pairs, rows, width, dtype=torch.float32)
+    stats = q.new_empty(shares, pairs, rows, 2, dtype=torch.float32)
+    out = q.new_empty(batch * t, heads * width)
+    block = triton.next_power_of_2(width)
+    _attend_kernel[(triton.cdiv(rows, QUERIES), shares, pairs)](
+        *(q, k, v, valid, sums, stats, rows, keys, kv_heads, group, width, width**-0.5),
+        *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], valid.stride(0)),
+        *(QUERIES, KEYS, SHARE, block),
+        **FUSED,
+    )
+    _join_kernel[(rows, pairs)](
+        *(sums, stats, out, rows, shares, kv_heads, group, width),
+        *(triton.next_power_of_2(shares), block),
+        **FUSED,
+    )
+    return out
+
+
+@triton.jit
+def _put(value, out, scale, row, width, at, inside):
+    """Stores a row, or part of it; quantised if there is a scale."""
+    if scale is not None:
+        largest = tl.maximum(tl.max(tl.abs(value), 0), SMALLEST)
+        tl.store(scale + row, largest / LIMIT)
+        value = value * (LIMIT / largest)
+    tl.store(out + row * width + at, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_kernel(
+    x, weight, bias, out, scale, width, eps, CENTRED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A program normalises a row: by its root mean square or, CENTRED, as a layer norm."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    value = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    if CENTRED:
+        value = tl.where(inside, value - tl.sum(value, 0) / width, 0.0)
+    value = value * tl.rsqrt(tl.sum(value * value, 0) / width + eps)
+    value = value * tl.load(weight + at, mask=inside, other=0.0)
+    if CENTRED:
+        value = value + tl.load(bias + at, mask=inside, other=0.0)
+    _put(value, out, scale, row, width, at, inside)
+
+
+@triton.jit
+def _activate_kernel(
+    x, out, scale, width, GELU: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A program computes a row, or BLOCK of its columns, of GELU(x) or GELU(gate) · up or x."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    source = x + row * width * (2 if GATED else 1) + at
+    value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    if GELU:
+        u = (value + value * value * value * GELU_CUBE) * GELU_SCALE
+        value = value / (1 + tl.exp(-u))
+    if GATED:
+        value = value * tl.load(source + width, mask=inside, other=0.0).to(tl.float32)
+    _put(value, out, scale, row, width, at, inside)
+
+
+@triton.jit
+def _split_kernel(
+    qkv,
+    cos,
+    sin,
+    q,
+    k,
+    v,
+    tokens,
+    rotation_row,
+    rotation_token,
+    k_row,
+    k_token,
+    v_row,
+    v_token,
+    q_heads,
+    kv_heads,
+    half,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """A program moves the heads of a token to where they belong, rotated but for the values."""
+    token = tl.program_id(0).to(tl.int64)
+    row, t = token // tokens, token % tokens
+    head, lane = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None]
+    heads, inside = q_heads + 2 * kv_heads, lane < half
+    at = head * 2 * half + lane  # of the first half of a head
+    source = qkv + token * heads * 2 * half + at
+    a = tl.load(source, mask=inside & (head < heads), other=0.0).to(tl.float32)
+    b = tl.load(source + half, mask=inside & (head < heads), other=0.0).to(tl.float32)
+    angle = row * rotation_row + t * rotation_token + lane
+    rotated = head < q_heads + kv_heads
+    c = tl.where(rotated, tl.load(cos + angle, mask=inside, other=0.0), 1.0)
+    s = tl.where(rotated, tl.load(sin + angle, mask=inside, other=0.0), 0.0)
+    first = (a * c - b * s).to(q.dtype.element_ty)
+    second = (b * c + a * s).to(q.dtype.element_ty)
+    target = q + token * q_heads * 2 * half + at
+    tl.store(target, first, mask=inside & (head < q_heads))
+    tl.store(target + half, second, mask=inside & (head < q_heads))
+    target = k + row * k_row + t * k_token + at - q_heads * 2 * half
+    is_key = inside & rotated & (head >= q_heads)
+    tl.store(target, first, mask=is_key)
+    tl.store(target + half, second, mask=is_key)
+    target = v + row * v_row + t * v_token + at - (q_heads + kv_heads) * 2 * half
+    is_value = inside & (head >= q_heads + kv_heads) & (head < heads)
+    tl.store(target, first, mask=is_value)
+    tl.store(target + half, second, mask=is_value)
+
+
+@triton.jit
+def _attend_kernel(
+    q,
+    k,
+    v,
+    valid,
+    sums,
+    stats,
+    rows,
+    keys,
+    kv_heads,
+    group,
+    width,
+    factor,
+    q_row,
+    q_token,
+    k_row,
+    k_token,
+    v_row,
+    v_token,
+    valid_row,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    SHARE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """A program lets QUERIES queries of a key/value head see SHARE keys.
+
+    It leaves Σ exp(l - m) v in `sums`, and m and Σ exp(l - m) in `stats`, l being the logits and m
+    the largest of them.
+    """
+    share, pair = tl.program_id(1), tl.program_id(2)
+    batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
+    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    lane = tl.arange(0, WIDTH)
+    asked = (query < rows)[:, None] & (lane < width)[None]
+    head = kv_head * group + query % group
+    source = batch * q_row + (query // group) * q_token + head * width
+    queries = tl.load(q + source[:, None] + lane[None], mask=asked, other=0.0)
+    peak = tl.full([QUERIES], UNSEEN, tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    summed = tl.zeros([QUERIES, WIDTH], tl.float32)
+    for start in range(0, SHARE, KEYS):
+        key = share * SHARE + start + tl.arange(0, KEYS)
+        seen = tl.load(valid + batch * valid_row + key, mask=key < keys, other=0) != 0
+        there = (key < keys)[:, None] & (lane < width)[None]
+        of_keys = batch * k_row + key[:, None] * k_token + kv_head * width + lane[None]
+        some_keys = tl.load(k + of_keys, mask=there, other=0.0)
+        of_values = batch * v_row + key[:, None] * v_token + kv_head * width + lane[None]
+        some_values = tl.load(v + of_values, mask=there, other=0.0)
+        logits = tl.dot(queries, tl.trans(some_keys), input_precision="ieee") * factor
+        logits = tl.where(seen[None], logits, UNSEEN)
+        higher = tl.maximum(peak, tl.max(logits, 1))
+        weights = tl.where(seen[None], tl.exp(logits - higher[:, None]), 0.0)
+        shrink = tl.exp(peak - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        weights = weights.to(some_values.dtype)
+        summed = summed * shrink[:, None] + tl.dot(weights, some_values, input_precision="ieee")
+        peak = higher
+    at = (share * tl.num_programs(2) + pair).to(tl.int64) * rows + query
+    tl.store(sums + at[:, None] * width + lane[None], summed, mask=asked)
+    tl.store(stats + at * 2, peak, mask=query < rows)
+    tl.store(stats + at * 2 + 1, total, mask=query < rows)
+
+
+@triton.jit
+def _join_kernel(
+    sums,
+    stats,
+    out,
+    rows,
+    shares,
+    kv_heads,
+    group,
+    width,
+    SHARES: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """A program joins what a query saw of all shares."""
+    query, pair = tl.program_id(0), tl.program_id(1)
+    share, lane = tl.arange(0, SHARES), tl.arange(0, WIDTH)
+    at = (share * tl.num_programs(1) + pair).to(tl.int64) * rows + query
+    peak = tl.load(stats + at * 2, mask=share < shares, other=UNSEEN)
+    total = tl.load(stats + at * 2 + 1, mask=share < shares, other=0.0)
+    weight = tl.exp(peak - tl.max(peak, 0))
+    there = (share < shares)[:, None] & (lane < width)[None]
+    summed = tl.load(sums + at[:, None] * width + lane[None], mask=there, other=0.0)
+    value = tl.sum(summed * weight[:, None], 0) / tl.sum(total * weight, 0)
+    batch, kv_head = pair // kv_heads, pair % kv_heads
+    token = batch.to(tl.int64) * (rows // group) + query // group
+    target = (token * kv_heads * group + kv_head * group + query % group) * width
+    tl.store(out + target + lane, value.to(out.dtype.element_ty), mask=lane < width)

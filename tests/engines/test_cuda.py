@@ -1,0 +1,312 @@
+"""Engine cuda on the CPU: what is captured runs as it is, with the plain kernels.
+
+Triton's kernels have tests of their own (test_triton.py), and so has what needs a CUDA device
+(test_cuda_device.py).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pi0.checkpoint.load import open_checkpoint
+from pi0.config import PRESETS
+from pi0.engines.base import make_engine
+from pi0.engines.fast import cuda, fp8
+from pi0.engines.fast.cuda import BUCKET, CudaEngine, choose_scheme, guard
+from pi0.engines.fast.fp8 import Fp8Kernels
+from pi0.engines.fast.graph import LIMIT, Call, Graph, Graphs
+from pi0.engines.fast.network import Network
+from pi0.engines.fast.plan import make_plan
+from pi0.engines.fast.weights import pack, quantise_rows
+from pi0.errors import ConfigError, EngineError
+from pi0.inputs import ModelInputs, random_inputs
+from pi0.verify.compare import compare
+from pi0.verify.run import Result, default_cases, verify
+
+CPU = torch.device("cpu")
+# Operations that wait for the device or whose result has a shape that depends on values.
+WAITING = {
+    "_local_scalar_dense",
+    "equal",
+    "is_nonzero",
+    "item",
+    "masked_select",
+    "nonzero",
+    "unique_consecutive",
+    "_unique2",
+}
+
+
+@pytest.fixture(scope="module")
+def network(tiny_path: Path) -> Network:
+    return make_network(tiny_path, "float32")
+
+
+def make_network(path: Path, precision: str) -> Network:
+    """As the engine makes it where there is no Triton."""
+    opened = open_checkpoint(path)
+    weights, kernels = pack(opened, choose_scheme(opened, precision)[0]), Fp8Kernels()
+    kernels.prepare(weights)
+    return Network(weights, kernels)
+
+
+def call_of(network: Network, inputs: ModelInputs, noise: Tensor, steps: int = 3) -> Call:
+    config = network.config
+    plan = make_plan(inputs, config.vision.num_patches, config.suffix_len, BUCKET)
+    return Call(inputs, plan, noise, steps)
+
+
+@pytest.mark.parametrize("case", [0, 1], ids=["all valid", "masked"])
+@pytest.mark.parametrize("cameras", [1, 3])
+def test_graph_is_the_sampling_call(
+    network: Network, tiny_path: Path, case: int, cameras: int
+) -> None:
+    engine = make_engine("reference", open_checkpoint(tiny_path))
+    chosen = default_cases(network.config, cameras, tokens=9)[case]
+    call = call_of(network, chosen.inputs, chosen.noise)
+    with torch.inference_mode():
+        actions = Graph(network, call, CPU)(call)
+    result = compare(engine.sample(chosen.inputs, chosen.noise, 3), actions)
+    # float32 on both sides: only the order of sums differs.
+    assert result.rel_l2 < 1e-5, result
+
+
+class Watch(TorchDispatchMode):
+    """Names of the operations that are called; refuses those that wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in WAITING, f"{func} waits for the device"
+        if name in ("index", "index_put"):
+            assert not any(i is not None and i.dtype == torch.bool for i in args[1])
+        if name in ("_to_copy", "copy_"):  # no value comes from the host while a graph runs
+            assert (kwargs or {}).get("device") in (None, CPU)
+        self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_captured_waits(network: Network) -> None:
+    """And the operations, with their shapes, are the same whatever the inputs hold."""
+    traces = []
+    for seed, tokens in ((0, 9), (1, 12)):
+        inputs, noise = random_inputs(network.config, 2, 16, seed)
+        inputs.token_mask[:, tokens:] = False
+        graph = Graph(network, call_of(network, inputs, noise), CPU)
+        with torch.no_grad(), Watch() as watch:
+            graph.run()
+        traces.append(watch.seen)
+    assert traces[0] == traces[1]
+
+
+def test_watch_sees_what_waits() -> None:
+    x = torch.arange(3)
+    for waits in (lambda: int(x.sum()), lambda: x.nonzero(), lambda: x[x > 1], lambda: bool(x[0])):
+        with pytest.raises(AssertionError), Watch():
+            waits()
+
+
+def test_one_graph_a_shape(network: Network) -> None:
+    graphs = Graphs(network, CPU)
+    with torch.inference_mode():
+        first = call_of(network, *random_inputs(network.config, 2, 9, 0))
+        other = call_of(network, *random_inputs(network.config, 1, 9, 1))
+        a, b = graphs(first), graphs(other)
+        assert len(graphs.kept) == 2
+        assert torch.equal(graphs(first), a)
+        assert torch.equal(graphs(other), b)
+        assert len(graphs.kept) == 2
+        for steps in range(1, LIMIT + 1):
+            graphs(call_of(network, *random_inputs(network.config, 1, 9, 0), steps=steps))
+        assert len(graphs.kept) == LIMIT
+        assert first.shape not in graphs.kept
+
+
+def test_prompts_of_a_bucket_share_a_graph(network: Network) -> None:
+    """Their actions are nevertheless their own."""
+    graphs, results = Graphs(network, CPU), []
+    for length in (2, 5):
+        inputs, noise = random_inputs(network.config, 2, 16, 0)
+        inputs.token_mask[:, length:] = False
+        with torch.inference_mode():
+            results.append(graphs(call_of(network, inputs, noise)))
+    assert len(graphs.kept) == 1
+    assert not torch.equal(*results)
+
+
+def test_results_and_inputs_are_the_callers(network: Network) -> None:
+    """A later call writes neither into earlier actions nor into earlier inputs."""
+    graphs = Graphs(network, CPU)
+    calls = [call_of(network, *random_inputs(network.config, 2, 9, seed)) for seed in (0, 1)]
+    before = calls[0].noise.clone(), calls[0].inputs.images.clone()
+    with torch.inference_mode():
+        actions = graphs(calls[0])
+        kept = actions.clone()
+        graphs(calls[1])
+    assert torch.equal(actions, kept)
+    assert torch.equal(calls[0].noise, before[0])
+    assert torch.equal(calls[0].inputs.images, before[1])
+
+
+def test_steps_are_checked(network: Network) -> None:
+    call = call_of(network, *random_inputs(network.config, 1, 4, 0), steps=0)
+    with pytest.raises(ConfigError, match="steps: expected at least 1, found 0."):
+        Graphs(network, CPU)(call)
+
+
+def test_what_a_tap_has_stays() -> None:
+    x = torch.zeros(2)
+    handed_on = guard(lambda name, value: value)("stage", x)
+    handed_on.add_(1)
+    assert torch.equal(x, torch.zeros(2))
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets tests have the whole engine on the CPU, where users may not."""
+    monkeypatch.setattr(cuda, "find_device", lambda name: CPU)
+    monkeypatch.setattr(cuda, "on_device", lambda device: nullcontext())
+    monkeypatch.setattr(cuda, "check_fp8", lambda device: None)
+    monkeypatch.setattr(cuda, "choose_kernels", lambda device, scheme: (Fp8Kernels(), []))
+
+
+def verified(
+    path: Path, precision: str, mode: str, change: Callable[[CudaEngine], None] = lambda _: None
+) -> Result:
+    opened = open_checkpoint(path)
+
+    def candidate() -> CudaEngine:
+        engine = CudaEngine(opened, dtype=precision)
+        change(engine)
+        return engine
+
+    return verify(
+        lambda: make_engine("reference", opened),
+        candidate,
+        default_cases(opened.config, cameras=3, tokens=40),
+        precisions=("float32", precision),
+        mode=mode,
+        layers=True,
+        steps=2,
+    )
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("precision", CudaEngine.precisions)
+@pytest.mark.parametrize("mode", ["chained", "isolated"])
+def test_agrees_with_the_reference(tiny_path: Path, precision: str, mode: str) -> None:
+    """Within the limits of `pi0.verify.thresholds`, which say why."""
+    assert verified(tiny_path, precision, mode).first_failure is None
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_limits_of_fp8_see_a_wrong_scale(tiny_path: Path) -> None:
+    def plant(engine: CudaEngine) -> None:
+        matrix = engine.network.weights.matrix("expert.blocks.0.gate_up.0")
+        assert matrix.scale is not None
+        matrix.scale = matrix.scale * 1.5
+
+    failed = verified(tiny_path, "fp8", "isolated", plant).first_failure
+    assert failed is not None
+    assert failed.name == "expert_transformer.block.0"
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_steps_are_told_and_nan_is_refused(tiny_path: Path) -> None:
+    engine = CudaEngine(open_checkpoint(tiny_path), dtype="float32")
+    inputs, noise = random_inputs(engine.config, 1, 4, 0)
+    told: list[None] = []
+    engine.sample(inputs, noise, steps=3, on_step=lambda: told.append(None))
+    assert len(told) == 3
+    engine.network.weights.tensors["action_out_proj.bias"] = torch.full((32,), torch.nan)
+    with pytest.raises(EngineError, match="actions: expected finite values"):
+        engine.sample(inputs, noise)
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("triton_check", "triton_kernels"):
+        monkeypatch.delitem(sys.modules, f"pi0.engines.fast.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    scheme, _ = fp8.make_scheme(PRESETS["tiny"], 64)
+    kernels, (note,) = cuda.choose_kernels(CPU, scheme)
+    assert type(kernels) is Fp8Kernels
+    assert "Triton's fused kernels cannot be used (import of triton" in note
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_notes_are_warnings(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "choose_kernels", lambda device, scheme: (Fp8Kernels(), ["why"]))
+    with pytest.warns(UserWarning, match="why"):
+        engine = CudaEngine(open_checkpoint(tiny_path))
+    assert engine.notes == ["why"]
+
+
+def test_sizes_that_fp8_cannot_have() -> None:
+    tiny = PRESETS["tiny"]
+    odd = replace(tiny, vision=replace(tiny.vision, mlp_dim=100))
+    scheme, (note,) = fp8.make_scheme(odd, 64)
+    assert scheme.kind("vision_tower.blocks.1.fc1") == torch.bfloat16
+    assert scheme.kind("vlm.blocks.1.qkv") == fp8.FP8
+    assert "multiples of 16 in vision_tower, found 100." in note
+    for preset in PRESETS.values():
+        assert fp8.make_scheme(preset, 64)[1] == []
+
+
+@pytest.mark.parametrize("dtype", [fp8.FP8, torch.int8])
+def test_rows_are_quantised(dtype: torch.dtype) -> None:
+    values = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    values[1] = 0
+    quantised, scale = quantise_rows(values, dtype)
+    error = (quantised.float() * scale[:, None] - values).abs()
+    # Half a unit of the last of 3 bits of mantissa; half a step of 127.
+    limit = values.abs() / 16 + 1e-4 if dtype == fp8.FP8 else scale[:, None] * 0.501
+    assert (error <= limit).all()
+
+
+def test_fp8_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(EngineError, match="capability 8.9 or newer, found 8.0 .A100.. Use --dtype"):
+        cuda.check_fp8(CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cuda.check_fp8(CPU)
+
+    def refuse(*_: Any) -> Tensor:
+        raise RuntimeError("no rows")
+
+    monkeypatch.setattr(fp8, "multiply", refuse)
+    with pytest.raises(EngineError, match="row-wise scaled products .*no rows.*Use --dtype"):
+        cuda.check_fp8(CPU)
+
+
+def test_device_that_is_none(tiny_path: Path) -> None:
+    opened = open_checkpoint(tiny_path)
+    with pytest.raises(EngineError, match="expected cuda or cuda:N for engine cuda, found 'cpu'."):
+        make_engine("cuda", opened, device="cpu")
+    with pytest.raises(EngineError, match="expected cuda or cuda:N, found 'gpu'."):
+        make_engine("cuda", opened, device="gpu")
+
+
+def test_cuda_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    with pytest.raises(EngineError, match="expected a PyTorch built for CUDA, found .* Install"):
+        cuda.find_device("cuda")
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(EngineError, match="device cuda:2: expected one of .* found 2 of them."):
+        cuda.find_device("cuda:2")
+    assert cuda.find_device("cuda:1") == torch.device("cuda:1")

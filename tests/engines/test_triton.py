@@ -1,0 +1,366 @@
+"""Triton kernels beside the plain ones, on a CUDA device or else in Triton's interpreter.
+
+The interpreter is chosen by an environment variable that Triton reads when it is imported, so the
+tests run in a process of their own: this file, called by itself (`test_in_the_interpreter`).
+
+The interpreter accepts what the compiler does not, so every call is compiled as well, for several
+GPUs, which needs none of them. And it rounds to bfloat16 by cutting off, and to e4m3 wrongly where
+a carry reaches the exponent: bfloat16 may be a whole unit in the last place off, and quantised rows
+are looked at before their last rounding.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pi0.checkpoint.load import open_checkpoint
+from pi0.engines.fast.fp8 import Fp8Kernels
+from pi0.engines.fast.graph import Call, Graph
+from pi0.engines.fast.network import Network, make_rotation, part_of
+from pi0.engines.fast.plan import make_plan
+from pi0.engines.fast.weights import Matrix, Scheme, pack
+from pi0.verify.run import default_cases
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ROOT = Path(__file__).parents[2]
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+if not importlib.util.find_spec("triton"):
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+# 1 / (1 + exp(-u)) far below zero is 1 / inf, the 0 that is meant.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+
+here = pytest.mark.usefixtures("device")
+few = settings(max_examples=12 if INTERPRETED else 50)
+dtypes = st.sampled_from([torch.float32, torch.bfloat16])
+widths = st.integers(1, 150)
+rows = st.integers(1, 4)
+seeds = st.integers(0, 2**31)
+PLAIN = Fp8Kernels()
+
+
+@pytest.fixture(scope="module")
+def device() -> None:
+    if not INTERPRETED and not torch.cuda.is_available():
+        pytest.skip("no CUDA device; test_in_the_interpreter runs them")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
+def test_in_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
+@pytest.mark.parametrize(
+    ("capability", "quantised"), [(80, False), (89, True), (90, False), (90, True)]
+)
+def test_every_call_compiles(
+    capability: int, quantised: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """To machine code, with the types and sizes of the published model; this needs no GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    compiled = []
+
+    def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        values = dict(zip(kernel.arg_names, args, strict=True))
+        constant = {p.name for p in kernel.params if p.is_constexpr or values[p.name] is None}
+        source = ASTSource(
+            kernel,
+            {n: "constexpr" if n in constant else triton_type(v) for n, v in values.items()},
+            constexprs={name: values[name] for name in constant},
+        )
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert made.asm["cubin"]
+        compiled.append(kernel.__name__)
+
+    monkeypatch.setattr(triton.JITFunction, "run", launch)
+    call_all(quantised)
+    assert len(set(compiled)) == 5
+
+
+def triton_type(value: Any) -> str:
+    if isinstance(value, Tensor):
+        names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.bool: "i1"}
+        return f"*{names.get(value.dtype, 'fp8e4nv')}"
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def call_all(quantised: bool) -> None:
+    """Every operation as the network calls it at full size, but for the number of rows."""
+    these = kernels()
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype)
+
+    into = Matrix(zeros(1, 16), scale=zeros(1) if quantised else None)
+    a = zeros(2, 16)
+    for width in (1024, 1152, 2048):
+        x, weight = zeros(2, width), zeros(width, dtype=torch.float32)
+        these.operand(x, into)
+        these.rms_norm(x, weight, into)
+        these.layer_norm(x, weight, weight, into)
+    for units in (4096, 16384):
+        these.geglu(a, Matrix(zeros(2 * units, 16)), into)
+    these.gelu(a, Matrix(zeros(4304, 16), zeros(4304)), into)
+    k, v = zeros(2, 1, 835, 1, 256)
+    rotation = make_rotation(torch.arange(51)[None], 256)
+    for heads in (8, 0):
+        q = these.split(zeros(1, 51, (heads + 2) * 256), rotation, k[:, 784:], v[:, 784:])
+        if heads:
+            these.attend(q[:, 1:], k, v, zeros(1, 835, dtype=torch.bool))
+
+
+def kernels():  # type: ignore[no-untyped-def]
+    from pi0.engines.fast.triton_kernels import TritonKernels
+
+    return TritonKernels()
+
+
+def random(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(*shape, generator=generator) * scale).to(DEVICE, dtype)
+
+
+def plain(n: int, k: int, dtype: torch.dtype, seed: int = 0, bias: bool = False) -> Matrix:
+    return Matrix(
+        random(seed, n, k, dtype=dtype, scale=k**-0.5),
+        random(seed, n, dtype=dtype) if bias else None,
+    )
+
+
+def quantised(n: int, k: int) -> Matrix:
+    return Matrix(torch.empty(n, k, device=DEVICE), scale=torch.ones(n, device=DEVICE))
+
+
+def expect(found: Tensor, wanted: Tensor, roundings: int = 2) -> None:
+    """float32 differs in the order of sums; bfloat16 in roundings, of up to 2^-7 each."""
+    relative = 1e-5 if wanted.dtype == torch.float32 else roundings * 2**-7
+    assert found.shape == wanted.shape
+    assert found.dtype == wanted.dtype
+    size = wanted.float().abs()
+    error = (found.float() - wanted.float()).abs()
+    assert (error <= relative * (size + size.mean())).all(), float((error / (size + 1e-9)).max())
+
+
+def expect_rows(found: Tensor, scale: Tensor, wanted: Tensor) -> None:
+    """Rows before their last rounding, whose largest magnitude is e4m3's."""
+    assert scale.shape == (len(wanted), 1)
+    largest = found.abs().amax(1)
+    torch.testing.assert_close(largest, torch.full_like(largest, 448))
+    expect((found * scale).to(wanted.dtype), wanted, roundings=3)
+
+
+@pytest.fixture
+def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pi0.engines.fast import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "FP8", torch.float32)
+
+
+@here
+@few
+@given(rows=rows, width=widths, dtype=dtypes, seed=seeds)
+def test_norms(rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
+    x, into = random(seed, rows, width, dtype=dtype, scale=3), plain(4, width, dtype)
+    weight, bias = random(seed + 1, width), random(seed + 2, width)
+    expect(kernels().rms_norm(x, weight, into), PLAIN.rms_norm(x, weight, into))
+    if width > 1:  # of one value a layer norm leaves only the rounding of 0
+        found = kernels().layer_norm(x, weight, bias, into)
+        expect(found, PLAIN.layer_norm(x, weight, bias, into))
+
+
+@here
+def test_transposed_rows() -> None:
+    """As the patches of one view come."""
+    x, into, weight = random(0, 20, 7).t(), plain(4, 20, torch.float32), random(1, 20)
+    expect(kernels().rms_norm(x, weight, into), PLAIN.rms_norm(x, weight, into))
+    found = kernels().layer_norm(x, weight, weight, into)
+    expect(found, PLAIN.layer_norm(x, weight, weight, into))
+
+
+@here
+@few
+@given(rows=rows, width=widths, dtype=dtypes, seed=seeds)
+def test_hidden_units(rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
+    a, into = random(seed, rows, 24, dtype=dtype, scale=2), plain(4, width, dtype)
+    gate_up, first = plain(2 * width, 24, dtype, seed), plain(width, 24, dtype, seed, bias=True)
+    expect(kernels().geglu(a, gate_up, into), PLAIN.geglu(a, gate_up, into), roundings=3)
+    expect(kernels().gelu(a, first, into), PLAIN.gelu(a, first, into), roundings=3)
+
+
+@here
+def test_columns_are_several_programs() -> None:
+    a, into = random(0, 2, 8), plain(4, 2500, torch.float32)
+    gate_up = plain(5000, 8, torch.float32)
+    expect(kernels().geglu(a, gate_up, into), PLAIN.geglu(a, gate_up, into))
+
+
+@here
+def test_gelu_far_from_zero() -> None:
+    """Neither end overflows."""
+    a = torch.tensor([[-1e4], [-30.0], [0.0], [30.0], [1e4]], device=DEVICE)
+    first = Matrix(torch.ones(1, 1, device=DEVICE))
+    expect(kernels().gelu(a, first, first), PLAIN.gelu(a, first, first))
+
+
+@here
+@few
+@given(rows=rows, width=st.integers(16, 150), dtype=dtypes, seed=seeds)
+@pytest.mark.usefixtures("unrounded")
+def test_quantised_rows(rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
+    x, into = random(seed, rows, width, dtype=dtype, scale=5), quantised(16, width)
+    weight, bias = random(seed + 1, width), random(seed + 2, width)
+    unquantised = plain(4, width, dtype)
+    expect_rows(*kernels().operand(x, into), x)
+    expect_rows(*kernels().rms_norm(x, weight, into), PLAIN.rms_norm(x, weight, unquantised))
+    gate_up = plain(2 * width, width, dtype, seed)
+    expect_rows(*kernels().geglu(x, gate_up, into), PLAIN.geglu(x, gate_up, unquantised))
+    if width > 1:
+        found = kernels().layer_norm(x, weight, bias, into)
+        expect_rows(*found, PLAIN.layer_norm(x, weight, bias, unquantised))
+
+
+@here
+@pytest.mark.usefixtures("unrounded")
+def test_rows_of_zeros_and_with_nan() -> None:
+    """Zeros stay zeros; what is damaged is not made to look sound."""
+    x = torch.zeros(2, 16, device=DEVICE)
+    x[1, 3:5] = torch.tensor([torch.nan, 2.0])
+    values, scale = kernels().operand(x, quantised(16, 16))
+    assert (values[0] * scale[0] == 0).all()
+    assert values[1, 3].isnan()
+
+
+@here
+@few
+@given(
+    batch=st.integers(1, 2),
+    tokens=st.integers(1, 5),
+    q_heads=st.integers(0, 9),
+    kv_heads=st.integers(1, 2),
+    half=st.integers(1, 20),
+    dtype=dtypes,
+)
+def test_split(
+    batch: int, tokens: int, q_heads: int, kv_heads: int, half: int, dtype: torch.dtype
+) -> None:
+    """Into a part of a buffer; what lies around it stays. The rotation is a part, too."""
+    qkv = random(tokens, batch, tokens, (q_heads + 2 * kv_heads) * 2 * half, dtype=dtype)
+    positions = torch.arange(3, tokens + 6, device=DEVICE).expand(batch, -1)
+    rotation = part_of(make_rotation(positions, 2 * half), slice(2, 2 + tokens))
+    results = []
+    for these in (kernels(), PLAIN):
+        k, v = torch.zeros(2, batch, tokens + 3, kv_heads, 2 * half, dtype=dtype, device=DEVICE)
+        q = these.split(qkv, rotation, k[:, 1:-2], v[:, 1:-2])
+        results.append((q, k, v))
+    for found, wanted in zip(*results, strict=True):
+        if found.numel():
+            expect(found, wanted)
+    (_, _, found), (_, _, wanted) = results
+    assert torch.equal(found, wanted)
+
+
+@here
+@few
+@given(
+    batch=st.integers(1, 2),
+    queries=st.integers(1, 9),
+    keys=st.integers(1, 300),
+    group=st.integers(1, 8),
+    kv_heads=st.integers(1, 2),
+    width=st.integers(1, 40),
+    seed=seeds,
+)
+def test_attention(
+    batch: int, queries: int, keys: int, group: int, kv_heads: int, width: int, seed: int
+) -> None:
+    """In float32: the interpreter multiplies no bfloat16. Masked keys may hold anything."""
+    q = random(seed, batch, queries + 1, kv_heads * group, width)[:, 1:]
+    k, v = (random(seed + i, batch, keys, kv_heads, width) for i in (1, 2))
+    valid = random(seed + 3, batch, keys) > 0
+    valid[:, -1] = True
+    wanted = PLAIN.attend(q.contiguous(), k, v, valid)
+    k[~valid], v[~valid] = 1e4, -1e4
+    torch.testing.assert_close(kernels().attend(q, k, v, valid), wanted, rtol=1e-4, atol=1e-5)
+
+
+@here
+def test_attention_that_sees_one_share_only() -> None:
+    """All other shares are masked whole."""
+    q, k, v = random(0, 1, 2, 4, 16), random(1, 1, 400, 1, 16), random(2, 1, 400, 1, 16)
+    valid = torch.zeros(1, 400, dtype=torch.bool, device=DEVICE)
+    valid[:, 150:160] = True
+    found, wanted = (these.attend(q, k, v, valid) for these in (kernels(), PLAIN))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@here
+@few
+@given(dtype=dtypes, biased=st.booleans(), seed=seeds)
+def test_residuals(dtype: torch.dtype, biased: bool, seed: int) -> None:
+    a, matrix = random(seed, 3, 20, dtype=dtype), plain(7, 20, dtype, seed, biased)
+    residual = random(seed + 1, 3, 7, dtype=dtype)
+    wanted = PLAIN.project(a, matrix, residual.clone())
+    expect(kernels().project(a, matrix, residual), wanted, roundings=3)
+
+
+@here
+@pytest.mark.parametrize("quantised", [False, True])
+def test_check_passes(quantised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pi0.engines.fast import triton_check, triton_kernels
+
+    if INTERPRETED:  # whose own e4m3 is wrong
+        monkeypatch.setattr(triton_kernels, "FP8", torch.float32)
+    triton_check.check(torch.device(DEVICE), torch.float32, quantised)
+
+
+@here
+def test_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pi0.engines.fast import triton_check, triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "RMS_EPS", 1e-2)
+    with pytest.raises(triton_check.Unavailable, match="rms_norm differs from PyTorch's by"):
+        triton_check.check(torch.device(DEVICE), torch.float32, False)
+
+
+@here
+@pytest.mark.parametrize("case", [0, 1], ids=["all valid", "masked"])
+def test_whole_sampling_call(tiny_path: Path, case: int) -> None:
+    """In float32: with residuals added in place and keys written in place, the same actions."""
+    device = torch.device(DEVICE)
+    weights = pack(open_checkpoint(tiny_path), Scheme(torch.float32, part=2**31)).to(device)
+    config = weights.config
+    chosen = default_cases(config, cameras=2, tokens=5)[case]
+    plan = make_plan(chosen.inputs, config.vision.num_patches, config.suffix_len, bucket=16)
+    call = Call(chosen.inputs, plan, chosen.noise, steps=1)
+    with torch.inference_mode():
+        found, wanted = (
+            Graph(Network(weights, these), call, device)(call) for these in (kernels(), PLAIN)
+        )
+    # Only the order of sums differs: 1e-6 through a tower.
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -83,7 +82,7 @@ class CudaEngine(Engine):
     ) -> Tensor:
         x_t, state = x_t.to(self.device), state.to(self.device)
         if cache.state is not None and not torch.equal(cache.state, state):
-            cache = replace(cache, state=None)
+            cache.state = None
         with on_device(self.device):
             terms = self.network.time_terms(t)
             return self.network.velocity(x_t, terms, state, cache, guard(tap)).cpu()

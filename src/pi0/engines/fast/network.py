@@ -150,7 +150,8 @@ class Network:
         conv = weights[f"{PATCHES}.conv.weight"], weights[f"{PATCHES}.conv.bias"]
         patches = F.conv2d(images, *conv, stride=config.patch_size).flatten(2).transpose(1, 2)
         shape = patches.shape
-        x = (patches + weights[f"{PATCHES}.position"]).to(weights.scheme.dtype).flatten(0, 1)
+        x = (patches + weights[f"{PATCHES}.position"]).to(weights.scheme.dtype)
+        x = x.flatten(0, 1).contiguous()  # of one image flatten leaves the convolution's order
         for i in range(config.depth):
             block = f"vision_tower.blocks.{i}"
             qkv, out, fc1, fc2 = (

@@ -94,3 +94,16 @@ def test_files_stay_readable() -> None:
 
 def test_changelog_has_this_version() -> None:
     assert f"## {pi0.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_loading_imports_no_compiler() -> None:
+    """torch's compiler takes longer to import than a small model to load."""
+    script = (
+        "import sys, torch\n"
+        "import pi0.policy, pi0.engines.fast.cpu\n"
+        "from pi0.checkpoint.load import empty_model\n"
+        "empty_model(pi0.PRESETS['tiny'], torch.float32)\n"
+        "heavy = {'torch._dynamo', 'torch._inductor', 'sympy', 'matplotlib', 'transformers'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

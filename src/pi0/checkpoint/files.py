@@ -25,11 +25,14 @@ from torch import Tensor
 from pi0.errors import CheckpointError, Pi0Error
 
 SLAB_BYTES = 64 << 20
+LINE = 64  # bytes of a processor's cache line, where vectors are read fastest
 # Of safetensors' dtypes; the model reads only those in TORCH_DTYPES.
 BITS = {"F64": 64, "I64": 64, "U64": 64, "F16": 16, "BF16": 16, "I16": 16, "U16": 16, "I8": 8,
         "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}  # fmt: skip
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+WRITTEN = {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32,
+           "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in (TORCH_DTYPES | WRITTEN).items()}
 
 
 @dataclass(frozen=True)
@@ -125,13 +128,17 @@ def stream(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, slice, Tensor]
 
 
 def write(
-    path: Path, tensors: Iterable[tuple[str, Tensor]], headers: dict[str, TensorInfo]
+    path: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    headers: dict[str, TensorInfo],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a safetensors file from a stream of tensors, in the order of `headers`.
 
-    Format: 8 bytes little-endian length, a JSON header of that length, the data.
+    Format: 8 bytes little-endian length, a JSON header of that length, the data, which begin at a
+    cache line's start.
     """
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name, info in headers.items():
         end = offset + info.bytes
@@ -140,7 +147,7 @@ def write(
         }  # fmt: skip
         offset = end
     header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
+    header += b" " * (-(8 + len(header)) % LINE)
     with replacing(path) as temporary, open(temporary, "wb") as out:
         out.write(len(header).to_bytes(8, "little") + header)
         for name, tensor in tensors:
@@ -149,6 +156,9 @@ def write(
             out.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         if out.tell() != 8 + len(header) + offset:
             raise ValueError("tensors do not fill the file that the header describes")
+        # Else the file could have its name, but not its data, when the power fails.
+        out.flush()
+        os.fsync(out.fileno())
 
 
 @contextlib.contextmanager

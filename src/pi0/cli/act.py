@@ -88,6 +88,7 @@ def act(
     engine: options.Engine = "reference",
     device: options.Device = None,
     dtype: options.Dtype = None,
+    cache: options.Cache = False,
     as_json: options.Json = False,
 ) -> None:
     """Compute a chunk of actions from camera images, a prompt and a joint state.
@@ -139,6 +140,7 @@ def act(
             steps=steps,
             seed=seed,
             progress=progress,
+            cache=cache,
         )
     observation = table.observation(images, values, prompt)
     with step_progress("denoising", steps) as on_step:

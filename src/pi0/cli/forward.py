@@ -36,6 +36,7 @@ def trace(
     engine: options.Engine = "reference",
     device: options.Device = None,
     dtype: options.Dtype = None,
+    cache: options.Cache = False,
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
@@ -56,7 +57,7 @@ def trace(
     from pi0.trace import trace as run
 
     arrays = read_npz(inputs) if inputs else None
-    machine = _engine(checkpoint, engine, device, dtype, image_side(arrays) or image_size)
+    machine = _engine(checkpoint, engine, device, dtype, image_side(arrays) or image_size, cache)
     config = machine.config
     model_inputs, noise = (
         from_npz(config, arrays)
@@ -81,6 +82,7 @@ def sample(
     engine: options.Engine = "reference",
     device: options.Device = None,
     dtype: options.Dtype = None,
+    cache: options.Cache = False,
 ) -> None:
     """Sample actions from model-level inputs, without any pre-processing.
 
@@ -99,7 +101,7 @@ def sample(
 
     need_file_name(out)
     arrays = read_npz(inputs)
-    machine = _engine(checkpoint, engine, device, dtype, image_side(arrays))
+    machine = _engine(checkpoint, engine, device, dtype, image_side(arrays), cache)
     model_inputs, noise = from_npz(machine.config, arrays)
     with step_progress("denoising", steps) as on_step:
         actions = machine.sample(model_inputs, noise, steps, on_step).numpy()
@@ -143,7 +145,12 @@ def print_trace(traced: Trace) -> None:
 
 
 def _engine(
-    path: Path, engine: str, device: str | None, dtype: str | None, image_size: int | None
+    path: Path,
+    engine: str,
+    device: str | None,
+    dtype: str | None,
+    image_size: int | None,
+    cache: bool,
 ) -> Engine:
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.show import byte_progress
@@ -151,7 +158,7 @@ def _engine(
 
     opened = open_checkpoint(path)
     with byte_progress("loading", opened.read_bytes) as progress:
-        return make_engine(engine, opened, device, dtype, image_size, progress)
+        return make_engine(engine, opened, device, dtype, image_size, progress, cache)
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:

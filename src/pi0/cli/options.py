@@ -36,6 +36,14 @@ Dtype = Annotated[
         show_default=False,
     ),
 ]
+Cache = Annotated[
+    bool,
+    typer.Option(
+        "--cache",
+        help="Keep the weights, packed for the engine, in a file beside the checkpoint: the next "
+        "start takes them from there.",
+    ),
+]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

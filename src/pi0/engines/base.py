@@ -43,6 +43,7 @@ class Engine(ABC):
     """
 
     precisions: ClassVar[tuple[str, ...]]  # the first is the default
+    keeps: ClassVar[bool] = False  # whether it takes `cache`
     config: Pi0Config
 
     @abstractmethod
@@ -101,19 +102,29 @@ def make_engine(
     dtype: str | None = None,
     image_size: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
+    cache: bool = False,
 ) -> Engine:
     """An engine with a checkpoint's weights.
 
     Args:
         device: as the engine calls it; None: its default.
         dtype: one of the engine's precisions; None: its first.
+        cache: keep packed weights in a file beside the checkpoint, for the next start.
 
     Raises:
-        EngineError: no such engine, precision or device.
+        EngineError: no such engine, precision or device; one that packs no weights, or no room to
+            write, if these are to be kept.
         CheckpointError, ConfigError: see `load_model`.
     """
     dtype = choose_precision(name, dtype)
-    made: Engine = _find(name)(checkpoint, device, dtype, image_size, progress)
+    engine = _find(name)
+    if cache and not engine.keeps:
+        raise EngineError(
+            f"cache: expected an engine that packs weights, such as cpu, found {name}. Leave out "
+            "--cache."
+        )
+    kept = {"cache": True} if cache else {}
+    made: Engine = engine(checkpoint, device, dtype, image_size, progress, **kept)
     return made
 
 

@@ -89,7 +89,9 @@ class Pi0(nn.Module):
         width = config.expert.width
         self.vision_tower = SiglipTower(config.vision)
         self.projector = nn.Linear(config.vision.width, config.vlm.width)
-        self.token_embedding = nn.Embedding(config.vocab_size, config.vlm.width)
+        # Not initialised: on torch's meta device that alone would import all of torch's compiler.
+        table = torch.empty(config.vocab_size, config.vlm.width)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.vlm.width, _weight=table)
         self.vlm = GemmaTrunk(config.vlm)
         self.expert = GemmaTrunk(config.expert)
         self.state_proj = Float32Linear(config.state_dim, width)

@@ -96,6 +96,7 @@ class Policy:
         steps: int = 10,
         seed: int = 0,
         progress: Callable[[int], None] = lambda _: None,
+        cache: bool = False,
     ) -> Policy:
         """A policy from a checkpoint: a folder, a file or an opened one.
 
@@ -109,6 +110,7 @@ class Policy:
             resize, prompt: "openpi" or "lerobot"; None: whose files the checkpoint has.
             image_size: pixels the model runs at; None: the checkpoint's.
             progress: called with bytes of weights read.
+            cache: keep packed weights in a file beside the checkpoint, for the next start.
 
         Raises:
             Pi0Error: something that the policy needs is missing or does not fit.
@@ -125,7 +127,7 @@ class Policy:
         state_stats, action_stats = _normalizers(checkpoint, norm_stats, norm_mode)
         words = load_tokenizer(Path(tokenizer) if tokenizer else find_tokenizer(folder))
         # Last, because it is what takes long.
-        machine = make_engine(engine, checkpoint, device, dtype, image_size, progress)
+        machine = make_engine(engine, checkpoint, device, dtype, image_size, progress, cache)
         return cls(
             machine, table, words, conventions, state_stats, action_stats, steps=steps, seed=seed
         )

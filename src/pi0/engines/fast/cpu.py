@@ -11,11 +11,12 @@ from torch import Tensor
 from pi0.checkpoint.load import Checkpoint
 from pi0.engines.base import Engine
 from pi0.engines.fast.int8 import Int8Kernels, NativeKernels
+from pi0.engines.fast.keep import load_weights
 from pi0.engines.fast.kernels import Kernels
 from pi0.engines.fast.native import Native, Unavailable
 from pi0.engines.fast.network import Cache, Network
 from pi0.engines.fast.plan import make_plan
-from pi0.engines.fast.weights import Scheme, pack
+from pi0.engines.fast.weights import Scheme
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
 from pi0.model import Tap
@@ -31,6 +32,7 @@ class CpuEngine(Engine):
     """See `Engine`."""
 
     precisions = tuple(SCHEMES)
+    keeps = True
 
     def __init__(
         self,
@@ -39,13 +41,14 @@ class CpuEngine(Engine):
         dtype: str = "float32",
         image_size: int | None = None,
         progress: Callable[[int], None] = lambda _: None,
+        cache: bool = False,
     ) -> None:
         if device not in (None, "cpu"):
             raise EngineError(f"device: expected cpu for engine cpu, found {device!r}.")
-        weights = pack(checkpoint, SCHEMES[dtype], image_size, progress)
-        self.config = weights.config
         kernels = choose_kernels()
-        kernels.prepare(weights)
+        name = f"cpu-{dtype}" if cache else None
+        weights = load_weights(checkpoint, SCHEMES[dtype], kernels, image_size, progress, name)
+        self.config = weights.config
         self.network = Network(weights, kernels)
 
     @torch.inference_mode()

@@ -26,7 +26,10 @@ class Kernels:
     `into` is the matrix that an operand is meant for."""
 
     def prepare(self, weights: Weights) -> None:
-        """Brings packed weights into the form that these kernels want, in place, once."""
+        """Brings packed weights into the form that these kernels want, in place, once.
+
+        The form is kept in files (`keep.py`): it depends on the class, not on the processor.
+        """
 
     def operand(self, x: Tensor, into: Matrix) -> Any:
         """x [R, E] as an operand."""

@@ -153,7 +153,7 @@ class Network:
         patches = F.conv2d(images, *conv, stride=config.patch_size).flatten(2).transpose(1, 2)
         shape = patches.shape
         x = (patches + weights[f"{PATCHES}.position"]).to(weights.scheme.dtype)
-        x = x.contiguous().flatten(0, 1)
+        x = x.flatten(0, 1).contiguous()  # of one image flatten leaves the convolution's order
         for i in range(config.depth):
             block = f"vision_tower.blocks.{i}"
             qkv, out, fc1, fc2 = (

@@ -1,0 +1,214 @@
+"""Packed weights kept beside the checkpoint: the same bits, or packed anew and said."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from pi0 import Pi0Error, Policy, make_engine, open_checkpoint
+from pi0.checkpoint.files import LINE, find_files
+from pi0.engines.base import ENGINES
+from pi0.engines.fast import keep
+from pi0.engines.fast.int8 import Int8Kernels
+from pi0.engines.fast.keep import load_weights
+from pi0.engines.fast.kernels import Kernels
+from pi0.engines.fast.weights import Scheme, Weights
+from pi0.errors import CheckpointError, EngineError
+from pi0.inputs import random_inputs
+
+INT8 = Scheme(torch.float32, {".*": torch.int8})
+EVERY_KIND = Scheme(
+    torch.bfloat16, {"expert.*": torch.float8_e4m3fn, "vlm.*": torch.int8, "projector": torch.float}
+)
+
+
+@pytest.fixture
+def folder(tiny_path: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint, to write beside."""
+    return Path(shutil.copytree(tiny_path, tmp_path / "tiny"))
+
+
+def load(folder: Path, scheme: Scheme = INT8, kernels: Kernels | None = None) -> Weights:
+    kernels = kernels or Int8Kernels()
+    return load_weights(open_checkpoint(folder), scheme, kernels, keep="cpu-int8")
+
+
+def kept(folder: Path) -> Path:
+    return folder / "model.cpu-int8-28.pi0"
+
+
+def refuse_to_pack(*_: object) -> None:
+    raise AssertionError("packed anew")
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype
+        and torch.equal(a[name].view(-1).view(torch.uint8), b[name].view(-1).view(torch.uint8))
+        for name in a
+    )
+
+
+@pytest.mark.parametrize("scheme", [INT8, EVERY_KIND, Scheme(torch.float32)])
+def test_second_start_takes_what_the_first_kept(
+    folder: Path, scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load(folder, scheme)
+    read = []
+    monkeypatch.setattr(keep, "pack", refuse_to_pack)
+    checkpoint = open_checkpoint(folder)
+    second = load_weights(checkpoint, scheme, Int8Kernels(), None, read.append, "cpu-int8")
+    assert same(first.state(), second.state())
+    assert second.config == first.config
+    assert read == [checkpoint.read_bytes]
+    assert find_files(folder) == [folder / "model.safetensors"]  # it is no checkpoint
+
+
+def test_vectors_start_at_cache_lines(folder: Path) -> None:
+    load(folder)
+    for name, tensor in load(folder).state().items():
+        whole = tensor.nbytes % LINE == 0
+        assert tensor.data_ptr() % (LINE if whole else tensor.itemsize) == 0, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.filterwarnings("ignore:engine cpu. slower")
+def test_actions_are_the_same_bits(folder: Path, dtype: str) -> None:
+    checkpoint = open_checkpoint(folder)
+    inputs, noise = random_inputs(checkpoint.config, 2, 16, 0)
+    plain, packing, mapped = (
+        make_engine("cpu", checkpoint, dtype=dtype, cache=cache).sample(inputs, noise, 2)
+        for cache in (False, True, True)
+    )
+    assert (folder / f"model.cpu-{dtype}-28.pi0").exists()
+    assert torch.equal(plain, packing)
+    assert torch.equal(plain, mapped)
+
+
+def test_policy_hands_it_on(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Policy.from_checkpoint(folder, engine="cpu", dtype="int8", cache=True)
+    assert kept(folder).exists()
+
+
+class OtherKernels(Int8Kernels):
+    """Stands for kernels with another form."""
+
+
+@pytest.mark.parametrize("change", ["checkpoint", "scheme", "kernels", "version", "engine code"])
+def test_anything_changed_packs_anew(
+    folder: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(folder)
+    scheme, kernels = INT8, Int8Kernels()
+    if change == "checkpoint":
+        os.utime(folder / "model.safetensors", (1, 1))
+    elif change == "scheme":
+        scheme = Scheme(torch.float32, INT8.kinds, part=64)
+    elif change == "kernels":
+        kernels = OtherKernels()
+    elif change == "version":
+        monkeypatch.setattr(keep, "__version__", "0.0.0")
+    else:
+        source = folder / "keep.py"
+        source.write_text("another")
+        monkeypatch.setattr(keep, "__file__", str(source))
+    with pytest.warns(UserWarning, match=f"found those of another {change}. Packing anew."):
+        anew = load(folder, scheme, kernels)
+    assert anew.scheme == scheme
+    load(folder, scheme, kernels)  # without a warning
+
+
+def test_image_sizes_have_files_of_their_own(folder: Path) -> None:
+    load(folder)
+    weights = load_weights(open_checkpoint(folder), INT8, Int8Kernels(), 42, keep="cpu-int8")
+    assert weights.config.vision.image_size == 42
+    assert (folder / "model.cpu-int8-42.pi0").exists()
+    load(folder)  # without a warning
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(file.read_bytes()[:-1]),
+        lambda file: file.write_bytes(file.read_bytes()[:100]),
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(b"\xff" * 1000),
+        lambda file: file.write_bytes(file.read_bytes().replace(b'{\\"', b'[\\"', 1)),
+    ],
+)
+def test_damaged_file_is_replaced(folder: Path, damage) -> None:
+    weights = load(folder)
+    damage(kept(folder))
+    with pytest.warns(UserWarning, match="found a damaged file .*Packing anew."):
+        assert same(load(folder).state(), weights.state())
+    assert same(load(folder).state(), weights.state())
+
+
+def test_file_without_our_metadata_is_replaced(folder: Path) -> None:
+    shutil.copy(folder / "model.safetensors", kept(folder))
+    with pytest.warns(UserWarning, match="found those of another checkpoint, another config"):
+        load(folder)
+    with safe_open(kept(folder), framework="pt") as handle:
+        assert keep.MADE_FROM in handle.metadata()
+
+
+def test_full_disk_leaves_nothing(folder: Path) -> None:
+    """A size limit stands for a full disk: writing fails half way."""
+    import resource
+
+    before = sorted(folder.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(EngineError, match="expected room for 0.00 GB .*File too large. Make"):
+            load(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_read_only_folder_is_refused_before_packing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with monkeypatch.context() as patch:
+        patch.setattr(keep, "pack", refuse_to_pack)
+        with pytest.raises(EngineError, match="found one that is read-only"):
+            load(folder)
+    monkeypatch.undo()
+    load(folder)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    load(folder)  # what is there can be read
+
+
+def test_folder_of_that_name(folder: Path) -> None:
+    kept(folder).mkdir()
+    with pytest.raises(Pi0Error, match="expected the name of a file to write, found a folder"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", ENGINES.keys() - {"cpu"})
+def test_others_refuse_before_loading(folder: Path, name: str) -> None:
+    checkpoint = open_checkpoint(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(EngineError, match=f"expected an engine that packs weights.*found {name}."):
+        make_engine(name, checkpoint, cache=True)
+
+
+def test_kept_weights_do_not_hide_a_missing_checkpoint(folder: Path) -> None:
+    load(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="found none"):
+        load(folder)

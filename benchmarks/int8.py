@@ -2,8 +2,8 @@
 
 Actions with some of the matrices in int8 beside actions in float32, same inputs and noise; and what
 becomes of it if the scales of norms are folded into the matrices that follow before these are
-quantised. --outliers gives every hundredth channel of every norm of Gemma a scale 30 times as large,
-as trained models have and random ones do not.
+quantised. --outliers gives every hundredth channel of every norm of Gemma a scale 30 times as
+large, as trained models have and random ones do not.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ GROUPS = {
 }
 
 
+@torch.inference_mode()
 def packed(checkpoint: Checkpoint, pattern: str | None, outliers: bool, fold: bool) -> Weights:
     """Weights of which the matrices that match are quantised."""
-    late = outliers or fold  # then norms are changed first
+    late = outliers or fold  # norms are changed first
     kinds = {} if late or pattern is None else {pattern: torch.int8}
     weights = pack(checkpoint, Scheme(torch.float32, kinds))
     if outliers:

@@ -21,10 +21,11 @@ from pi0.checkpoint.load import open_checkpoint
 from pi0.config import PRESETS
 from pi0.engines.base import make_engine
 from pi0.engines.fast import cpu, native
-from pi0.engines.fast.int8 import Int8Kernels, NativeKernels, is_packed
+from pi0.engines.fast.int8 import Int8Kernels
 from pi0.engines.fast.native import Native, Unavailable
+from pi0.engines.fast.native_kernels import NativeKernels, is_packed
 from pi0.engines.fast.weights import Matrix, Scheme, Weights, quantise_rows
-from pi0.errors import Pi0Error
+from pi0.errors import EngineError, Pi0Error
 from pi0.inputs import random_inputs
 from pi0.verify.compare import compare
 
@@ -204,3 +205,16 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     with pytest.warns(UserWarning, match="failed"):
         cpu.choose_kernels()
     assert not list(tmp_path.rglob("native-*"))
+
+
+def test_bfloat16_only_where_it_is_faster(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(tiny_path)
+    seconds = {torch.bfloat16: 3.0, torch.float32: 1.0}
+    monkeypatch.setattr(cpu, "product_seconds", seconds.__getitem__)
+    with pytest.raises(EngineError, match="found this one 3.0 times as slow"):
+        make_engine("cpu", checkpoint, None, "bfloat16")
+    seconds[torch.bfloat16] = 0.5
+    inputs, noise = random_inputs(CONFIG, 2, 6, 0)
+    rough = make_engine("cpu", checkpoint, None, "bfloat16").sample(inputs, noise)
+    found = compare(make_engine("cpu", checkpoint, None, "float32").sample(inputs, noise), rough)
+    assert 1e-5 < found.rel_l2 < 0.03  # verify's limit

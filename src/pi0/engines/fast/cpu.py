@@ -1,19 +1,26 @@
-"""Engine `cpu`: the processor's fastest way to exact (float32) or close (int8) actions."""
+"""Engine `cpu`: exact (float32) or close (int8) actions, as fast as the processor can.
+
+bfloat16 is for processors that multiply it faster than float32, which is measured, not looked up:
+some have the instructions and are slower all the same.
+"""
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint
 from pi0.engines.base import Engine
-from pi0.engines.fast.int8 import Int8Kernels, NativeKernels
+from pi0.engines.fast.int8 import Int8Kernels
 from pi0.engines.fast.keep import load_weights
 from pi0.engines.fast.kernels import Kernels
 from pi0.engines.fast.native import Native, Unavailable
+from pi0.engines.fast.native_kernels import NativeKernels
 from pi0.engines.fast.network import Cache, Network
 from pi0.engines.fast.plan import make_plan
 from pi0.engines.fast.weights import Scheme
@@ -25,7 +32,9 @@ from pi0.model.pi0 import no_tap
 SCHEMES = {
     "float32": Scheme(torch.float32, part=2048),
     "int8": Scheme(torch.float32, {".*": torch.int8}),
+    "bfloat16": Scheme(torch.bfloat16),
 }
+PROBE = 256, 2048, 2048  # rows, inputs and outputs of the product that is measured
 
 
 class CpuEngine(Engine):
@@ -45,7 +54,9 @@ class CpuEngine(Engine):
     ) -> None:
         if device not in (None, "cpu"):
             raise EngineError(f"device: expected cpu for engine cpu, found {device!r}.")
-        kernels = choose_kernels()
+        if dtype == "bfloat16":
+            need_bfloat16()
+        kernels = Kernels() if dtype == "bfloat16" else choose_kernels()
         name = f"cpu-{dtype}" if cache else None
         weights = load_weights(checkpoint, SCHEMES[dtype], kernels, image_size, progress, name)
         self.config = weights.config
@@ -63,6 +74,28 @@ class CpuEngine(Engine):
         if cache.state is not None and not torch.equal(cache.state, state):
             cache.state = None
         return self.network.velocity(x_t, self.network.time_terms(t), state, cache, tap)
+
+
+def need_bfloat16() -> None:
+    """Raises EngineError if float32 is faster here."""
+    slower = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
+    if slower > 1:
+        raise EngineError(
+            "dtype bfloat16: expected a processor that multiplies it faster than float32, found "
+            f"this one {slower:.1f} times as slow. Use --dtype int8 or float32."
+        )
+
+
+def product_seconds(dtype: torch.dtype) -> float:
+    """The best of a few matrix products, after one that does not count."""
+    rows, inputs, outputs = PROBE
+    x, weight = torch.ones(rows, inputs, dtype=dtype), torch.ones(outputs, inputs, dtype=dtype)
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        F.linear(x, weight)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
 
 
 def choose_kernels() -> Kernels:

@@ -7,14 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pi0.engines.fast.kernels import Kernels, Rotation
-from pi0.engines.fast.native import Argument, Native
-from pi0.engines.fast.weights import Matrix, Weights, quantise_rows
-from pi0.model.gemma import EPS as RMS_EPS
-from pi0.model.siglip import EPS as LAYER_EPS
-
-BLOCK = 16  # outputs that lie together in native.c, by fours of inputs
-LINEAR, GELU, GEGLU = range(3)  # kinds of products there
+from pi0.engines.fast.kernels import Kernels
+from pi0.engines.fast.weights import Matrix, quantise_rows
 
 
 class Quantised(NamedTuple):
@@ -39,98 +33,3 @@ class Int8Kernels(Kernels):
         if matrix.bias is not None:
             out += matrix.bias
         return out if residual is None else out.add_(residual)
-
-
-class NativeKernels(Int8Kernels):
-    """The same in native code, float32 too, but for matrices that do not come in whole blocks."""
-
-    def __init__(self, native: Native) -> None:
-        self._native = native
-
-    def prepare(self, weights: Weights) -> None:
-        for matrix in weights.matrices.values():
-            n, k = matrix.weight.shape
-            if n % BLOCK or k % 4:
-                continue
-            if matrix.scale is None:
-                packed = torch.empty(n // BLOCK, k, BLOCK)
-                self._native("pack_float", n, k, matrix.weight, packed)
-            else:
-                packed = torch.empty(n // BLOCK, k // 4, BLOCK, 4, dtype=torch.int8)
-                matrix.offset = torch.empty(n, dtype=torch.int32)
-                self._native("pack", n, k, matrix.weight, packed, matrix.offset)
-            matrix.weight = packed
-
-    def operand(self, x: Tensor, into: Matrix) -> Any:
-        if not is_packed(into):
-            return super().operand(x, into)
-        x = x.contiguous()
-        return x if into.scale is None else self._quantise("quantise", x)
-
-    def rms_norm(self, x: Tensor, weight: Tensor, into: Matrix) -> Any:
-        if into.offset is None:
-            return super().rms_norm(x, weight, into)
-        return self._quantise("rms_norm", x, weight, RMS_EPS)
-
-    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, into: Matrix) -> Any:
-        if into.offset is None:
-            return super().layer_norm(x, weight, bias, into)
-        return self._quantise("layer_norm", x, weight, bias, LAYER_EPS)
-
-    def project(self, a: Any, matrix: Matrix, residual: Tensor | None = None) -> Tensor:
-        if not is_packed(matrix):
-            return super().project(a, matrix, residual)
-        return self._multiply(LINEAR, a, matrix, residual)
-
-    def gelu(self, a: Any, first: Matrix, into: Matrix) -> Any:
-        if not is_packed(first):
-            return super().gelu(a, first, into)
-        return self.operand(self._multiply(GELU, a, first), into)
-
-    def geglu(self, a: Any, gate_up: Matrix, into: Matrix) -> Any:
-        if not is_packed(gate_up) or len(gate_up.weight) % 2:
-            return super().geglu(a, gate_up, into)
-        return self.operand(self._multiply(GEGLU, a, gate_up), into)
-
-    def split(self, qkv: Tensor, rotation: Rotation, k: Tensor, v: Tensor) -> Tensor:
-        batch, tokens = qkv.shape[:2]
-        kv_heads, width = k.shape[2:]
-        q = qkv.new_empty(batch, tokens, qkv.shape[2] // width - 2 * kv_heads, width)
-        sizes = tokens, q.shape[2], kv_heads, width // 2
-        for row, cos, sin, *places in zip(qkv, *rotation, q, k, v, strict=True):
-            self._native("split", *sizes, row, cos.contiguous(), sin.contiguous(), *places)
-        return q
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
-        """With one key/value head, as in the trunks, three calls beat PyTorch's fused one."""
-        if k.shape[2] != 1:
-            return super().attend(q, k, v, valid)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for i in range(len(q)):
-            queries, keys, values = q[i].flatten(0, 1), k[i, :, 0], v[i, :, 0]
-            logits = queries @ keys.t()
-            seen = None if valid is None else valid[i].contiguous()
-            self._native("softmax", *logits.shape, q.shape[3] ** -0.5, seen, logits)
-            torch.mm(logits, values, out=out[i].view(queries.shape))
-        return out.view(len(q) * q.shape[1], -1)
-
-    def _multiply(
-        self, kind: int, a: Tensor | Quantised, matrix: Matrix, residual: Tensor | None = None
-    ) -> Tensor:
-        """The finished product [R, N] float32; of half as many columns for GEGLU."""
-        x, scale = a if isinstance(a, Quantised) else (a, None)
-        columns = len(matrix.weight) * BLOCK // (2 if kind == GEGLU else 1)
-        out = torch.empty(len(x), columns)
-        weights = matrix.weight, matrix.offset, matrix.scale, matrix.bias
-        self._native("multiply", kind, *out.shape, x.shape[1], x, scale, *weights, residual, out)
-        return out
-
-    def _quantise(self, name: str, x: Tensor, *arguments: Argument) -> Quantised:
-        out = Quantised(torch.empty_like(x, dtype=torch.uint8), x.new_empty(len(x)))
-        self._native(name, *x.shape, x, *arguments, *out)
-        return out
-
-
-def is_packed(matrix: Matrix) -> bool:
-    """Whether a matrix is in the form of native.c; others are [N, K]."""
-    return matrix.weight.ndim > 2

@@ -58,8 +58,8 @@ def quantise_rows(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     Symmetric; the largest magnitude of a row becomes the largest of the dtype.
     """
     limit = INT8_MAX if dtype == torch.int8 else torch.finfo(dtype).max
-    # The maximum is exact in any dtype, and half the bytes are faster; the product is float32. A row
-    # of zeros has to have a scale whose inverse is finite.
+    # The maximum is exact in any dtype, and half the bytes are faster; the product is float32. A
+    # row of zeros has to have a scale whose inverse is finite.
     smallest = limit * torch.finfo(torch.float32).tiny
     largest = values.abs().amax(dim=1).float().clamp_min_(smallest)
     scaled = values * (limit / largest)[:, None]

@@ -18,8 +18,8 @@ Checkpoint = Annotated[
 Engine = Annotated[
     str,
     typer.Option(
-        help="Engine that computes: reference, ttnn (a Tenstorrent card) or "
-        "ttnn-host (its numerics, on the host)."
+        help="Engine that computes: reference (plain PyTorch), cpu and cuda (fast), ttnn (a "
+        "Tenstorrent card) or ttnn-host (its numerics, on the host)."
     ),
 ]
 Device = Annotated[

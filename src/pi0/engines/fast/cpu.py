@@ -53,7 +53,9 @@ class CpuEngine(Engine):
         cache: bool = False,
     ) -> None:
         if device not in (None, "cpu"):
-            raise EngineError(f"device: expected cpu for engine cpu, found {device!r}.")
+            raise EngineError(
+                f"device: expected cpu for engine cpu, found {device!r}. See --engine cuda."
+            )
         if dtype == "bfloat16":
             need_bfloat16()
         kernels = Kernels() if dtype == "bfloat16" else choose_kernels()

@@ -1,0 +1,119 @@
+"""What each step of engine `cpu` gains: `python benchmarks/steps.py CKPT [--dtype float32]`.
+
+Takes one step back at a time and measures a sampling call, in turn with all others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pi0.checkpoint.load import open_checkpoint
+from pi0.engines.fast import cpu
+from pi0.engines.fast.cpu import CpuEngine
+from pi0.engines.fast.int8 import Int8Kernels
+from pi0.engines.fast.kernels import Kernels
+from pi0.engines.fast.network import Cache
+from pi0.engines.fast.native_kernels import NativeKernels
+from pi0.inputs import ModelInputs, random_inputs
+
+CAMERAS, VALID_TOKENS, STEPS = 3, 9, 10
+WHOLE = 2**31
+
+
+class TorchAttention(NativeKernels):
+    attend = Kernels.attend
+
+
+class TorchRotation(NativeKernels):
+    split = Kernels.split
+
+
+class StateInEveryStep(CpuEngine):
+    def velocity(self, x_t: Tensor, t: Tensor, state: Tensor, cache: Cache, *tap: object) -> Tensor:
+        cache.state = None
+        return super().velocity(x_t, t, state, cache)
+
+
+def sample(engine: CpuEngine, inputs: ModelInputs, noise: Tensor) -> float:
+    start = time.perf_counter()
+    engine.sample(inputs, noise, STEPS)
+    return time.perf_counter() - start
+
+
+def variants(path: Path, dtype: str) -> dict[str, Callable[[ModelInputs, Tensor], float]]:
+    checkpoint = open_checkpoint(path)
+    engine = CpuEngine(checkpoint, None, dtype)
+    kernels = engine.network.kernels
+    assert isinstance(kernels, NativeKernels)
+
+    def with_kernels(other: type[NativeKernels]) -> Callable[[ModelInputs, Tensor], float]:
+        def run(inputs: ModelInputs, noise: Tensor) -> float:
+            engine.network.kernels = other(kernels._native)
+            try:
+                return sample(engine, inputs, noise)
+            finally:
+                engine.network.kernels = kernels
+
+        return run
+
+    every = StateInEveryStep.__new__(StateInEveryStep)
+    every.config, every.network = engine.config, engine.network
+    found = {
+        "as it is": lambda inputs, noise: sample(engine, inputs, noise),
+        "padding computed, too": lambda inputs, noise: sample(engine, all_valid(inputs), noise),
+        "state token in every step": lambda inputs, noise: sample(every, inputs, noise),
+        "attention by PyTorch": with_kernels(TorchAttention),
+        "rotary embedding by PyTorch": with_kernels(TorchRotation),
+    }
+    if dtype == "int8":  # three models of it fit in memory
+        scheme = cpu.SCHEMES[dtype]
+        cpu.SCHEMES[dtype] = dataclasses.replace(scheme, part=WHOLE)
+        whole = CpuEngine(checkpoint, None, dtype)
+        cpu.SCHEMES[dtype] = scheme
+        found["MLPs not in parts"] = lambda inputs, noise: sample(whole, inputs, noise)
+        original = cpu.choose_kernels
+        cpu.choose_kernels = Int8Kernels
+        plain = CpuEngine(checkpoint, None, dtype)
+        cpu.choose_kernels = original
+        found["all by PyTorch"] = lambda inputs, noise: sample(plain, inputs, noise)
+    return found
+
+
+def all_valid(inputs: ModelInputs) -> ModelInputs:
+    return dataclasses.replace(inputs, token_mask=torch.ones_like(inputs.token_mask))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--dtype", default="int8", choices=("float32", "int8"))
+    parser.add_argument("--repeat", type=int, default=5)
+    args = parser.parse_args()
+    runs = variants(args.checkpoint, args.dtype)
+    config = open_checkpoint(args.checkpoint).config
+    inputs, noise = random_inputs(config, CAMERAS, config.max_tokens, 0)
+    inputs.token_mask[:, VALID_TOKENS:] = False
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for name, run in runs.items():
+        run(inputs, noise)  # does not count
+    for _ in range(args.repeat):
+        for name, run in runs.items():
+            times[name].append(run(inputs, noise))
+    base = statistics.median(times["as it is"])
+    print(f"| {args.dtype} | seconds, median (least to most) | more by |\n|---|---|---|")
+    for name, values in times.items():
+        median = statistics.median(values)
+        spread = f"{median:.2f} ({min(values):.2f} to {max(values):.2f})"
+        print(f"| {name} | {spread} | {median / base - 1:.1%} |")
+
+
+if __name__ == "__main__":
+    main()

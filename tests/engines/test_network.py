@@ -74,7 +74,7 @@ def test_another_state_is_seen(engine: Engine, tiny: Pi0) -> None:
     cache, t = engine.prefill(inputs), torch.ones(1)
     other = inputs.state + 1
     expected = tiny.prefill(inputs)
-    for state in (inputs.state, other, inputs.state, inputs.state):
+    for state in (inputs.state, other, inputs.state, inputs.state, inputs.state.mul_(2)):
         mine = engine.velocity(noise, t, state, cache)
         assert close(mine, tiny.velocity(noise, t, state, expected))
 

@@ -1,4 +1,5 @@
-/* Matrix products in eight bits and float32, and what lies between two of them, each in one pass over a row.
+/* Matrix products in eight bits and float32, and what lies between two of them, each in one pass
+   over a row.
 
    Rows are independent and shared among threads. A quantised row is its values times 127 / the
    largest magnitude, rounded to even, plus 128, since the processor multiplies bytes without a sign
@@ -245,7 +246,7 @@ void multiply(int64_t kind, int64_t rows, int64_t n, int64_t k, const char *x,
         float sum[HEIGHT * TILE * BLOCK];
         for (int64_t i = 0; i < rows; i += HEIGHT) {
             const int height = rows - i < HEIGHT ? rows - i : HEIGHT;
-            const int64_t next = i / HEIGHT % TILE;
+            const int64_t next = i / HEIGHT % TILE; /* a block of the next strip */
             const void *a = x + i * k * size;
             const void *ahead = packed + (next < TILE / 2 ? at + step + next
                                                           : other + step + next - TILE / 2) * block;

@@ -118,7 +118,7 @@ class Network:
             attended = self._attend_suffix(q, cache, i, with_state)
             x = self._finish(block, x, attended)
             x = self._show(tap, name, x.view(batch, tokens, -1)).flatten(0, 1)
-        cache.state = state
+        cache.state = state.clone()  # the caller's may change
         norm = self.weights["expert.norm.weight"]
         hidden = F.rms_norm(x.float(), x.shape[-1:], norm, RMS_EPS).to(x.dtype)
         hidden = tap("expert_transformer", hidden.view(batch, tokens, -1))

@@ -67,8 +67,8 @@ void layer_norm(int64_t rows, int64_t n, const float *x, const float *weight, co
     }
 }
 
-/* Of qkv [rows, heads + 2 kv, 2 half]: queries and keys, rotated, and values, each to its own place.
-   cosine and sine are [rows, half]. */
+/* Of qkv [rows, heads + 2 kv, 2 half]: queries and keys, rotated, and values, each to its own
+   place. cosine and sine are [rows, half]. */
 void split(int64_t rows, int64_t heads, int64_t kv, int64_t half, const float *qkv,
            const float *cosine, const float *sine, float *q, float *k, float *v) {
     ROWS {
@@ -187,7 +187,8 @@ static __attribute__((noinline)) void integer_tile(
     int height, int blocks, int64_t k, const uint8_t *x, const int8_t *first, const int8_t *second,
     const int32_t *o1, const int32_t *o2, const int8_t *ahead, float *sum) {
     int32_t out[HEIGHT * TILE * BLOCK];
-#define CASE(h, b) case (h) * 8 + (b): integer_sums(h, b, k, x, first, second, o1, o2, ahead, out); break;
+#define CASE(h, b) \
+    case (h) * 8 + (b): integer_sums(h, b, k, x, first, second, o1, o2, ahead, out); break;
     switch (height * 8 + blocks) { ALL_CASES }
 #undef CASE
     for (int j = 0; j < height * TILE * BLOCK; j++) sum[j] = out[j];
@@ -196,7 +197,8 @@ static __attribute__((noinline)) void integer_tile(
 static __attribute__((noinline)) void float_tile(
     int height, int blocks, int64_t k, const float *x, const float *first, const float *second,
     const float *ahead, float *out) {
-#define CASE(h, b) case (h) * 8 + (b): float_sums(h, b, k, x, first, second, ahead, out); break;
+#define CASE(h, b) \
+    case (h) * 8 + (b): float_sums(h, b, k, x, first, second, ahead, out); break;
     switch (height * 8 + blocks) { ALL_CASES }
 #undef CASE
 }

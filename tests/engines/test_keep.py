@@ -203,7 +203,9 @@ def test_folder_of_that_name(folder: Path) -> None:
 def test_others_refuse_before_loading(folder: Path, name: str) -> None:
     checkpoint = open_checkpoint(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(EngineError, match=f"expected an engine that packs weights.*found {name}."):
+    with pytest.raises(
+        EngineError, match=f"expected an engine that keeps packed weights .*found {name}."
+    ):
         make_engine(name, checkpoint, cache=True)
 
 

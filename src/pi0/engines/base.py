@@ -112,7 +112,7 @@ def make_engine(
         cache: keep packed weights in a file beside the checkpoint, for the next start.
 
     Raises:
-        EngineError: no such engine, precision or device; one that packs no weights, or no room to
+        EngineError: no such engine, precision or device; one that keeps no weights, or no room to
             write, if these are to be kept.
         CheckpointError, ConfigError: see `load_model`.
     """
@@ -120,7 +120,7 @@ def make_engine(
     engine = _find(name)
     if cache and not engine.keeps:
         raise EngineError(
-            f"cache: expected an engine that packs weights, such as cpu, found {name}. Leave out "
+            f"cache: expected an engine that keeps packed weights (cpu), found {name}. Leave out "
             "--cache."
         )
     kept = {"cache": True} if cache else {}

@@ -20,8 +20,8 @@ from pi0.engines.fast import cpu
 from pi0.engines.fast.cpu import CpuEngine
 from pi0.engines.fast.int8 import Int8Kernels
 from pi0.engines.fast.kernels import Kernels
-from pi0.engines.fast.network import Cache
 from pi0.engines.fast.native_kernels import NativeKernels
+from pi0.engines.fast.network import Cache
 from pi0.inputs import ModelInputs, random_inputs
 
 CAMERAS, VALID_TOKENS, STEPS = 3, 9, 10
@@ -102,7 +102,7 @@ def main() -> None:
     inputs, noise = random_inputs(config, CAMERAS, config.max_tokens, 0)
     inputs.token_mask[:, VALID_TOKENS:] = False
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for name, run in runs.items():
+    for run in runs.values():
         run(inputs, noise)  # does not count
     for _ in range(args.repeat):
         for name, run in runs.items():

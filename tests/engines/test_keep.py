@@ -199,7 +199,7 @@ def test_folder_of_that_name(folder: Path) -> None:
         load(folder)
 
 
-@pytest.mark.parametrize("name", ENGINES.keys() - {"cpu"})
+@pytest.mark.parametrize("name", [name for name in ENGINES if name != "cpu"])
 def test_others_refuse_before_loading(folder: Path, name: str) -> None:
     checkpoint = open_checkpoint(folder)
     (folder / "model.safetensors").unlink()

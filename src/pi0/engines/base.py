@@ -31,6 +31,7 @@ ENGINES = {
     "transformers": "pi0.outside.engine:TransformersEngine",
     "lerobot": "pi0.outside.engine:LerobotEngine",
 }
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # what people write for precisions
 
 
 class Engine(ABC):
@@ -151,6 +152,7 @@ def choose_precision(name: str, dtype: str | None) -> str:
         ConfigError: float16.
     """
     precisions = _find(name).precisions
+    dtype = SHORT.get(dtype or "", dtype)
     if dtype == "float16":
         parse_dtype(dtype)  # says why not
     if dtype is not None and dtype not in precisions:

@@ -31,7 +31,8 @@ ENGINES = {
     "transformers": "pi0.outside.engine:TransformersEngine",
     "lerobot": "pi0.outside.engine:LerobotEngine",
 }
-SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # what people write for precisions
+# What people write for precisions.
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class Engine(ABC):

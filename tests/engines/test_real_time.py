@@ -45,7 +45,7 @@ def test_memory_does_not_grow(tiny_path: Path, dtype: str, calls: int) -> None:
     for _ in range(calls):
         policy.infer(observation)
     gc.collect()
-    # Not one object in a hundred calls, and less memory a call than any tensor of it takes; a
-    # first megabyte is the allocators' own.
+    # Not one object in a hundred calls. The allocators take a megabyte now and then, however many
+    # calls there are; the pixels of a call, kept by mistake, would be 9 MB in a thousand.
     assert len(gc.get_objects()) - objects < calls / 100
-    assert resident_bytes() - resident < max(1 << 20, 256 * calls)
+    assert resident_bytes() - resident < 4 << 20

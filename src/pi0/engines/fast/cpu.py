@@ -73,8 +73,7 @@ class CpuEngine(Engine):
     def velocity(
         self, x_t: Tensor, t: Tensor, state: Tensor, cache: Cache, tap: Tap = no_tap
     ) -> Tensor:
-        if cache.state is not None and not torch.equal(cache.state, state):
-            cache.state = None
+        cache.forget_other(state)
         return self.network.velocity(x_t, self.network.time_terms(t), state, cache, tap)
 
 

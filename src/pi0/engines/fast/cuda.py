@@ -81,8 +81,7 @@ class CudaEngine(Engine):
         self, x_t: Tensor, t: Tensor, state: Tensor, cache: Cache, tap: Tap = no_tap
     ) -> Tensor:
         x_t, state = x_t.to(self.device), state.to(self.device)
-        if cache.state is not None and not torch.equal(cache.state, state):
-            cache.state = None
+        cache.forget_other(state)
         with on_device(self.device):
             terms = self.network.time_terms(t)
             return self.network.velocity(x_t, terms, state, cache, guard(tap)).cpu()

@@ -4,8 +4,8 @@ Against `pi0.model`, which it has to equal: masked cameras and padding are left 
 query, key and value are one matrix, and so are gate and up; prefix keys and values are written
 once, into buffers with room for the suffix; of the VLM's last layer only keys and values are
 computed; the state token, which sees neither actions nor time, is computed in the first step and
-stays; the two linear layers on the actions are one, and what time adds to it comes from outside,
-for every step at once.
+stays; the two linear layers on the actions are one, and what time adds to it comes from outside
+(`time_terms`).
 
 Axes as in `pi0.model`; X' is what the plan leaves of X. Tokens of all rows lie one after the other:
 x is [B·X', E] or [B·A, E].
@@ -50,6 +50,11 @@ class Cache:
     valid: Tensor | None
     rotation: Rotation
     state: Tensor | None = None
+
+    def forget_other(self, state: Tensor) -> None:
+        """Has the state token computed anew if what is kept is another state's."""
+        if self.state is not None and not torch.equal(self.state, state):
+            self.state = None
 
 
 class Network:

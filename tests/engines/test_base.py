@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pi0.engines.base import choose_precision
+from pi0.config import PRESETS
+from pi0.engines.base import choose_precision, need_engine
 from pi0.errors import ConfigError, EngineError
 
 
@@ -16,3 +17,10 @@ def test_precisions_by_short_names() -> None:
         choose_precision("reference", "fp16")
     with pytest.raises(EngineError, match="expected one of float32, int8, bfloat16"):
         choose_precision("cpu", "int4")
+
+
+def test_a_device_that_is_not_there_is_said_before_the_work() -> None:
+    with pytest.raises(EngineError, match="expected cpu for engine cpu, found 'cuda'"):
+        need_engine("cpu", PRESETS["tiny"], "cuda")
+    with pytest.raises(EngineError, match="expected cuda or cuda:N for engine cuda"):
+        need_engine("cuda", PRESETS["tiny"], "cpu")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint
+from pi0.config import Pi0Config
 from pi0.engines.base import Engine
 from pi0.engines.fast.int8 import Int8Kernels
 from pi0.engines.fast.keep import load_weights
@@ -52,10 +53,7 @@ class CpuEngine(Engine):
         progress: Callable[[int], None] = lambda _: None,
         cache: bool = False,
     ) -> None:
-        if device not in (None, "cpu"):
-            raise EngineError(
-                f"device: expected cpu for engine cpu, found {device!r}. See --engine cuda."
-            )
+        self.need(checkpoint.config, device, image_size)
         if dtype == "bfloat16":
             need_bfloat16()
         kernels = Kernels() if dtype == "bfloat16" else choose_kernels()
@@ -63,6 +61,14 @@ class CpuEngine(Engine):
         weights = load_weights(checkpoint, SCHEMES[dtype], kernels, image_size, progress, name)
         self.config = weights.config
         self.network = Network(weights, kernels)
+
+    @classmethod
+    def need(cls, config: Pi0Config, device: str | None, image_size: int | None) -> None:
+        """See `pi0.engines.base.need_engine`."""
+        if device not in (None, "cpu"):
+            raise EngineError(
+                f"device: expected cpu for engine cpu, found {device!r}. See --engine cuda."
+            )
 
     @torch.inference_mode()
     def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> Cache:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint
+from pi0.config import Pi0Config
 from pi0.engines.base import Engine, need_finite
 from pi0.engines.fast import fp8
 from pi0.engines.fast.fp8 import Fp8Kernels
@@ -69,6 +70,11 @@ class CudaEngine(Engine):
         self.config = weights.config
         self.network = Network(weights, kernels)
         self.graphs = Graphs(self.network, self.device)
+
+    @classmethod
+    def need(cls, config: Pi0Config, device: str | None, image_size: int | None) -> None:
+        """See `pi0.engines.base.need_engine`."""
+        find_device(device or "cuda")
 
     @torch.inference_mode()
     def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> Cache:

@@ -20,7 +20,6 @@ from pi0.engines.fast.network import Network
 from pi0.engines.fast.plan import make_plan
 from pi0.engines.fast.weights import Matrix, Scheme, Weights, pack, quantise_rows
 from pi0.inputs import random_inputs
-from pi0.model.flow import integrate
 from pi0.verify.compare import compare
 
 GROUPS = {
@@ -79,16 +78,14 @@ def actions(weights: Weights, seeds: int) -> Tensor:
     plan = make_plan(inputs, config.vision.num_patches, config.suffix_len)
     cache = network.prefill(inputs, plan)
 
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        return network.velocity(x, network.time_terms(t), inputs.state, cache)
-
     noises = (
         torch.randn(
             1, config.horizon, config.action_dim, generator=torch.Generator().manual_seed(i)
         )
         for i in range(seeds)
     )
-    return torch.stack([integrate(velocity, noise, 10) for noise in noises])
+    times = network.times_of_steps(10)
+    return torch.stack([network.denoise(noise, times, inputs.state, cache) for noise in noises])
 
 
 def main() -> None:

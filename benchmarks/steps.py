@@ -21,8 +21,9 @@ from pi0.engines.fast.cpu import CpuEngine
 from pi0.engines.fast.int8 import Int8Kernels
 from pi0.engines.fast.kernels import Kernels
 from pi0.engines.fast.native_kernels import NativeKernels
-from pi0.engines.fast.network import Cache
+from pi0.engines.fast.network import Cache, Network
 from pi0.inputs import ModelInputs, random_inputs
+from pi0.model.flow import integrate
 
 CAMERAS, VALID_TOKENS, STEPS = 3, 9, 10
 WHOLE = 2**31
@@ -36,13 +37,28 @@ class TorchRotation(NativeKernels):
     split = Kernels.split
 
 
-class StateInEveryStep(CpuEngine):
-    def velocity(self, x_t: Tensor, t: Tensor, state: Tensor, cache: Cache, *tap: object) -> Tensor:
+class StateInEveryStep(Network):
+    def velocity(self, x_t: Tensor, t: Tensor, state: Tensor, cache: Cache, *_: object) -> Tensor:
         cache.state = None
         return super().velocity(x_t, t, state, cache)
 
 
-def sample(engine: CpuEngine, inputs: ModelInputs, noise: Tensor) -> float:
+class TimeInEveryStep(Network):
+    def denoise(
+        self, noise: Tensor, times: Tensor, state: Tensor, cache: Cache, *_: object
+    ) -> Tensor:
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            return self.velocity(x, self.time_terms(t), state, cache)
+
+        return integrate(velocity, noise, len(times))
+
+
+def sample(engine: CpuEngine, inputs: ModelInputs, noise: Tensor, again: bool = False) -> float:
+    """Seconds of a call, with other pictures than the last one's or with the same `again`."""
+    if again:
+        engine.sample(inputs, noise, 1)
+    else:
+        inputs.images.copy_(inputs.images.roll(1, dims=-1))
     start = time.perf_counter()
     engine.sample(inputs, noise, STEPS)
     return time.perf_counter() - start
@@ -64,12 +80,24 @@ def variants(path: Path, dtype: str) -> dict[str, Callable[[ModelInputs, Tensor]
 
         return run
 
-    every = StateInEveryStep.__new__(StateInEveryStep)
-    every.config, every.network = engine.config, engine.network
+    network = engine.network
+
+    def with_network(other: type[Network]) -> Callable[[ModelInputs, Tensor], float]:
+        def run(inputs: ModelInputs, noise: Tensor) -> float:
+            engine.network = other(network.weights, kernels)
+            try:
+                return sample(engine, inputs, noise)
+            finally:
+                engine.network = network
+
+        return run
+
     found = {
         "as it is": lambda inputs, noise: sample(engine, inputs, noise),
         "padding computed, too": lambda inputs, noise: sample(engine, all_valid(inputs), noise),
-        "state token in every step": lambda inputs, noise: sample(every, inputs, noise),
+        "pictures of the last call": lambda inputs, noise: sample(engine, inputs, noise, True),
+        "state token in every step": with_network(StateInEveryStep),
+        "time in every step": with_network(TimeInEveryStep),
         "attention by PyTorch": with_kernels(TorchAttention),
         "rotary embedding by PyTorch": with_kernels(TorchRotation),
     }

@@ -79,6 +79,14 @@ class ModelInputs:
         """One observation of the batch."""
         return ModelInputs(**{name: value[i : i + 1] for name, value in vars(self).items()})
 
+    def same_prefix(self, other: ModelInputs) -> bool:
+        """Whether all but the state is equal."""
+        mine, theirs = vars(self), vars(other)
+        return all(torch.equal(mine[name], theirs[name]) for name in mine if name != "state")
+
+    def clone(self) -> ModelInputs:
+        return ModelInputs(**{name: value.clone() for name, value in vars(self).items()})
+
     def to(self, device: torch.device) -> ModelInputs:
         return ModelInputs(**{name: value.to(device) for name, value in vars(self).items()})
 

@@ -184,3 +184,32 @@ def test_one_observation_like_its_row_in_a_batch(engine: Engine) -> None:
     together = engine.sample(inputs, noise, 2)
     alone = replace(inputs.row(1))
     assert close(engine.sample(alone, noise[1:], 2), together[1:])
+
+
+def test_the_same_pictures_are_not_computed_again(
+    engine: Engine, tiny: Pi0, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = engine.network  # type: ignore[attr-defined]
+    computed = []
+    prefill = network.prefill
+    monkeypatch.setattr(network, "prefill", lambda *args: computed.append(args) or prefill(*args))
+    inputs, noise = batch([([True, False], 6)], seed=5)
+    first = engine.sample(inputs, noise, 3)
+    assert torch.equal(engine.sample(inputs, noise, 3), first)
+    moved = replace(inputs, state=inputs.state + 1)
+    assert close(engine.sample(moved, noise, 3), tiny.sample_actions(moved, noise, 3))
+    assert close(engine.sample(inputs, noise, 2), tiny.sample_actions(inputs, noise, 2))
+    assert len(computed) == 1
+
+
+@pytest.mark.parametrize("name", ["images", "image_mask", "tokens", "token_mask"])
+def test_another_prefix_is_computed(engine: Engine, tiny: Pi0, name: str) -> None:
+    """Even where the tensors are those of the last call, changed in place."""
+    inputs, noise = batch([([True, False], 5)])
+    engine.sample(inputs, noise, 1)
+    value = getattr(inputs, name)
+    if value.dtype == torch.bool:
+        value.logical_not_()
+    else:
+        value.copy_(value.flip(-1))
+    assert close(engine.sample(inputs, noise, 2), tiny.sample_actions(inputs, noise, 2))

@@ -36,7 +36,7 @@ SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class Engine(ABC):
-    """Computes actions. Inputs and results are float32 tensors on the CPU.
+    """Computes actions, one call at a time. Inputs and results are float32 tensors on the CPU.
 
     `tap` sees every stage's result under its name in `pi0.model.STAGES`, and of every block the
     output (`vlm_transformer.block.3`) and in the trunks keys and values [B, T, K, D]

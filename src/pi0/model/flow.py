@@ -41,10 +41,19 @@ def integrate(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps
     Raises:
         ConfigError: fewer than one step.
     """
-    if steps < 1:
-        raise ConfigError(f"steps: expected at least 1, found {steps}.")
     x = noise
-    for i in range(steps):
-        t = torch.full((len(x),), 1 - i / steps, dtype=torch.float32, device=x.device)
+    for time in schedule(steps):
+        t = torch.full((len(x),), time, dtype=torch.float32, device=x.device)
         x = x - velocity(x, t) / steps
     return x
+
+
+def schedule(steps: int) -> list[float]:
+    """The time t of each of so many equal steps.
+
+    Raises:
+        ConfigError: fewer than one step.
+    """
+    if steps < 1:
+        raise ConfigError(f"steps: expected at least 1, found {steps}.")
+    return [1 - i / steps for i in range(steps)]

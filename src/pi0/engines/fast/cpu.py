@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint
 from pi0.config import Pi0Config
-from pi0.engines.base import Engine
+from pi0.engines.base import Engine, need_finite
 from pi0.engines.fast.int8 import Int8Kernels
 from pi0.engines.fast.keep import load_weights
 from pi0.engines.fast.kernels import Kernels
@@ -61,6 +61,7 @@ class CpuEngine(Engine):
         weights = load_weights(checkpoint, SCHEMES[dtype], kernels, image_size, progress, name)
         self.config = weights.config
         self.network = Network(weights, kernels)
+        self._last: tuple[ModelInputs, Cache] | None = None  # of `sample`
 
     @classmethod
     def need(cls, config: Pi0Config, device: str | None, image_size: int | None) -> None:
@@ -81,6 +82,31 @@ class CpuEngine(Engine):
     ) -> Tensor:
         cache.forget_other(state)
         return self.network.velocity(x_t, self.network.time_terms(t), state, cache, tap)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        inputs: ModelInputs,
+        noise: Tensor,
+        steps: int = 10,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """See `Engine`; where images and prompt are those of the last call, only the steps are
+        computed."""
+        cache = self._prefix(inputs)
+        times = self.network.times_of_steps(steps)
+        return need_finite(self.network.denoise(noise, times, inputs.state, cache, on_step))
+
+    def _prefix(self, inputs: ModelInputs) -> Cache:
+        """The last call's, if it is the same, else a new one."""
+        if self._last and self._last[0].same_prefix(inputs):
+            cache = self._last[1]
+            cache.state = None  # computed anew, so that the same call gives the same bits
+        else:
+            self._last = None  # its memory is free for the next
+            cache = self.prefill(inputs)
+            self._last = inputs.clone(), cache
+        return cache
 
 
 def need_bfloat16() -> None:

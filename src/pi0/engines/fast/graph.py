@@ -17,7 +17,6 @@ from torch import Tensor
 from pi0.engines.fast.network import Network
 from pi0.engines.fast.plan import Plan
 from pi0.inputs import ModelInputs
-from pi0.model.flow import integrate
 
 LIMIT = 4  # graphs that are kept: a robot has few prompts and one set of cameras
 WARM_UP = 2  # runs before a capture, in which libraries allocate and Triton compiles
@@ -74,19 +73,14 @@ class Graph:
         self.network = network
         self.call = call.copy(device)
         self.actions = torch.empty_like(self.call.noise)
-        times = torch.tensor([1 - i / call.steps for i in range(call.steps)])
-        self.time_terms = network.time_terms(times)  # [steps, E]
+        self.times = network.times_of_steps(call.steps)
         self.captured: torch.cuda.CUDAGraph | None = None
 
     def run(self) -> None:
         """Actions from what is in the buffers. This is what is captured."""
-        call, terms = self.call, iter(self.time_terms)
+        call = self.call
         cache = self.network.prefill(call.inputs, call.plan)
-
-        def velocity(x: Tensor, _: Tensor) -> Tensor:
-            return self.network.velocity(x, next(terms), call.inputs.state, cache)
-
-        self.actions.copy_(integrate(velocity, call.noise, call.steps))
+        self.actions.copy_(self.network.denoise(call.noise, self.times, call.inputs.state, cache))
 
     def capture(self, pool: Any) -> None:
         """Records `run` on the current CUDA device, with memory from a pool of

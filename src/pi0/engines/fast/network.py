@@ -25,7 +25,7 @@ from pi0.engines.fast.plan import Plan
 from pi0.engines.fast.weights import EMBEDDING, Weights
 from pi0.inputs import ModelInputs
 from pi0.model import Tap
-from pi0.model.flow import embed_time
+from pi0.model.flow import embed_time, integrate, schedule
 from pi0.model.gemma import EPS as RMS_EPS
 from pi0.model.gemma import ROPE_BASE
 from pi0.model.pi0 import no_tap
@@ -130,6 +130,32 @@ class Network:
         actions = tap("action_tokens", hidden[:, -self.config.horizon :].float())
         out = self.weights["action_out_proj.weight"], self.weights["action_out_proj.bias"]
         return tap("velocity", tap("action_projection", F.linear(actions, *out)))
+
+    def denoise(
+        self,
+        noise: Tensor,
+        times: Tensor,
+        state: Tensor,
+        cache: Cache,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """Actions from noise, both [B, horizon, action_dim] float32, on the device.
+
+        Args:
+            times: [steps, E], of `times_of_steps`.
+        """
+        terms = iter(times)
+
+        def velocity(x: Tensor, _: Tensor) -> Tensor:
+            v = self.velocity(x, next(terms), state, cache)
+            on_step()
+            return v
+
+        return integrate(velocity, noise, len(times))
+
+    def times_of_steps(self, steps: int) -> Tensor:
+        """`time_terms` of all steps at once: [steps, E] float32."""
+        return self.time_terms(torch.tensor(schedule(steps)))
 
     def time_terms(self, t: Tensor) -> Tensor:
         """What times [B] add to the actions before the activation: [B, E] float32."""

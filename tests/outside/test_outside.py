@@ -187,8 +187,17 @@ def test_dead_worker(checkpoint: Checkpoint) -> None:
 def test_refusals(checkpoint: Checkpoint) -> None:
     with pytest.raises(EngineError, match="expected the checkpoint's 28 for engine transformers"):
         make_engine("transformers", checkpoint, image_size=56)
-    with pytest.raises(EngineError, match="expected cpu for engine transformers, found 'cuda'"):
-        make_engine("transformers", checkpoint, device="cuda")
+    with pytest.raises(EngineError, match="expected cpu or cuda, found 'tpu'"):
+        make_engine("transformers", checkpoint, device="tpu")
+
+
+@needs_transformers
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_worker_without_the_device(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their interpreter may have another PyTorch than ours."""
+    monkeypatch.setattr("pi0.outside.engine.parse_device", lambda name: None)
+    with pytest.raises(EngineError, match="engine transformers: device cuda:99: expected a PyTor"):
+        make_engine("transformers", checkpoint, device="cuda:99")
 
 
 def test_not_installed(tiny_path: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def visit(job: Job, folder: Path) -> dict[str, Any]:
     parts = part_times(engine, inputs, noise, job.point.steps)
     if job.seeds:
         np.savez(folder / ACTIONS, actions=actions_of_seeds(engine, inputs, actions, job).numpy())
-    return asdict(Visit(load_s, first_action_at, sample_ms, *parts, **about(engine, job)))
+    return asdict(Visit(load_s, first_action_at, sample_ms, *parts, **about(engine)))
 
 
 def sweep(job: Job) -> dict[str, Any]:
@@ -145,20 +145,22 @@ def actions_of_seeds(engine: Engine, inputs: ModelInputs, first: Tensor, job: Jo
     return torch.stack(actions)
 
 
-def about(engine: Engine, job: Job) -> dict[str, Any]:
+def about(engine: Engine) -> dict[str, Any]:
     """What a visit tells beside times."""
-    outside = engine if isinstance(engine, OutsideEngine) else None
-    cuda = torch.cuda.is_initialized()
-    asked_cuda = (job.spec.device or "").startswith("cuda")
+    if isinstance(engine, OutsideEngine):
+        peak, cuda_peak = engine.peak, engine.cuda_peak
+        implementation, version = engine.implementation, engine.torch
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        cuda_peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+        implementation, version = None, torch.__version__
     return {
-        "peak_bytes": outside.peak
-        if outside
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "cuda_bytes": torch.cuda.max_memory_allocated() if cuda else None,
+        "peak_bytes": peak,
+        "cuda_bytes": cuda_peak or None,
         "threads": torch.get_num_threads(),
-        "device": "cuda" if cuda or asked_cuda else "cpu",
-        "implementation": outside.implementation if outside else None,
-        "torch": outside.torch if outside else torch.__version__,
+        "device": "cuda" if cuda_peak else "cpu",
+        "implementation": implementation,
+        "torch": version,
     }
 
 

@@ -24,6 +24,7 @@ from pi0.model.precision import parse_dtype
 
 ENGINES = {
     "reference": "pi0.engines.reference:ReferenceEngine",
+    "compiled": "pi0.engines.reference:CompiledEngine",
     "cpu": "pi0.engines.fast.cpu:CpuEngine",
     "cuda": "pi0.engines.fast.cuda:CudaEngine",
     "ttnn": "pi0.engines.tenstorrent.engine:TtnnEngine",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,47 @@ class ReferenceEngine(Engine):
     ) -> Tensor:
         x_t, t, state = (tensor.to(self.device) for tensor in (x_t, t, state))
         return self.model.velocity(x_t, t, state, cache, tap).cpu()
+
+
+class CompiledEngine(ReferenceEngine):
+    """The model through `torch.compile`: what PyTorch makes of it by itself, a mark to pass.
+
+    The first call at a shape compiles, which takes a C++ compiler and up to minutes.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for part in ("prefill", "velocity"):
+            setattr(self.model, part, compile_part(getattr(self.model, part)))
+
+    def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> PrefixCache:
+        return super().prefill(inputs, uncompiled(tap))
+
+    def velocity(
+        self, x_t: Tensor, t: Tensor, state: Tensor, cache: PrefixCache, tap: Tap = no_tap
+    ) -> Tensor:
+        return super().velocity(x_t, t, state, cache, uncompiled(tap))
+
+
+def compile_part(part: Callable[..., Any]) -> Callable[..., Any]:
+    """A part of the model, compiled at its first call; EngineError if that cannot be."""
+    compiled = torch.compile(part, dynamic=False)
+
+    def call(*args: Any) -> Any:
+        try:
+            return compiled(*args)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise EngineError(
+                "engine compiled: expected PyTorch to compile the model, which takes a C++ "
+                f"compiler (c++, or what CXX names), found {str(error).splitlines()[0]}"
+            ) from error
+
+    return call
+
+
+def uncompiled(tap: Tap) -> Tap:
+    """A tap that what is compiled stops at."""
+    return tap if tap is no_tap else torch.compiler.disable(tap)  # type: ignore[no-untyped-call]
 
 
 def parse_device(name: str) -> torch.device:

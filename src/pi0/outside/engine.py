@@ -20,6 +20,7 @@ import pi0
 from pi0.checkpoint.load import Checkpoint
 from pi0.config import Pi0Config
 from pi0.engines.base import Engine, need_finite
+from pi0.engines.reference import parse_device
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
 from pi0.model import Tap
@@ -35,14 +36,14 @@ class OutsideEngine(Engine):
         implementation: its name and version.
         torch: the version of PyTorch that it runs on.
         seconds: that its last answer took, without the way there.
-        peak: bytes of memory that its process has held at most.
+        peak, cuda_peak: bytes of memory that its process has held at most, and of a CUDA device's.
     """
 
     precisions = tuple(DTYPES)
     module: ClassVar[str]
     install: ClassVar[str]
     seconds = 0.0
-    peak = 0
+    peak = cuda_peak = 0
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class OutsideEngine(Engine):
         words = [self.python(), "-m", "pi0.outside.worker", self.module]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the engine
         self._worker = subprocess.Popen(
-            [*words, str(checkpoint.path.absolute()), dtype],
+            [*words, str(checkpoint.path.absolute()), dtype, device or "cpu"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -72,8 +73,7 @@ class OutsideEngine(Engine):
     @classmethod
     def need(cls, config: Pi0Config, device: str | None, image_size: int | None) -> None:
         """See `pi0.engines.base.need_engine`."""
-        if device not in (None, "cpu"):
-            raise EngineError(f"device: expected cpu for engine {cls.module}, found {device!r}.")
+        parse_device(device or "cpu")
         if image_size not in (None, config.vision.image_size):
             raise EngineError(
                 f"image_size: expected the checkpoint's {config.vision.image_size} for engine "
@@ -130,7 +130,8 @@ class OutsideEngine(Engine):
             assert self._worker.stdin
             send(self._worker.stdin, command=command, **arrays)
         answer = self._answer()
-        self.seconds, self.peak = float(answer["seconds"]), int(answer["peak"])
+        self.seconds = float(answer["seconds"])
+        self.peak, self.cuda_peak = int(answer["peak"]), int(answer["cuda_peak"])
         return answer
 
     def _answer(self) -> Message:

@@ -21,7 +21,7 @@ EXPERT_HEAD = "model.paligemma_with_expert.gemma_expert.lm_head.weight"  # never
 class Model:
     """LeRobot's model with a checkpoint's weights."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: str, device: str) -> None:
         from lerobot.policies.pi0 import modeling_pi0
         from lerobot.policies.pi0.configuration_pi0 import PI0Config
         from transformers.initialization import no_init_weights
@@ -32,7 +32,7 @@ class Model:
             shrink(modeling_pi0, config)
         side = config.vision.image_size
         theirs = PI0Config(
-            device="cpu", dtype=dtype, image_resolution=(side, side), chunk_size=config.horizon
+            device=device, dtype=dtype, image_resolution=(side, side), chunk_size=config.horizon
         )
         with no_init_weights():  # every tensor that is read is filled below
             policy = modeling_pi0.PI0Policy(theirs).eval()
@@ -63,8 +63,9 @@ class Model:
 
         self.model.embed_prefix, self.model.denoise_step = embed_prefix, denoise_step
         try:
-            shape = (len(arrays["state"]), self.model.config.chunk_size, arrays["state"].shape[1])
-            self.sample(arrays, torch.zeros(shape), 1)
+            state = arrays["state"]
+            noise = state.new_zeros(len(state), self.model.config.chunk_size, state.shape[1])
+            self.sample(arrays, noise, 1)
         finally:
             self.model.embed_prefix, self.model.denoise_step = embed, denoise
         self.prefix = found

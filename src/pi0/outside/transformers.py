@@ -34,7 +34,7 @@ RENAMED = (
 class Model:
     """transformers' model with a checkpoint's weights."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, dtype: str, device: str) -> None:
         from transformers import PI0Config, PI0ForConditionalGeneration
         from transformers.initialization import no_init_weights
 
@@ -60,6 +60,7 @@ class Model:
         fill(places, checkpoint, lambda name: (their_name(name, inner),))
         for parameter in self.model.parameters():  # not the buffers: frequencies stay float32
             parameter.data = parameter.data.to(parse_dtype(dtype))
+        self.model.to(device)
 
     def prefill(self, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
         """Runs their prefix, and keeps what their denoising step needs of it."""
@@ -75,8 +76,9 @@ class Model:
 
         self.model.forward = first_step
         try:
-            shape = (len(arrays["state"]), self.config.horizon, self.config.action_dim)
-            self.sample(arrays, torch.zeros(shape), 1)
+            state = arrays["state"]
+            noise = state.new_zeros(len(state), self.config.horizon, self.config.action_dim)
+            self.sample(arrays, noise, 1)
         finally:
             self.model.forward = forward
         self.prefix = found
@@ -101,6 +103,7 @@ class Model:
         patches = torch.full(
             (len(cameras), int(cameras[0]) * self.config.vision.num_patches),
             image_token(self.config),
+            device=cameras.device,
         )
         text = arrays["token_mask"].long()
         actions: Tensor = self.model.sample_actions(

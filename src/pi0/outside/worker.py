@@ -1,4 +1,5 @@
-"""The process that holds somebody else's model: `python -m pi0.outside.worker NAME CKPT DTYPE`.
+"""The process that holds somebody else's model: `python -m pi0.outside.worker NAME CKPT DTYPE
+DEVICE`.
 
 Answers messages on standard input with messages on standard output. Runs in the interpreter that
 has the other implementation, which need not have ours: torch, numpy and safetensors do.
@@ -17,49 +18,62 @@ from typing import Any
 import torch
 
 from pi0.checkpoint.load import open_checkpoint
-from pi0.errors import Pi0Error
+from pi0.errors import EngineError, Pi0Error
 from pi0.outside.frames import receive, send
 
 
 def main() -> None:
     """Serves until standard input ends."""
-    name, path, dtype = sys.argv[1:]
+    name, path, dtype, device = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what their code prints must not be taken for an answer
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched
     try:
         module = importlib.import_module(f"pi0.outside.{name}")
-        model = module.Model(open_checkpoint(Path(path)), dtype)
+        need_device(device)
+        model = module.Model(open_checkpoint(Path(path)), dtype, device)
     except (Pi0Error, ImportError) as error:
         send(answers, error=str(error))
         return
     send(answers, name=model.name, torch=torch.__version__)
     while (message := receive(sys.stdin.buffer)) is not None:
         try:
-            send(answers, **answer(model, message))
+            send(answers, **answer(model, message, torch.device(device)))
         except Pi0Error as error:
             send(answers, error=str(error))
 
 
 @torch.no_grad()
-def answer(model: Any, message: dict[str, Any]) -> dict[str, Any]:
-    """What the model makes of a message."""
+def answer(model: Any, message: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What the model makes of a message. Its time is that of a caller who has inputs in memory and
+    wants actions there."""
     command = str(message.pop("command"))
-    arrays = {name: torch.from_numpy(value) for name, value in message.items() if value.ndim}
+    steps = int(message.pop("steps", 0))
     start = time.perf_counter()
+    arrays = {name: torch.from_numpy(value).to(device) for name, value in message.items()}
     if command == "prefill":
         result = model.prefill(arrays)
     elif command == "velocity":
         result = {"velocity": model.velocity(arrays["x_t"], arrays["t"], arrays["state"])}
     else:
         noise = arrays.pop("noise")
-        result = {"actions": model.sample(arrays, noise, int(message["steps"]))}
+        result = {"actions": model.sample(arrays, noise, steps)}
+    told = {name: value.float().cpu().numpy() for name, value in result.items()}
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # prefill shows nothing that would wait for it
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {name: value.float().numpy() for name, value in result.items()} | {
-        "seconds": seconds,
-        "peak": peak,
-    }
+    cuda = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return told | {"seconds": seconds, "peak": peak, "cuda_peak": cuda}
+
+
+def need_device(name: str) -> None:
+    """Raises EngineError if this interpreter's PyTorch has no such device."""
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise EngineError(
+            f"device {name}: expected a PyTorch built for CUDA in {sys.executable} and a device, "
+            f"found torch {torch.__version__} and none."
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """How even `Policy.infer` is: `python benchmarks/jitter.py CKPT`, a checkpoint of the tiny preset.
 
-Engines take turns call by call, so that they meet the same machine; on one that others use, too,
-the ratio says more about these.
+Engines take turns call by call, so that they meet the same machine, with a fixed number of plain
+matrix products: on a machine that others use, too, these are uneven as well, and show how much of
+the ratio is the machine's.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from pi0 import Policy
 
+CONTROL = "plain products"
+PRODUCTS, ROWS, SIDE = 60, 64, 512  # 8 ms on two cores
 ENGINES = ("cpu:float32", "cpu:int8", "reference:float32")
 
 
@@ -39,12 +43,17 @@ def main() -> None:
         )
         for i in range(2)
     ]  # in turn: an engine may keep the prefix of the last pictures
-    seconds: dict[str, list[float]] = {name: [] for name in ENGINES}
+    seconds: dict[str, list[float]] = {name: [] for name in (*ENGINES, CONTROL)}
+    x, weight = torch.randn(ROWS, SIDE), torch.randn(SIDE, SIDE)
     for i in range(args.warm_up + args.calls):
         for name, policy in policies.items():
             start = time.perf_counter()
             policy.infer(observations[i % 2])
             seconds[name].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        for _ in range(PRODUCTS):
+            x @ weight
+        seconds[CONTROL].append(time.perf_counter() - start)
     print(f"{args.calls} calls each, after {args.warm_up}\n")
     print("| engine | p50 ms | p99 ms | p99 / p50 |\n|---|---|---|---|")
     for name, values in seconds.items():

@@ -1,7 +1,7 @@
 """Time to the first actions from a cold start: `python benchmarks/start.py CKPT`.
 
 Every start is a new process: imports, the policy with its weights, one observation with one image
-of noise for each of three cameras. `cache` is a start that finds packed weights kept; they are made
+of noise for each of --cameras. `cache` is a start that finds packed weights kept; they are made
 once, apart, beside a link to the checkpoint's file in a folder of their own, and removed at the
 end. Alternates all of these, so that they meet the same machine; files are in the page cache unless
 --cold (needs root) drops it before every start, libraries included.
@@ -34,7 +34,7 @@ policy = Policy.from_checkpoint(
 loaded = time.time()
 side = policy.engine.config.vision.image_size
 pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
-images = {camera.key: pixels for camera in policy.robot.cameras}
+images = {camera.key: pixels for camera in policy.robot.cameras[: int(sys.argv[5])]}
 policy.infer(policy.robot.observation(images, np.zeros(8), "pick up the red cube"))
 done = time.time()
 print(json.dumps({
@@ -43,11 +43,13 @@ print(json.dumps({
 }))
 """
 DTYPES = ("float32", "int8")
+CACHES = ("none", "cache")
 
 
-def start(folder: Path, dtype: str, cache: str) -> dict[str, float]:
+def start(folder: Path, dtype: str, cache: str, cameras: int) -> dict[str, float]:
     """Seconds of each part of a start, and the peak of resident memory."""
-    command = [sys.executable, "-c", START, str(folder), dtype, cache, repr(time.time())]
+    command = [sys.executable, "-c", START, str(folder), dtype, cache]
+    command += [repr(time.time()), str(cameras)]
     out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     found: dict[str, float] = json.loads(out)
     return found
@@ -69,6 +71,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--cameras", type=int, default=3, choices=(1, 2, 3))
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
+    parser.add_argument("--caches", nargs="+", default=CACHES, choices=CACHES)
     parser.add_argument("--cold", action="store_true", help="drop the page cache before every run")
     args = parser.parse_args()
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
@@ -76,15 +81,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.checkpoint.resolve().parent) as name:
         folder = Path(name)
         mirror(args.checkpoint, folder)
-        packing = {dtype: start(folder, dtype, "cache") for dtype in DTYPES}
+        packing = {dtype: start(folder, dtype, "cache", args.cameras) for dtype in args.dtypes}
         for _ in range(args.repeat):
-            for dtype in DTYPES:
-                for cache in ("none", "cache"):
+            for dtype in args.dtypes:
+                for cache in args.caches:
                     if args.cold:
                         drop_page_cache()
-                    found.setdefault((dtype, cache), []).append(start(folder, dtype, cache))
-        kept = {dtype: next(folder.glob(f"*{dtype}*.pi0")).stat().st_size for dtype in DTYPES}
-    print(f"page cache {'dropped' if args.cold else 'warm'}; seconds, median (least to most)\n")
+                    told = start(folder, dtype, cache, args.cameras)
+                    found.setdefault((dtype, cache), []).append(told)
+        kept = {dtype: next(folder.glob(f"*{dtype}*.pi0")).stat().st_size for dtype in args.dtypes}
+    state = "dropped" if args.cold else "warm"
+    print(f"{args.cameras} cameras, page cache {state}; seconds, median (least to most)\n")
     parts = ("imports", "load", "first sample", "total")
     print(f"| engine | cache | {' | '.join(parts)} | peak GB |\n|---|---|{'---|' * 5}")
     for (dtype, cache), runs in found.items():
@@ -96,7 +103,7 @@ def main() -> None:
         peak = max(run["GB"] for run in runs)
         print(f"| cpu:{dtype} | {cache} | {' | '.join(cells)} | {peak:.2f} |")
     print()
-    for dtype in DTYPES:
+    for dtype in args.dtypes:
         seconds = packing[dtype]["load"]
         print(
             f"cpu:{dtype}: packed and written in {seconds:.1f} s, {kept[dtype] / 1e9:.2f} GB kept"

@@ -25,6 +25,7 @@ from pi0.config import Pi0Config
 from pi0.engines.base import Engine
 from pi0.inputs import ModelInputs, random_inputs
 from pi0.model import STAGES
+from pi0.model.flow import schedule
 from pi0.verify.compare import Comparison, compare
 from pi0.verify.thresholds import Threshold, coarser, threshold
 
@@ -214,8 +215,8 @@ def _denoise(
     """x_t and velocity of every step, and the actions; a feed's x_t are where steps start."""
     taken = []
     x = case.noise
-    for i in range(steps):
-        t = torch.full((len(x),), 1 - i / steps)
+    for i, moment in enumerate(schedule(steps)):
+        t = torch.full((len(x),), moment)
         if feed is not None:
             x = feed.steps[i][0]
         v = engine.velocity(x, t, case.inputs.state, cache)

@@ -34,7 +34,7 @@ from pi0.engines.tenstorrent.network import Constants
 from pi0.engines.tenstorrent.precision import F32, PRESETS, Precision
 from pi0.errors import EngineError
 from pi0.inputs import random_inputs
-from pi0.model.flow import embed_time
+from pi0.model.flow import embed_time, schedule
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def dry_run(
         weights, _ = backend.dram()
         layout = Layout(config, cameras, tokens or config.max_tokens)
         on, given = upload_inputs(layout, backend, precision)
-        table = embed_time(1 - torch.arange(steps) / steps, config.expert.width)[None, None]
+        table = embed_time(torch.tensor(schedule(steps)), config.expert.width)[None, None]
         times = network.embed_times(backend.put(Upload(table, F32)))
 
         def call() -> Handle:

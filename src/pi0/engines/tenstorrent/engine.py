@@ -29,10 +29,10 @@ from pi0.engines.tenstorrent.ops import Ops
 from pi0.engines.tenstorrent.precision import BF16, F32, PRESETS, Precision
 from pi0.engines.tenstorrent.programs import TILE_BYTES
 from pi0.engines.tenstorrent.weights import Packer
-from pi0.errors import ConfigError, EngineError
+from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
 from pi0.model import Pi0, Tap
-from pi0.model.flow import embed_time
+from pi0.model.flow import embed_time, schedule
 from pi0.model.pi0 import no_tap
 
 
@@ -138,8 +138,6 @@ class TtnnEngine(Engine):
         on_step: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """See `Engine`. The whole loop runs on the device; rows of a batch follow each other."""
-        if steps < 1:
-            raise ConfigError(f"steps: expected at least 1, found {steps}.")
         actions = [
             self._sample_one(inputs.row(i), noise[i : i + 1], steps, on_step)
             for i in range(inputs.batch_size)
@@ -174,7 +172,7 @@ class TtnnEngine(Engine):
         on = self._on(inputs)
         layout = on.layout
         if steps not in self._times:
-            self._times[steps] = self._embed_times(1 - torch.arange(steps) / steps)
+            self._times[steps] = self._embed_times(torch.tensor(schedule(steps)))
         times = self._times[steps]
         uploads = layout.uploads(inputs, self.network.ops.precision)
         uploads |= {"state": layout.state(inputs.state, F32), "x_t": layout.actions(noise)}

@@ -70,21 +70,11 @@ def variants(path: Path, dtype: str) -> dict[str, Callable[[ModelInputs, Tensor]
     kernels = engine.network.kernels
     assert isinstance(kernels, NativeKernels)
 
-    def with_kernels(other: type[NativeKernels]) -> Callable[[ModelInputs, Tensor], float]:
+    network, native = engine.network, kernels._native
+
+    def on(other: Network) -> Callable[[ModelInputs, Tensor], float]:
         def run(inputs: ModelInputs, noise: Tensor) -> float:
-            engine.network.kernels = other(kernels._native)
-            try:
-                return sample(engine, inputs, noise)
-            finally:
-                engine.network.kernels = kernels
-
-        return run
-
-    network = engine.network
-
-    def with_network(other: type[Network]) -> Callable[[ModelInputs, Tensor], float]:
-        def run(inputs: ModelInputs, noise: Tensor) -> float:
-            engine.network = other(network.weights, kernels)
+            engine.network = other
             try:
                 return sample(engine, inputs, noise)
             finally:
@@ -96,10 +86,10 @@ def variants(path: Path, dtype: str) -> dict[str, Callable[[ModelInputs, Tensor]
         "as it is": lambda inputs, noise: sample(engine, inputs, noise),
         "padding computed, too": lambda inputs, noise: sample(engine, all_valid(inputs), noise),
         "pictures of the last call": lambda inputs, noise: sample(engine, inputs, noise, True),
-        "state token in every step": with_network(StateInEveryStep),
-        "time in every step": with_network(TimeInEveryStep),
-        "attention by PyTorch": with_kernels(TorchAttention),
-        "rotary embedding by PyTorch": with_kernels(TorchRotation),
+        "state token in every step": on(StateInEveryStep(network.weights, kernels)),
+        "time in every step": on(TimeInEveryStep(network.weights, kernels)),
+        "attention by PyTorch": on(Network(network.weights, TorchAttention(native))),
+        "rotary embedding by PyTorch": on(Network(network.weights, TorchRotation(native))),
     }
     if dtype == "int8":  # three models of it fit in memory
         scheme = cpu.SCHEMES[dtype]

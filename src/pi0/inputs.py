@@ -84,9 +84,6 @@ class ModelInputs:
         mine, theirs = vars(self), vars(other)
         return all(torch.equal(mine[name], theirs[name]) for name in mine if name != "state")
 
-    def clone(self) -> ModelInputs:
-        return ModelInputs(**{name: value.clone() for name, value in vars(self).items()})
-
     def to(self, device: torch.device) -> ModelInputs:
         return ModelInputs(**{name: value.to(device) for name, value in vars(self).items()})
 

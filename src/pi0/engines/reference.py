@@ -63,22 +63,18 @@ class CompiledEngine(ReferenceEngine):
         for part in ("prefill", "velocity"):
             setattr(self.model, part, compile_part(getattr(self.model, part)))
 
-    def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> PrefixCache:
-        return super().prefill(inputs, uncompiled(tap))
-
-    def velocity(
-        self, x_t: Tensor, t: Tensor, state: Tensor, cache: PrefixCache, tap: Tap = no_tap
-    ) -> Tensor:
-        return super().velocity(x_t, t, state, cache, uncompiled(tap))
-
 
 def compile_part(part: Callable[..., Any]) -> Callable[..., Any]:
-    """A part of the model, compiled at its first call; EngineError if that cannot be."""
+    """A part of the model, compiled at its first call; EngineError if that cannot be. A tap, its
+    last argument, is not compiled with it."""
     compiled = torch.compile(part, dynamic=False)
 
     def call(*args: Any) -> Any:
+        *given, tap = args
+        if tap is not no_tap:
+            tap = torch.compiler.disable(tap)  # type: ignore[no-untyped-call]
         try:
-            return compiled(*args)
+            return compiled(*given, tap)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             raise EngineError(
                 "engine compiled: expected PyTorch to compile the model, which takes a C++ "
@@ -86,11 +82,6 @@ def compile_part(part: Callable[..., Any]) -> Callable[..., Any]:
             ) from error
 
     return call
-
-
-def uncompiled(tap: Tap) -> Tap:
-    """A tap that what is compiled stops at."""
-    return tap if tap is no_tap else torch.compiler.disable(tap)  # type: ignore[no-untyped-call]
 
 
 def parse_device(name: str) -> torch.device:

@@ -36,9 +36,10 @@ def main() -> None:
         send(answers, error=str(error))
         return
     send(answers, name=model.name, torch=torch.__version__)
+    place = torch.device(device)
     while (message := receive(sys.stdin.buffer)) is not None:
         try:
-            send(answers, **answer(model, message, torch.device(device)))
+            send(answers, **answer(model, message, place))
         except Pi0Error as error:
             send(answers, error=str(error))
 

@@ -23,7 +23,7 @@ from pi0.engines.fast.kernels import Kernels
 from pi0.engines.fast.native import Native, Unavailable
 from pi0.engines.fast.native_kernels import NativeKernels
 from pi0.engines.fast.network import Cache, Network
-from pi0.engines.fast.plan import make_plan
+from pi0.engines.fast.plan import copy, make_plan
 from pi0.engines.fast.weights import Scheme
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
@@ -105,7 +105,7 @@ class CpuEngine(Engine):
         else:
             self._last = None  # its memory is free for the next
             cache = self.prefill(inputs)
-            self._last = inputs.clone(), cache
+            self._last = copy(inputs, torch.device("cpu")), cache
         return cache
 
 

@@ -18,10 +18,10 @@ from pi0.config import Pi0Config
 from pi0.engines.base import Engine, need_finite
 from pi0.engines.fast import fp8
 from pi0.engines.fast.fp8 import Fp8Kernels
-from pi0.engines.fast.graph import Call, Graphs, copy
+from pi0.engines.fast.graph import Call, Graphs
 from pi0.engines.fast.kernels import Kernels
 from pi0.engines.fast.network import Cache, Network
-from pi0.engines.fast.plan import Plan, make_plan
+from pi0.engines.fast.plan import Plan, copy, make_plan
 from pi0.engines.fast.weights import Matrix, Scheme, pack
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs

@@ -8,20 +8,18 @@ inputs hold, waits for nothing and looks at no value; tests/engines/test_cuda.py
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pi0.engines.fast.network import Network
-from pi0.engines.fast.plan import Plan
+from pi0.engines.fast.plan import Plan, copy
 from pi0.inputs import ModelInputs
 
 LIMIT = 4  # graphs that are kept: a robot has few prompts and one set of cameras
 WARM_UP = 2  # runs before a capture, in which libraries allocate and Triton compiles
-
-T = TypeVar("T", ModelInputs, Plan)
 
 
 @dataclass(frozen=True)
@@ -49,16 +47,6 @@ class Call:
     def copy(self, device: torch.device) -> Call:
         inputs, plan = copy(self.inputs, device), copy(self.plan, device)
         return Call(inputs, plan, self.noise.to(device, copy=True), self.steps)
-
-
-def copy(record: T, device: torch.device) -> T:
-    """Inputs or a plan with all tensors copied to a device."""
-    copies: dict[str, Any] = {
-        name: value.to(device, copy=True)
-        for name, value in vars(record).items()
-        if isinstance(value, Tensor)
-    }
-    return replace(record, **copies)
 
 
 class Graph:

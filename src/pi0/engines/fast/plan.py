@@ -7,7 +7,8 @@ the prefix sees all of itself, and the actions see everything.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -86,3 +87,16 @@ def make_plan(inputs: ModelInputs, patches: int, suffix_len: int, bucket: int = 
     views = inputs.image_mask.flatten().nonzero().flatten()
     kept = valid if ragged else None
     return Plan(views, index, kept, positions, seen.shape[1], inputs.image_mask.numel())
+
+
+T = TypeVar("T", ModelInputs, Plan)
+
+
+def copy(record: T, device: torch.device) -> T:
+    """Inputs or a plan with all tensors copied to a device."""
+    copies: dict[str, Any] = {
+        name: value.to(device, copy=True)
+        for name, value in vars(record).items()
+        if isinstance(value, Tensor)
+    }
+    return replace(record, **copies)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
-from pi0.engines.fast.cpu import choose_kernels
+from pi0.engines.fast.cpu.engine import choose_kernels
 from pi0.engines.fast.network import Network
-from pi0.engines.fast.plan import make_plan
-from pi0.engines.fast.weights import Matrix, Scheme, Weights, pack, quantise_rows
+from pi0.engines.fast.plan import make_token_plan
+from pi0.engines.fast.weights import Matrix, PackedWeights, Scheme, pack, quantise_rows
 from pi0.inputs import random_inputs
 from pi0.verify.compare import compare
 
@@ -37,11 +37,13 @@ GROUPS = {
 
 
 @torch.inference_mode()
-def packed(checkpoint: Checkpoint, pattern: str | None, outliers: bool, fold: bool) -> Weights:
+def packed(
+    checkpoint: Checkpoint, pattern: str | None, outliers: bool, fold: bool
+) -> PackedWeights:
     """Weights of which the matrices that match are quantised."""
     late = outliers or fold  # norms are changed first
-    kinds = {} if late or pattern is None else {pattern: torch.int8}
-    weights = pack(checkpoint, Scheme(torch.float32, kinds))
+    dtype_by_pattern = {} if late or pattern is None else {pattern: torch.int8}
+    weights = pack(checkpoint, Scheme(torch.float32, dtype_by_pattern))
     if outliers:
         for name, tensor in weights.tensors.items():
             if name.endswith(("norm1.weight", "norm2.weight")) and "vision" not in name:
@@ -57,25 +59,25 @@ def packed(checkpoint: Checkpoint, pattern: str | None, outliers: bool, fold: bo
     return weights
 
 
-def fold_norms(weights: Weights) -> None:
+def fold_norms(weights: PackedWeights) -> None:
     for name, norm in weights.tensors.items():
         block, _, which = name.removesuffix(".weight").rpartition(".")
         if which in ("norm1", "norm2") and "vision" not in name:
-            kinds = ("qkv", "kv") if which == "norm1" else ("gate_up",)
+            dtype_by_pattern = ("qkv", "kv") if which == "norm1" else ("gate_up",)
             for matrix, value in weights.matrices.items():
-                if matrix.startswith(block + ".") and matrix.split(".")[3] in kinds:
+                if matrix.startswith(block + ".") and matrix.split(".")[3] in dtype_by_pattern:
                     value.weight *= norm
             norm.fill_(1)
 
 
 @torch.inference_mode()
-def actions(weights: Weights, seeds: int) -> Tensor:
+def actions(weights: PackedWeights, seeds: int) -> Tensor:
     config = weights.config
     kernels = choose_kernels()
     kernels.prepare(weights)
     network = Network(weights, kernels)
     inputs, _ = random_inputs(config, 3, config.max_tokens, 0)
-    plan = make_plan(inputs, config.vision.num_patches, config.suffix_len)
+    plan = make_token_plan(inputs, config.vision.num_patches, config.suffix_len)
     cache = network.prefill(inputs, plan)
 
     noises = (
@@ -84,7 +86,7 @@ def actions(weights: Weights, seeds: int) -> Tensor:
         )
         for i in range(seeds)
     )
-    times = network.times_of_steps(10)
+    times = network.step_time_biases(10)
     return torch.stack([network.denoise(noise, times, inputs.state, cache) for noise in noises])
 
 

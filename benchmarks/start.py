@@ -24,7 +24,7 @@ import json, resource, sys, time
 began = float(sys.argv[4])
 import numpy as np
 import torch
-import pi0.engines.fast.cpu
+import pi0.engines.fast.cpu.engine
 from pi0 import ROBOTS, Policy
 imported = time.time()
 policy = Policy.from_checkpoint(

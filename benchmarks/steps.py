@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from pi0.checkpoint.load import open_checkpoint
-from pi0.engines.fast import cpu
-from pi0.engines.fast.cpu import CpuEngine
-from pi0.engines.fast.int8 import Int8Kernels
+from pi0.engines.fast.cpu import engine as cpu
+from pi0.engines.fast.cpu.engine import CpuEngine
+from pi0.engines.fast.cpu.int8 import Int8Kernels
+from pi0.engines.fast.cpu.native_kernels import NativeKernels
 from pi0.engines.fast.kernels import Kernels
-from pi0.engines.fast.native_kernels import NativeKernels
 from pi0.engines.fast.network import Cache, Network
 from pi0.inputs import ModelInputs, random_inputs
 from pi0.model.flow import integrate
 
 CAMERAS, VALID_TOKENS, STEPS = 3, 9, 10
-WHOLE = 2**31
+UNSPLIT = 2**31
 
 
 class TorchAttention(NativeKernels):
@@ -48,7 +48,7 @@ class TimeInEveryStep(Network):
         self, noise: Tensor, times: Tensor, state: Tensor, cache: Cache, *_: object
     ) -> Tensor:
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return self.velocity(x, self.time_terms(t), state, cache)
+            return self.velocity(x, self.time_bias(t), state, cache)
 
         return integrate(velocity, noise, len(times))
 
@@ -93,7 +93,7 @@ def variants(path: Path, dtype: str) -> dict[str, Callable[[ModelInputs, Tensor]
     }
     if dtype == "int8":  # three models of it fit in memory
         scheme = cpu.SCHEMES[dtype]
-        cpu.SCHEMES[dtype] = dataclasses.replace(scheme, part=WHOLE)
+        cpu.SCHEMES[dtype] = dataclasses.replace(scheme, part=UNSPLIT)
         whole = CpuEngine(checkpoint, None, dtype)
         cpu.SCHEMES[dtype] = scheme
         found["MLPs not in parts"] = lambda inputs, noise: sample(whole, inputs, noise)

@@ -16,7 +16,7 @@ from PIL import Image
 Floats = NDArray[np.float32]
 
 WIDTH, HEIGHT, OVERSAMPLING = 640, 480, 2
-STEPS, FAR, NEAR_ENOUGH = 110, 4.0, 4e-4
+STEPS, OUTLIER_SIGMA, NEAR_ENOUGH = 110, 4.0, 4e-4
 LIGHT = np.array([0.45, 0.8, 0.4], np.float32)
 LIGHT /= np.linalg.norm(LIGHT)
 OUT = Path(__file__).parent / "cameras"
@@ -138,9 +138,9 @@ def render(
     rays = forward + scale * (x[..., None] * right + y[..., None] * np.cross(right, forward))
     rays = (rays / np.linalg.norm(rays, axis=-1, keepdims=True)).reshape(-1, 3).astype(np.float32)
     origin = np.broadcast_to(np.array(eye, np.float32), rays.shape)
-    t = march(origin, rays, STEPS, FAR)
+    t = march(origin, rays, STEPS, OUTLIER_SIGMA)
     pixels = np.full(rays.shape, 0.8, np.float32)
-    met = np.flatnonzero(t < FAR)
+    met = np.flatnonzero(t < OUTLIER_SIGMA)
     pixels[met] = shade(origin[met] + t[met, None] * rays[met], rays[met])
     pixels = (
         np.clip(pixels, 0, 1).reshape(HEIGHT, OVERSAMPLING, WIDTH, OVERSAMPLING, 3).mean((1, 3))

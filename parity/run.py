@@ -31,7 +31,7 @@ from pi0.engines.base import make_engine
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs, random_inputs
 from pi0.model.precision import parse_dtype
-from pi0.outside.engine import OUTSIDE, OutsideEngine
+from pi0.peers.engine import PEERS, PeerEngine
 
 ROOT = Path(__file__).parents[1]
 CAMERAS, MASKED, TEXT = 3, 1, 9  # the second camera is masked, 9 of 48 tokens are text
@@ -127,7 +127,7 @@ def run(engine: str, checkpoint: Path, dtype: str) -> Run | str:
     start = time.perf_counter()
     actions = machine.sample(inputs, noise).double().numpy()
     seconds, peak = time.perf_counter() - start, getrusage(RUSAGE_SELF).ru_maxrss * 1024
-    if isinstance(machine, OutsideEngine):
+    if isinstance(machine, PeerEngine):
         name, version = machine.implementation, machine.torch
         seconds, peak = machine.seconds, machine.peak
     else:
@@ -155,7 +155,7 @@ def compare(size: Size, checkpoint: Path) -> tuple[list[Row], dict[str, str]]:
             sys.exit(f"parity: ours: {result}")
         ours[dtype] = result
     rows, skipped = [], {}
-    for name in reversed(OUTSIDE):
+    for name in reversed(PEERS):
         theirs = run_alone(name, size, checkpoint, "float32")
         if isinstance(theirs, str):
             skipped[name] = theirs

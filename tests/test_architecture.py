@@ -20,7 +20,7 @@ ARROWS = {
     "model": {"errors", "config", "inputs"},
     "checkpoint": {"errors", "config", "model"},
     "engines": {"errors", "config", "inputs", "model", "checkpoint"},
-    "outside": {"errors", "config", "inputs", "model", "checkpoint", "engines"},
+    "peers": {"errors", "config", "inputs", "model", "checkpoint", "engines"},
     "trace": {"inputs", "model", "engines"},
     "verify": {"errors", "config", "inputs", "model", "engines"},
     "bench": {
@@ -30,7 +30,7 @@ ARROWS = {
         "model",
         "checkpoint",
         "engines",
-        "outside",
+        "peers",
         "verify",
     },
     "policy": {"errors", "inputs", "checkpoint", "engines"},
@@ -44,7 +44,7 @@ ARROWS = {
         "policy",
         "trace",
         "verify",
-        "outside",
+        "peers",
         "bench",
     },
 }
@@ -100,7 +100,7 @@ def test_loading_imports_no_compiler() -> None:
     """torch's compiler takes longer to import than a small model to load."""
     script = (
         "import sys, torch\n"
-        "import pi0.policy, pi0.engines.fast.cpu\n"
+        "import pi0.policy, pi0.engines.fast.cpu.engine\n"
         "from pi0.checkpoint.load import empty_model\n"
         "empty_model(pi0.PRESETS['tiny'], torch.float32)\n"
         "heavy = {'torch._dynamo', 'torch._inductor', 'sympy', 'matplotlib', 'transformers'}\n"

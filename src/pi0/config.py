@@ -109,7 +109,7 @@ class Pi0Config:
         """Prefix tokens for a number of cameras and text tokens (default: max_tokens)."""
         return cameras * self.vision.num_patches + (self.max_tokens if tokens is None else tokens)
 
-    def at_image_size(self, pixels: int) -> Pi0Config:
+    def with_image_size(self, pixels: int) -> Pi0Config:
         """The same model run on square images of another size in pixels."""
         return replace(self, vision=replace(self.vision, image_size=pixels))
 

@@ -36,7 +36,7 @@ class ModelInputs:
     state: Tensor
 
     @classmethod
-    def checked(cls, config: Pi0Config, **arrays: np.ndarray | Tensor) -> ModelInputs:
+    def validated(cls, config: Pi0Config, **arrays: np.ndarray | Tensor) -> ModelInputs:
         """Inputs from arrays or tensors, checked against a model's configuration.
 
         Raises:
@@ -95,7 +95,7 @@ def random_inputs(
     from."""
     generator = torch.Generator().manual_seed(seed)
     size = config.vision.image_size
-    inputs = ModelInputs.checked(
+    inputs = ModelInputs.validated(
         config,
         images=torch.rand(1, cameras, 3, size, size, generator=generator) * 2 - 1,
         image_mask=torch.ones(1, cameras, dtype=torch.bool),
@@ -129,7 +129,7 @@ def from_npz(config: Pi0Config, arrays: Mapping[str, np.ndarray]) -> tuple[Model
             f"inputs: expected the arrays {', '.join(NPZ_NAMES)} and noise, found no "
             f"{', '.join(missing)}."
         )
-    inputs = ModelInputs.checked(
+    inputs = ModelInputs.validated(
         config, **{ours: arrays[theirs] for theirs, ours in NPZ_NAMES.items()}
     )
     noise = to_tensor("noise", arrays["noise"])

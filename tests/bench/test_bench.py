@@ -16,23 +16,23 @@ import torch
 from fakes import FakeEngine
 from PIL import Image
 
-from pi0.bench import rates
-from pi0.bench.job import Job, Point, Spec, inputs_at, parse_spec
+from pi0.bench import roofline
 from pi0.bench.run import run_worker
-from pi0.bench.scaling import points_around
+from pi0.bench.scaling import workloads_around
+from pi0.bench.task import EngineSpec, WorkerTask, Workload, parse_spec, workload_inputs
 from pi0.bench.worker import part_times, sample_times
 from pi0.cli.main import main
 from pi0.config import PRESETS
 from pi0.errors import ConfigError, EngineError
 
-POINT = Point(cameras=3, masked=1, tokens=12, valid=9, steps=2)
+POINT = Workload(cameras=3, masked=1, tokens=12, valid=9, steps=2)
 SIZES = ("--masked", 1, "--tokens", 12, "--valid", 9, "--steps", 2, "--repeat", 2, "--seeds", 2)
 
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rates, "SECONDS", 0.01)
-    monkeypatch.setitem(rates.SIZES, "cpu", 64)
+    monkeypatch.setattr(roofline, "SECONDS", 0.01)
+    monkeypatch.setitem(roofline.SIZES, "cpu", 64)
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -56,7 +56,7 @@ def test_two_engines(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert data["command"].startswith(f"pi0 bench {tiny_path} --engines reference")
     assert data["command"] in stdout
     assert data["machine"]["torch"] == torch.__version__
-    assert data["yardstick"] == "reference:float32"
+    assert data["baseline"] == "reference:float32"
     exact, rounded = data["engines"]
     assert (exact["pcc"], exact["rel_l2"]) == (pytest.approx(1), 0)
     assert 1e-6 < rounded["rel_l2"] < 0.05  # bfloat16 rounds, and that is seen
@@ -69,8 +69,8 @@ def test_two_engines(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         assert engine["peak_bytes"] > 1e8
         parts = [stage["stage"] for stage in engine["stages"]]
         assert parts == ["vision", "rest of prefill", "one step", "all"]
-        assert all(stage["times_floor"] > 0 for stage in engine["stages"])
-    assert "yardstick" in stdout
+        assert all(stage["times_roofline"] > 0 for stage in engine["stages"])
+    assert "baseline" in stdout
     with Image.open(plot) as image:
         assert image.width > image.height
 
@@ -88,7 +88,7 @@ def test_one_engine_fails_and_the_rest_goes_on(
     )
     assert failed["ms"] is None
     assert done["ms"] > 0
-    assert done["pcc"] is None  # without the yardstick
+    assert done["pcc"] is None  # without the baseline
 
 
 def test_scaling(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,30 +175,30 @@ def test_interrupt_stops_the_worker(tiny_path: Path) -> None:
             os.kill(int(worker), 0)
 
 
-def job(path: Path, **changes: object) -> Job:
-    spec = Spec("reference", "float32", None)
-    return Job(str(path), spec, POINT, repeat=1, seeds=1, seed=0, **changes)  # type: ignore[arg-type]
+def job(path: Path, **changes: object) -> WorkerTask:
+    spec = EngineSpec("reference", "float32", None)
+    return WorkerTask(str(path), spec, POINT, repeat=1, seeds=1, seed=0, **changes)  # type: ignore[arg-type]
 
 
 def test_job_survives_json(tiny_path: Path) -> None:
-    given = job(tiny_path, sweep=tuple(points_around(POINT)["steps"]))
-    assert Job.from_json(given.to_json()) == given
+    given = job(tiny_path, sweep=tuple(workloads_around(POINT)["steps"]))
+    assert WorkerTask.from_json(given.to_json()) == given
 
 
 def test_specs() -> None:
-    assert parse_spec("reference") == Spec("reference", "float32", None)
+    assert parse_spec("reference") == EngineSpec("reference", "float32", None)
     assert parse_spec("reference:bfloat16@cuda:1").label == "reference:bfloat16@cuda:1"
 
 
 def test_inputs() -> None:
-    inputs, noise = inputs_at(PRESETS["tiny"], Point(3, 1, 12, 9, 10, batch=2), seed=0)
+    inputs, noise = workload_inputs(PRESETS["tiny"], Workload(3, 1, 12, 9, 10, batch=2), seed=0)
     assert inputs.image_mask.tolist() == [[True, True, False]] * 2
     assert inputs.token_mask.sum(1).tolist() == [9, 9]
     assert noise.shape == (2, 50, 32)
 
 
 def test_what_is_varied_is_valid() -> None:
-    around = points_around(POINT)
+    around = workloads_around(POINT)
     assert [point.masked for point in around["cameras"]] == [0, 0, 0]
     assert all(point.valid == point.tokens for point in around["tokens"])
     assert all(point.masked == 1 and point.valid == 9 for point in around["steps"])
@@ -206,13 +206,13 @@ def test_what_is_varied_is_valid() -> None:
 
 def test_points_that_cannot_be() -> None:
     with pytest.raises(ConfigError, match="masked: expected fewer than the 2 cameras, found 2."):
-        Point(cameras=2, masked=2, tokens=9, valid=9, steps=1)
+        Workload(cameras=2, masked=2, tokens=9, valid=9, steps=1)
 
 
 def test_pictures_differ_in_every_call() -> None:
     """An engine that keeps the prefix of the last pictures gains nothing."""
     engine = FakeEngine(torch.zeros(1, 50, 32))
-    inputs, noise = inputs_at(engine.config, POINT, seed=0)
+    inputs, noise = workload_inputs(engine.config, POINT, seed=0)
     assert len(sample_times(engine, inputs, noise, steps=2, repeat=3)) == 3
     seen = [these.images for these in engine.seen]
     assert len(seen) == 4  # the first does not count
@@ -221,5 +221,5 @@ def test_pictures_differ_in_every_call() -> None:
 
 def test_an_engine_that_shows_no_vision() -> None:
     engine = FakeEngine(torch.zeros(1, 50, 32))
-    _, vision_ms, _ = part_times(engine, *inputs_at(engine.config, POINT, seed=0), steps=2)
+    _, vision_ms, _ = part_times(engine, *workload_inputs(engine.config, POINT, seed=0), steps=2)
     assert vision_ms is None

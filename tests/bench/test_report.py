@@ -6,25 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from pi0.bench.count import Work, needed
-from pi0.bench.job import Point, Spec, Visit
-from pi0.bench.plot import plot_growth, plot_times
-from pi0.bench.rates import Rate
+from pi0.bench.flops import Work, needed
+from pi0.bench.plot import plot_scaling, plot_times
 from pi0.bench.report import engine_rows, to_data
-from pi0.bench.run import Measured, Plan, Result
-from pi0.bench.scaling import points_around
+from pi0.bench.roofline import Rate
+from pi0.bench.run import BenchPlan, BenchResult, EngineResult
+from pi0.bench.scaling import workloads_around
+from pi0.bench.task import EngineSpec, Trial, Workload
 from pi0.config import PRESETS
 from pi0.verify.compare import Comparison
 
 CONFIG = PRESETS["pi0_base"]
-POINT = Point(cameras=3, masked=1, tokens=48, valid=9, steps=10)
+POINT = Workload(cameras=3, masked=1, tokens=48, valid=9, steps=10)
 NAMES = ("reference", "cpu", "lerobot", "transformers")
 RATE = Rate(flops=100e9, bandwidth=10e9, weight_bytes=4)
 
 
-def measured(name: str, *times: float, vision_ms: float | None = 2000.0) -> Measured:
+def measured(name: str, *times: float, vision_ms: float | None = 2000.0) -> EngineResult:
     visits = [
-        Visit(
+        Trial(
             load_s=3.0,
             first_action_at=0.0,
             sample_ms=[ms],
@@ -41,16 +41,16 @@ def measured(name: str, *times: float, vision_ms: float | None = 2000.0) -> Meas
         for ms in times
     ]
     failure = None if times else f"{name}: expected a measurement, found that it fell asleep."
-    return Measured(Spec(name, "float32", None), visits, [9.0] * len(times), failure)
+    return EngineResult(EngineSpec(name, "float32", None), visits, [9.0] * len(times), failure)
 
 
-def result(*engines: Measured) -> Result:
-    return Result(list(engines), {("cpu", "float32"): RATE})
+def result(*engines: EngineResult) -> BenchResult:
+    return BenchResult(list(engines), {("cpu", "float32"): RATE})
 
 
-def plan(engines: int = 4, peers: int = 2, scaling: bool = False) -> Plan:
-    specs = [Spec(name, "float32", None) for name in NAMES[:engines]]
-    return Plan(Path("ckpt"), specs, peers, POINT, 7, 2, 10, 0, scaling)
+def plan(engines: int = 4, peers: int = 2, scaling: bool = False) -> BenchPlan:
+    specs = [EngineSpec(name, "float32", None) for name in NAMES[:engines]]
+    return BenchPlan(Path("ckpt"), specs, peers, POINT, 7, 2, 10, 0, scaling)
 
 
 FAST, SLOW = (8000.0, 9000.0, 7000.0), (20_000.0, 22_000.0)
@@ -111,10 +111,10 @@ def test_parts() -> None:
     least = needed(CONFIG, cameras=2, tokens=9)
     assert vision["gflops"] == pytest.approx(least.vision.flop / 2.0 / 1e9)
     assert language["ms"] == pytest.approx(5600 - 2000)
-    assert step["floor_ms"] == pytest.approx(least.step.flop / 100e9 * 1e3)
-    floors = vision["floor_ms"] + language["floor_ms"] + 10 * step["floor_ms"]
-    assert whole["floor_ms"] == pytest.approx(floors)
-    assert whole["times_floor"] == pytest.approx(8000 / floors)
+    assert step["roofline_ms"] == pytest.approx(least.step.flop / 100e9 * 1e3)
+    floors = vision["roofline_ms"] + language["roofline_ms"] + 10 * step["roofline_ms"]
+    assert whole["roofline_ms"] == pytest.approx(floors)
+    assert whole["times_roofline"] == pytest.approx(8000 / floors)
 
 
 def test_pictures(tmp_path: Path) -> None:
@@ -125,10 +125,10 @@ def test_pictures(tmp_path: Path) -> None:
         measured("lerobot", *SLOW, vision_ms=None),
     ]
     for engine in engines:
-        for points in points_around(POINT).values():
+        for points in workloads_around(POINT).values():
             for point in points:
                 engine.growth[point] = None if point.batch > 1 else 10.0 * point.steps
     made = to_data(plan(3, peers=1, scaling=True), CONFIG, result(*engines), {}, "")
     plot_times(tmp_path / "times.png", made, "title", "small print")
-    plot_growth(tmp_path / "growth.png", made["scaling"], "title")
+    plot_scaling(tmp_path / "growth.png", made["scaling"], "title")
     assert {path.name for path in tmp_path.iterdir()} == {"times.png", "growth.png"}

@@ -309,11 +309,11 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_verify(tiny_path: Path, npz: Path, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-    words = ("verify", tiny_path, "--tokens", 16, "--steps", 2, "--outside", "none")
+    words = ("verify", tiny_path, "--tokens", 16, "--steps", 2, "--oracle", "none")
     done = pi0(*words, "--layers", "--report", page)
     assert done.returncode == 0, done.stdout
     assert "agree: all 60 comparisons are within their limits" in done.stdout
-    assert "outside implementation: none, as asked" in done.stdout
+    assert "oracle implementation: none, as asked" in done.stdout
     assert "largest deviation of actions (masked): action " in done.stdout
     html = page.read_text()
     assert html.count("<svg") == 4
@@ -328,7 +328,7 @@ def test_verify(tiny_path: Path, npz: Path, tmp_path: Path) -> None:
 
 
 def test_verify_fails(tiny_path: Path) -> None:
-    done = pi0(*("verify", tiny_path, "--steps", 1, "--min-pcc", "0.99999999", "--outside", "none"))
+    done = pi0(*("verify", tiny_path, "--steps", 1, "--min-pcc", "0.99999999", "--oracle", "none"))
     assert done.returncode == 1
     assert "FAILS first at vision_tower (all valid)" in done.stdout
 
@@ -343,8 +343,8 @@ def test_verify_refuses(tiny_path: Path) -> None:
         (["--device", "warp"], "device: expected cpu or cuda, found 'warp'"),
         (["--engines", "reference", "ttnn-host", "--device", "3"], "expected cpu for engine"),
         (["--engines", "transformers", "reference", "--mode", "isolated"], "expected chained for"),
-        (["--outside", "transformers", "--image-size", "56"], "expected the checkpoint's 28"),
-        (["--outside", "us"], "outside: expected auto, none or one of transformers, lerobot"),
+        (["--oracle", "transformers", "--image-size", "56"], "expected the checkpoint's 28"),
+        (["--oracle", "us"], "oracle: expected auto, none or one of transformers, lerobot"),
     ):
         assert message in refused("verify", tiny_path, *words)
 
@@ -360,7 +360,7 @@ def test_verify_refuses_before_the_work(
             raise PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr("pi0.engines.tenstorrent.library.version", version)
+    monkeypatch.setattr("pi0.engines.tenstorrent.ttnn_import.version", version)
     monkeypatch.delattr("pi0.engines.reference.load_model")
     said = refused("verify", tiny_path, "--engines", "reference", "ttnn-host:fast")
     assert f"pi0: ttnn: expected ttnn 0.81.1, found {found or 'none'}. Install it" in said

@@ -12,7 +12,7 @@ import torch._inductor.exc
 
 from pi0.checkpoint.load import open_checkpoint
 from pi0.config import PRESETS
-from pi0.engines.base import choose_precision, make_engine, need_engine
+from pi0.engines.base import check_engine_available, choose_precision, make_engine
 from pi0.errors import ConfigError, EngineError
 from pi0.inputs import random_inputs
 
@@ -29,9 +29,9 @@ def test_precisions_by_short_names() -> None:
 
 def test_a_device_that_is_not_there_is_said_before_the_work() -> None:
     with pytest.raises(EngineError, match="expected cpu for engine cpu, found 'cuda'"):
-        need_engine("cpu", PRESETS["tiny"], "cuda")
+        check_engine_available("cpu", PRESETS["tiny"], "cuda")
     with pytest.raises(EngineError, match="expected cuda or cuda:N for engine cuda"):
-        need_engine("cuda", PRESETS["tiny"], "cpu")
+        check_engine_available("cuda", PRESETS["tiny"], "cpu")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's of itself

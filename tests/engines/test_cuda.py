@@ -21,17 +21,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pi0.checkpoint.load import open_checkpoint
 from pi0.config import PRESETS
 from pi0.engines.base import make_engine
-from pi0.engines.fast import cuda, fp8
-from pi0.engines.fast.cuda import BUCKET, CudaEngine, choose_scheme, guard
-from pi0.engines.fast.fp8 import Fp8Kernels
-from pi0.engines.fast.graph import LIMIT, Call, Graph, Graphs
+from pi0.engines.fast.cuda import engine as cuda
+from pi0.engines.fast.cuda import fp8
+from pi0.engines.fast.cuda.engine import BUCKET, CudaEngine, choose_scheme, guard
+from pi0.engines.fast.cuda.fp8 import Fp8Kernels
+from pi0.engines.fast.cuda.graph import LIMIT, Call, Graph, Graphs
 from pi0.engines.fast.network import Network
-from pi0.engines.fast.plan import make_plan
+from pi0.engines.fast.plan import make_token_plan
 from pi0.engines.fast.weights import pack, quantise_rows
 from pi0.errors import ConfigError, EngineError
 from pi0.inputs import ModelInputs, random_inputs
 from pi0.verify.compare import compare
-from pi0.verify.run import Result, default_cases, verify
+from pi0.verify.run import VerifyResult, default_cases, verify
 
 CPU = torch.device("cpu")
 # Operations that wait for the device or whose result has a shape that depends on values.
@@ -62,7 +63,7 @@ def make_network(path: Path, precision: str) -> Network:
 
 def call_of(network: Network, inputs: ModelInputs, noise: Tensor, steps: int = 3) -> Call:
     config = network.config
-    plan = make_plan(inputs, config.vision.num_patches, config.suffix_len, BUCKET)
+    plan = make_token_plan(inputs, config.vision.num_patches, config.suffix_len, BUCKET)
     return Call(inputs, plan, noise, steps)
 
 
@@ -185,7 +186,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def verified(
     path: Path, precision: str, mode: str, change: Callable[[CudaEngine], None] = lambda _: None
-) -> Result:
+) -> VerifyResult:
     opened = open_checkpoint(path)
 
     def candidate() -> CudaEngine:

@@ -12,7 +12,7 @@ from pi0.checkpoint.load import open_checkpoint
 from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
 from pi0.engines.base import make_engine
-from pi0.engines.fast.cuda import FP8_CAPABILITY, CudaEngine, on_device
+from pi0.engines.fast.cuda.engine import FP8_CAPABILITY, CudaEngine, on_device
 from pi0.inputs import random_inputs
 from pi0.verify.run import default_cases, verify
 

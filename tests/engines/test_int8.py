@@ -20,11 +20,12 @@ from torch import Tensor
 from pi0.checkpoint.load import open_checkpoint
 from pi0.config import PRESETS
 from pi0.engines.base import make_engine
-from pi0.engines.fast import cpu, native
-from pi0.engines.fast.int8 import Int8Kernels
-from pi0.engines.fast.native import Native, Unavailable
-from pi0.engines.fast.native_kernels import NativeKernels, is_packed
-from pi0.engines.fast.weights import Matrix, Scheme, Weights, quantise_rows
+from pi0.engines.fast.cpu import engine as cpu
+from pi0.engines.fast.cpu import native
+from pi0.engines.fast.cpu.int8 import Int8Kernels
+from pi0.engines.fast.cpu.native import Native, NativeUnavailable
+from pi0.engines.fast.cpu.native_kernels import NativeKernels, is_packed
+from pi0.engines.fast.weights import Matrix, PackedWeights, Scheme, quantise_rows
 from pi0.errors import EngineError, Pi0Error
 from pi0.inputs import random_inputs
 from pi0.verify.compare import compare
@@ -32,7 +33,7 @@ from pi0.verify.compare import compare
 try:
     NATIVE: Native | None = Native()
     WHY = ""
-except Unavailable as why:
+except NativeUnavailable as why:
     NATIVE, WHY = None, str(why)
 needs_native = pytest.mark.skipif(NATIVE is None, reason=f"no native code: {WHY}")
 
@@ -52,7 +53,7 @@ def matrices(n: int, k: int, bias: bool = False, int8: bool = True) -> tuple[Mat
 
 
 def prepare(matrix: Matrix) -> None:
-    weights = Weights(CONFIG, Scheme(torch.float32))
+    weights = PackedWeights(CONFIG, Scheme(torch.float32))
     weights.matrices["m"] = matrix
     native_kernels().prepare(weights)
     assert is_packed(matrix)

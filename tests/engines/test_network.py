@@ -18,7 +18,7 @@ from torch import Tensor
 from pi0.checkpoint.load import load_model, open_checkpoint
 from pi0.config import PRESETS
 from pi0.engines.base import Engine, make_engine
-from pi0.engines.fast.plan import make_plan
+from pi0.engines.fast.plan import make_token_plan
 from pi0.inputs import ModelInputs, random_inputs
 from pi0.model import STAGES, Pi0
 
@@ -62,7 +62,7 @@ def test_no_text_at_all(engine: Engine, tiny: Pi0) -> None:
 
 def test_other_image_size(tiny_path: Path) -> None:
     checkpoint = open_checkpoint(tiny_path)
-    inputs, noise = random_inputs(CONFIG.at_image_size(56), 1, 4, 0)
+    inputs, noise = random_inputs(CONFIG.with_image_size(56), 1, 4, 0)
     engine = make_engine("cpu", checkpoint, None, "float32", image_size=56)
     expected = load_model(checkpoint, image_size=56).sample_actions(inputs, noise, 2)
     assert close(engine.sample(inputs, noise, 2), expected)
@@ -152,11 +152,11 @@ def test_same_bits_again(engine: Engine) -> None:
 @given(st.lists(ROW, min_size=1, max_size=4), st.sampled_from([1, 4, 16]))
 def test_plan(masks: list[tuple[list[bool], int]], bucket: int) -> None:
     inputs, _ = batch(masks)
-    plan = make_plan(inputs, CONFIG.vision.num_patches, CONFIG.suffix_len, bucket)
+    plan = make_token_plan(inputs, CONFIG.vision.num_patches, CONFIG.suffix_len, bucket)
     images = inputs.image_mask.repeat_interleave(CONFIG.vision.num_patches, dim=1)
     seen = torch.cat([images, inputs.token_mask], dim=1)
     number = torch.arange(1, seen.shape[1] + 1)[None].repeat(len(masks), 1)
-    assert torch.equal(plan.spread(plan.take(number)), number * seen)
+    assert torch.equal(plan.scatter(plan.gather(number)), number * seen)
     assert plan.tokens % bucket == 0 or plan.tokens == seen.shape[1]
     lengths = set(seen.sum(dim=1).tolist())
     assert (plan.valid is None) == (bucket == 1 and len(lengths) == 1)
@@ -169,10 +169,10 @@ def test_plan(masks: list[tuple[list[bool], int]], bucket: int) -> None:
 def test_bucket_changes_nothing(engine: Engine) -> None:
     inputs, noise = batch([([True, True], 3)])
     network = engine.network  # type: ignore[attr-defined]
-    t = network.time_terms(torch.ones(1))
+    t = network.time_bias(torch.ones(1))
     velocities = []
     for bucket in (1, 16):
-        plan = make_plan(inputs, CONFIG.vision.num_patches, CONFIG.suffix_len, bucket)
+        plan = make_token_plan(inputs, CONFIG.vision.num_patches, CONFIG.suffix_len, bucket)
         with torch.inference_mode():
             cache = network.prefill(inputs, plan)
             velocities.append(network.velocity(noise, t, inputs.state, cache))

@@ -25,10 +25,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pi0.checkpoint.load import open_checkpoint
-from pi0.engines.fast.fp8 import Fp8Kernels
-from pi0.engines.fast.graph import Call, Graph
-from pi0.engines.fast.network import Network, make_rotation, part_of
-from pi0.engines.fast.plan import make_plan
+from pi0.engines.fast.cuda.fp8 import Fp8Kernels
+from pi0.engines.fast.cuda.graph import Call, Graph
+from pi0.engines.fast.network import Network, make_rotation, slice_rotation
+from pi0.engines.fast.plan import make_token_plan
 from pi0.engines.fast.weights import Matrix, Scheme, pack
 from pi0.verify.run import default_cases
 
@@ -136,7 +136,7 @@ def call_all(quantised: bool) -> None:
 
 
 def kernels():  # type: ignore[no-untyped-def]
-    from pi0.engines.fast.triton_kernels import TritonKernels
+    from pi0.engines.fast.cuda.triton_kernels import TritonKernels
 
     return TritonKernels()
 
@@ -177,7 +177,7 @@ def expect_rows(found: Tensor, scale: Tensor, wanted: Tensor) -> None:
 
 @pytest.fixture
 def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pi0.engines.fast import triton_kernels
+    from pi0.engines.fast.cuda import triton_kernels
 
     monkeypatch.setattr(triton_kernels, "FP8", torch.float32)
 
@@ -272,7 +272,7 @@ def test_split(
     """Into a part of a buffer; what lies around it stays. The rotation is a part, too."""
     qkv = random(tokens, batch, tokens, (q_heads + 2 * kv_heads) * 2 * half, dtype=dtype)
     positions = torch.arange(3, tokens + 6, device=DEVICE).expand(batch, -1)
-    rotation = part_of(make_rotation(positions, 2 * half), slice(2, 2 + tokens))
+    rotation = slice_rotation(make_rotation(positions, 2 * half), slice(2, 2 + tokens))
     results = []
     for these in (kernels(), PLAIN):
         k, v = torch.zeros(2, batch, tokens + 3, kv_heads, 2 * half, dtype=dtype, device=DEVICE)
@@ -332,7 +332,7 @@ def test_residuals(dtype: torch.dtype, biased: bool, seed: int) -> None:
 @here
 @pytest.mark.parametrize("quantised", [False, True])
 def test_check_passes(quantised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pi0.engines.fast import triton_check, triton_kernels
+    from pi0.engines.fast.cuda import triton_check, triton_kernels
 
     if INTERPRETED:  # whose own e4m3 is wrong
         monkeypatch.setattr(triton_kernels, "FP8", torch.float32)
@@ -341,10 +341,10 @@ def test_check_passes(quantised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @here
 def test_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pi0.engines.fast import triton_check, triton_kernels
+    from pi0.engines.fast.cuda import triton_check, triton_kernels
 
     monkeypatch.setattr(triton_kernels, "RMS_EPS", 1e-2)
-    with pytest.raises(triton_check.Unavailable, match="rms_norm differs from PyTorch's by"):
+    with pytest.raises(triton_check.TritonUnavailable, match="rms_norm differs from PyTorch's by"):
         triton_check.check(torch.device(DEVICE), torch.float32, False)
 
 
@@ -353,10 +353,10 @@ def test_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_whole_sampling_call(tiny_path: Path, case: int) -> None:
     """In float32: with residuals added in place and keys written in place, the same actions."""
     device = torch.device(DEVICE)
-    weights = pack(open_checkpoint(tiny_path), Scheme(torch.float32, part=2**31)).to(device)
+    weights = pack(open_checkpoint(tiny_path), Scheme(torch.float32, mlp_chunk=2**31)).to(device)
     config = weights.config
     chosen = default_cases(config, cameras=2, tokens=5)[case]
-    plan = make_plan(chosen.inputs, config.vision.num_patches, config.suffix_len, bucket=16)
+    plan = make_token_plan(chosen.inputs, config.vision.num_patches, config.suffix_len, bucket=16)
     call = Call(chosen.inputs, plan, chosen.noise, steps=1)
     with torch.inference_mode():
         found, wanted = (

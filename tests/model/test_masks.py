@@ -69,7 +69,7 @@ def test_sequence_slices(tiny: Pi0) -> None:
     """The slices of the joint mask that prefill and denoising use, in both dimensions."""
     valid = torch.ones(1, 20, dtype=torch.bool)
     valid[0, 15:] = False
-    mask, positions = tiny.join_sequence(valid, no_tap)
+    mask, positions = tiny.mask_and_positions(valid, no_tap)
     assert mask.shape == (1, 71, 71)
     prefill = attention_mask(valid, torch.zeros(20))
     assert torch.equal(mask[:, :20, :20], prefill)
@@ -82,7 +82,7 @@ def test_sequence_slices(tiny: Pi0) -> None:
 
 
 def test_brief_case_lengths() -> None:
-    config = PRESETS["pi0_base"].at_image_size(384)
+    config = PRESETS["pi0_base"].with_image_size(384)
     assert config.vision.num_patches == 729
     assert config.prefix_len(cameras=2, tokens=32) == 1490
     assert config.suffix_len == 51

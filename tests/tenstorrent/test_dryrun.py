@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pi0.engines.tenstorrent.standin import has_compiler
+from pi0.engines.tenstorrent.stub_compiler import has_compiler
 
 pytestmark = [
     pytest.mark.ttnn,

@@ -21,7 +21,7 @@ from pi0.engines.tenstorrent.host import HostBackend, HostTensor
 from pi0.errors import EngineError
 from pi0.inputs import random_inputs
 from pi0.model.gemma import attend
-from pi0.verify.run import Result, default_cases, verify
+from pi0.verify.run import VerifyResult, default_cases, verify
 
 pytestmark = pytest.mark.ttnn
 
@@ -38,7 +38,9 @@ def backend(checkpoint: Checkpoint) -> HostBackend:
     return made
 
 
-def run(checkpoint: Checkpoint, precision: str, plant=lambda engine: None, **options) -> Result:
+def run(
+    checkpoint: Checkpoint, precision: str, plant=lambda engine: None, **options
+) -> VerifyResult:
     def candidate():
         engine = make_engine("ttnn-host", checkpoint, dtype=precision)
         plant(engine)
@@ -67,7 +69,7 @@ def test_agrees_with_the_reference(checkpoint: Checkpoint, mode: str, precision:
 def test_one_full_width_layer(one_layer_path: Path, precision: str) -> None:
     """At 70 pixels, 25 patches: sums are as long as in the real model, and padding is there."""
     opened = open_checkpoint(one_layer_path)
-    inputs, noise = random_inputs(opened.config.at_image_size(70), 2, 20, 0)
+    inputs, noise = random_inputs(opened.config.with_image_size(70), 2, 20, 0)
     reference = make_engine("reference", opened, image_size=70)
     candidate = make_engine("ttnn-host", opened, dtype=precision, image_size=70)
     seen: list[dict[str, torch.Tensor]] = []
@@ -95,7 +97,7 @@ def test_every_report_says_what_the_numbers_are(
     page = tmp_path / "report.html"
     words = ["verify", str(tiny_path), "--engines", "reference", "ttnn-host", "--steps", "1"]
     for more in (["--report", str(page)], ["--json"]):
-        monkeypatch.setattr("sys.argv", ["pi0", *words, "--outside", "none", *more])
+        monkeypatch.setattr("sys.argv", ["pi0", *words, "--oracle", "none", *more])
         with pytest.raises(SystemExit) as done:
             main()
         assert not done.value.code

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from pi0.checkpoint.load import empty_model
 from pi0.config import PRESETS
-from pi0.engines.tenstorrent import programs
+from pi0.engines.tenstorrent import program_configs
 from pi0.engines.tenstorrent.backend import Grid
-from pi0.engines.tenstorrent.engine import need_room, need_tiles, packed_bytes
-from pi0.engines.tenstorrent.layout import Layout, padded_head, rope_tables, tiled
+from pi0.engines.tenstorrent.engine import packed_bytes, require_dram, require_tile_widths
+from pi0.engines.tenstorrent.layout import TileLayout, padded_head, rope_tables, tiled
 from pi0.engines.tenstorrent.precision import PRESETS as PRECISIONS
 from pi0.engines.tenstorrent.weights import spread
 from pi0.errors import EngineError
@@ -30,15 +30,15 @@ TINY, BASE = PRESETS["tiny"], PRESETS["pi0_base"]
     [(384, 2, 32, 1504), (224, 2, 48, 576), (224, 3, 48, 832), (28, 1, 5, 64)],
 )
 def test_lengths(size: int, cameras: int, tokens: int, prefix: int) -> None:
-    layout = Layout(BASE.at_image_size(size), cameras, tokens)
+    layout = TileLayout(BASE.with_image_size(size), cameras, tokens)
     assert (layout.prefix, layout.suffix) == (prefix, 64)
     assert len(layout.view["prefix"].rows) == layout.config.prefix_len(cameras, tokens)
 
 
 @given(st.integers(1, 3), st.integers(1, 70), st.sampled_from([14, 28, 70, 98]))
 def test_views_are_inverse(views: int, tokens: int, size: int) -> None:
-    config = replace(TINY.at_image_size(size))
-    layout = Layout(config, views, tokens)
+    config = replace(TINY.with_image_size(size))
+    layout = TileLayout(config, views, tokens)
     rows = {
         "patches": views * layout.patches,
         "text": layout.text,
@@ -67,14 +67,16 @@ def test_masks_are_the_models(cameras: list[bool], words: int) -> None:
         image_mask=torch.tensor([cameras]),
         token_mask=torch.arange(9)[None] < words,
     )
-    layout = Layout(TINY, 2, 9)
+    layout = TileLayout(TINY, 2, 9)
     given = layout.uploads(inputs, PRECISIONS["accurate"])
     with torch.device("meta"):
         model = Pi0(TINY)
     seen = []
     patches = inputs.image_mask.repeat_interleave(TINY.vision.num_patches, dim=1)
     valid = torch.cat([patches, inputs.token_mask], dim=1)
-    mask, positions = model.join_sequence(valid, lambda name, value: seen.append(value) or value)
+    mask, positions = model.mask_and_positions(
+        valid, lambda name, value: seen.append(value) or value
+    )
     n = valid.shape[1]
     rows = torch.cat([layout.view["prefix"].rows, layout.prefix + layout.view["suffix"].rows])
     suffix = given["suffix_mask"].value[0, 0] == 0
@@ -125,7 +127,7 @@ def test_padded_heads_keep_products() -> None:
     st.booleans(),
 )
 def test_matmul_blocks_cover_and_fit(m: int, k: int, n: int, grid: Grid, sums: bool) -> None:
-    b = programs.matmul_blocks(m, k, n, grid, ("bfloat16", "bfloat8_b", "bfloat16"), sums)
+    b = program_configs.matmul_blocks(m, k, n, grid, ("bfloat16", "bfloat8_b", "bfloat16"), sums)
     down, across = (1, grid.cores) if b.spread == "columns" else (grid.y, grid.x)
     assert b.rows * down >= m
     assert b.columns * across >= n
@@ -142,15 +144,15 @@ def test_weights_have_to_fit() -> None:
     assert accurate == pytest.approx(2 * parameters, rel=0.03)
     table = BASE.vocab_size * BASE.vlm.width
     assert fast == pytest.approx(2 * table + 1.0625 * (parameters - table), rel=0.03)
-    need_room(BASE, PRECISIONS["accurate"], 12_000_000_000)
+    require_dram(BASE, PRECISIONS["accurate"], 12_000_000_000)
     with pytest.raises(EngineError, match=r"at most the 6.0 GB .* found 6.6 GB. Use --dtype fast"):
-        need_room(BASE, PRECISIONS["accurate"], 6_000_000_000)
+        require_dram(BASE, PRECISIONS["accurate"], 6_000_000_000)
 
 
 def test_widths_have_to_be_tiles() -> None:
     odd = replace(TINY, expert=replace(TINY.expert, width=40))
     with pytest.raises(EngineError, match="width of the expert that is a multiple of 32, found 40"):
-        need_tiles(odd)
+        require_tile_widths(odd)
 
 
 def test_tiled() -> None:
@@ -160,7 +162,7 @@ def test_tiled() -> None:
 def test_state_sees_no_actions() -> None:
     """By hand: in the suffix the state sees the prefix and itself, actions see everything."""
     inputs, _ = random_inputs(TINY, 1, 3, 0)
-    layout = Layout(TINY, 1, 3)
+    layout = TileLayout(TINY, 1, 3)
     mask = layout.uploads(inputs, PRECISIONS["fast"])["suffix_mask"].value[0, 0] == 0
     assert mask[0].sum() == 4 + 3 + 1
     assert mask[1].sum() == 4 + 3 + 51

@@ -70,7 +70,7 @@ class Card(DeviceBackend):
 
 class Engine(TtnnEngine):
     @classmethod
-    def _need_device(cls, device: str | None) -> None:
+    def _require_device(cls, device: str | None) -> None:
         pass
 
     def _open(self, device: str | None) -> Card:

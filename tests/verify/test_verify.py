@@ -18,7 +18,7 @@ from pi0.checkpoint.load import Checkpoint, open_checkpoint
 from pi0.engines.reference import ReferenceEngine
 from pi0.model.gemma import RMSNorm
 from pi0.verify.compare import compare
-from pi0.verify.run import Result, default_cases, verify
+from pi0.verify.run import VerifyResult, default_cases, verify
 
 Plant = Callable[[ReferenceEngine], None]
 
@@ -34,7 +34,7 @@ def forgotten_one_plus_w(engine: ReferenceEngine) -> None:
 
 
 def rope_restarted(engine: ReferenceEngine) -> None:
-    original = engine.model.join_sequence
+    original = engine.model.mask_and_positions
 
     def join(valid: Tensor, tap: Any) -> tuple[Tensor, Tensor]:
         mask, positions = original(valid, tap)
@@ -42,12 +42,12 @@ def rope_restarted(engine: ReferenceEngine) -> None:
         positions[:, n:] -= positions[:, n : n + 1].clone()
         return mask, positions
 
-    engine.model.join_sequence = join
+    engine.model.mask_and_positions = join
 
 
 def mask_cut_in_both_dimensions(engine: ReferenceEngine) -> None:
     """The expert sees suffix→suffix only."""
-    original = engine.model.join_sequence
+    original = engine.model.mask_and_positions
 
     def join(valid: Tensor, tap: Any) -> tuple[Tensor, Tensor]:
         mask, positions = original(valid, tap)
@@ -55,12 +55,12 @@ def mask_cut_in_both_dimensions(engine: ReferenceEngine) -> None:
         mask[:, :, : valid.shape[1]] = False
         return mask, positions
 
-    engine.model.join_sequence = join
+    engine.model.mask_and_positions = join
 
 
 def mask_rows_not_cut(engine: ReferenceEngine) -> None:
     """The expert's queries get the mask's first rows, those of the prefix, with all columns."""
-    original = engine.model.join_sequence
+    original = engine.model.mask_and_positions
 
     def join(valid: Tensor, tap: Any) -> tuple[Tensor, Tensor]:
         mask, positions = original(valid, tap)
@@ -69,7 +69,7 @@ def mask_rows_not_cut(engine: ReferenceEngine) -> None:
         mask[:, n:] = mask[:, : mask.shape[1] - n].clone()
         return mask, positions
 
-    engine.model.join_sequence = join
+    engine.model.mask_and_positions = join
 
 
 def erf_gelu(engine: ReferenceEngine) -> None:
@@ -113,7 +113,7 @@ def run(
     plant: Plant | None = None,
     reference_plant: Plant | None = None,
     **options: Any,
-) -> Result:
+) -> VerifyResult:
     def make(plant: Plant | None, dtype: str) -> ReferenceEngine:
         engine = ReferenceEngine(checkpoint, dtype=dtype)
         if plant:

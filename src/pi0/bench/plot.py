@@ -87,7 +87,7 @@ def _label(row: dict[str, Any], scale: float, unit: str, peer: str) -> str:
     )
 
 
-def plot_growth(path: Path, growth: list[dict[str, Any]], title: str) -> None:
+def plot_scaling(path: Path, growth: list[dict[str, Any]], title: str) -> None:
     """Writes a PNG with a panel for each thing that was varied: time, as a multiple of the
     first point's, beside the arithmetic needed."""
     from matplotlib.figure import Figure

@@ -6,30 +6,30 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pi0.bench.count import Count, Work, needed, published
-from pi0.bench.job import Point
-from pi0.bench.rates import Rate
-from pi0.bench.run import Measured, Plan, Result
-from pi0.bench.scaling import points_around
+from pi0.bench.flops import Count, Work, needed, published
+from pi0.bench.roofline import Rate
+from pi0.bench.run import BenchPlan, BenchResult, EngineResult
+from pi0.bench.scaling import workloads_around
+from pi0.bench.task import Workload
 from pi0.config import Pi0Config
 
 
 @dataclass(frozen=True)
-class StageRow:
+class BenchStageRow:
     """Time of a part beside the arithmetic that it needs.
 
     Attributes:
         gflop: needed, in 1e9 operations; gflops: reached, a second.
-        floor_ms: what the machine's rates allow; times_floor: the time as a multiple of it; both
-            None where no rate is known of the precision.
+        roofline_ms: the least time that the machine's measured rates allow; None where no rate of
+            the precision is known. times_roofline: the time as a multiple of it, or None.
     """
 
     stage: str
     gflop: float
     ms: float
     gflops: float
-    floor_ms: float | None
-    times_floor: float | None
+    roofline_ms: float | None
+    times_roofline: float | None
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class EngineRow:
         ratio: how many times as fast as the peer that times are compared with.
         prefill_ms, step_ms: of a pass in parts, vision_ms within prefill; they need not add up to
             `ms` for an engine that samples in one piece.
-        pcc, rel_l2: the worst of all seeds beside the yardstick; `fault`: why there are none.
+        pcc, rel_l2: the worst of all seeds beside the baseline; `fault`: why there are none.
     """
 
     engine: str
@@ -64,7 +64,7 @@ class EngineRow:
     fault: str | None = None
 
 
-def engine_rows(plan: Plan, result: Result) -> tuple[str, list[EngineRow]]:
+def engine_rows(plan: BenchPlan, result: BenchResult) -> tuple[str, list[EngineRow]]:
     """The label of the peer that ratios are of, and a row for each engine.
 
     The peer is the first named as one that was measured, else the slowest engine.
@@ -76,11 +76,11 @@ def engine_rows(plan: Plan, result: Result) -> tuple[str, list[EngineRow]]:
     return peer.spec.label if peer else "", rows
 
 
-def _ms(engine: Measured) -> float:
+def _ms(engine: EngineResult) -> float:
     return statistics.median(ms for visit in engine.visits for ms in visit.sample_ms)
 
 
-def _engine_row(engine: Measured, peer: Measured | None) -> EngineRow:
+def _engine_row(engine: EngineResult, peer: EngineResult | None) -> EngineRow:
     label, visits = engine.spec.label, engine.visits
     if peer is None or not visits:
         return EngineRow(label, engine.failure)
@@ -112,7 +112,9 @@ def _engine_row(engine: Measured, peer: Measured | None) -> EngineRow:
     )
 
 
-def stage_rows(plan: Plan, config: Pi0Config, row: EngineRow, rate: Rate | None) -> list[StageRow]:
+def stage_rows(
+    plan: BenchPlan, config: Pi0Config, row: EngineRow, rate: Rate | None
+) -> list[BenchStageRow]:
     """Parts and the whole of one engine; `rate` is the machine's in its precision."""
     if row.ms is None or row.prefill_ms is None or row.step_ms is None:
         return []
@@ -130,16 +132,16 @@ def stage_rows(plan: Plan, config: Pi0Config, row: EngineRow, rate: Rate | None)
     return [_stage_row(*part, rate) for part in parts]
 
 
-def _stage_row(stage: str, works: list[Work], ms: float, rate: Rate | None) -> StageRow:
+def _stage_row(stage: str, works: list[Work], ms: float, rate: Rate | None) -> BenchStageRow:
     flop = sum(work.flop for work in works)
     gflops = flop / ms / 1e6 if ms > 0 else float("nan")
     if rate is None:
-        return StageRow(stage, flop / 1e9, ms, gflops, None, None)
-    floor_ms = sum(rate.floor(work) for work in works) * 1e3
-    return StageRow(stage, flop / 1e9, ms, gflops, floor_ms, ms / floor_ms)
+        return BenchStageRow(stage, flop / 1e9, ms, gflops, None, None)
+    roofline_ms = sum(rate.floor(work) for work in works) * 1e3
+    return BenchStageRow(stage, flop / 1e9, ms, gflops, roofline_ms, ms / roofline_ms)
 
 
-def counts(config: Pi0Config, point: Point) -> tuple[Count, Count]:
+def counts(config: Pi0Config, point: Workload) -> tuple[Count, Count]:
     """Work that a point needs, and that of the model as published on it."""
     return (
         needed(config, point.cameras - point.masked, point.valid, point.batch),
@@ -147,7 +149,7 @@ def counts(config: Pi0Config, point: Point) -> tuple[Count, Count]:
     )
 
 
-def growth_rows(plan: Plan, config: Pi0Config, result: Result) -> list[dict[str, Any]]:
+def growth_rows(plan: BenchPlan, config: Pi0Config, result: BenchResult) -> list[dict[str, Any]]:
     """Every point of the sweep: what is varied, work needed, and each engine's milliseconds."""
     return [
         {
@@ -156,13 +158,13 @@ def growth_rows(plan: Plan, config: Pi0Config, result: Result) -> list[dict[str,
             "gflop": counts(config, point)[0].total(point.steps).flop / 1e9,
             "ms": {engine.spec.label: engine.growth.get(point) for engine in result.engines},
         }
-        for name, points in points_around(plan.point).items()
+        for name, points in workloads_around(plan.point).items()
         for point in points
     ]
 
 
 def to_data(
-    plan: Plan, config: Pi0Config, result: Result, machine: dict[str, Any], command: str
+    plan: BenchPlan, config: Pi0Config, result: BenchResult, machine: dict[str, Any], command: str
 ) -> dict[str, Any]:
     """Everything but the actions, as plain data."""
     peer, rows = engine_rows(plan, result)
@@ -177,7 +179,7 @@ def to_data(
         "rounds": plan.rounds,
         "seeds": plan.seeds,
         "seed": plan.seed,
-        "yardstick": plan.specs[0].label,
+        "baseline": plan.specs[0].label,
         "ratio_to": peer,
         "work_needed": asdict(least),
         "work_published": asdict(whole),

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pi0.bench.job import ACTIONS, TOLD, Job, Point, Spec, Visit
-from pi0.bench.rates import Rate, measure
-from pi0.bench.scaling import SWEEP_REPEAT, points_around
+from pi0.bench.roofline import Rate, measure
+from pi0.bench.scaling import SWEEP_REPEAT, workloads_around
+from pi0.bench.task import ACTIONS, RESULT_FILE, EngineSpec, Trial, WorkerTask, Workload
 from pi0.errors import EngineError
 from pi0.verify.compare import Comparison, compare
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """What is to be measured.
 
     Attributes:
@@ -37,47 +37,49 @@ class Plan:
     """
 
     checkpoint: Path
-    specs: list[Spec]
+    specs: list[EngineSpec]
     peers: int
-    point: Point
+    point: Workload
     repeat: int
     rounds: int
     seeds: int
     seed: int
     scaling: bool
 
-    def job(self, spec: Spec, first: bool) -> Job:
+    def job(self, spec: EngineSpec, first: bool) -> WorkerTask:
         """A visit; accuracy is measured in the first."""
         repeat = math.ceil(self.repeat / self.rounds)
         seeds = self.seeds if first else 0
-        return Job(str(self.checkpoint), spec, self.point, repeat, seeds, self.seed)
+        return WorkerTask(str(self.checkpoint), spec, self.point, repeat, seeds, self.seed)
 
-    def sweep(self, spec: Spec) -> Job:
-        points = dict.fromkeys(p for around in points_around(self.point).values() for p in around)
-        return Job(
+    def sweep(self, spec: EngineSpec) -> WorkerTask:
+        points = dict.fromkeys(
+            p for around in workloads_around(self.point).values() for p in around
+        )
+        return WorkerTask(
             str(self.checkpoint), spec, self.point, SWEEP_REPEAT, 0, self.seed, tuple(points)
         )
 
 
 @dataclass
-class Measured:
+class EngineResult:
     """What is known of one engine.
 
     Attributes:
         first_action_s: of each visit, from the start of its process.
         failure: why it is not measured further: one sentence.
-        comparisons: its actions beside the yardstick's, by seed.
+        comparisons: its actions beside the baseline's, by seed.
         growth: milliseconds of each point of the sweep; None where it refused.
         notes: its warnings, and what it refused.
     """
 
-    spec: Spec
-    visits: list[Visit] = field(default_factory=list)
+    spec: EngineSpec
+    visits: list[Trial] = field(default_factory=list)
     first_action_s: list[float] = field(default_factory=list)
     failure: str | None = None
     actions: Tensor | None = None  # [seeds, batch, horizon, action_dim]
     comparisons: list[Comparison] = field(default_factory=list)
-    growth: dict[Point, float | None] = field(default_factory=dict)
+    growth: dict[Workload, float | None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def note(self, sentences: list[str]) -> None:
@@ -85,41 +87,43 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Result:
+class BenchResult:
     """All engines in the order of the plan, and the machine's rates by device and precision."""
 
-    engines: list[Measured]
+    engines: list[EngineResult]
     rates: dict[tuple[str, str], Rate]
 
-    def rate_of(self, engine: Measured) -> Rate | None:
+    def rate_of(self, engine: EngineResult) -> Rate | None:
         return (
             self.rates.get((engine.visits[0].device, engine.spec.dtype)) if engine.visits else None
         )
 
 
-def bench(plan: Plan, on_visit: Callable[[], None] = lambda: None) -> Result:
+def bench(plan: BenchPlan, on_visit: Callable[[], None] = lambda: None) -> BenchResult:
     """Measures a plan; an engine that fails is said so, and the others go on.
 
     Args:
         on_visit: called after each visit.
     """
-    engines = [Measured(spec) for spec in plan.specs]
+    engines = [EngineResult(spec) for spec in plan.specs]
     for round_number in range(plan.rounds):
         for engine in engines:
-            _try(_visit, plan, engine, first=round_number == 0)
+            record_failure(_visit, plan, engine, first=round_number == 0)
             on_visit()
     for engine in engines if plan.scaling else []:
-        _try(_sweep, plan, engine)
+        record_failure(_sweep, plan, engine)
         on_visit()
-    yardstick = engines[0].actions
+    baseline = engines[0].actions
     for engine in engines:
-        if yardstick is not None and engine.actions is not None:
-            pairs = zip(yardstick, engine.actions, strict=True)
+        if baseline is not None and engine.actions is not None:
+            pairs = zip(baseline, engine.actions, strict=True)
             engine.comparisons = [compare(a, b) for a, b in pairs]
-    return Result(engines, _rates(engines))
+    return BenchResult(engines, _rates(engines))
 
 
-def _try(work: Callable[..., None], plan: Plan, engine: Measured, **options: bool) -> None:
+def record_failure(
+    work: Callable[..., None], plan: BenchPlan, engine: EngineResult, **options: bool
+) -> None:
     if engine.failure is None:
         try:
             work(plan, engine, **options)
@@ -127,7 +131,7 @@ def _try(work: Callable[..., None], plan: Plan, engine: Measured, **options: boo
             engine.failure = str(error)
 
 
-def _visit(plan: Plan, engine: Measured, first: bool) -> None:
+def _visit(plan: BenchPlan, engine: EngineResult, first: bool) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         start = time.monotonic()
@@ -136,12 +140,12 @@ def _visit(plan: Plan, engine: Measured, first: bool) -> None:
             with np.load(folder / ACTIONS, allow_pickle=False) as file:
                 engine.actions = torch.from_numpy(file["actions"])
     engine.note(told.pop("warnings"))
-    visit = Visit(**told)
+    visit = Trial(**told)
     engine.visits.append(visit)
     engine.first_action_s.append(visit.first_action_at - start)
 
 
-def _sweep(plan: Plan, engine: Measured) -> None:
+def _sweep(plan: BenchPlan, engine: EngineResult) -> None:
     job = plan.sweep(engine.spec)
     with tempfile.TemporaryDirectory() as name:
         told = run_worker(job, Path(name))
@@ -152,7 +156,7 @@ def _sweep(plan: Plan, engine: Measured) -> None:
             engine.note([found["error"]])
 
 
-def run_worker(job: Job, folder: Path) -> dict[str, Any]:
+def run_worker(job: WorkerTask, folder: Path) -> dict[str, Any]:
     """What a worker tells of a job; it leaves actions in the folder.
 
     Raises:
@@ -166,7 +170,7 @@ def run_worker(job: Job, folder: Path) -> dict[str, Any]:
             f"{job.spec.label}: expected a measurement, found that its process "
             f"{_end(done.returncode, done.stdout.decode(errors='replace'))}."
         )
-    told: dict[str, Any] = json.loads((folder / TOLD).read_text(encoding="utf-8"))
+    told: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
     if "error" in told:
         raise EngineError(f"{job.spec.label}: {told['error']}")
     return told
@@ -179,7 +183,7 @@ def _end(code: int, said: str) -> str:
     return f"ended with code {code} ({lines[-1] if lines else 'without a word'})"
 
 
-def _rates(engines: list[Measured]) -> dict[tuple[str, str], Rate]:
+def _rates(engines: list[EngineResult]) -> dict[tuple[str, str], Rate]:
     wanted = {(e.visits[0].device, e.spec.dtype) for e in engines if e.visits}
     found = {key: measure(*key) for key in sorted(wanted)}
     return {key: rate for key, rate in found.items() if rate}

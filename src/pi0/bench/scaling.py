@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pi0.bench.job import Point
+from pi0.bench.task import Workload
 
 CAMERAS = (1, 2, 3)
 TOKENS = (16, 48, 100, 200)
@@ -13,7 +13,7 @@ BATCH = (1, 2, 4)
 SWEEP_REPEAT = 2  # timed calls at each point: growth is told from large differences
 
 
-def points_around(point: Point) -> dict[str, list[Point]]:
+def workloads_around(point: Workload) -> dict[str, list[Workload]]:
     """The points of each sweep, by what is varied; cameras and tokens that are varied are all
     valid."""
     return {

@@ -21,51 +21,51 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pi0.bench.job import ACTIONS, TOLD, Job, Visit, inputs_at
+from pi0.bench.task import ACTIONS, RESULT_FILE, Trial, WorkerTask, workload_inputs
 from pi0.checkpoint.load import open_checkpoint
-from pi0.engines.base import Engine, make_engine, need_finite
+from pi0.engines.base import Engine, make_engine, require_finite
 from pi0.errors import Pi0Error
 from pi0.inputs import ModelInputs
 from pi0.model.flow import integrate
-from pi0.outside.engine import OutsideEngine
+from pi0.peers.engine import PeerEngine
 
 SPLITS = 2  # of the passes in parts the better counts: the first may build what its path needs
 
 
 def main() -> None:
     """Does one job."""
-    job, folder = Job.from_json(sys.argv[1]), Path(sys.argv[2])
+    job, folder = WorkerTask.from_json(sys.argv[1]), Path(sys.argv[2])
     with warnings.catch_warnings(record=True) as caught:
         try:
             told = sweep(job) if job.sweep else visit(job, folder)
         except Pi0Error as error:
             told = {"error": str(error)}
     told["warnings"] = list(dict.fromkeys(str(warning.message) for warning in caught))
-    (folder / TOLD).write_text(json.dumps(told), encoding="utf-8")
+    (folder / RESULT_FILE).write_text(json.dumps(told), encoding="utf-8")
 
 
-def visit(job: Job, folder: Path) -> dict[str, Any]:
+def visit(job: WorkerTask, folder: Path) -> dict[str, Any]:
     """Load, first action, a call that does not count, the calls that do, passes in parts, and
     actions for accuracy."""
     start = time.perf_counter()
     engine = load(job)
     load_s = time.perf_counter() - start
-    inputs, noise = inputs_at(engine.config, job.point, job.seed)
+    inputs, noise = workload_inputs(engine.config, job.point, job.seed)
     actions = engine.sample(inputs, noise, job.point.steps)
     first_action_at = time.monotonic()
     sample_ms = sample_times(engine, inputs, noise, job.point.steps, job.repeat)
     parts = part_times(engine, inputs, noise, job.point.steps)
     if job.seeds:
         np.savez(folder / ACTIONS, actions=actions_of_seeds(engine, inputs, actions, job).numpy())
-    return asdict(Visit(load_s, first_action_at, sample_ms, *parts, **about(engine)))
+    return asdict(Trial(load_s, first_action_at, sample_ms, *parts, **about(engine)))
 
 
-def sweep(job: Job) -> dict[str, Any]:
+def sweep(job: WorkerTask) -> dict[str, Any]:
     """The median time of each point; where the engine refuses one, what it says."""
     engine = load(job)
     told: list[dict[str, Any]] = []
     for point in job.sweep:
-        inputs, noise = inputs_at(engine.config, point, job.seed)
+        inputs, noise = workload_inputs(engine.config, point, job.seed)
         try:
             times = sample_times(engine, inputs, noise, point.steps, job.repeat)
             told.append({"ms": statistics.median(times)})
@@ -74,7 +74,7 @@ def sweep(job: Job) -> dict[str, Any]:
     return {"points": told}
 
 
-def load(job: Job) -> Engine:
+def load(job: WorkerTask) -> Engine:
     checkpoint = open_checkpoint(Path(job.checkpoint))
     return make_engine(job.spec.name, checkpoint, job.spec.device, job.spec.dtype)
 
@@ -96,7 +96,7 @@ def part_times(
     """Milliseconds of prefill, of vision in it if the engine shows it, and of a step (median)."""
     prefill_ms, vision_ms, step_ms = [], [], []
     for _ in range(SPLITS):
-        if not isinstance(engine, OutsideEngine):  # which shows no stage of it
+        if not isinstance(engine, PeerEngine):  # which shows no stage of it
             vision_ms += time_to_projector(engine, inputs)
         ms, cache = timed(engine, engine.prefill, inputs)
         prefill_ms.append(ms)
@@ -128,7 +128,7 @@ def time_to_projector(engine: Engine, inputs: ModelInputs) -> list[float]:
     return seen
 
 
-def actions_of_seeds(engine: Engine, inputs: ModelInputs, first: Tensor, job: Job) -> Tensor:
+def actions_of_seeds(engine: Engine, inputs: ModelInputs, first: Tensor, job: WorkerTask) -> Tensor:
     """[seeds, batch, horizon, action_dim]: the first as sampled, the others from noise of seeds
     that follow."""
     cache = engine.prefill(inputs)
@@ -136,7 +136,7 @@ def actions_of_seeds(engine: Engine, inputs: ModelInputs, first: Tensor, job: Jo
     for seed in range(job.seed + 1, job.seed + job.seeds):
         noise = torch.randn(first.shape, generator=torch.Generator().manual_seed(seed))
         actions.append(
-            need_finite(
+            require_finite(
                 integrate(
                     lambda x, t: engine.velocity(x, t, inputs.state, cache), noise, job.point.steps
                 )
@@ -147,7 +147,7 @@ def actions_of_seeds(engine: Engine, inputs: ModelInputs, first: Tensor, job: Jo
 
 def about(engine: Engine) -> dict[str, Any]:
     """What a visit tells beside times."""
-    if isinstance(engine, OutsideEngine):
+    if isinstance(engine, PeerEngine):
         peak, cuda_peak = engine.peak, engine.cuda_peak
         implementation, version = engine.implementation, engine.torch
     else:
@@ -171,7 +171,7 @@ def timed(engine: Engine, call: Callable[..., Any], *args: Any) -> tuple[float, 
     result = call(*args)
     synchronize()
     seconds = time.perf_counter() - start
-    return 1e3 * (engine.seconds if isinstance(engine, OutsideEngine) else seconds), result
+    return 1e3 * (engine.seconds if isinstance(engine, PeerEngine) else seconds), result
 
 
 def synchronize() -> None:

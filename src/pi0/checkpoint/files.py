@@ -25,7 +25,7 @@ from torch import Tensor
 from pi0.errors import CheckpointError, Pi0Error
 
 SLAB_BYTES = 64 << 20
-LINE = 64  # bytes of a processor's cache line, where vectors are read fastest
+CACHE_LINE = 64  # bytes of a processor's cache line, where vectors are read fastest
 # Of safetensors' dtypes; the model reads only those in TORCH_DTYPES.
 BITS = {"F64": 64, "I64": 64, "U64": 64, "F16": 16, "BF16": 16, "I16": 16, "U16": 16, "I8": 8,
         "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}  # fmt: skip
@@ -147,7 +147,7 @@ def write(
         }  # fmt: skip
         offset = end
     header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-(8 + len(header)) % LINE)
+    header += b" " * (-(8 + len(header)) % CACHE_LINE)
     with replacing(path) as temporary, open(temporary, "wb") as out:
         out.write(len(header).to_bytes(8, "little") + header)
         for name, tensor in tensors:
@@ -168,7 +168,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         Pi0Error: the path is a folder.
     """
-    need_file_name(path)
+    require_file_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -178,7 +178,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def need_file_name(*paths: Path | None) -> None:
+def require_file_name(*paths: Path | None) -> None:
     """Raises Pi0Error if something to be written is a folder: before the work, not after it."""
     for path in paths:
         if path is not None and (path.is_dir() or not path.name):
@@ -200,7 +200,7 @@ def read_json(path: Path) -> dict[str, object]:
     return value
 
 
-def dig(value: Any, path: str) -> Any:
+def get_nested(value: Any, path: str) -> Any:
     """The value at "a.b.c" inside nested JSON objects; None where there is no such place."""
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None

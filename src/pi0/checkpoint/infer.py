@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pi0.checkpoint.files import dig
+from pi0.checkpoint.files import get_nested
 from pi0.config import GEMMA_2B, GEMMA_300M, SO400M, GemmaConfig, Pi0Config, SiglipConfig
 from pi0.errors import CheckpointError, ConfigError
 
@@ -205,7 +205,7 @@ def _read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     for name, paths in CONFIG_JSON.items():
         for path in paths:
-            value = dig(settings, path)
+            value = get_nested(settings, path)
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

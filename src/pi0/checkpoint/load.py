@@ -161,7 +161,7 @@ def load_model(
     config = checkpoint.config
     native = config.vision.grid
     if image_size is not None:
-        config = config.at_image_size(image_size)
+        config = config.with_image_size(image_size)
     model = empty_model(config, dtype).to_empty(device=device)
     parameters = dict(model.named_parameters())
     wanted = {theirs: checkpoint.tensors[theirs] for theirs in checkpoint.names.ours}

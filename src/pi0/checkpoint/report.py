@@ -30,7 +30,7 @@ def report(checkpoint: Checkpoint, cameras: int, tokens: int, image_size: int) -
     Raises:
         CheckpointError: a π0 checkpoint that does not fit in every tensor.
     """
-    config = checkpoint.config.at_image_size(image_size)
+    config = checkpoint.config.with_image_size(image_size)
     if not config.adaptive_norm:
         check(checkpoint)
     names = checkpoint.names

@@ -66,7 +66,7 @@ def synthesise(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for theirs, (ours, shape) in sources.items():
-            yield theirs, draw(ours, shape, config, seed).to(dtype)
+            yield theirs, random_tensor(ours, shape, config, seed).to(dtype)
             progress(headers[theirs].parameters)
 
     _write_json(folder / "config.json", to_config_json(config))
@@ -98,7 +98,7 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
 
 
-def draw(name: str, shape: tuple[int, ...], config: Pi0Config, seed: int) -> Tensor:
+def random_tensor(name: str, shape: tuple[int, ...], config: Pi0Config, seed: int) -> Tensor:
     """The float32 values of one of our tensors."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

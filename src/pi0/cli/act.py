@@ -107,18 +107,18 @@ def act(
     import numpy as np
     import torch
 
-    from pi0.checkpoint.files import need_file_name, replacing
+    from pi0.checkpoint.files import replacing, require_file_name
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.forward import print_trace
-    from pi0.cli.plot import need_matplotlib, plot_chunk
-    from pi0.cli.show import byte_progress, print_json, say, step_progress
+    from pi0.cli.plot import plot_chunk, require_matplotlib
+    from pi0.cli.show import byte_progress, print_json, print_line, step_progress
     from pi0.policy import Policy
     from pi0.policy.policy import choose_robot
     from pi0.trace import trace
 
-    need_file_name(out, plot)
+    require_file_name(out, plot)
     if plot:
-        need_matplotlib()
+        require_matplotlib()
     given = _split(image)
     values = _read_state(state)
     opened = open_checkpoint(checkpoint)
@@ -163,12 +163,12 @@ def act(
     print_actions(actions, result["timing"])
     for path in (out, plot):
         if path:
-            say(f"wrote {path}")
+            print_line(f"wrote {path}")
 
 
 def print_actions(actions: Actions, timing: dict[str, float]) -> None:
     """Prints the first rows of a chunk [H, D] and how long it took."""
-    from pi0.cli.show import say, table
+    from pi0.cli.show import print_line, table
 
     table(
         f"Actions {list(actions.shape)}, the first {PRINTED_ROWS}",
@@ -178,7 +178,7 @@ def print_actions(actions: Actions, timing: dict[str, float]) -> None:
             for i, row in enumerate(actions[:PRINTED_ROWS])
         ],
     )
-    say(
+    print_line(
         f"{timing['infer_ms']:.0f} ms for the actions, {timing['total_ms']:.0f} ms with images and "
         "prompt"
     )

@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 from pi0.cli import options
 
 if TYPE_CHECKING:
-    from pi0.bench.run import Plan
+    from pi0.bench.run import BenchPlan
     from pi0.config import Pi0Config
 
 
@@ -92,28 +92,30 @@ def bench(
             --masked 1 --valid 9 --out results.json --plot bench.png
         pi0 bench demo --scaling --plot bench.png
     """
-    from pi0.bench.job import Point, parse_spec
-    from pi0.bench.run import Plan
-    from pi0.checkpoint.files import need_file_name
+    from pi0.bench.run import BenchPlan
+    from pi0.bench.task import Workload, parse_spec
+    from pi0.checkpoint.files import require_file_name
     from pi0.checkpoint.load import check, open_checkpoint
-    from pi0.cli.plot import need_matplotlib
-    from pi0.outside.engine import OUTSIDE
+    from pi0.cli.plot import require_matplotlib
+    from pi0.peers.engine import PEERS
 
-    need_file_name(out, plot)
+    require_file_name(out, plot)
     if plot:
-        need_matplotlib()
+        require_matplotlib()
     specs = [parse_spec(text) for text in [*engines, *against]]
-    for name in {spec.name for spec in specs} & set(OUTSIDE):
-        OUTSIDE[name].python()  # says what to install
+    for name in {spec.name for spec in specs} & set(PEERS):
+        PEERS[name].python()  # says what to install
     opened = open_checkpoint(checkpoint)
     check(opened)
     tokens = tokens or opened.config.max_tokens
-    point = Point(cameras, masked, tokens, tokens if valid is None else valid, steps)
-    plan = Plan(checkpoint, specs, len(against), point, repeat, rounds, seeds, seed, scaling)
+    point = Workload(cameras, masked, tokens, tokens if valid is None else valid, steps)
+    plan = BenchPlan(checkpoint, specs, len(against), point, repeat, rounds, seeds, seed, scaling)
     _run(plan, opened.config, out, plot, as_json)
 
 
-def _run(plan: Plan, config: Pi0Config, out: Path | None, plot: Path | None, as_json: bool) -> None:
+def _run(
+    plan: BenchPlan, config: Pi0Config, out: Path | None, plot: Path | None, as_json: bool
+) -> None:
     import shlex
     import sys
 
@@ -121,7 +123,7 @@ def _run(plan: Plan, config: Pi0Config, out: Path | None, plot: Path | None, as_
     from pi0.bench.report import to_data
     from pi0.bench.run import bench as measure
     from pi0.checkpoint.files import replacing
-    from pi0.cli.show import print_json, say, step_progress, to_json
+    from pi0.cli.show import print_json, print_line, step_progress, to_json
 
     visits = len(plan.specs) * (plan.rounds + plan.scaling)
     with step_progress("measuring", visits) as on_visit:
@@ -139,14 +141,14 @@ def _run(plan: Plan, config: Pi0Config, out: Path | None, plot: Path | None, as_
     else:
         _print(data)
         for path in wrote:
-            say(f"wrote {path}")
+            print_line(f"wrote {path}")
     if any(engine.failure for engine in result.engines):
         raise typer.Exit(1)
 
 
-def _plot(path: Path, plan: Plan, data: dict[str, Any]) -> list[Path]:
+def _plot(path: Path, plan: BenchPlan, data: dict[str, Any]) -> list[Path]:
     """Draws what was measured; returns the files."""
-    from pi0.bench.plot import plot_growth, plot_times
+    from pi0.bench.plot import plot_scaling, plot_times
     from pi0.checkpoint.files import replacing
 
     title = f"π0 on {plan.checkpoint.name}: {_point(data)}"
@@ -156,28 +158,28 @@ def _plot(path: Path, plan: Plan, data: dict[str, Any]) -> list[Path]:
         return [path]
     growth = path.with_name(f"{path.stem}-scaling{path.suffix}")
     with replacing(growth) as temporary:
-        plot_growth(temporary, data["scaling"], f"Growth of time around {_point(data)}")
+        plot_scaling(temporary, data["scaling"], f"Growth of time around {_point(data)}")
     return [path, growth]
 
 
 def _print(data: dict[str, Any]) -> None:
-    from pi0.cli.show import say
+    from pi0.cli.show import print_line
 
-    say(data["command"])
-    say(_machine(data["machine"]))
-    say(f"{data['checkpoint']}: {_point(data)}")
+    print_line(data["command"])
+    print_line(_machine(data["machine"]))
+    print_line(f"{data['checkpoint']}: {_point(data)}")
     _print_times(data)
     _print_stages(data)
     if data["scaling"]:
-        _print_growth(data["scaling"])
-    say(f"accuracy: the worst of {data['seeds']} seeds of noise, beside {data['yardstick']}")
+        _print_scaling(data["scaling"])
+    print_line(f"accuracy: the worst of {data['seeds']} seeds of noise, beside {data['baseline']}")
     for engine in data["engines"]:
         if engine["implementation"]:
-            say(f"{engine['engine']}: {engine['implementation']}, torch {engine['torch']}")
+            print_line(f"{engine['engine']}: {engine['implementation']}, torch {engine['torch']}")
         for note in engine["notes"]:
-            say(f"{engine['engine']}: {note}")
+            print_line(f"{engine['engine']}: {note}")
         if engine["failure"]:
-            say(f"FAILED: {engine['failure']}")
+            print_line(f"FAILED: {engine['failure']}")
 
 
 def _print_times(data: dict[str, Any]) -> None:
@@ -191,8 +193,8 @@ def _print_times(data: dict[str, Any]) -> None:
         memory = human_bytes(e["peak_bytes"])
         if e["cuda_bytes"]:
             memory += f" + {human_bytes(e['cuda_bytes'])} GPU"
-        yardstick = e is data["engines"][0]
-        pcc = e["fault"] or ("yardstick" if yardstick else _number(e["pcc"], ".7f"))
+        baseline = e is data["engines"][0]
+        pcc = e["fault"] or ("baseline" if baseline else _number(e["pcc"], ".7f"))
         rows.append(
             [
                 e["engine"],
@@ -204,7 +206,7 @@ def _print_times(data: dict[str, Any]) -> None:
                 memory,
                 str(e["threads"] or ""),
                 pcc,
-                "" if yardstick else _number(e["rel_l2"], ".1e"),
+                "" if baseline else _number(e["rel_l2"], ".1e"),
             ]
         )
     ratio = f"× {data['ratio_to'].partition(':')[0]}"
@@ -214,7 +216,7 @@ def _print_times(data: dict[str, Any]) -> None:
 
 
 def _print_stages(data: dict[str, Any]) -> None:
-    from pi0.cli.show import say, table
+    from pi0.cli.show import print_line, table
 
     rows = [
         [
@@ -223,8 +225,8 @@ def _print_stages(data: dict[str, Any]) -> None:
             f"{stage['gflop']:.3g}",
             f"{stage['ms']:.1f}",
             f"{stage['gflops']:.3g}",
-            _number(stage["floor_ms"], ".3g"),
-            _number(stage["times_floor"], ".2f"),
+            _number(stage["roofline_ms"], ".3g"),
+            _number(stage["times_roofline"], ".2f"),
         ]
         for engine in data["engines"]
         for stage in engine["stages"]
@@ -232,13 +234,13 @@ def _print_stages(data: dict[str, Any]) -> None:
     columns = ["engine", "part", "GFLOP needed", "ms", "GFLOP/s", "floor, ms", "× floor"]
     table("Arithmetic", columns, rows, left=2)
     for rate in data["rates"]:
-        say(
+        print_line(
             f"floor, {rate['precision']} on {rate['device']}: {rate['flops'] / 1e9:.0f} GFLOP/s "
             f"in a plain large product, {rate['bandwidth'] / 1e9:.1f} GB/s of memory"
         )
 
 
-def _print_growth(growth: list[dict[str, Any]]) -> None:
+def _print_scaling(growth: list[dict[str, Any]]) -> None:
     from pi0.cli.show import table
 
     names = list(growth[0]["ms"])

@@ -38,7 +38,7 @@ def synth(
 
     from pi0.checkpoint.layouts import LAYOUTS
     from pi0.checkpoint.synth import synthesise, tensor_list
-    from pi0.cli.show import byte_progress, human_bytes, say
+    from pi0.cli.show import byte_progress, human_bytes, print_line
     from pi0.config import PRESETS
     from pi0.errors import ConfigError
     from pi0.model.precision import parse_dtype
@@ -55,7 +55,7 @@ def synth(
             folder, config, names, seed, torch_dtype, lambda n: progress(n * torch_dtype.itemsize)
         )
     size = human_bytes((folder / "model.safetensors").stat().st_size)
-    say(f"{folder}: {len(tensors)} tensors, {size}, layout {layout}")
+    print_line(f"{folder}: {len(tensors)} tensors, {size}, layout {layout}")
 
 
 def inspect(
@@ -92,11 +92,11 @@ def inspect(
 
 
 def _print_report(data: dict[str, Any]) -> None:
-    from pi0.cli.show import human_bytes, say, table
+    from pi0.cli.show import human_bytes, print_line, table
 
-    say(f"{data['path']}: {data['model']}, {data['tensors']} tensors")
-    say(f"layout {data['layout']}: {data['layout_explanation']}")
-    say(f"token embedding {data['embedding']}\n")
+    print_line(f"{data['path']}: {data['model']}, {data['tensors']} tensors")
+    print_line(f"layout {data['layout']}: {data['layout_explanation']}")
+    print_line(f"token embedding {data['embedding']}\n")
     table(
         "Modules",
         ["module", "tensors", "parameters", "bytes", "dtype"],
@@ -120,7 +120,7 @@ def _print_report(data: dict[str, Any]) -> None:
         [[field, *(str(config[tower].get(field, "")) for tower in towers)] for field in fields],
     )
     plain = {name: value for name, value in config.items() if name not in towers}
-    say(
+    print_line(
         ", ".join(
             f"{name} {value}{' (assumed)' if name in data['assumed'] else ''}"
             for name, value in plain.items()
@@ -128,7 +128,7 @@ def _print_report(data: dict[str, Any]) -> None:
         + "\n"
     )
     s = data["sequence"]
-    say(
+    print_line(
         f"sequence: {s['cameras']} cameras × {s['patches_per_camera']} patches "
         f"({s['image_size']} px) + {s['text_tokens']} text = prefix {s['prefix']}, "
         f"suffix {s['suffix']}, total {s['total']}\n"

@@ -95,11 +95,11 @@ def sample(
     """
     import numpy as np
 
-    from pi0.checkpoint.files import need_file_name, replacing
-    from pi0.cli.show import say, step_progress
+    from pi0.checkpoint.files import replacing, require_file_name
+    from pi0.cli.show import print_line, step_progress
     from pi0.inputs import from_npz
 
-    need_file_name(out)
+    require_file_name(out)
     arrays = read_npz(inputs)
     machine = _engine(checkpoint, engine, device, dtype, image_side(arrays), cache)
     model_inputs, noise = from_npz(machine.config, arrays)
@@ -107,12 +107,12 @@ def sample(
         actions = machine.sample(model_inputs, noise, steps, on_step).numpy()
     with replacing(out) as temporary, open(temporary, "wb") as file:
         np.savez(file, actions=actions)
-    say(f"{out}: actions {list(actions.shape)}, std {actions.std():.4f}")
+    print_line(f"{out}: actions {list(actions.shape)}, std {actions.std():.4f}")
 
 
 def print_trace(traced: Trace) -> None:
     """Prints the stage table and how the sequence is made up."""
-    from pi0.cli.show import human_dims, say, table
+    from pi0.cli.show import human_dims, print_line, table
 
     table(
         "Stages (ms since the stage before; velocity: the whole pass)",
@@ -130,8 +130,8 @@ def print_trace(traced: Trace) -> None:
         left=3,
     )
     if traced.not_shown:
-        say(f"not shown by this engine: {', '.join(traced.not_shown)}")
-    say(f"sequence: prefix {traced.prefix} + suffix {traced.suffix} = {traced.total}")
+        print_line(f"not shown by this engine: {', '.join(traced.not_shown)}")
+    print_line(f"sequence: prefix {traced.prefix} + suffix {traced.suffix} = {traced.total}")
     if traced.slices:
         table(
             "",

@@ -39,7 +39,7 @@ Dtype = Annotated[
 Cache = Annotated[
     bool,
     typer.Option(
-        "--cache",
+        "--weight-cache",
         help="Keep the weights, packed for the engine, in a file beside the checkpoint: the next "
         "start takes them from there.",
     ),

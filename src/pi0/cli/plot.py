@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 COLUMNS = 4
 
 
-def need_matplotlib() -> None:
+def require_matplotlib() -> None:
     """Raises Pi0Error if matplotlib is not installed: before the work, not after it."""
     import importlib.util
 

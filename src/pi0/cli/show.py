@@ -64,7 +64,7 @@ def _bar(what: str, total: int, *columns: ProgressColumn) -> Iterator[Callable[[
         yield lambda done: progress.advance(task, done)
 
 
-def say(sentence: str) -> None:
+def print_line(sentence: str) -> None:
     """Prints a line as it is: not wrapped, no colours, no markup."""
     out.print(sentence, markup=False, highlight=False, soft_wrap=True)
 

@@ -78,7 +78,7 @@ def dry_run(
     else:
         raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, found {preset!r}.")
     if image_size is not None:
-        config = config.at_image_size(image_size)
+        config = config.with_image_size(image_size)
     from pi0.engines.tenstorrent.dryrun import dry_run as run
 
     with stage_progress("dry run") as on_stage:
@@ -90,7 +90,7 @@ def dry_run(
 
 
 def _print(done: DryRun) -> None:
-    from pi0.cli.show import human_bytes, say, table
+    from pi0.cli.show import human_bytes, print_line, table
 
     x, y = done.grid
     table(
@@ -106,4 +106,4 @@ def _print(done: DryRun) -> None:
             ["first pass, second", " s, ".join(f"{t:.2f}" for t in done.seconds) + " s"],
         ],
     )
-    say("every operation was accepted and fits; nothing was computed")
+    print_line("every operation was accepted and fits; nothing was computed")

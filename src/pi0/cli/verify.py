@@ -11,12 +11,12 @@ import typer
 from pi0.cli import options
 
 JOINTS = 4  # how many of the joints that deviate most are told
-HOST = "ttnn-host: a card's arithmetic and rounding computed on the host; no card was used."
+HOST_NOTE = "ttnn-host: a card's arithmetic and rounding computed on the host; no card was used."
 
 if TYPE_CHECKING:
     from pi0.config import Pi0Config
     from pi0.verify.report import Header
-    from pi0.verify.run import Result
+    from pi0.verify.run import VerifyResult
 
 
 def verify(
@@ -45,7 +45,7 @@ def verify(
     report: Annotated[
         Path | None, typer.Option(help="Write a page of HTML.", show_default=False)
     ] = None,
-    outside: Annotated[
+    oracle: Annotated[
         str,
         typer.Option(
             help="Compare the reference with an implementation that we did not write: "
@@ -71,13 +71,13 @@ def verify(
         pi0 verify pi0_base --mode isolated --layers --report report.html
         pi0 verify demo --engines reference:float32 reference:bfloat16 \\
             --min-pcc 0.999 --json
-        pi0 verify demo --engines reference ttnn-host:fast --outside none
+        pi0 verify demo --engines reference ttnn-host:fast --oracle none
         pi0 verify demo --engines reference transformers
     """
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.forward import image_side, read_npz
     from pi0.cli.show import step_progress
-    from pi0.engines.base import make_engine, need_engine
+    from pi0.engines.base import check_engine_available, make_engine
     from pi0.inputs import from_npz
     from pi0.verify.report import Header
     from pi0.verify.run import Case, default_cases
@@ -88,7 +88,7 @@ def verify(
     arrays = read_npz(inputs) if inputs else None
     opened = open_checkpoint(checkpoint)
     size = image_side(arrays) or image_size or opened.config.vision.image_size
-    config = opened.config.at_image_size(size)
+    config = opened.config.with_image_size(size)
     cases = (
         [Case(str(inputs), *from_npz(config, arrays))]
         if arrays
@@ -96,8 +96,8 @@ def verify(
     )
     for name, where in ((a, None), (b, device)):
         _check_mode(mode, name)
-        need_engine(name, opened.config, where, size)
-    judge, told = _choose_outside(outside, (a, b), opened.config, size)
+        check_engine_available(name, opened.config, where, size)
+    judge, told = _choose_oracle(oracle, (a, b), opened.config, size)
     with step_progress("verifying", (3 if judge else 2) * len(cases)) as on_case:
         result = run(
             lambda: make_engine(a, opened, None, a_dtype, size),
@@ -109,11 +109,11 @@ def verify(
             steps=steps,
             min_pcc=min_pcc,
             on_case=on_case,
-            outside=None if judge is None else lambda: make_engine(judge, opened),
+            oracle=None if judge is None else lambda: make_engine(judge, opened),
         )
     views, length = cases[0].inputs.image_mask.shape[1], cases[0].inputs.tokens.shape[1]
     sizes = f"{views} cameras of {size} px, {length} text tokens, {steps} steps"
-    names, note = (f"{a}:{a_dtype}", f"{b}:{b_dtype}"), HOST if "ttnn-host" in (a, b) else ""
+    names, note = (f"{a}:{a_dtype}", f"{b}:{b_dtype}"), HOST_NOTE if "ttnn-host" in (a, b) else ""
     header = Header(str(checkpoint), *names, mode, sizes, told, note)
     _tell(header, result, report, as_json)
     if result.first_failure:
@@ -121,25 +121,25 @@ def verify(
 
 
 def _check_options(mode: str, min_pcc: float | None, report: Path | None) -> None:
-    from pi0.checkpoint.files import need_file_name
+    from pi0.checkpoint.files import require_file_name
     from pi0.errors import ConfigError, EngineError
-    from pi0.verify.report import need_report
+    from pi0.verify.report import require_report_libraries
     from pi0.verify.run import MODES
 
     if min_pcc is not None and not 0 <= min_pcc <= 1:
         raise ConfigError(f"min-pcc: expected a number from 0 to 1, found {min_pcc}.")
-    need_file_name(report)
+    require_file_name(report)
     if report:
-        need_report()
+        require_report_libraries()
     if mode not in MODES:
         raise EngineError(f"mode: expected one of {', '.join(MODES)}, found {mode!r}.")
 
 
 def _check_mode(mode: str, engine: str) -> None:
     from pi0.errors import EngineError
-    from pi0.outside.engine import OUTSIDE
+    from pi0.peers.engine import PEERS
 
-    if mode == "isolated" and engine in OUTSIDE:
+    if mode == "isolated" and engine in PEERS:
         raise EngineError(
             f"mode: expected chained for engine {engine}, which neither feeds nor can be fed."
         )
@@ -153,38 +153,38 @@ def parse_engine(spec: str) -> tuple[str, str]:
     return name, choose_precision(name, dtype or None)
 
 
-def _choose_outside(
+def _choose_oracle(
     choice: str, engines: tuple[str, str], config: Pi0Config, size: int
 ) -> tuple[str | None, str]:
     """The engine to compare the reference with, or None; and its name, or why there is none."""
-    from pi0.engines.base import need_engine
+    from pi0.engines.base import check_engine_available
     from pi0.errors import EngineError
-    from pi0.outside.engine import OUTSIDE
+    from pi0.peers.engine import PEERS
 
     native = config.vision.image_size
-    if choice not in ("auto", "none", *OUTSIDE):
+    if choice not in ("auto", "none", *PEERS):
         raise EngineError(
-            f"outside: expected auto, none or one of {', '.join(OUTSIDE)}, found {choice!r}."
+            f"oracle: expected auto, none or one of {', '.join(PEERS)}, found {choice!r}."
         )
-    if choice in OUTSIDE:
-        need_engine(choice, config, None, size)
+    if choice in PEERS:
+        check_engine_available(choice, config, None, size)
         return choice, choice
     if choice == "none":
         return None, "none, as asked"
-    if set(engines) & set(OUTSIDE):
+    if set(engines) & set(PEERS):
         return None, "none beside the engines compared"
     if size != native:
         return None, f"none: they run at the checkpoint's image size of {native} only"
-    for name, engine in OUTSIDE.items():
+    for name, engine in PEERS.items():
         with contextlib.suppress(EngineError):
             engine.python()
             return name, name
     return None, "none is installed: pip install 'transformers>=5.5' would give one"
 
 
-def _tell(header: Header, result: Result, report: Path | None, as_json: bool) -> None:
+def _tell(header: Header, result: VerifyResult, report: Path | None, as_json: bool) -> None:
     from pi0.checkpoint.files import replacing
-    from pi0.cli.show import print_json, say
+    from pi0.cli.show import print_json, print_line
     from pi0.verify.report import to_data, to_html
 
     if report:
@@ -195,13 +195,13 @@ def _tell(header: Header, result: Result, report: Path | None, as_json: bool) ->
     else:
         _print(header, result)
         if report:
-            say(f"wrote {report}")
+            print_line(f"wrote {report}")
 
 
-def _print(header: Header, result: Result) -> None:
-    from pi0.cli.show import say, table
+def _print(header: Header, result: VerifyResult) -> None:
+    from pi0.cli.show import print_line, table
 
-    say(f"{header.candidate} against {header.reference}: {header.sizes}, mode {header.mode}")
+    print_line(f"{header.candidate} against {header.reference}: {header.sizes}, mode {header.mode}")
     rows = []
     for row in result.rows:
         c = row.comparison
@@ -215,19 +215,19 @@ def _print(header: Header, result: Result) -> None:
         rows.append([row.case, row.name, *numbers, f"{row.limit.max_rel_l2:.0e}", *times, verdict])
     columns = ["case", "stage", "PCC", "cosine", "rel. L2", "max abs", "limit", "ms", "ms", ""]
     table("", columns, rows, left=2)
-    say(f"outside implementation: {header.outside}")
+    print_line(f"oracle implementation: {header.oracle}")
     if header.note:
-        say(header.note)
+        print_line(header.note)
     if result.missing:
-        say(f"not shown by both engines: {', '.join(result.missing)}")
+        print_line(f"not shown by both engines: {', '.join(result.missing)}")
     for case, (a, b) in result.actions.items():
         joints = (a - b).abs().amax(dim=(0, 1))
         worst = joints.argsort(descending=True)[:JOINTS].tolist()
         told = ", ".join(f"action {j}: {joints[j]:.1e}" for j in worst)
-        say(f"largest deviation of actions ({case}): {told}")
+        print_line(f"largest deviation of actions ({case}): {told}")
     failure = result.first_failure
     if failure:
         why = failure.comparison.fault or failure.limit.why
-        say(f"FAILS first at {failure.name} ({failure.case}); expected: {why}")
+        print_line(f"FAILS first at {failure.name} ({failure.case}); expected: {why}")
     else:
-        say(f"agree: all {len(result.rows)} comparisons are within their limits")
+        print_line(f"agree: all {len(result.rows)} comparisons are within their limits")

@@ -25,15 +25,15 @@ from pi0.model.precision import parse_dtype
 ENGINES = {
     "reference": "pi0.engines.reference:ReferenceEngine",
     "compiled": "pi0.engines.reference:CompiledEngine",
-    "cpu": "pi0.engines.fast.cpu:CpuEngine",
-    "cuda": "pi0.engines.fast.cuda:CudaEngine",
+    "cpu": "pi0.engines.fast.cpu.engine:CpuEngine",
+    "cuda": "pi0.engines.fast.cuda.engine:CudaEngine",
     "ttnn": "pi0.engines.tenstorrent.engine:TtnnEngine",
     "ttnn-host": "pi0.engines.tenstorrent.engine:TtnnHostEngine",
-    "transformers": "pi0.outside.engine:TransformersEngine",
-    "lerobot": "pi0.outside.engine:LerobotEngine",
+    "transformers": "pi0.peers.engine:TransformersEngine",
+    "lerobot": "pi0.peers.engine:LerobotEngine",
 }
 # What people write for precisions.
-SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class Engine(ABC):
@@ -81,10 +81,10 @@ class Engine(ABC):
             on_step()
             return v
 
-        return need_finite(integrate(velocity, noise, steps))
+        return require_finite(integrate(velocity, noise, steps))
 
 
-def need_finite(actions: Tensor) -> Tensor:
+def require_finite(actions: Tensor) -> Tensor:
     """The actions themselves, if they are finite.
 
     Raises:
@@ -124,14 +124,14 @@ def make_engine(
     if cache and not engine.keeps:
         raise EngineError(
             f"cache: expected an engine that keeps packed weights (cpu), found {name}. Leave out "
-            "--cache."
+            "--weight-cache."
         )
     kept = {"cache": True} if cache else {}
     made: Engine = engine(checkpoint, device, dtype, image_size, progress, **kept)
     return made
 
 
-def need_engine(
+def check_engine_available(
     name: str, config: Pi0Config, device: str | None = None, image_size: int | None = None
 ) -> None:
     """Says what an engine lacks before there is work, for those who make it later.
@@ -154,7 +154,7 @@ def choose_precision(name: str, dtype: str | None) -> str:
         ConfigError: float16.
     """
     precisions = _find(name).precisions
-    dtype = SHORT.get(dtype or "", dtype)
+    dtype = DTYPE_ALIASES.get(dtype or "", dtype)
     if dtype == "float16":
         parse_dtype(dtype)  # says why not
     if dtype is not None and dtype not in precisions:

@@ -109,7 +109,7 @@ class GemmaBlock(nn.Module):
         q, k, v = (proj(h).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return self.rope(q, positions), self.rope(k, positions), v
 
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+    def post_attention(self, x: Tensor, attended: Tensor) -> Tensor:
         """x [B, T, E] and what its queries attended to [B, T, H·D] → [B, T, E]."""
         x = x + self.o_proj(attended)
         h = self.norm2(x)
@@ -128,7 +128,7 @@ class GemmaTrunk(nn.Module):
 
 
 @dataclass(frozen=True)
-class Stream:
+class TokenStream:
     """Tokens on their way through a trunk: x [B, T, E] at positions [B, T].
 
     `name` is what its blocks are called in taps.
@@ -141,7 +141,7 @@ class Stream:
 
 
 def run_layers(
-    streams: list[Stream], mask: Tensor, tap: Tap, past: list[KeyValue] | None = None
+    streams: list[TokenStream], mask: Tensor, tap: Tap, past: list[KeyValue] | None = None
 ) -> tuple[list[Tensor], list[KeyValue]]:
     """Runs streams through all layers of their trunks, in lockstep.
 
@@ -170,7 +170,7 @@ def run_layers(
             k, v = torch.cat([past[i][0], k], dim=1), torch.cat([past[i][1], v], dim=1)
         attended = torch.split(attend(q, k, v, mask), lengths, dim=1)
         xs = [
-            tap(f"{s.name}.block.{i}", b.finish(x, a))
+            tap(f"{s.name}.block.{i}", b.post_attention(x, a))
             for s, b, x, a in zip(streams, blocks, xs, attended, strict=True)
         ]
     return [s.trunk.norm(x) for s, x in zip(streams, xs, strict=True)], cache

@@ -24,7 +24,7 @@ from pi0.config import Pi0Config
 from pi0.errors import ConfigError
 from pi0.inputs import ModelInputs
 from pi0.model.flow import embed_time, integrate
-from pi0.model.gemma import GemmaTrunk, KeyValue, Stream, Tap, run_layers
+from pi0.model.gemma import GemmaTrunk, KeyValue, Tap, TokenStream, run_layers
 from pi0.model.precision import Float32Linear
 from pi0.model.siglip import SiglipTower
 
@@ -109,7 +109,7 @@ class Pi0(nn.Module):
         """Runs the prefix through the VLM, once for all denoising steps."""
         prefix, valid = self.embed_prefix(inputs, tap)
         blocks = torch.full_like(valid[0], PREFIX_BLOCK, dtype=torch.long)
-        stream = Stream("vlm_transformer", self.vlm, prefix, token_positions(valid))
+        stream = TokenStream("vlm_transformer", self.vlm, prefix, token_positions(valid))
         (hidden,), layers = run_layers([stream], attention_mask(valid, blocks), tap)
         tap("vlm_transformer", hidden)
         return PrefixCache(layers, valid)
@@ -123,9 +123,9 @@ class Pi0(nn.Module):
         mask is cut to the suffix in its rows, not in its columns.
         """
         suffix = self.embed_suffix(x_t, t, state, tap)
-        mask, positions = self.join_sequence(cache.valid, tap)
+        mask, positions = self.mask_and_positions(cache.valid, tap)
         x_len = cache.valid.shape[1]
-        stream = Stream("expert_transformer", self.expert, suffix, positions[:, x_len:])
+        stream = TokenStream("expert_transformer", self.expert, suffix, positions[:, x_len:])
         (hidden,), _ = run_layers([stream], mask[:, x_len:], tap, past=cache.layers)
         return self.project_actions(hidden, tap)
 
@@ -133,11 +133,11 @@ class Pi0(nn.Module):
         """The velocity in one pass over the joined sequence [X + A]; arguments as `velocity`'s."""
         prefix, valid = self.embed_prefix(inputs, tap)
         suffix = self.embed_suffix(x_t, t, inputs.state, tap)
-        mask, positions = self.join_sequence(valid, tap)
+        mask, positions = self.mask_and_positions(valid, tap)
         x_len = valid.shape[1]
         streams = [
-            Stream("vlm_transformer", self.vlm, prefix, positions[:, :x_len]),
-            Stream("expert_transformer", self.expert, suffix, positions[:, x_len:]),
+            TokenStream("vlm_transformer", self.vlm, prefix, positions[:, :x_len]),
+            TokenStream("expert_transformer", self.expert, suffix, positions[:, x_len:]),
         ]
         (vlm_hidden, expert_hidden), _ = run_layers(streams, mask, tap)
         tap("vlm_transformer", vlm_hidden)
@@ -174,7 +174,7 @@ class Pi0(nn.Module):
         suffix = torch.cat([self.state_proj(state)[:, None], actions], dim=1)
         return tap("suffix", suffix.to(self.dtype))
 
-    def join_sequence(self, prefix_valid: Tensor, tap: Tap) -> tuple[Tensor, Tensor]:
+    def mask_and_positions(self, prefix_valid: Tensor, tap: Tap) -> tuple[Tensor, Tensor]:
         """Mask [B, X + A, X + A] and positions [B, X + A] of prefix and suffix together."""
         batch, x_len = prefix_valid.shape
         blocks = torch.full((x_len + self.config.suffix_len,), ACTION_BLOCK)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pi0.checkpoint.files import dig, read_headers, read_json, stream
+from pi0.checkpoint.files import get_nested, read_headers, read_json, stream
 from pi0.errors import Pi0Error
 from pi0.policy.normalize import Normalizer, identity, make_normalizer
 from pi0.policy.robots import Camera, Robot
@@ -57,14 +57,14 @@ def read_robot(folder: Path) -> Robot:
     """
     path = folder / "config.json"
     config = read_json(path)
-    inputs = dig(config, "input_features")
+    inputs = get_nested(config, "input_features")
     cameras = [
         key
         for key in (inputs if isinstance(inputs, Mapping) else ())
         if key.startswith(CAMERA_PREFIX) and "empty_camera" not in key
     ]
     state_dim = _width(path, inputs, "observation.state")
-    action_dim = _width(path, dig(config, "output_features"), "action")
+    action_dim = _width(path, get_nested(config, "output_features"), "action")
     if not cameras:
         raise Pi0Error(
             f"{path}: expected input_features with cameras ({CAMERA_PREFIX}…), found none. Name "
@@ -83,7 +83,7 @@ def read_robot(folder: Path) -> Robot:
 def _width(path: Path, features: Any, key: str) -> int:
     """The length of a vector feature. Keys hold dots, so this is no `dig`."""
     feature = features.get(key) if isinstance(features, Mapping) else None
-    shape = dig(feature, "shape")
+    shape = get_nested(feature, "shape")
     if not isinstance(shape, list) or len(shape) != 1 or not isinstance(shape[0], int):
         raise Pi0Error(
             f"{path}: expected the feature {key} with a shape [D] as LeRobot writes it, found "
@@ -94,15 +94,15 @@ def _width(path: Path, features: Any, key: str) -> int:
 
 def _relative_actions(folder: Path, action_dim: int) -> tuple[int, ...]:
     step = _step(folder, PREPROCESSOR, "relative_actions_processor")
-    if not dig(step, "config.enabled"):
+    if not get_nested(step, "config.enabled"):
         return ()
-    names = dig(step, "config.action_names")
+    names = get_nested(step, "config.action_names")
     if not isinstance(names, list) or len(names) != action_dim:
         raise Pi0Error(
             f"{folder / PREPROCESSOR}: expected the names of {action_dim} actions for relative "
             f"actions, found {names}."
         )
-    excluded = dig(step, "config.exclude_joints") or []
+    excluded = get_nested(step, "config.exclude_joints") or []
     return tuple(-1 if any(word in name for word in excluded) else 1 for name in names)
 
 
@@ -118,14 +118,14 @@ def _normalizer(
     step = _step(folder, file, registry_name)
     if step is None:
         raise Pi0Error(f"{folder / file}: expected a step {registry_name}, found none.")
-    name = dig(step, f"config.norm_map.{feature_type}")
+    name = get_nested(step, f"config.norm_map.{feature_type}")
     if not isinstance(name, str) or name not in MODES:
         raise Pi0Error(
             f"{folder / file}: expected norm_map {feature_type} to be one of {', '.join(MODES)}, "
             f"found {name}."
         )
     if mode is None and name == "IDENTITY":
-        return identity(what, _width(folder / file, dig(step, "config.features"), key))
+        return identity(what, _width(folder / file, get_nested(step, "config.features"), key))
     state_file = step.get("state_file")
     if not isinstance(state_file, str) or not (folder / state_file).is_file():
         raise Pi0Error(
@@ -151,4 +151,6 @@ def _step(folder: Path, file: str, registry_name: str) -> dict[str, Any] | None:
     steps = read_json(folder / file).get("steps")
     if not isinstance(steps, list):
         raise Pi0Error(f"{folder / file}: expected a list `steps`, found none.")
-    return next((step for step in steps if dig(step, "registry_name") == registry_name), None)
+    return next(
+        (step for step in steps if get_nested(step, "registry_name") == registry_name), None
+    )

@@ -27,7 +27,7 @@ NEEDED = {
     "quantiles": ("q01", "q99"),
     "min_max": ("min", "max"),
 }
-FAR = 100.0  # normalised values beyond this were not in anybody's training data
+OUTLIER_SIGMA = 100.0  # normalised values beyond this were not in anybody's training data
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Normalizer:
                 f"statistics, found {n}."
             )
         out: Floats = (x - self.offset[:n]) / self.scale[:n]
-        for i in np.flatnonzero(np.abs(out) > FAR):
+        for i in np.flatnonzero(np.abs(out) > OUTLIER_SIGMA):
             warnings.warn(
                 f"{self.what}[{i}] = {x[i]:.6g} is {abs(out[i]):.0f} standard deviations or half "
                 "ranges from what the checkpoint was trained on.",

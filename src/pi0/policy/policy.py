@@ -186,7 +186,7 @@ class Policy:
         )
         padded = torch.zeros(1, config.state_dim)
         padded[0, : len(state)] = torch.from_numpy(state)
-        return ModelInputs.checked(
+        return ModelInputs.validated(
             config,
             images=torch.stack(pixels)[None],
             image_mask=torch.ones(1, len(pixels), dtype=torch.bool),

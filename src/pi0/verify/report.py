@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi0.errors import Pi0Error
-from pi0.verify.run import Result, Row
+from pi0.verify.run import Row, VerifyResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,11 +30,11 @@ class Header:
     candidate: str
     mode: str
     sizes: str
-    outside: str  # the third engine, or why there is none
+    oracle: str  # the third engine, or why there is none
     note: str  # what the numbers are not; may be empty
 
 
-def to_data(header: Header, result: Result) -> dict[str, Any]:
+def to_data(header: Header, result: VerifyResult) -> dict[str, Any]:
     """Everything but the actions, as plain data."""
     failure = result.first_failure
     return {
@@ -62,7 +62,7 @@ def to_data(header: Header, result: Result) -> dict[str, Any]:
     }
 
 
-def need_report() -> None:
+def require_report_libraries() -> None:
     """Raises Pi0Error if what a report needs is not installed: before the work, not after it."""
     import importlib.util
 
@@ -73,7 +73,7 @@ def need_report() -> None:
         )
 
 
-def to_html(header: Header, result: Result) -> str:
+def to_html(header: Header, result: VerifyResult) -> str:
     """A self-contained page: verdict, plots as inline SVG, and every row."""
     from jinja2 import Environment
 
@@ -91,11 +91,11 @@ def to_html(header: Header, result: Result) -> str:
     )
 
 
-def _stage_rows(result: Result) -> list[Row]:
+def _stage_rows(result: VerifyResult) -> list[Row]:
     return [row for row in result.rows if "." not in row.name]
 
 
-def _block_rows(result: Result) -> list[Row]:
+def _block_rows(result: VerifyResult) -> list[Row]:
     return [row for row in result.rows if re.search(r"\.block\.\d+$", row.name)]
 
 
@@ -123,7 +123,7 @@ def _plot_rows(title: str, rows: list[Row]) -> Figure:
     return figure
 
 
-def _plot_blocks(result: Result) -> Figure:
+def _plot_blocks(result: VerifyResult) -> Figure:
     """Growth of the error through the depth of the three towers."""
     rows = _block_rows(result)
     towers = list(dict.fromkeys(row.name.partition(".")[0] for row in rows))
@@ -144,7 +144,7 @@ def _plot_blocks(result: Result) -> Figure:
     return figure
 
 
-def _plot_actions(result: Result) -> Figure:
+def _plot_actions(result: VerifyResult) -> Figure:
     """The chunks of both engines, joint by joint, of the first case."""
     a, b = next(iter(result.actions.values()))
     figure = _figure(9, 4)
@@ -157,7 +157,7 @@ def _plot_actions(result: Result) -> Figure:
     return figure
 
 
-def _plot_joints(result: Result) -> Figure:
+def _plot_joints(result: VerifyResult) -> Figure:
     """Bars side by side, one colour a case."""
     figure = _figure(9, 2)
     axes = figure.subplots()

@@ -49,7 +49,7 @@ class Row:
     """A stage, a block (`stage.block.7`), its keys or values, a step's velocity (`velocity.3`), the
     actions of these velocities, those of the candidate's own loop (`sample`), an engine beside
     itself (`masked_content.candidate`), or the third engine's velocities and actions
-    (`outside.velocity.3`)."""
+    (`oracle.velocity.3`)."""
 
     case: str
     name: str
@@ -66,7 +66,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Result:
+class VerifyResult:
     """All rows, and the actions of both engines by case.
 
     `missing` are the stages that one of them does not show.
@@ -115,12 +115,12 @@ def verify(
     steps: int = 10,
     min_pcc: float | None = None,
     on_case: Callable[[], None] = lambda: None,
-    outside: Callable[[], Engine] | None = None,
-) -> Result:
+    oracle: Callable[[], Engine] | None = None,
+) -> VerifyResult:
     """Compares a candidate engine with a reference.
 
     Args:
-        reference, candidate, outside: make the engines; called one after the other, so that only
+        reference, candidate, oracle: make the engines; called one after the other, so that only
             one is in memory at a time.
         precisions: of both engines; the coarser chooses the thresholds.
         mode: "chained" or "isolated".
@@ -137,8 +137,8 @@ def verify(
         for case in cases
         for row in _rows(case, feeds[case.name], runs[case.name], precision, layers)
     ]
-    if outside is not None:
-        rows += _outside_rows(outside, cases, feeds, precisions[0], steps, on_case)
+    if oracle is not None:
+        rows += _oracle_rows(oracle, cases, feeds, precisions[0], steps, on_case)
     if min_pcc is not None:
         rows = [
             replace(row, limit=replace(row.limit, min_pcc=max(min_pcc, row.limit.min_pcc)))
@@ -148,7 +148,7 @@ def verify(
     first = cases[0].name
     shown = feeds[first].tensors.keys() & runs[first].tensors.keys()
     missing = [name for name in STAGES if name not in shown]
-    return Result(mode, rows, actions, missing)
+    return VerifyResult(mode, rows, actions, missing)
 
 
 def _run_all(
@@ -225,7 +225,7 @@ def _denoise(
     return taken, x
 
 
-def _outside_rows(
+def _oracle_rows(
     make: Callable[[], Engine],
     cases: list[Case],
     references: Mapping[str, Recording],
@@ -234,13 +234,13 @@ def _outside_rows(
     on_case: Callable[[], None],
 ) -> list[Row]:
     engine, rows = make(), []
-    limit = threshold("outside", precision)
+    limit = threshold("oracle", precision)
     for case in cases:
         a = references[case.name]
         taken, actions = _denoise(engine, case, engine.prefill(case.inputs), steps)
         pairs = [(f"velocity.{i}", a.steps[i][1], v) for i, (_, v) in enumerate(taken)]
         for name, x, y in [*pairs, (ACTIONS, a.actions, actions)]:
-            rows.append(Row(case.name, f"outside.{name}", compare(x, y), limit, 0.0, 0.0))
+            rows.append(Row(case.name, f"oracle.{name}", compare(x, y), limit, 0.0, 0.0))
         on_case()
     return rows
 

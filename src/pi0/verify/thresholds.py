@@ -25,7 +25,7 @@ UNSEEN = Threshold(0.999999, 0.0, "what is masked has weight 0 and moves nothing
 THRESHOLDS: dict[str, dict[str, Threshold]] = {
     "float32": {
         "*": Threshold(0.999999, 2e-5, "only the order of sums differs: 1e-6 through a tower"),
-        "outside": Threshold(
+        "oracle": Threshold(
             0.999999, 2e-4, "transformers has angles of time in float32: 2e-5 at small sizes"
         ),
         "sequence": EXACT,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pi0.engines.fast.weights import Matrix, Weights
+from pi0.engines.fast.weights import Matrix, PackedWeights
 from pi0.model.gemma import EPS as RMS_EPS
 from pi0.model.siglip import EPS as LAYER_EPS
 
@@ -25,7 +25,7 @@ class Kernels:
     """Plain PyTorch. What matrices are multiplied with (an operand) is an engine's own affair;
     `into` is the matrix that an operand is meant for."""
 
-    def prepare(self, weights: Weights) -> None:
+    def prepare(self, weights: PackedWeights) -> None:
         """Brings packed weights into the form that these kernels want, in place, once.
 
         The form is kept in files (`keep.py`): it depends on the class, not on the processor.
@@ -65,8 +65,8 @@ class Kernels:
         """
         kv_heads, width = k.shape[2:]
         heads = qkv.view(*qkv.shape[:2], -1, width)
-        parts = [heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads]
-        q, keys, values = torch.split(heads, parts, dim=2)
+        sizes = [heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads]
+        q, keys, values = torch.split(heads, sizes, dim=2)
         k.copy_(rotate(keys, rotation))
         v.copy_(values)
         return rotate(q, rotation)

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pi0.engines.fast.kernels import Kernels, Rotation
-from pi0.engines.fast.plan import Plan
-from pi0.engines.fast.weights import EMBEDDING, Weights
+from pi0.engines.fast.plan import TokenPlan
+from pi0.engines.fast.weights import EMBEDDING, PackedWeights
 from pi0.inputs import ModelInputs
 from pi0.model import Tap
 from pi0.model.flow import embed_time, integrate, schedule
@@ -44,14 +44,14 @@ class Cache:
         state: whose keys and values of the state token these are; None: not computed yet.
     """
 
-    plan: Plan
+    plan: TokenPlan
     keys: list[Tensor]
     values: list[Tensor]
     valid: Tensor | None
     rotation: Rotation
     state: Tensor | None = None
 
-    def forget_other(self, state: Tensor) -> None:
+    def invalidate_if_state_changed(self, state: Tensor) -> None:
         """Has the state token computed anew if what is kept is another state's."""
         if self.state is not None and not torch.equal(self.state, state):
             self.state = None
@@ -60,12 +60,12 @@ class Cache:
 class Network:
     """π0 with packed weights, on one device."""
 
-    def __init__(self, weights: Weights, kernels: Kernels) -> None:
+    def __init__(self, weights: PackedWeights, kernels: Kernels) -> None:
         self.config = weights.config
         self.weights = weights
         self.kernels = kernels
 
-    def prefill(self, inputs: ModelInputs, plan: Plan, tap: Tap = no_tap) -> Cache:
+    def prefill(self, inputs: ModelInputs, plan: TokenPlan, tap: Tap = no_tap) -> Cache:
         """Runs the prefix. Inputs and plan are on the device."""
         config = self.config.vlm
         x = self._embed_prefix(inputs, plan, tap)
@@ -74,8 +74,8 @@ class Network:
         valid = plan.valid
         if valid is not None:
             valid = F.pad(valid, (0, self.config.suffix_len), value=True)
-        cache = Cache(plan, [], [], valid, part_of(rotation, slice(tokens, None)))
-        rotation = part_of(rotation, slice(0, tokens))
+        cache = Cache(plan, [], [], valid, slice_rotation(rotation, slice(tokens, None)))
+        rotation = slice_rotation(rotation, slice(0, tokens))
         shape = (batch, plan.positions.shape[1], config.num_kv_heads, config.head_dim)
         for i in range(config.depth):
             name, block = f"vlm_transformer.block.{i}", f"vlm.blocks.{i}"
@@ -87,11 +87,11 @@ class Network:
             a = self.kernels.rms_norm(x, self.weights[f"{block}.norm1.weight"], matrix)
             qkv = self.kernels.project(a, matrix)
             q = self.kernels.split(qkv.view(batch, tokens, -1), rotation, k, v)
-            self._show_cache(tap, name, k, v, plan.spread, plan.take)
+            self._show_cache(tap, name, k, v, plan.scatter, plan.gather)
             if not last:
-                x = self._finish(block, x, self.kernels.attend(q, k, v, plan.valid))
+                x = self._post_attention(block, x, self.kernels.attend(q, k, v, plan.valid))
                 tokens_of = x.view(batch, tokens, -1)
-                x = self._show(tap, name, tokens_of, plan.spread, plan.take).flatten(0, 1)
+                x = self._show(tap, name, tokens_of, plan.scatter, plan.gather).flatten(0, 1)
         return cache
 
     def velocity(
@@ -111,7 +111,7 @@ class Network:
         x = x.flatten(0, 1)
         skipped = self.config.suffix_len - tokens  # the state token, or nothing
         at = cache.plan.tokens + skipped
-        rotation = part_of(cache.rotation, slice(skipped, None))
+        rotation = slice_rotation(cache.rotation, slice(skipped, None))
         for i in range(config.depth):
             name, block = f"expert_transformer.block.{i}", f"expert.blocks.{i}"
             matrix = self.weights.matrix(f"{block}.qkv")
@@ -121,7 +121,7 @@ class Network:
             q = self.kernels.split(qkv.view(batch, tokens, -1), rotation, k, v)
             self._show_cache(tap, name, k, v)
             attended = self._attend_suffix(q, cache, i, with_state)
-            x = self._finish(block, x, attended)
+            x = self._post_attention(block, x, attended)
             x = self._show(tap, name, x.view(batch, tokens, -1)).flatten(0, 1)
         cache.state = state.clone()  # the caller's may change
         norm = self.weights["expert.norm.weight"]
@@ -153,31 +153,32 @@ class Network:
 
         return integrate(velocity, noise, len(times))
 
-    def times_of_steps(self, steps: int) -> Tensor:
+    def step_time_biases(self, steps: int) -> Tensor:
         """`time_terms` of all steps at once: [steps, E] float32."""
-        return self.time_terms(torch.tensor(schedule(steps)))
+        return self.time_bias(torch.tensor(schedule(steps)))
 
-    def time_terms(self, t: Tensor) -> Tensor:
+    def time_bias(self, t: Tensor) -> Tensor:
         """What times [B] add to the actions before the activation: [B, E] float32."""
         weight, bias = self.weights["time.weight"], self.weights["time.bias"]
         return F.linear(embed_time(t, weight.shape[1]).to(weight.device), weight, bias)
 
-    def _embed_prefix(self, inputs: ModelInputs, plan: Plan, tap: Tap) -> Tensor:
+    def _embed_prefix(self, inputs: ModelInputs, plan: TokenPlan, tap: Tap) -> Tensor:
         """The prefix tokens that take part, [B·X', E]."""
         features = self._vision_tower(inputs.images.flatten(0, 1)[plan.views], plan, tap)
         projector = self.weights.matrix("projector")
         a = self.kernels.operand(features.flatten(0, 1), projector)
         patches = self.kernels.project(a, projector)
         patches = tap(
-            "projector", plan.spread_views(patches.view(*features.shape[:2], self.config.vlm.width))
+            "projector",
+            plan.scatter_views(patches.view(*features.shape[:2], self.config.vlm.width)),
         )
         scale = self.config.vlm.width**0.5
         text = F.embedding(inputs.tokens, self.weights[EMBEDDING]).to(patches.dtype) * scale
         text = tap("token_embedding", text)
         prefix = torch.cat([patches.view(len(text), -1, patches.shape[-1]), text], dim=1)
-        return plan.take(tap("prefix", prefix)).flatten(0, 1)
+        return plan.gather(tap("prefix", prefix)).flatten(0, 1)
 
-    def _vision_tower(self, images: Tensor, plan: Plan, tap: Tap) -> Tensor:
+    def _vision_tower(self, images: Tensor, plan: TokenPlan, tap: Tap) -> Tensor:
         """Features [n, P, E] of images [n, 3, S, S]."""
         config, weights, kernels = self.config.vision, self.weights, self.kernels
         conv = weights[f"{PATCHES}.conv.weight"], weights[f"{PATCHES}.conv.bias"]
@@ -197,11 +198,11 @@ class Network:
             a = kernels.layer_norm(x, *self._affine(f"{block}.norm2"), fc1)
             x = kernels.project(kernels.gelu(a, fc1, fc2), fc2, x)
             x = self._show(
-                tap, f"vision_tower.block.{i}", x.view(shape), plan.spread_views, plan.take_views
+                tap, f"vision_tower.block.{i}", x.view(shape), plan.scatter_views, plan.gather_views
             ).flatten(0, 1)
         norm = self._affine("vision_tower.norm")
         features = F.layer_norm(x.float(), shape[-1:], *norm, LAYER_EPS).to(x.dtype).view(shape)
-        return self._show(tap, "vision_tower", features, plan.spread_views, plan.take_views)
+        return self._show(tap, "vision_tower", features, plan.scatter_views, plan.gather_views)
 
     def _embed_suffix(self, x_t: Tensor, time: Tensor, state: Tensor | None) -> Tensor:
         """The state token, if there is a state, then one token an action."""
@@ -225,15 +226,15 @@ class Network:
         seen = cache.plan.tokens + 1
         known = None if valid is None else valid[:, :seen]
         state = self.kernels.attend(q[:, :1], k[:, :seen], v[:, :seen], known)
-        parts = state.view(batch, 1, -1), attended.view(batch, actions, -1)
-        return torch.cat(parts, dim=1).flatten(0, 1)
+        rows = state.view(batch, 1, -1), attended.view(batch, actions, -1)
+        return torch.cat(rows, dim=1).flatten(0, 1)
 
-    def _finish(self, block: str, x: Tensor, attended: Tensor) -> Tensor:
+    def _post_attention(self, block: str, x: Tensor, attended: Tensor) -> Tensor:
         """What follows attention in a block of Gemma: [R, E]."""
         weights, kernels = self.weights, self.kernels
         out = weights.matrix(f"{block}.o_proj")
         x = kernels.project(kernels.operand(attended, out), out, x)
-        gate_up, down = weights.parts(f"{block}.gate_up"), weights.parts(f"{block}.down")
+        gate_up, down = weights.mlp_chunks(f"{block}.gate_up"), weights.mlp_chunks(f"{block}.down")
         a = kernels.rms_norm(x, weights[f"{block}.norm2.weight"], gate_up[0])
         for first, second in zip(gate_up, down, strict=True):
             x = kernels.project(kernels.geglu(a, first, second), second, x)
@@ -248,24 +249,24 @@ class Network:
         name: str,
         k: Tensor,
         v: Tensor,
-        spread: Callable[[Tensor], Tensor] = lambda x: x,
-        take: Callable[[Tensor], Tensor] = lambda x: x,
+        scatter: Callable[[Tensor], Tensor] = lambda x: x,
+        gather: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> None:
         """Shows keys and values, and keeps what the tap hands on."""
         if tap is not no_tap:
-            k.copy_(self._show(tap, f"{name}.keys", k, spread, take))
-            v.copy_(self._show(tap, f"{name}.values", v, spread, take))
+            k.copy_(self._show(tap, f"{name}.keys", k, scatter, gather))
+            v.copy_(self._show(tap, f"{name}.values", v, scatter, gather))
 
     @staticmethod
     def _show(
         tap: Tap,
         name: str,
         x: Tensor,
-        spread: Callable[[Tensor], Tensor] = lambda x: x,
-        take: Callable[[Tensor], Tensor] = lambda x: x,
+        scatter: Callable[[Tensor], Tensor] = lambda x: x,
+        gather: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> Tensor:
         """Shows a tap what the model has there, and goes on with what it hands on."""
-        return x if tap is no_tap else take(tap(name, spread(x)))
+        return x if tap is no_tap else gather(tap(name, scatter(x)))
 
 
 def make_rotation(positions: Tensor, head_dim: int) -> Rotation:
@@ -276,7 +277,7 @@ def make_rotation(positions: Tensor, head_dim: int) -> Rotation:
     return angle.cos(), angle.sin()
 
 
-def part_of(rotation: Rotation, tokens: slice) -> Rotation:
+def slice_rotation(rotation: Rotation, tokens: slice) -> Rotation:
     """The rotation of some of the tokens."""
     cos, sin = rotation
     return cos[:, tokens], sin[:, tokens]

@@ -19,7 +19,7 @@ from pi0.model.pi0 import token_positions
 
 
 @dataclass(frozen=True)
-class Plan:
+class TokenPlan:
     """The tokens that take part. X' is the longest row's number of them.
 
     Attributes:
@@ -43,12 +43,12 @@ class Plan:
         """X'."""
         return self.index.shape[1]
 
-    def take(self, x: Tensor) -> Tensor:
+    def gather(self, x: Tensor) -> Tensor:
         """The tokens that take part, of all: [B, X, ...] → [B, X', ...]."""
         index = self.index.reshape(*self.index.shape, *[1] * (x.ndim - 2))
         return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
 
-    def spread(self, x: Tensor) -> Tensor:
+    def scatter(self, x: Tensor) -> Tensor:
         """The mirror of `take`; zeros elsewhere: [B, X', ...] → [B, X, ...]."""
         whole = x.new_zeros(len(x), self.length, *x.shape[2:])
         for row in range(len(x)):
@@ -56,16 +56,18 @@ class Plan:
             whole[row, self.index[row, :count]] = x[row, :count]
         return whole
 
-    def take_views(self, x: Tensor) -> Tensor:
+    def gather_views(self, x: Tensor) -> Tensor:
         """The valid images of all: [B·V, ...] → [n, ...]."""
         return x[self.views]
 
-    def spread_views(self, x: Tensor) -> Tensor:
+    def scatter_views(self, x: Tensor) -> Tensor:
         """The mirror of `take_views`; zeros elsewhere: [n, ...] → [B·V, ...]."""
         return x.new_zeros(self.images, *x.shape[1:]).index_copy_(0, self.views, x)
 
 
-def make_plan(inputs: ModelInputs, patches: int, suffix_len: int, bucket: int = 1) -> Plan:
+def make_token_plan(
+    inputs: ModelInputs, patches: int, suffix_len: int, bucket: int = 1
+) -> TokenPlan:
     """The plan of a batch.
 
     Args:
@@ -86,10 +88,10 @@ def make_plan(inputs: ModelInputs, patches: int, suffix_len: int, bucket: int = 
     ragged = bucket > 1 or not bool(valid.all())
     views = inputs.image_mask.flatten().nonzero().flatten()
     kept = valid if ragged else None
-    return Plan(views, index, kept, positions, seen.shape[1], inputs.image_mask.numel())
+    return TokenPlan(views, index, kept, positions, seen.shape[1], inputs.image_mask.numel())
 
 
-T = TypeVar("T", ModelInputs, Plan)
+T = TypeVar("T", ModelInputs, TokenPlan)
 
 
 def copy(record: T, device: torch.device) -> T:

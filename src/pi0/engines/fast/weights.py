@@ -35,7 +35,7 @@ class Matrix:
     scale: Tensor | None = None
     offset: Tensor | None = None
 
-    def put(self, at: int, values: Tensor) -> None:
+    def write_rows(self, at: int, values: Tensor) -> None:
         """Fills rows from `at` on with values [n, K]."""
         if self.scale is None:
             self.weight[at : at + len(values)].copy_(values)
@@ -80,22 +80,23 @@ class Scheme:
     """How an engine wants its weights.
 
     Attributes:
-        dtype: of activations, and of matrices that `kinds` does not name.
-        kinds: dtype of a matrix, by a pattern that its whole name matches; the first counts.
-        part: hidden units of Gemma's MLP that are computed at a time, few enough for a cache: gate
-            and up of these, and the columns of `down` that they meet.
+        dtype: of activations, and of matrices that `dtype_by_pattern` does not name.
+        dtype_by_pattern: dtype of a matrix, by a pattern that its whole name matches; the first
+            match counts.
+        mlp_chunk: hidden units of Gemma's MLP that are computed at a time, few enough for a
+            cache: gate and up of these, and the columns of `down` that they meet.
     """
 
     dtype: torch.dtype
-    kinds: dict[str, torch.dtype] = field(default_factory=dict)
-    part: int = 4096
+    dtype_by_pattern: dict[str, torch.dtype] = field(default_factory=dict)
+    mlp_chunk: int = 4096
 
     def kind(self, matrix: str) -> torch.dtype:
-        found = (d for pattern, d in self.kinds.items() if re.fullmatch(pattern, matrix))
+        found = (d for pattern, d in self.dtype_by_pattern.items() if re.fullmatch(pattern, matrix))
         return next(found, self.dtype)
 
 
-class Weights:
+class PackedWeights:
     """Matrices and other tensors by name; the names are the model's, or those of what is fused.
 
     Gemma's norms hold 1 + w; the two linear layers on the actions are one (`actions`), and what
@@ -107,7 +108,7 @@ class Weights:
         self.scheme = scheme
         self.tensors: dict[str, Tensor] = {}
         self.matrices: dict[str, Matrix] = {}
-        self._parts: dict[str, list[Matrix]] = {}
+        self._mlp_chunks: dict[str, list[Matrix]] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -115,12 +116,12 @@ class Weights:
     def matrix(self, name: str) -> Matrix:
         return self.matrices[name]
 
-    def parts(self, name: str) -> list[Matrix]:
+    def mlp_chunks(self, name: str) -> list[Matrix]:
         """The parts of a matrix that comes in several."""
-        if name not in self._parts:
+        if name not in self._mlp_chunks:
             count = sum(key.rpartition(".")[0] == name for key in self.matrices)
-            self._parts[name] = [self.matrices[f"{name}.{i}"] for i in range(count)]
-        return self._parts[name]
+            self._mlp_chunks[name] = [self.matrices[f"{name}.{i}"] for i in range(count)]
+        return self._mlp_chunks[name]
 
     def state(self) -> dict[str, Tensor]:
         """All tensors, by names from which `restore` makes the same weights again."""
@@ -141,7 +142,7 @@ class Weights:
                 rest = (state.get(f"{matrix}:{kind}") for kind in ("bias", "scale", "offset"))
                 self.matrices[matrix] = Matrix(tensor, *rest)
 
-    def to(self, device: torch.device) -> Weights:
+    def to(self, device: torch.device) -> PackedWeights:
         """Moved to a device, in place."""
         self.restore({name: tensor.to(device) for name, tensor in self.state().items()})
         return self
@@ -153,12 +154,12 @@ def pack(
     scheme: Scheme,
     image_size: int | None = None,
     progress: Progress = lambda _: None,
-) -> Weights:
+) -> PackedWeights:
     """A checkpoint's weights, packed, on the CPU. Arguments and errors: see `load_model`."""
     check(checkpoint)
     native = checkpoint.config
-    config = native if image_size is None else native.at_image_size(image_size)
-    weights = Weights(config, scheme)
+    config = native if image_size is None else native.with_image_size(image_size)
+    weights = PackedWeights(config, scheme)
     shapes = {name: p.shape for name, p in empty_model(config, scheme.dtype).named_parameters()}
     _allocate(weights, shapes)
     wanted = {theirs: checkpoint.tensors[theirs] for theirs in checkpoint.names.ours}
@@ -199,7 +200,7 @@ def targets(config: Pi0Config, scheme: Scheme, name: str) -> list[Target]:
         return _vision_targets(config.vision.width, into, kind)
     gemma = config.vlm if trunk == "vlm" else config.expert
     last = trunk == "vlm" and int(layer) == gemma.depth - 1
-    return _gemma_targets(gemma, scheme.part, into, kind, last)
+    return _gemma_targets(gemma, scheme.mlp_chunk, into, kind, last)
 
 
 def _vision_targets(width: int, into: str, kind: str) -> list[Target]:
@@ -236,7 +237,7 @@ def _gemma_targets(
     return found
 
 
-def _allocate(weights: Weights, shapes: dict[str, torch.Size]) -> None:
+def _allocate(weights: PackedWeights, shapes: dict[str, torch.Size]) -> None:
     """Room for everything that is kept, but for the token embedding."""
     outputs: dict[str, int] = {}
     inputs: dict[str, int] = {}
@@ -266,7 +267,7 @@ def _allocate(weights: Weights, shapes: dict[str, torch.Size]) -> None:
         )
 
 
-def _put(weights: Weights, target: Target, rows: slice, values: Tensor, bias: bool) -> None:
+def _put(weights: PackedWeights, target: Target, rows: slice, values: Tensor, bias: bool) -> None:
     """Puts the part of a slab (`rows` of a parameter) that belongs to a target."""
     begin = max(rows.start, target.rows.start)
     end = rows.start + len(values)
@@ -281,10 +282,10 @@ def _put(weights: Weights, target: Target, rows: slice, values: Tensor, bias: bo
         assert matrix.bias is not None
         matrix.bias[at : at + len(part)].copy_(part)
     else:
-        matrix.put(at, part[:, target.columns])
+        matrix.write_rows(at, part[:, target.columns])
 
 
-def _fold(weights: Weights) -> None:
+def _fold(weights: PackedWeights) -> None:
     """1 + w of Gemma's norms; both linear layers on the actions in one, in float64."""
     tensors = weights.tensors
     for name in tensors:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pi0.engines.tenstorrent.backend import Backend, Grid, Handle, Upload
-from pi0.engines.tenstorrent.library import MOCK
 from pi0.engines.tenstorrent.precision import BF16, F32, U32
+from pi0.engines.tenstorrent.ttnn_import import MOCK
 from pi0.errors import EngineError
 
 TRACE_REGION = 64 << 20  # bytes of DRAM for captured commands
@@ -28,7 +28,7 @@ class DeviceBackend(Backend):
         self.ttnn = ttnn
         # Neither a mock device nor a simulator with slow dispatch can capture commands.
         self.can_replay = not {MOCK, "TT_METAL_SLOW_DISPATCH_MODE"} & set(os.environ)
-        with refusals(f"engine ttnn: expected a device {device_id} that can be opened"):
+        with translate_errors(f"engine ttnn: expected a device {device_id} that can be opened"):
             self.device = ttnn.open_device(
                 device_id=device_id,
                 l1_small_size=L1_SMALL,
@@ -41,7 +41,7 @@ class DeviceBackend(Backend):
 
     def put(self, upload: Upload) -> Handle:
         shape, where = tuple(upload.value.shape), {"device": self.device, **self._kind(upload)}
-        with refusals(f"{self.stage}: expected room for {upload.dtype} {list(shape)}"):
+        with translate_errors(f"{self.stage}: expected room for {upload.dtype} {list(shape)}"):
             if upload.value.is_meta:
                 return self.ttnn.empty(shape, **where)
             return self.ttnn.from_torch(self._plain(upload), **where)
@@ -62,7 +62,7 @@ class DeviceBackend(Backend):
         if dtype is not None:
             options["dtype"] = self.option(dtype)
         what = f"ttnn.{name} in stage {self.stage}: expected an operation that the device takes"
-        with refusals(what):
+        with translate_errors(what):
             return self.option(name)(*args, **options)
 
     def dram(self) -> tuple[int, int]:
@@ -88,7 +88,7 @@ class DeviceBackend(Backend):
 
 
 @contextlib.contextmanager
-def refusals(what: str) -> Iterator[None]:
+def translate_errors(what: str) -> Iterator[None]:
     """Turns what TTNN refuses into an EngineError, whose sentence begins with `what`."""
     try:
         yield

@@ -19,17 +19,17 @@ import torch
 
 from pi0.checkpoint.load import empty_model
 from pi0.config import Pi0Config
-from pi0.engines.tenstorrent import library, standin
+from pi0.engines.tenstorrent import stub_compiler, ttnn_import
 from pi0.engines.tenstorrent.backend import Handle, Upload
 from pi0.engines.tenstorrent.boards import find_board
 from pi0.engines.tenstorrent.device import DeviceBackend
 from pi0.engines.tenstorrent.engine import (
     build_network,
-    need_room,
-    need_tiles,
+    require_dram,
+    require_tile_widths,
     upload_constants,
 )
-from pi0.engines.tenstorrent.layout import Layout
+from pi0.engines.tenstorrent.layout import TileLayout
 from pi0.engines.tenstorrent.network import Constants
 from pi0.engines.tenstorrent.precision import F32, PRESETS, Precision
 from pi0.errors import EngineError
@@ -85,14 +85,14 @@ def dry_run(
     if dtype not in PRESETS:
         raise EngineError(f"dtype: expected one of {', '.join(PRESETS)}, found {dtype!r}.")
     precision = PRESETS[dtype]
-    need_tiles(config)
+    require_tile_widths(config)
     started = time.perf_counter()
     backend = MockBackend(board, on_stage)
     try:
-        need_room(config, precision, backend.dram()[1])
+        require_dram(config, precision, backend.dram()[1])
         network = build_network(empty_model(config, torch.bfloat16), backend, precision)
         weights, _ = backend.dram()
-        layout = Layout(config, cameras, tokens or config.max_tokens)
+        layout = TileLayout(config, cameras, tokens or config.max_tokens)
         on, given = upload_inputs(layout, backend, precision)
         table = embed_time(torch.tensor(schedule(steps)), config.expert.width)[None, None]
         times = network.embed_times(backend.put(Upload(table, F32)))
@@ -124,7 +124,7 @@ def dry_run(
 
 
 def upload_inputs(
-    layout: Layout, backend: MockBackend, precision: Precision
+    layout: TileLayout, backend: MockBackend, precision: Precision
 ) -> tuple[Constants, dict[str, Handle]]:
     """What a sampling call is given. Shapes only: masks may be larger than the model."""
     inputs, noise = random_inputs(layout.config, layout.views, layout.tokens, seed=0)
@@ -143,23 +143,23 @@ class MockBackend(DeviceBackend):
     def __init__(self, board: str, on_stage: Callable[[str], None]) -> None:
         self._stage, self._on_stage = "", on_stage
         found = find_board(board)
-        library.need_ttnn()
-        if not standin.has_compiler():
+        ttnn_import.require_ttnn()
+        if not stub_compiler.has_compiler():
             raise EngineError(
-                f"dry run: expected {standin.COMPILER} as a stand-in for Tenstorrent's compiler, "
-                "found none. Install it: apt install gcc-riscv64-unknown-elf."
+                f"dry run: expected {stub_compiler.COMPILER} as a stand-in for Tenstorrent's "
+                "compiler, found none. Install it: apt install gcc-riscv64-unknown-elf."
             )
-        folder = library.cache_folder()
+        folder = ttnn_import.cache_folder()
         package = Path(str(distribution("ttnn").locate_file("ttnn")))
-        root = standin.make_root(package, folder / f"root-{library.VERSION}")
+        root = stub_compiler.make_root(package, folder / f"root-{ttnn_import.VERSION}")
         (folder / "logs").mkdir(exist_ok=True)
         environment = {
-            library.MOCK: str(found.write(folder)),
+            ttnn_import.MOCK: str(found.write(folder)),
             "TT_METAL_RUNTIME_ROOT": str(root),
-            "TT_METAL_CACHE": str(folder / f"kernels-{library.VERSION}"),
+            "TT_METAL_CACHE": str(folder / f"kernels-{ttnn_import.VERSION}"),
             "TT_METAL_LOGS_PATH": str(folder / "logs"),
         }
-        super().__init__(library.load(environment), 0)
+        super().__init__(ttnn_import.load(environment), 0)
 
     @property
     def stage(self) -> str:

@@ -11,23 +11,23 @@ from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint, empty_model, load_model
 from pi0.config import Pi0Config
-from pi0.engines.base import Engine, need_finite
-from pi0.engines.tenstorrent import library
+from pi0.engines.base import Engine, require_finite
+from pi0.engines.tenstorrent import ttnn_import
 from pi0.engines.tenstorrent.backend import Backend, Handle, Upload
 from pi0.engines.tenstorrent.boards import find_board
 from pi0.engines.tenstorrent.device import DeviceBackend, Replay
 from pi0.engines.tenstorrent.host import HostBackend
-from pi0.engines.tenstorrent.layout import TILE, Layout, View, additive, tiled
+from pi0.engines.tenstorrent.layout import TILE, TileLayout, View, additive, tiled
 from pi0.engines.tenstorrent.network import (
     Constants,
     HandleTap,
     KeyValue,
-    Network,
+    TtnnNetwork,
     no_handle_tap,
 )
 from pi0.engines.tenstorrent.ops import Ops
 from pi0.engines.tenstorrent.precision import BF16, F32, PRESETS, Precision
-from pi0.engines.tenstorrent.programs import TILE_BYTES
+from pi0.engines.tenstorrent.program_configs import TILE_BYTES
 from pi0.engines.tenstorrent.weights import Packer
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
@@ -69,7 +69,7 @@ class TtnnEngine(Engine):
         self.need(config, device, image_size)
         self.backend = self._open(device)
         if isinstance(self.backend, DeviceBackend):
-            need_room(config, precision, self.backend.dram()[1])
+            require_dram(config, precision, self.backend.dram()[1])
         model = load_model(checkpoint, torch.bfloat16, "cpu", image_size, progress)
         self.config = model.config
         self.network = build_network(model, self.backend, precision)
@@ -80,15 +80,15 @@ class TtnnEngine(Engine):
     @classmethod
     def need(cls, config: Pi0Config, device: str | None, image_size: int | None) -> None:
         """See `pi0.engines.base.need_engine`."""
-        need_tiles(config if image_size is None else config.at_image_size(image_size))
-        cls._need_device(device)
+        require_tile_widths(config if image_size is None else config.with_image_size(image_size))
+        cls._require_device(device)
 
     @classmethod
-    def _need_device(cls, device: str | None) -> None:
+    def _require_device(cls, device: str | None) -> None:
         if not (device or "0").isdecimal():
             raise EngineError(f"device: expected the number of a card, found {device!r}.")
-        library.need_ttnn()
-        if not library.has_device():
+        ttnn_import.require_ttnn()
+        if not ttnn_import.has_device():
             raise EngineError(
                 "engine ttnn: expected a Tenstorrent card (/dev/tenstorrent) or a simulator "
                 "(TT_METAL_SIMULATOR), found neither. `--engine ttnn-host` computes its numerics, "
@@ -142,17 +142,17 @@ class TtnnEngine(Engine):
             self._sample_one(inputs.row(i), noise[i : i + 1], steps, on_step)
             for i in range(inputs.batch_size)
         ]
-        return need_finite(torch.cat(actions))
+        return require_finite(torch.cat(actions))
 
     def _open(self, device: str | None) -> Backend:
-        backend = DeviceBackend(library.load({}), int(device or "0"))
+        backend = DeviceBackend(ttnn_import.load({}), int(device or "0"))
         weakref.finalize(self, backend.close)
         return backend
 
     def _on(self, inputs: ModelInputs) -> Constants:
         key = inputs.image_mask.shape[1], inputs.tokens.shape[1]
         if key not in self._constants:
-            layout = Layout(self.config, *key)
+            layout = TileLayout(self.config, *key)
             self._constants[key] = upload_constants(layout, self.backend)
         return self._constants[key]
 
@@ -194,7 +194,7 @@ class TtnnEngine(Engine):
             self._replay[1].release()
             self._replay = None
 
-    def _adapt(self, tap: Tap, layout: Layout) -> HandleTap:
+    def _adapt(self, tap: Tap, layout: TileLayout) -> HandleTap:
         if tap is no_tap:
             return no_handle_tap
         backend = self.backend
@@ -233,28 +233,28 @@ class TtnnHostEngine(TtnnEngine):
     numbers."""
 
     @classmethod
-    def _need_device(cls, device: str | None) -> None:
+    def _require_device(cls, device: str | None) -> None:
         if device not in (None, "cpu"):
             raise EngineError(f"device: expected cpu for engine ttnn-host, found {device!r}.")
-        library.need_ttnn()
+        ttnn_import.require_ttnn()
 
     def _open(self, device: str | None) -> Backend:
         environment = {}
-        if not library.has_device():  # its conversions ask for a chip, without touching it
-            description = find_board("n150").write(library.cache_folder())
-            environment[library.MOCK] = str(description)
-        return HostBackend(library.load(environment))
+        if not ttnn_import.has_device():  # its conversions ask for a chip, without touching it
+            description = find_board("n150").write(ttnn_import.cache_folder())
+            environment[ttnn_import.MOCK] = str(description)
+        return HostBackend(ttnn_import.load(environment))
 
 
-def build_network(model: Pi0, backend: Backend, precision: Precision) -> Network:
+def build_network(model: Pi0, backend: Backend, precision: Precision) -> TtnnNetwork:
     """Packs a model, which is empty afterwards, onto a backend."""
     backend.stage = "weights"
     with torch.no_grad():
         weights = Packer(precision, backend.put).pack(model)
-    return Network(model.config, weights, Ops(backend, precision))
+    return TtnnNetwork(model.config, weights, Ops(backend, precision))
 
 
-def upload_constants(layout: Layout, backend: Backend) -> Constants:
+def upload_constants(layout: TileLayout, backend: Backend) -> Constants:
     """What depends on the layout only."""
     state, actions = torch.zeros(2, 1, 1, layout.suffix, 1)
     state[0, 0, 0] = 1
@@ -268,7 +268,7 @@ def upload_constants(layout: Layout, backend: Backend) -> Constants:
     )
 
 
-def need_tiles(config: Pi0Config) -> None:
+def require_tile_widths(config: Pi0Config) -> None:
     """Raises EngineError if a width that operations cut or join is no whole number of tiles."""
     for name, trunk in (("VLM", config.vlm), ("expert", config.expert)):
         if trunk.width % TILE:
@@ -278,7 +278,7 @@ def need_tiles(config: Pi0Config) -> None:
             )
 
 
-def need_room(config: Pi0Config, precision: Precision, dram: int) -> None:
+def require_dram(config: Pi0Config, precision: Precision, dram: int) -> None:
     """Raises EngineError if the weights do not fit into so many bytes of DRAM."""
     needed = packed_bytes(config, precision)
     if needed > dram:

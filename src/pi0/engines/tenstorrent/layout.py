@@ -68,7 +68,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Layout:
+class TileLayout:
     """The layout of one observation: so many views and text tokens."""
 
     config: Pi0Config

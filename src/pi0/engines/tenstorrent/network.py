@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from pi0.config import GemmaConfig, Pi0Config
 from pi0.engines.tenstorrent.backend import Handle
-from pi0.engines.tenstorrent.layout import Layout
+from pi0.engines.tenstorrent.layout import TileLayout
 from pi0.engines.tenstorrent.ops import Ops
 from pi0.engines.tenstorrent.precision import F32
-from pi0.engines.tenstorrent.weights import GemmaBlock, Trunk, VisionBlock, Weights
+from pi0.engines.tenstorrent.weights import Trunk, TtnnGemmaBlock, TtnnVisionBlock, TtnnWeights
 from pi0.model import gemma, siglip
 
 # Sees a handle by its name in `pi0.model` and the kind of its rows (`Layout.view`), and hands on
@@ -40,16 +40,16 @@ class Constants:
         state_row: the same for the row of the state.
     """
 
-    layout: Layout
+    layout: TileLayout
     vision_mask: Handle | None
     action_rows: Handle
     state_row: Handle
 
 
-class Network:
+class TtnnNetwork:
     """The stages, over one set of weights."""
 
-    def __init__(self, config: Pi0Config, weights: Weights, ops: Ops) -> None:
+    def __init__(self, config: Pi0Config, weights: TtnnWeights, ops: Ops) -> None:
         self.config, self.weights, self.ops = config, weights, ops
 
     def prefill(
@@ -181,7 +181,7 @@ class Network:
         x = ops.layer_norm(x, weights.vision_norm, siglip.EPS)
         return tap("vision_tower", x, "patches")
 
-    def _vision_block(self, on: Constants, block: VisionBlock, x: Handle) -> Handle:
+    def _vision_block(self, on: Constants, block: TtnnVisionBlock, x: Handle) -> Handle:
         ops, config = self.ops, self.config.vision
         views, rows = on.layout.views, on.layout.patches
         h = ops.layer_norm(x, block.norm1, siglip.EPS)
@@ -196,7 +196,7 @@ class Network:
         return ops.add(x, ops.linear(h, block.fc2, self._residual))
 
     def _qkv(
-        self, block: GemmaBlock, config: GemmaConfig, x: Handle, tables: KeyValue
+        self, block: TtnnGemmaBlock, config: GemmaConfig, x: Handle, tables: KeyValue
     ) -> tuple[Handle, ...]:
         h = self.ops.rms_norm(x, block.norm1, gemma.EPS)
         qkv = self.ops.linear(h, block.qkv, self._residual)
@@ -214,7 +214,7 @@ class Network:
     def _attend(self, config: GemmaConfig, q: Handle, k: Handle, v: Handle, mask: Handle) -> Handle:
         return self.ops.attention(q, k, v, mask, config.head_dim**-0.5)
 
-    def _finish(self, block: GemmaBlock, x: Handle, attended: Handle) -> Handle:
+    def _finish(self, block: TtnnGemmaBlock, x: Handle, attended: Handle) -> Handle:
         ops, hidden = self.ops, self.ops.precision.hidden
         x = ops.add(x, ops.linear(attended, block.out, self._residual))
         h = ops.rms_norm(x, block.norm2, gemma.EPS)

@@ -7,7 +7,7 @@ from typing import Any
 from pi0.engines.tenstorrent.backend import Backend, Handle
 from pi0.engines.tenstorrent.layout import TILE, tiled
 from pi0.engines.tenstorrent.precision import Precision
-from pi0.engines.tenstorrent.programs import ROWS_IN_L1, attention_chunks, matmul_blocks
+from pi0.engines.tenstorrent.program_configs import ROWS_IN_L1, attention_chunks, matmul_blocks
 from pi0.engines.tenstorrent.weights import Linear
 
 

@@ -33,7 +33,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class VisionBlock:
+class TtnnVisionBlock:
     norm1: Linear  # scale and offset of a LayerNorm
     qkv: Linear
     out: Linear
@@ -43,7 +43,7 @@ class VisionBlock:
 
 
 @dataclass(frozen=True)
-class GemmaBlock:
+class TtnnGemmaBlock:
     norm1: Handle
     qkv: Linear
     out: Linear
@@ -55,15 +55,15 @@ class GemmaBlock:
 
 @dataclass(frozen=True)
 class Trunk:
-    blocks: list[GemmaBlock]
+    blocks: list[TtnnGemmaBlock]
     norm: Handle
 
 
 @dataclass(frozen=True)
-class Weights:
+class TtnnWeights:
     patch: Linear
     position: Handle
-    vision: list[VisionBlock]
+    vision: list[TtnnVisionBlock]
     vision_norm: Linear
     projector: Linear
     embedding: Handle
@@ -82,14 +82,14 @@ class Packer:
     def __init__(self, precision: Precision, put: Put) -> None:
         self.precision, self._put = precision, put
 
-    def pack(self, model: Pi0) -> Weights:
+    def pack(self, model: Pi0) -> TtnnWeights:
         vision, norm = self._tower(model.vision_tower)
         width = model.config.expert.width
         actions, time = model.action_in_proj, model.action_time_mlp_in
         w_action, w_time = time.weight[:, :width], time.weight[:, width:]
         conv = model.vision_tower.patch_embedding.conv
         patch = conv.weight.permute(0, 2, 3, 1).flatten(1)  # [E, 14·14·3], channels last
-        weights = Weights(
+        weights = TtnnWeights(
             patch=self._linear("patch", pad_columns(patch, tiled(patch.shape[1])), conv.bias),
             position=self._position(model.vision_tower.patch_embedding.position),
             vision=vision,
@@ -136,7 +136,7 @@ class Packer:
         rows = pad_rows(table, tiled(len(table)))
         return self._put(Upload(rows[None, None], self.precision.pixels))
 
-    def _tower(self, tower: SiglipTower) -> tuple[list[VisionBlock], Linear]:
+    def _tower(self, tower: SiglipTower) -> tuple[list[TtnnVisionBlock], Linear]:
         blocks = []
         modules: Any = tower.blocks
         for block in modules:
@@ -146,7 +146,7 @@ class Packer:
             qkv = torch.cat([spread(p.weight, d, head) for p in projections])
             bias = torch.cat([spread(p.bias[:, None], d, head)[:, 0] for p in projections])
             out = spread(block.out_proj.weight.t(), d, head).t()
-            packed = VisionBlock(
+            packed = TtnnVisionBlock(
                 norm1=self._layer_norm(block.norm1),
                 qkv=self._linear("vision_attention", qkv, bias),
                 out=self._linear("vision_attention", out, block.out_proj.bias),
@@ -172,7 +172,7 @@ class Packer:
             projections = (block.q_proj, block.k_proj, block.v_proj)
             qkv = torch.cat([spread(p.weight, d, head) for p in projections])
             out = spread(block.o_proj.weight.t(), d, head).t()
-            packed = GemmaBlock(
+            packed = TtnnGemmaBlock(
                 norm1=self._norm(1 + block.norm1.weight),
                 qkv=self._linear(f"{name}_attention", qkv),
                 out=self._linear(f"{name}_attention", out),

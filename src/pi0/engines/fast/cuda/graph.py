@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pi0.engines.fast.network import Network
-from pi0.engines.fast.plan import Plan, copy
+from pi0.engines.fast.plan import TokenPlan, copy
 from pi0.inputs import ModelInputs
 
 LIMIT = 4  # graphs that are kept: a robot has few prompts and one set of cameras
@@ -30,7 +30,7 @@ class Call:
     """
 
     inputs: ModelInputs
-    plan: Plan
+    plan: TokenPlan
     noise: Tensor
     steps: int
 
@@ -61,7 +61,7 @@ class Graph:
         self.network = network
         self.call = call.copy(device)
         self.actions = torch.empty_like(self.call.noise)
-        self.times = network.times_of_steps(call.steps)
+        self.times = network.step_time_biases(call.steps)
         self.captured: torch.cuda.CUDAGraph | None = None
 
     def run(self) -> None:

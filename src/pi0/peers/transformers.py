@@ -16,7 +16,7 @@ from pi0.checkpoint.load import Checkpoint
 from pi0.config import GemmaConfig, Pi0Config
 from pi0.errors import ObservationError
 from pi0.model.precision import parse_dtype
-from pi0.outside.weights import EMBEDDING_HEAD, fill
+from pi0.peers.weights import EMBEDDING_HEAD, fill
 
 PACKAGE = "transformers"
 UNUSED = "model.dit.embed_tokens.weight"  # the expert reads no text

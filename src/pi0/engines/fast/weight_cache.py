@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pi0 import __version__
-from pi0.checkpoint.files import DTYPE_NAMES, LINE, TensorInfo, need_file_name, write
+from pi0.checkpoint.files import CACHE_LINE, DTYPE_NAMES, TensorInfo, require_file_name, write
 from pi0.checkpoint.load import Checkpoint, Progress
 from pi0.engines.fast.kernels import Kernels
-from pi0.engines.fast.weights import Scheme, Weights, pack
+from pi0.engines.fast.weights import PackedWeights, Scheme, pack
 from pi0.errors import EngineError
 
 MADE_FROM = "made_from"
@@ -38,7 +38,7 @@ def load_weights(
     image_size: int | None = None,
     progress: Progress = lambda _: None,
     keep: str | None = None,
-) -> Weights:
+) -> PackedWeights:
     """A checkpoint's weights, packed and in the form that the kernels want, on the CPU.
 
     Args:
@@ -52,11 +52,11 @@ def load_weights(
     if keep is None:
         return _pack(checkpoint, scheme, kernels, image_size, progress)
     size = image_size or checkpoint.config.vision.image_size
-    weights = Weights(checkpoint.config.at_image_size(size), scheme)
+    weights = PackedWeights(checkpoint.config.with_image_size(size), scheme)
     files = list(dict.fromkeys(info.file for info in checkpoint.tensors.values()))
     path = files[0].with_name(f"{files[0].stem}.{keep}-{size}.pi0")
     made_from = _made_from(files, weights, kernels)
-    need_file_name(path)
+    require_file_name(path)
     if path.exists():
         try:
             weights.restore(_read(path, made_from))
@@ -68,7 +68,7 @@ def load_weights(
         else:
             progress(checkpoint.read_bytes)
             return weights
-    _need_writable(path.parent)
+    _require_writable(path.parent)
     weights = _pack(checkpoint, scheme, kernels, image_size, progress)
     _write(path, weights.state(), made_from)
     return weights
@@ -80,17 +80,17 @@ def _pack(
     kernels: Kernels,
     image_size: int | None,
     progress: Progress,
-) -> Weights:
+) -> PackedWeights:
     weights = pack(checkpoint, scheme, image_size, progress)
     kernels.prepare(weights)
     return weights
 
 
-def _made_from(files: list[Path], weights: Weights, kernels: Kernels) -> dict[str, str]:
+def _made_from(files: list[Path], weights: PackedWeights, kernels: Kernels) -> dict[str, str]:
     """Everything that the packed weights depend on, in words."""
     stats = [(file.name, file.stat()) for file in files]
     code = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.iterdir()):
+    for source in sorted(Path(__file__).parent.rglob("*")):
         if source.suffix in (".py", ".c"):
             code.update(source.read_bytes())
     return {
@@ -124,7 +124,9 @@ def _write(path: Path, state: dict[str, Tensor], made_from: dict[str, str]) -> N
     # Those that fill whole cache lines first, then by the size of their elements: so each starts
     # where a vector is read fastest, though nothing lies between them.
     state = dict(
-        sorted(state.items(), key=lambda item: (item[1].nbytes % LINE != 0, -item[1].itemsize))
+        sorted(
+            state.items(), key=lambda item: (item[1].nbytes % CACHE_LINE != 0, -item[1].itemsize)
+        )
     )
     headers = {
         name: TensorInfo(path, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype])
@@ -136,13 +138,13 @@ def _write(path: Path, state: dict[str, Tensor], made_from: dict[str, str]) -> N
         size = sum(tensor.nbytes for tensor in state.values())
         raise EngineError(
             f"{path}: expected room for {size / 1e9:.2f} GB of packed weights, found: "
-            f"{error.strerror or error}. Make room or leave out --cache."
+            f"{error.strerror or error}. Make room or leave out --weight-cache."
         ) from error
 
 
-def _need_writable(folder: Path) -> None:
+def _require_writable(folder: Path) -> None:
     if not os.access(folder, os.W_OK):
         raise EngineError(
             f"{folder}: expected a folder to keep packed weights in, found one that is read-only. "
-            "Copy the checkpoint to another or leave out --cache."
+            "Copy the checkpoint to another or leave out --weight-cache."
         )

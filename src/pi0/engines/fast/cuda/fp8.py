@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pi0.config import Pi0Config
 from pi0.engines.fast.kernels import Kernels
-from pi0.engines.fast.weights import Matrix, Scheme, Weights, quantise_rows
+from pi0.engines.fast.weights import Matrix, PackedWeights, Scheme, quantise_rows
 
 FP8 = torch.float8_e4m3fn
 MULTIPLE = 16  # what `_scaled_mm` wants of both sizes of a weight
@@ -29,7 +29,7 @@ class Rows(NamedTuple):
 class Fp8Kernels(Kernels):
     """Operands of quantised matrices are quantised, in plain PyTorch; all else is bfloat16."""
 
-    def prepare(self, weights: Weights) -> None:
+    def prepare(self, weights: PackedWeights) -> None:
         """Biases in bfloat16, as `_scaled_mm` wants them."""
         for matrix in weights.matrices.values():
             if matrix.scale is not None and matrix.bias is not None:
@@ -66,17 +66,17 @@ def make_scheme(config: Pi0Config, part: int) -> tuple[Scheme, list[str]]:
 
     The projector stays bfloat16: it is one product, and its error would enter every layer's input.
     """
-    vision, notes, kinds = config.vision, [], {"projector": torch.bfloat16}
+    vision, notes, dtype_by_pattern = config.vision, [], {"projector": torch.bfloat16}
     sizes = {"vision_tower": {vision.width, vision.mlp_dim}}
     for trunk, gemma in (("vlm", config.vlm), ("expert", config.expert)):
         heads = {count * gemma.head_dim for count in (gemma.num_heads, gemma.num_kv_heads)}
         sizes[trunk] = {gemma.width, gemma.mlp_dim} | heads
     for trunk, widths in sizes.items():
         if odd := sorted(width for width in widths if width % MULTIPLE):
-            kinds[rf"{re.escape(trunk)}\..*"] = torch.bfloat16
+            dtype_by_pattern[rf"{re.escape(trunk)}\..*"] = torch.bfloat16
             notes.append(
                 f"fp8: expected sizes that are multiples of {MULTIPLE} in {trunk}, found "
                 f"{', '.join(map(str, odd))}. This tower stays bfloat16."
             )
-    kinds[".*"] = FP8
-    return Scheme(torch.bfloat16, kinds, part), notes
+    dtype_by_pattern[".*"] = FP8
+    return Scheme(torch.bfloat16, dtype_by_pattern, part), notes

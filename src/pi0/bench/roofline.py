@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pi0.bench.count import Work
+from pi0.bench.flops import Work
 
 SIZES = {"cpu": 2048, "cuda": 8192}  # of square matrices, beyond what caches hold
 READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}

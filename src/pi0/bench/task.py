@@ -13,11 +13,11 @@ from pi0.engines.base import choose_precision
 from pi0.errors import ConfigError
 from pi0.inputs import ModelInputs, random_inputs
 
-TOLD, ACTIONS = "told.json", "actions.npz"  # what a worker writes into its folder
+RESULT_FILE, ACTIONS = "told.json", "actions.npz"  # what a worker writes into its folder
 
 
 @dataclass(frozen=True)
-class Spec:
+class EngineSpec:
     """An engine, its precision, and its device (None: the engine's default)."""
 
     name: str
@@ -30,7 +30,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Point:
+class Workload:
     """What is asked of an engine: so many cameras, the last of them masked; so many text tokens,
     the first of them valid; denoising steps; rows of the batch, all alike."""
 
@@ -53,7 +53,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerTask:
     """What one worker does.
 
     Attributes:
@@ -63,26 +63,26 @@ class Job:
     """
 
     checkpoint: str
-    spec: Spec
-    point: Point
+    spec: EngineSpec
+    point: Workload
     repeat: int
     seeds: int
     seed: int
-    sweep: tuple[Point, ...] = ()
+    sweep: tuple[Workload, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Job:
+    def from_json(cls, text: str) -> WorkerTask:
         told = json.loads(text)
-        told["spec"], told["point"] = Spec(**told["spec"]), Point(**told["point"])
-        told["sweep"] = tuple(Point(**point) for point in told["sweep"])
+        told["spec"], told["point"] = EngineSpec(**told["spec"]), Workload(**told["point"])
+        told["sweep"] = tuple(Workload(**point) for point in told["sweep"])
         return cls(**told)
 
 
 @dataclass(frozen=True)
-class Visit:
+class Trial:
     """What a worker measured. Milliseconds, but for `load_s` and the clock of `first_action_at`.
 
     Attributes:
@@ -111,7 +111,7 @@ class Visit:
     torch: str
 
 
-def parse_spec(text: str) -> Spec:
+def parse_spec(text: str) -> EngineSpec:
     """ENGINE, ENGINE:DTYPE or ENGINE:DTYPE@DEVICE.
 
     Raises:
@@ -119,10 +119,10 @@ def parse_spec(text: str) -> Spec:
     """
     rest, _, device = text.partition("@")
     name, _, dtype = rest.partition(":")
-    return Spec(name, choose_precision(name, dtype or None), device or None)
+    return EngineSpec(name, choose_precision(name, dtype or None), device or None)
 
 
-def inputs_at(config: Pi0Config, point: Point, seed: int) -> tuple[ModelInputs, Tensor]:
+def workload_inputs(config: Pi0Config, point: Workload, seed: int) -> tuple[ModelInputs, Tensor]:
     """Random inputs as a point asks for, and noise [batch, horizon, action_dim]."""
     inputs, noise = random_inputs(config, point.cameras, point.tokens, seed)
     inputs.image_mask[:, point.cameras - point.masked :] = False

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from pi0.engines.fast.fp8 import FP8, Fp8Kernels, Rows
+from pi0.engines.fast.cuda.fp8 import FP8, Fp8Kernels, Rows
+from pi0.engines.fast.cuda.triton_kernels import TritonKernels
 from pi0.engines.fast.network import make_rotation
-from pi0.engines.fast.triton_kernels import TritonKernels
 from pi0.engines.fast.weights import Matrix
 
 ROWS, WIDTH, HEADS, HEAD_DIM, KEYS = 5, 64, 3, 16, 300
@@ -22,7 +22,7 @@ ROWS, WIDTH, HEADS, HEAD_DIM, KEYS = 5, 64, 3, 16, 300
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 0.01, FP8: 0.05}
 
 
-class Unavailable(Exception):
+class TritonUnavailable(Exception):
     """Triton cannot be used; the message says why."""
 
 
@@ -36,12 +36,14 @@ def check(device: torch.device, dtype: torch.dtype, quantised: bool) -> None:
         wanted = _run(Fp8Kernels(), device, dtype, quantised)
         found = _run(TritonKernels(), device, dtype, quantised)
     except (TritonError, RuntimeError, OSError, CalledProcessError) as why:
-        raise Unavailable(str(why)) from why
+        raise TritonUnavailable(str(why)) from why
     limit = LIMITS[FP8 if quantised else dtype]
     for name in wanted:
         error = float((found[name] - wanted[name]).norm() / wanted[name].norm())
         if not error <= limit:  # a NaN is none
-            raise Unavailable(f"{name} differs from PyTorch's by {error:.2g}, more than {limit}")
+            raise TritonUnavailable(
+                f"{name} differs from PyTorch's by {error:.2g}, more than {limit}"
+            )
 
 
 def _run(

@@ -14,13 +14,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pi0 import Pi0Error, Policy, make_engine, open_checkpoint
-from pi0.checkpoint.files import LINE, find_files
+from pi0.checkpoint.files import CACHE_LINE, find_files
 from pi0.engines.base import ENGINES
-from pi0.engines.fast import keep
-from pi0.engines.fast.int8 import Int8Kernels
-from pi0.engines.fast.keep import load_weights
+from pi0.engines.fast import weight_cache
+from pi0.engines.fast.cpu.int8 import Int8Kernels
 from pi0.engines.fast.kernels import Kernels
-from pi0.engines.fast.weights import Scheme, Weights
+from pi0.engines.fast.weight_cache import load_weights
+from pi0.engines.fast.weights import PackedWeights, Scheme
 from pi0.errors import CheckpointError, EngineError
 from pi0.inputs import random_inputs
 
@@ -36,7 +36,7 @@ def folder(tiny_path: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_path, tmp_path / "tiny"))
 
 
-def load(folder: Path, scheme: Scheme = INT8, kernels: Kernels | None = None) -> Weights:
+def load(folder: Path, scheme: Scheme = INT8, kernels: Kernels | None = None) -> PackedWeights:
     kernels = kernels or Int8Kernels()
     return load_weights(open_checkpoint(folder), scheme, kernels, keep="cpu-int8")
 
@@ -63,7 +63,7 @@ def test_second_start_takes_what_the_first_kept(
 ) -> None:
     first = load(folder, scheme)
     read = []
-    monkeypatch.setattr(keep, "pack", refuse_to_pack)
+    monkeypatch.setattr(weight_cache, "pack", refuse_to_pack)
     checkpoint = open_checkpoint(folder)
     second = load_weights(checkpoint, scheme, Int8Kernels(), None, read.append, "cpu-int8")
     assert same(first.state(), second.state())
@@ -75,8 +75,8 @@ def test_second_start_takes_what_the_first_kept(
 def test_vectors_start_at_cache_lines(folder: Path) -> None:
     load(folder)
     for name, tensor in load(folder).state().items():
-        whole = tensor.nbytes % LINE == 0
-        assert tensor.data_ptr() % (LINE if whole else tensor.itemsize) == 0, name
+        whole = tensor.nbytes % CACHE_LINE == 0
+        assert tensor.data_ptr() % (CACHE_LINE if whole else tensor.itemsize) == 0, name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -113,15 +113,15 @@ def test_anything_changed_packs_anew(
     if change == "checkpoint":
         os.utime(folder / "model.safetensors", (1, 1))
     elif change == "scheme":
-        scheme = Scheme(torch.float32, INT8.kinds, part=64)
+        scheme = Scheme(torch.float32, INT8.dtype_by_pattern, mlp_chunk=64)
     elif change == "kernels":
         kernels = OtherKernels()
     elif change == "version":
-        monkeypatch.setattr(keep, "__version__", "0.0.0")
+        monkeypatch.setattr(weight_cache, "__version__", "0.0.0")
     else:
-        source = folder / "keep.py"
+        source = folder / "weight_cache.py"
         source.write_text("another")
-        monkeypatch.setattr(keep, "__file__", str(source))
+        monkeypatch.setattr(weight_cache, "__file__", str(source))
     with pytest.warns(UserWarning, match=f"found those of another {change}. Packing anew."):
         anew = load(folder, scheme, kernels)
     assert anew.scheme == scheme
@@ -159,7 +159,7 @@ def test_file_without_our_metadata_is_replaced(folder: Path) -> None:
     with pytest.warns(UserWarning, match="found those of another checkpoint, another config"):
         load(folder)
     with safe_open(kept(folder), framework="pt") as handle:
-        assert keep.MADE_FROM in handle.metadata()
+        assert weight_cache.MADE_FROM in handle.metadata()
 
 
 def test_full_disk_leaves_nothing(folder: Path) -> None:
@@ -184,7 +184,7 @@ def test_read_only_folder_is_refused_before_packing(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with monkeypatch.context() as patch:
-        patch.setattr(keep, "pack", refuse_to_pack)
+        patch.setattr(weight_cache, "pack", refuse_to_pack)
         with pytest.raises(EngineError, match="found one that is read-only"):
             load(folder)
     monkeypatch.undo()

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pi0.engines.fast.fp8 import FP8, Fp8Kernels, Rows
+from pi0.engines.fast.cuda.fp8 import FP8, Fp8Kernels, Rows
 from pi0.engines.fast.kernels import Rotation
 from pi0.engines.fast.weights import Matrix
 from pi0.model.gemma import EPS as RMS_EPS

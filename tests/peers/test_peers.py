@@ -23,7 +23,7 @@ from pi0.engines.reference import ReferenceEngine
 from pi0.errors import EngineError
 from pi0.inputs import random_inputs
 from pi0.model import STAGES
-from pi0.outside.engine import OUTSIDE, OutsideEngine
+from pi0.peers.engine import PEERS, PeerEngine
 from pi0.trace import trace
 from pi0.verify.run import default_cases, verify
 
@@ -32,7 +32,7 @@ TOLERANCE = 1e-4
 
 def has(name: str) -> bool:
     try:
-        OUTSIDE[name].python()
+        PEERS[name].python()
     except EngineError:
         return False
     return True
@@ -61,14 +61,14 @@ def ours(checkpoint: Checkpoint) -> Engine:
 
 
 @pytest.fixture(scope="module", params=BOTH)
-def theirs(checkpoint: Checkpoint, request: pytest.FixtureRequest) -> OutsideEngine:
+def theirs(checkpoint: Checkpoint, request: pytest.FixtureRequest) -> PeerEngine:
     made = make_engine(request.param, checkpoint)
-    assert isinstance(made, OutsideEngine)
+    assert isinstance(made, PeerEngine)
     return made
 
 
 @pytest.mark.parametrize(("masked", "text"), [(False, 16), (False, 9), (True, 9)])
-def test_agree(ours: Engine, theirs: OutsideEngine, masked: bool, text: int) -> None:
+def test_agree(ours: Engine, theirs: PeerEngine, masked: bool, text: int) -> None:
     inputs, noise = random_inputs(ours.config, cameras=3, tokens=16, seed=1)
     inputs.image_mask[0, 1] = not masked
     inputs.token_mask[0, text:] = False
@@ -135,14 +135,14 @@ def test_what_both_engines_leave_out(checkpoint: Checkpoint) -> None:
         default_cases(checkpoint.config, cameras=3, tokens=16),
         ("float32", "float32"),
         steps=1,
-        outside=lambda: make_engine("transformers", checkpoint),
+        oracle=lambda: make_engine("transformers", checkpoint),
     )
     failed = [(row.case, row.name) for row in result.rows if not row.passed]
     assert failed == [
         ("masked", "masked_content.reference"),
         ("masked", "masked_content.candidate"),
-        ("masked", "outside.velocity.0"),
-        ("masked", "outside.actions"),
+        ("masked", "oracle.velocity.0"),
+        ("masked", "oracle.actions"),
     ]
 
 
@@ -162,7 +162,7 @@ def test_as_candidate(checkpoint: Checkpoint) -> None:
     assert len(set(result.missing)) == len(result.missing)
 
 
-def test_trace_of_an_engine_that_shows_little(theirs: OutsideEngine) -> None:
+def test_trace_of_an_engine_that_shows_little(theirs: PeerEngine) -> None:
     """What it shows, and by name what it does not; without a mask, no slices of one."""
     inputs, noise = random_inputs(theirs.config, cameras=2, tokens=5, seed=0)
     traced = trace(theirs, inputs, noise)
@@ -176,7 +176,7 @@ def test_trace_of_an_engine_that_shows_little(theirs: OutsideEngine) -> None:
 @needs_transformers
 def test_dead_worker(checkpoint: Checkpoint) -> None:
     engine = make_engine("transformers", checkpoint)
-    assert isinstance(engine, OutsideEngine)
+    assert isinstance(engine, PeerEngine)
     engine._worker.kill()
     inputs, noise = random_inputs(engine.config, cameras=1, tokens=3, seed=0)
     with pytest.raises(EngineError, match="expected an answer of its process, found that it ended"):
@@ -195,7 +195,7 @@ def test_refusals(checkpoint: Checkpoint) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_worker_without_the_device(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their interpreter may have another PyTorch than ours."""
-    monkeypatch.setattr("pi0.outside.engine.parse_device", lambda name: None)
+    monkeypatch.setattr("pi0.peers.engine.parse_device", lambda name: None)
     with pytest.raises(EngineError, match="engine transformers: device cuda:99: expected a PyTor"):
         make_engine("transformers", checkpoint, device="cuda:99")
 

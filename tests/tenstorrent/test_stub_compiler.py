@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pi0.engines.tenstorrent.standin import LINKED, NAME, make_root
+from pi0.engines.tenstorrent.stub_compiler import LINKED, NAME, make_root
 
 
 def test_root_is_links_and_a_compiler(tmp_path: Path) -> None:

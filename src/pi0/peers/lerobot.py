@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint
 from pi0.config import PRESETS, Pi0Config
-from pi0.outside.weights import EMBEDDING_HEAD, fill
+from pi0.peers.weights import EMBEDDING_HEAD, fill
 
 PACKAGE = "lerobot"
 EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"

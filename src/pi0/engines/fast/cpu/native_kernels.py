@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pi0.engines.fast.int8 import Int8Kernels, Quantised
+from pi0.engines.fast.cpu.int8 import Int8Kernels, Quantised
+from pi0.engines.fast.cpu.native import Argument, Native
 from pi0.engines.fast.kernels import Rotation
-from pi0.engines.fast.native import Argument, Native
-from pi0.engines.fast.weights import Matrix, Weights
+from pi0.engines.fast.weights import Matrix, PackedWeights
 from pi0.model.gemma import EPS as RMS_EPS
 from pi0.model.siglip import EPS as LAYER_EPS
 
@@ -24,7 +24,7 @@ class NativeKernels(Int8Kernels):
     def __init__(self, native: Native) -> None:
         self._native = native
 
-    def prepare(self, weights: Weights) -> None:
+    def prepare(self, weights: PackedWeights) -> None:
         for matrix in weights.matrices.values():
             n, k = matrix.weight.shape
             if n % BLOCK or k % 4:

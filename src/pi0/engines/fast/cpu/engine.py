@@ -16,14 +16,14 @@ from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint
 from pi0.config import Pi0Config
-from pi0.engines.base import Engine, need_finite
-from pi0.engines.fast.int8 import Int8Kernels
-from pi0.engines.fast.keep import load_weights
+from pi0.engines.base import Engine, require_finite
+from pi0.engines.fast.cpu.int8 import Int8Kernels
+from pi0.engines.fast.cpu.native import Native, NativeUnavailable
+from pi0.engines.fast.cpu.native_kernels import NativeKernels
 from pi0.engines.fast.kernels import Kernels
-from pi0.engines.fast.native import Native, Unavailable
-from pi0.engines.fast.native_kernels import NativeKernels
 from pi0.engines.fast.network import Cache, Network
-from pi0.engines.fast.plan import copy, make_plan
+from pi0.engines.fast.plan import copy, make_token_plan
+from pi0.engines.fast.weight_cache import load_weights
 from pi0.engines.fast.weights import Scheme
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
@@ -31,7 +31,7 @@ from pi0.model import Tap
 from pi0.model.pi0 import no_tap
 
 SCHEMES = {
-    "float32": Scheme(torch.float32, part=2048),
+    "float32": Scheme(torch.float32, mlp_chunk=2048),
     "int8": Scheme(torch.float32, {".*": torch.int8}),
     "bfloat16": Scheme(torch.bfloat16),
 }
@@ -55,7 +55,7 @@ class CpuEngine(Engine):
     ) -> None:
         self.need(checkpoint.config, device, image_size)
         if dtype == "bfloat16":
-            need_bfloat16()
+            require_fast_bfloat16()
         kernels = Kernels() if dtype == "bfloat16" else choose_kernels()
         name = f"cpu-{dtype}" if cache else None
         weights = load_weights(checkpoint, SCHEMES[dtype], kernels, image_size, progress, name)
@@ -73,15 +73,15 @@ class CpuEngine(Engine):
 
     @torch.inference_mode()
     def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> Cache:
-        plan = make_plan(inputs, self.config.vision.num_patches, self.config.suffix_len)
+        plan = make_token_plan(inputs, self.config.vision.num_patches, self.config.suffix_len)
         return self.network.prefill(inputs, plan, tap)
 
     @torch.inference_mode()
     def velocity(
         self, x_t: Tensor, t: Tensor, state: Tensor, cache: Cache, tap: Tap = no_tap
     ) -> Tensor:
-        cache.forget_other(state)
-        return self.network.velocity(x_t, self.network.time_terms(t), state, cache, tap)
+        cache.invalidate_if_state_changed(state)
+        return self.network.velocity(x_t, self.network.time_bias(t), state, cache, tap)
 
     @torch.inference_mode()
     def sample(
@@ -94,8 +94,8 @@ class CpuEngine(Engine):
         """See `Engine`; where images and prompt are those of the last call, only the steps are
         computed."""
         cache = self._prefix(inputs)
-        times = self.network.times_of_steps(steps)
-        return need_finite(self.network.denoise(noise, times, inputs.state, cache, on_step))
+        times = self.network.step_time_biases(steps)
+        return require_finite(self.network.denoise(noise, times, inputs.state, cache, on_step))
 
     def _prefix(self, inputs: ModelInputs) -> Cache:
         """The last call's, if it is the same, else a new one."""
@@ -109,7 +109,7 @@ class CpuEngine(Engine):
         return cache
 
 
-def need_bfloat16() -> None:
+def require_fast_bfloat16() -> None:
     """Raises EngineError if float32 is faster here."""
     slower = product_seconds(torch.bfloat16) / product_seconds(torch.float32)
     if slower > 1:
@@ -135,6 +135,6 @@ def choose_kernels() -> Kernels:
     """Native code, or, with a warning that says why not, PyTorch."""
     try:
         return NativeKernels(Native())
-    except Unavailable as why:
+    except NativeUnavailable as why:
         warnings.warn(f"engine cpu: slower than it could be: {why}.", stacklevel=2)
         return Int8Kernels()

@@ -25,7 +25,7 @@ FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-std=c11")
 Argument = Tensor | int | float | None
 
 
-class Unavailable(Exception):
+class NativeUnavailable(Exception):
     """Why there is no native library here."""
 
 
@@ -33,7 +33,7 @@ class Native:
     """The functions of `native.c`; see there. Arguments are tensors, numbers and None.
 
     Raises:
-        Unavailable: this machine cannot compile or run them.
+        NativeUnavailable: this machine cannot compile or run them.
     """
 
     def __init__(self) -> None:
@@ -58,14 +58,14 @@ def _compile() -> Path:
     """The library, compiled unless it has been already on a machine like this one.
 
     Raises:
-        Unavailable: another processor, no compiler, no OpenMP, or the compiler fails.
+        NativeUnavailable: another processor, no compiler, no OpenMP, or the compiler fails.
     """
     processor = _processor()
     if NEEDED not in processor.split():
-        raise Unavailable(f"the processor has no {NEEDED}")
+        raise NativeUnavailable(f"the processor has no {NEEDED}")
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
-        raise Unavailable("no C compiler was found (cc, or what CC names)")
+        raise NativeUnavailable("no C compiler was found (cc, or what CC names)")
     openmp = _openmp()
     told = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     parts = [SOURCE.read_text(), " ".join(FLAGS), told, str(openmp), processor]
@@ -88,7 +88,7 @@ def _run(*words: str) -> None:
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines()
-        raise Unavailable(f"{words[0]} failed: {said[0] if said else 'without a word'}")
+        raise NativeUnavailable(f"{words[0]} failed: {said[0] if said else 'without a word'}")
 
 
 def _openmp() -> Path:
@@ -99,7 +99,7 @@ def _openmp() -> Path:
     for path in loaded:
         if "libgomp" in path or "libiomp5" in path or "libomp" in path:
             return Path(path)
-    raise Unavailable("PyTorch has loaded no OpenMP library here")
+    raise NativeUnavailable("PyTorch has loaded no OpenMP library here")
 
 
 def _processor() -> str:

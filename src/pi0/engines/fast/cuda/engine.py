@@ -15,13 +15,13 @@ from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint
 from pi0.config import Pi0Config
-from pi0.engines.base import Engine, need_finite
-from pi0.engines.fast import fp8
-from pi0.engines.fast.fp8 import Fp8Kernels
-from pi0.engines.fast.graph import Call, Graphs
+from pi0.engines.base import Engine, require_finite
+from pi0.engines.fast.cuda import fp8
+from pi0.engines.fast.cuda.fp8 import Fp8Kernels
+from pi0.engines.fast.cuda.graph import Call, Graphs
 from pi0.engines.fast.kernels import Kernels
 from pi0.engines.fast.network import Cache, Network
-from pi0.engines.fast.plan import Plan, copy, make_plan
+from pi0.engines.fast.plan import TokenPlan, copy, make_token_plan
 from pi0.engines.fast.weights import Matrix, Scheme, pack
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
@@ -30,7 +30,7 @@ from pi0.model.pi0 import no_tap
 from pi0.model.precision import parse_dtype
 
 BUCKET = 16  # prefix tokens are rounded up to a multiple, so that like prompts share a graph
-WHOLE = 2**31  # the MLPs are not cut: a GPU's caches hold no part of their weights anyway
+UNSPLIT = 2**31  # the MLPs are not cut: a GPU's caches hold no part of their weights anyway
 PRECISIONS = ("bfloat16", "fp8", "float32")
 PLAIN = (
     "engine cuda: Triton's fused kernels cannot be used ({why}); plain PyTorch's are used, which "
@@ -87,9 +87,9 @@ class CudaEngine(Engine):
         self, x_t: Tensor, t: Tensor, state: Tensor, cache: Cache, tap: Tap = no_tap
     ) -> Tensor:
         x_t, state = x_t.to(self.device), state.to(self.device)
-        cache.forget_other(state)
+        cache.invalidate_if_state_changed(state)
         with on_device(self.device):
-            terms = self.network.time_terms(t)
+            terms = self.network.time_bias(t)
             return self.network.velocity(x_t, terms, state, cache, guard(tap)).cpu()
 
     @torch.inference_mode()
@@ -105,11 +105,11 @@ class CudaEngine(Engine):
             actions = self.graphs(Call(inputs, self._plan(inputs), noise, steps))
         for _ in range(steps):
             on_step()
-        return need_finite(actions)
+        return require_finite(actions)
 
-    def _plan(self, inputs: ModelInputs) -> Plan:
+    def _plan(self, inputs: ModelInputs) -> TokenPlan:
         config = self.config
-        return make_plan(inputs, config.vision.num_patches, config.suffix_len, BUCKET)
+        return make_token_plan(inputs, config.vision.num_patches, config.suffix_len, BUCKET)
 
 
 def guard(tap: Tap) -> Tap:
@@ -179,20 +179,20 @@ def check_fp8(device: torch.device) -> None:
 def choose_scheme(checkpoint: Checkpoint, precision: str) -> tuple[Scheme, list[str]]:
     """How weights are packed for a precision, and notes on what stays coarser or finer."""
     if precision == "fp8":
-        return fp8.make_scheme(checkpoint.config, WHOLE)
-    return Scheme(parse_dtype(precision), part=WHOLE), []
+        return fp8.make_scheme(checkpoint.config, UNSPLIT)
+    return Scheme(parse_dtype(precision), mlp_chunk=UNSPLIT), []
 
 
 def choose_kernels(device: torch.device, scheme: Scheme) -> tuple[Kernels, list[str]]:
     """The fastest kernels that work on the current device, and notes on why others do not."""
     try:
-        from pi0.engines.fast.triton_check import Unavailable, check
-        from pi0.engines.fast.triton_kernels import TritonKernels
+        from pi0.engines.fast.cuda.triton_check import TritonUnavailable, check
+        from pi0.engines.fast.cuda.triton_kernels import TritonKernels
     except ImportError as error:
         return Fp8Kernels(), [PLAIN.format(why=error)]
     try:
-        check(device, scheme.dtype, fp8.FP8 in scheme.kinds.values())
-    except Unavailable as why:
+        check(device, scheme.dtype, fp8.FP8 in scheme.dtype_by_pattern.values())
+    except TritonUnavailable as why:
         return Fp8Kernels(), [PLAIN.format(why=why)]
     return TritonKernels(), []
 

@@ -24,7 +24,7 @@ def cache_folder() -> Path:
     return Path(root) / "pi0" / "ttnn"
 
 
-def need_ttnn() -> None:
+def require_ttnn() -> None:
     """Raises EngineError unless the version of TTNN that this was written for is installed."""
     try:
         found = version("ttnn")
@@ -51,7 +51,7 @@ def load(environment: dict[str, str]) -> Any:
     Raises:
         EngineError: not installed, or the process has been using it in another way.
     """
-    need_ttnn()
+    require_ttnn()
     if os.environ.get(MOCK, "") != environment.get(MOCK, "") and MOCK in os.environ:
         raise EngineError(
             "ttnn: expected a process that uses one board, found one that was set up for another "

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from pi0.bench.count import needed, published
+from pi0.bench.flops import needed, published
 from pi0.config import PRESETS
 from pi0.inputs import random_inputs
 from pi0.model import Pi0

@@ -19,17 +19,17 @@ from torch import Tensor
 import pi0
 from pi0.checkpoint.load import Checkpoint
 from pi0.config import Pi0Config
-from pi0.engines.base import Engine, need_finite
+from pi0.engines.base import Engine, require_finite
 from pi0.engines.reference import parse_device
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
 from pi0.model import Tap
 from pi0.model.pi0 import no_tap
 from pi0.model.precision import DTYPES
-from pi0.outside.frames import Message, receive, send
+from pi0.peers.frames import Message, receive, send
 
 
-class OutsideEngine(Engine):
+class PeerEngine(Engine):
     """Another implementation. It shows few stages, and none can be fed.
 
     Attributes:
@@ -56,7 +56,7 @@ class OutsideEngine(Engine):
         self.config = checkpoint.config
         self.need(self.config, device, image_size)
         source = Path(pi0.__file__).parents[1]
-        words = [self.python(), "-m", "pi0.outside.worker", self.module]
+        words = [self.python(), "-m", "pi0.peers.worker", self.module]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the engine
         self._worker = subprocess.Popen(
             [*words, str(checkpoint.path.absolute()), dtype, device or "cpu"],
@@ -123,7 +123,7 @@ class OutsideEngine(Engine):
         answer = self._ask("sample", noise=noise.numpy(), steps=steps, **arrays_of(inputs))
         for _ in range(steps):
             on_step()
-        return need_finite(torch.from_numpy(answer["actions"]))
+        return require_finite(torch.from_numpy(answer["actions"]))
 
     def _ask(self, command: str, **arrays: object) -> Message:
         with contextlib.suppress(BrokenPipeError):  # said by `_answer`
@@ -149,14 +149,14 @@ class OutsideEngine(Engine):
         return message
 
 
-class TransformersEngine(OutsideEngine):
+class TransformersEngine(PeerEngine):
     """transformers' π0."""
 
     module = "transformers"
     install = "Install it: pip install 'transformers>=5.5'."
 
 
-class LerobotEngine(OutsideEngine):
+class LerobotEngine(PeerEngine):
     """LeRobot's π0."""
 
     module = "lerobot"
@@ -175,7 +175,7 @@ class LerobotEngine(OutsideEngine):
         return named or (str(beside.absolute()) if beside.exists() else super().python())
 
 
-OUTSIDE: dict[str, type[OutsideEngine]] = {
+PEERS: dict[str, type[PeerEngine]] = {
     "transformers": TransformersEngine,
     "lerobot": LerobotEngine,
 }

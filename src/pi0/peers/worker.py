@@ -1,4 +1,4 @@
-"""The process that holds somebody else's model: `python -m pi0.outside.worker NAME CKPT DTYPE
+"""The process that holds somebody else's model: `python -m pi0.peers.worker NAME CKPT DTYPE
 DEVICE`.
 
 Answers messages on standard input with messages on standard output. Runs in the interpreter that
@@ -19,7 +19,7 @@ import torch
 
 from pi0.checkpoint.load import open_checkpoint
 from pi0.errors import EngineError, Pi0Error
-from pi0.outside.frames import receive, send
+from pi0.peers.frames import receive, send
 
 
 def main() -> None:
@@ -29,8 +29,8 @@ def main() -> None:
     os.dup2(2, 1)  # what their code prints must not be taken for an answer
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched
     try:
-        module = importlib.import_module(f"pi0.outside.{name}")
-        need_device(device)
+        module = importlib.import_module(f"pi0.peers.{name}")
+        require_device(device)
         model = module.Model(open_checkpoint(Path(path)), dtype, device)
     except (Pi0Error, ImportError) as error:
         send(answers, error=str(error))
@@ -68,7 +68,7 @@ def answer(model: Any, message: dict[str, Any], device: torch.device) -> dict[st
     return told | {"seconds": seconds, "peak": peak, "cuda_peak": cuda}
 
 
-def need_device(name: str) -> None:
+def require_device(name: str) -> None:
     """Raises EngineError if this interpreter's PyTorch has no such device."""
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise EngineError(

@@ -15,16 +15,18 @@ SRC = ROOT / "src" / "pi0"
 # Who may import whom; a room may import itself.
 ARROWS = {
     "errors": set(),
+    "findings": {"errors"},
     "config": {"errors"},
     "inputs": {"errors", "config"},
     "model": {"errors", "config", "inputs"},
-    "checkpoint": {"errors", "config", "model"},
+    "checkpoint": {"errors", "findings", "config", "model"},
     "engines": {"errors", "config", "inputs", "model", "checkpoint"},
     "peers": {"errors", "config", "inputs", "model", "checkpoint", "engines"},
     "trace": {"inputs", "model", "engines"},
     "verify": {"errors", "config", "inputs", "model", "engines"},
     "bench": {
         "errors",
+        "findings",
         "config",
         "inputs",
         "model",
@@ -33,9 +35,10 @@ ARROWS = {
         "peers",
         "verify",
     },
-    "policy": {"errors", "inputs", "checkpoint", "engines"},
+    "policy": {"errors", "findings", "inputs", "checkpoint", "engines"},
     "cli": {
         "errors",
+        "findings",
         "config",
         "inputs",
         "model",

@@ -1,7 +1,7 @@
-"""Findings: what does not fit, or had to be assumed, between checkpoint, statistics, robot and engine.
+"""Findings: what does not fit or had to be assumed between checkpoint, robot and engine.
 
-One form for everybody: `Policy` raises the errors and warns of the rest, `pi0 inspect` prints all of
-them. Codes are stable, so that scripts can look for them; sentences may change.
+There is one form for all of them: `Policy` raises the errors and warns of the rest, `pi0 inspect`
+prints both. Codes are stable, so that scripts can look for them; sentences may change.
 """
 
 from __future__ import annotations

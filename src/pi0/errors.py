@@ -4,7 +4,8 @@
     ├── CheckpointError    a file, tensor or layout is not what it should be
     ├── ConfigError        a size, dtype or option that the model cannot have
     ├── ObservationError   an image, state or prompt that the policy cannot use
-    └── EngineError        an engine or device that is not to be had
+    ├── EngineError        an engine or device that is unavailable
+    └── LimitError         actions beyond the limits that a robot states
 
 Each message is one sentence or a short list: what it is about, what was expected, what was found
 and how to mend it.
@@ -29,3 +30,7 @@ class ObservationError(Pi0Error):
 
 class EngineError(Pi0Error):
     """An engine or a device that is not available."""
+
+
+class LimitError(Pi0Error):
+    """Actions are beyond the limits that a robot states."""

@@ -16,6 +16,8 @@ from torch import Tensor
 from pi0.config import Pi0Config
 from pi0.errors import ObservationError
 
+MAX_PIXEL = 1.001  # pixels are in [-1, 1], give or take rounding
+
 
 @dataclass(frozen=True)
 class ModelInputs:
@@ -36,8 +38,13 @@ class ModelInputs:
     state: Tensor
 
     @classmethod
-    def validated(cls, config: Pi0Config, **arrays: np.ndarray | Tensor) -> ModelInputs:
+    def validated(
+        cls, config: Pi0Config, max_pixel: float = MAX_PIXEL, **arrays: np.ndarray | Tensor
+    ) -> ModelInputs:
         """Inputs from arrays or tensors, checked against a model's configuration.
+
+        Args:
+            max_pixel: the largest magnitude of a pixel.
 
         Raises:
             ObservationError: a shape, dtype or value that the model cannot read.
@@ -53,7 +60,7 @@ class ModelInputs:
         for name in ("images", "state"):
             expect_finite(name, t[name])
         low, high = t["images"].aminmax()
-        if low < -1.001 or high > 1.001:
+        if low < -max_pixel or high > max_pixel:
             raise ObservationError(
                 f"images: expected pixels in [-1, 1], found {low:.4g} to {high:.4g}. "
                 "Scale uint8 pixels by x / 255 * 2 - 1."
@@ -134,6 +141,12 @@ def from_npz(config: Pi0Config, arrays: Mapping[str, np.ndarray]) -> tuple[Model
     )
     noise = to_tensor("noise", arrays["noise"])
     return inputs, check_noise(config, inputs.batch_size, noise)
+
+
+def to_npz(inputs: ModelInputs, noise: Tensor) -> dict[str, np.ndarray]:
+    """The arrays of an exchange file, as `from_npz` reads them."""
+    arrays = {theirs: getattr(inputs, ours).numpy() for theirs, ours in NPZ_NAMES.items()}
+    return {**arrays, "noise": noise.numpy()}
 
 
 def check_noise(config: Pi0Config, batch: int, noise: Tensor) -> Tensor:

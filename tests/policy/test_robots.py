@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from pi0.policy.robots import ROBOTS, aloha_decode_actions, aloha_encode_state, delta_mask
+from pi0.errors import ConfigError, Pi0Error
+from pi0.policy import ActionLimits, Camera, Robot, find_robot
+from pi0.policy.robots import (
+    ROBOTS,
+    aloha_decode_actions,
+    aloha_encode_actions,
+    aloha_encode_state,
+)
 
 
 @pytest.mark.parametrize(
@@ -37,18 +46,71 @@ def test_adaptation_leaves_its_input_alone() -> None:
     assert (state == 0.5).all()
 
 
-def test_delta_mask() -> None:
-    assert delta_mask((2, -1, 1), 6).tolist() == [True, True, False, True, False, False]
-    assert delta_mask((6, -1), 4).tolist() == [True] * 4
+def test_commands_there_and_back() -> None:
+    actions = np.random.default_rng(0).normal(size=(3, 50, 14))
+    np.testing.assert_allclose(aloha_encode_actions(aloha_decode_actions(actions)), actions)
+    np.testing.assert_allclose(aloha_decode_actions(aloha_encode_actions(actions)), actions)
 
 
-@pytest.mark.parametrize("robot", ROBOTS.values(), ids=ROBOTS)
-def test_tables_are_sound(robot) -> None:
-    names = [name for camera in robot.cameras for name in camera.names]
-    assert len(names) == len(set(names))
-    assert 1 <= len(robot.cameras) <= 3
-    if robot.action_dim is not None:
-        assert sum(map(abs, robot.delta)) <= robot.action_dim
+def robot(**changes: Any) -> Robot:
+    given = {
+        "name": "arm",
+        "cameras": (Camera("images/top"),),
+        "state": (("joints", 6), ("gripper", 1)),
+        "action_dim": 7,
+    }
+    return Robot(**{**given, **changes})
+
+
+def test_relative_actions() -> None:
+    mask = robot(delta=(2, -1, 1)).relative
+    assert mask(6).tolist() == [True, True, False, True, False, False]
+    assert mask(2).tolist() == [True] * 2
+    assert not robot().relative(7).any()
+
+
+@pytest.mark.parametrize("name", ROBOTS)
+def test_tables_are_sound(name: str) -> None:
+    table = ROBOTS[name]
+    assert 1 <= len(table.cameras) <= 3
+    for camera in table.cameras:
+        assert all(table.camera_key(short) == camera.key for short in (*camera.names, camera.key))
+    assert table.camera_key("nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cameras": ("front",)}, r"cameras: expected at least one Camera\(key=…\), found"),
+        ({"cameras": ()}, "cameras: expected at least one Camera"),
+        ({"cameras": (Camera("a"), Camera("a"))}, "distinct keys and names, found a twice"),
+        ({"cameras": (Camera("a", ("b",)), Camera("b"))}, "distinct keys and names, found b"),
+        ({"cameras": (Camera(""),)}, "expected a key for each, found an empty one"),
+        ({"state": ()}, "state: expected distinct keys, at least one"),
+        ({"state": (("joints", 0),)}, "state: expected lengths of 1 or more"),
+        ({"state": (("joints", None), ("gripper", 1))}, "a length for each of several keys"),
+        ({"action_dim": 0}, "action_dim: expected 1 or more, found 0"),
+        ({"action_dim": 7.5}, "action_dim: expected 1 or more, found 7.5"),
+        ({"delta": (40, -3)}, "at most the 7 actions, found 43; .* 7 state values, found 40"),
+        ({"delta": (6, 0)}, "delta: expected whole numbers other than 0"),
+        ({"delta": (-1, 7), "action_dim": 8}, "at most the 7 state values, found 8"),
+        ({"action_names": ("a",)}, "action_names: expected one for each of the 7 actions, found 1"),
+        (
+            {"limits": ActionLimits((0.0,), (1.0,), (None,), (None,))},
+            "limits: expected one for each of the 7 actions, found 1",
+        ),
+        ({"decode_actions": aloha_decode_actions}, "expected both or neither"),
+        ({"control_hz": -1}, "control_hz: expected more than 0"),
+    ],
+)
+def test_tables_that_contradict_themselves(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"robot 'arm': .*{message}"):
+        robot(**changes)
+
+
+def test_no_such_robot() -> None:
+    with pytest.raises(Pi0Error, match=r"expected one of generic, .* or a file.toml, found 'r2d2'"):
+        find_robot("r2d2")
 
 
 def test_observation_in_the_robots_keys() -> None:

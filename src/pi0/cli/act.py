@@ -33,14 +33,7 @@ def act(
         str,
         typer.Option(help='Joint state, "0.1,0.2,…" or a .npy file.', show_default=False),
     ],
-    robot: Annotated[
-        str | None,
-        typer.Option(
-            help="generic, aloha, aloha_sim, libero or droid; default: what a LeRobot checkpoint "
-            "says, else generic.",
-            show_default=False,
-        ),
-    ] = None,
+    robot: options.RobotName = None,
     steps: options.Steps = 10,
     seed: options.Seed = 0,
     out: Annotated[
@@ -49,46 +42,33 @@ def act(
     plot: Annotated[
         Path | None, typer.Option(help="Write a plot of the chunk as .png.", show_default=False)
     ] = None,
-    tokenizer: Annotated[
+    save_inputs: Annotated[
         Path | None,
         typer.Option(
-            help="SentencePiece .model or tokenizer.json; default: the checkpoint's, else one in "
-            "the caches of openpi and Hugging Face.",
+            metavar="IN.npz",
+            help="Write what the model reads, and the noise, as `pi0 sample` takes them.",
             show_default=False,
         ),
     ] = None,
-    norm_stats: Annotated[
-        str | None,
-        typer.Option(
-            help="norm_stats.json, or `none` for states and actions in the model's units; default: "
-            "the checkpoint's.",
-            show_default=False,
-        ),
-    ] = None,
-    norm_mode: Annotated[
-        str | None,
-        typer.Option(
-            help="mean_std, quantiles or min_max; default: what a LeRobot checkpoint says, else "
-            "mean_std.",
-            show_default=False,
-        ),
-    ] = None,
-    resize: Annotated[
-        str | None,
-        typer.Option(help="openpi or lerobot; default: the checkpoint's.", show_default=False),
-    ] = None,
-    prompt_mode: Annotated[
-        str | None,
-        typer.Option(help="openpi or lerobot; default: the checkpoint's.", show_default=False),
-    ] = None,
+    on_limit: Annotated[
+        str, typer.Option(help="Actions beyond the robot's limits: error, clamp or warn.")
+    ] = "error",
+    tokenizer: options.TokenizerFile = None,
+    norm_stats: options.NormStats = None,
+    norm_mode: options.NormMode = None,
+    preprocessing: options.Preprocessing = None,
+    resize: options.Resize = None,
+    prompt_mode: options.PromptMode = None,
     image_size: options.ImageSize = None,
+    horizon: options.Horizon = None,
+    max_tokens: options.MaxTokens = None,
     stages: Annotated[
         bool, typer.Option("--stages", help="Print the eleven stages, too (one more pass).")
     ] = False,
-    engine: options.Engine = "reference",
+    engine: options.Engine = "auto",
     device: options.Device = None,
     dtype: options.Dtype = None,
-    cache: options.Cache = False,
+    weight_cache: options.WeightCache = False,
     as_json: options.Json = False,
 ) -> None:
     """Compute a chunk of actions from camera images, a prompt and a joint state.
@@ -102,85 +82,101 @@ def act(
             --state "0,0,0,0,0,0,0,0" --plot chunk.png
         pi0 act pi0_aloha --robot aloha --image cam_high=top.png \\
             --prompt "fold the towel" --state state.npy \\
-            --out actions.npy --dtype bfloat16
+            --out actions.npy --engine cpu:int8
+        pi0 act my_arm --robot arm.toml --image top=top.png \\
+            --prompt "wipe the table" --state "0,0,0,0,0,0"
     """
     import numpy as np
-    import torch
 
-    from pi0.checkpoint.files import replacing, require_file_name
+    from pi0.checkpoint.files import replacing, require_writable
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.forward import print_trace
     from pi0.cli.plot import plot_chunk, require_matplotlib
     from pi0.cli.show import byte_progress, print_json, print_line, step_progress
-    from pi0.policy import Policy
-    from pi0.policy.policy import choose_robot
+    from pi0.engines.base import make_engine
+    from pi0.inputs import to_npz
+    from pi0.policy import Policy, PolicyOptions, choose_engine, prepare
     from pi0.trace import trace
 
-    require_file_name(out, plot)
+    require_writable(out, plot, save_inputs)
     if plot:
         require_matplotlib()
     given = _split(image)
     values = _read_state(state)
-    opened = open_checkpoint(checkpoint)
-    table = choose_robot(robot, opened.folder)
-    images = _read_images(table, given)
-    with byte_progress("loading", opened.read_bytes) as progress:
-        policy = Policy.from_checkpoint(
-            opened,
-            robot=table,
-            engine=engine,
-            device=device,
-            dtype=dtype,
+    opened = open_checkpoint(checkpoint, horizon=horizon, max_tokens=max_tokens)
+    setup = prepare(
+        opened,
+        PolicyOptions(
+            robot=robot,
             tokenizer=tokenizer,
             norm_stats=norm_stats,
             norm_mode=norm_mode,
+            preprocessing=preprocessing,
             resize=resize,
             prompt=prompt_mode,
             image_size=image_size,
-            steps=steps,
-            seed=seed,
-            progress=progress,
-            cache=cache,
+        ),
+    )
+    pipeline = setup.require()
+    table = pipeline.robot
+    observation = table.observation(_read_images(table, given), values, prompt)
+    inputs, _ = pipeline.encode(observation)  # what does not fit is said before weights are loaded
+    spec = choose_engine(engine, opened.config, dtype, device, image_size)
+    with byte_progress("loading", opened.read_bytes) as progress:
+        made = make_engine(
+            spec, opened, image_size=image_size, weight_cache=weight_cache, progress=progress
         )
-    observation = table.observation(images, values, prompt)
-    with step_progress("denoising", steps) as on_step:
-        result = policy.infer(observation, on_step=on_step)
+    policy = Policy(
+        pipeline, made, steps=steps, seed=seed, on_limit=on_limit, metadata=setup.describe()
+    )
+    noise = policy.draw_noise()
+    with policy:
+        with step_progress("denoising", steps) as on_step:
+            result = policy.infer(observation, noise=noise, on_step=on_step)
+        traced = trace(made, inputs, noise) if stages else None
     actions = result["actions"]
     if out:
         with replacing(out) as temporary, open(temporary, "wb") as file:
             np.save(file, actions)
+    if save_inputs:
+        with replacing(save_inputs) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **to_npz(inputs, noise))
     if plot:
         with replacing(plot) as temporary:
-            plot_chunk(temporary, actions, prompt)
+            plot_chunk(temporary, actions, prompt, table)
     if as_json:
-        print_json({**result, "actions": actions.tolist(), "state": result["state"].tolist()})
+        arrays = {name: v.tolist() for name, v in result.items() if isinstance(v, np.ndarray)}
+        print_json({**result, **arrays, "policy": policy.metadata})
         return
-    if stages:
-        config = policy.engine.config
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(1, config.horizon, config.action_dim, generator=generator)
-        print_trace(trace(policy.engine, policy.prepare(observation), noise))
-    print_actions(actions, result["timing"])
-    for path in (out, plot):
+    if traced:
+        print_trace(traced)
+    print_actions(actions, table.action_names, result["policy_timing"], spec.label)
+    for path in (out, save_inputs, plot):
         if path:
             print_line(f"wrote {path}")
 
 
-def print_actions(actions: Actions, timing: dict[str, float]) -> None:
-    """Prints the first rows of a chunk [H, D] and how long it took."""
+def print_actions(
+    actions: Actions, names: tuple[str, ...], timing: dict[str, float], engine: str
+) -> None:
+    """Prints the first rows of a chunk [H, D], and how long it took."""
     from pi0.cli.show import print_line, table
 
+    shown = min(actions.shape[1], PRINTED_COLUMNS)
+    title = f"Actions {list(actions.shape)}: the first {PRINTED_ROWS} steps"
+    if shown < actions.shape[1]:
+        title += f", {shown} of {actions.shape[1]} columns (all: --out, --json)"
     table(
-        f"Actions {list(actions.shape)}, the first {PRINTED_ROWS}",
-        ["step", *(str(i) for i in range(min(actions.shape[1], PRINTED_COLUMNS)))],
+        title,
+        ["step", *(names[:shown] or map(str, range(shown)))],
         [
-            [str(i), *(f"{value:.4f}" for value in row[:PRINTED_COLUMNS])]
+            [str(i), *(f"{value:.4f}" for value in row[:shown])]
             for i, row in enumerate(actions[:PRINTED_ROWS])
         ],
     )
     print_line(
-        f"{timing['infer_ms']:.0f} ms for the actions, {timing['total_ms']:.0f} ms with images and "
-        "prompt"
+        f"engine {engine}: {timing['infer_ms']:.0f} ms for the actions, "
+        f"{timing['total_ms']:.0f} ms with images and prompt"
     )
 
 
@@ -202,23 +198,16 @@ def _read_images(robot: Robot, given: list[tuple[str, Path]]) -> dict[str, Any]:
 
     images: dict[str, Any] = {}
     for name, path in given:
-        key = _camera_key(robot, name)
+        key = robot.camera_key(name)
+        if key is None:
+            known = ", ".join((*camera.names, camera.key)[0] for camera in robot.cameras)
+            raise ObservationError(
+                f"camera {name}: expected one of {known} for robot {robot.name}, found {name!r}."
+            )
         if key in images:
             raise ObservationError(f"camera {name}: expected one picture for {key}, found two.")
         images[key] = _read_image(name, path)
     return images
-
-
-def _camera_key(robot: Robot, name: str) -> str:
-    from pi0.errors import ObservationError
-
-    for camera in robot.cameras:
-        if name in (*camera.names, camera.key):
-            return camera.key
-    known = ", ".join(camera.names[0] for camera in robot.cameras)
-    raise ObservationError(
-        f"camera {name}: expected one of {known} for robot {robot.name}, found {name!r}."
-    )
 
 
 def _read_image(name: str, path: Path) -> Any:

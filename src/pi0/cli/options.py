@@ -62,3 +62,65 @@ Inputs = Annotated[
         metavar="IN.npz", help="Inputs and noise as for `pi0 sample`.", show_default=False
     ),
 ]
+# What `act` and `inspect` take for pre- and post-processing; see `pi0.policy.PolicyOptions`.
+RobotName = Annotated[
+    str | None,
+    typer.Option(
+        "--robot",
+        metavar="NAME|FILE.toml",
+        help="generic, aloha, aloha_sim, libero, droid, an installed one, or a file; default: "
+        "what a LeRobot checkpoint says, else generic.",
+        show_default=False,
+    ),
+]
+TokenizerFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--tokenizer",
+        help="SentencePiece .model or tokenizer.json; default: the checkpoint's, else one in the "
+        "caches of openpi and Hugging Face.",
+        show_default=False,
+    ),
+]
+NormStats = Annotated[
+    str | None,
+    typer.Option(
+        help="norm_stats.json, or `none` for states and actions in the model's units; default: the "
+        "checkpoint's.",
+        show_default=False,
+    ),
+]
+NormMode = Annotated[
+    str | None,
+    typer.Option(
+        help="mean_std, quantiles or min_max; default: what a LeRobot checkpoint says, else "
+        "mean_std.",
+        show_default=False,
+    ),
+]
+Preprocessing = Annotated[
+    str | None,
+    typer.Option(
+        help="openpi or lerobot: whose way of resizing images and cleaning prompts; default: the "
+        "checkpoint's.",
+        show_default=False,
+    ),
+]
+Resize = Annotated[
+    str | None, typer.Option(help="--preprocessing of images only.", show_default=False)
+]
+PromptMode = Annotated[
+    str | None, typer.Option(help="--preprocessing of the prompt only.", show_default=False)
+]
+Horizon = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Actions in a chunk, where the checkpoint does not say.", show_default=False
+    ),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Prompt tokens, where the checkpoint does not say.", show_default=False
+    ),
+]

@@ -1,6 +1,22 @@
 """From a robot's observation to its actions: images, prompt, state, normalisation, robots."""
 
-from pi0.policy.policy import Policy
-from pi0.policy.robots import ROBOTS, Camera, Robot
+from pi0.policy.limits import ActionLimits
+from pi0.policy.pipeline import Pipeline
+from pi0.policy.policy import Policy, choose_engine
+from pi0.policy.robot import Camera, Robot
+from pi0.policy.robots import ROBOTS, find_robot
+from pi0.policy.setup import PolicyOptions, PolicySetup, prepare
 
-__all__ = ["ROBOTS", "Camera", "Policy", "Robot"]
+__all__ = [
+    "ROBOTS",
+    "ActionLimits",
+    "Camera",
+    "Pipeline",
+    "Policy",
+    "PolicyOptions",
+    "PolicySetup",
+    "Robot",
+    "choose_engine",
+    "find_robot",
+    "prepare",
+]

@@ -19,24 +19,34 @@ from PIL import Image
 from torch import Tensor
 
 from pi0.errors import ObservationError
+from pi0.policy.normalize import Normalizer
 
 Array = NDArray[np.generic]
+SLACK = 1e-3  # beyond [0, 1], which resizing and arithmetic in low precision leave
 
 
-def to_model(name: str, image: Array, size: int, convention: str) -> Tensor:
+def to_model(
+    name: str, image: Array, size: int, convention: str, stats: Normalizer | None = None
+) -> Tensor:
     """One camera image as the model reads it: [3, size, size] float32 in [-1, 1].
 
     Args:
         name: the camera, for error messages.
-        image: uint8, or floating point in [0, 1]; [H, W, 3] or [3, H, W].
+        image: uint8, or floating point in [0, 1] (with `SLACK` for rounding); [H, W, 3] or
+            [3, H, W].
         size: side in pixels.
         convention: "openpi" (uint8, PIL bilinear with antialiasing) or "lerobot" (float, bilinear
             without).
+        stats: normalises the channels of pixels in [0, 1] before "lerobot" resizes them; an image
+            that has the model's size already may then leave [-1, 1], as it does in LeRobot.
 
     Raises:
         ObservationError: another shape, dtype or value range.
     """
-    pixels: Tensor = RESIZE[convention](_channels_last(name, np.asarray(image)), size)
+    image = _channels_last(name, image)
+    pixels = (
+        RESIZE[convention](image, size) if stats is None else _resize_lerobot(image, size, stats)
+    )
     return (pixels * 2 - 1).permute(2, 0, 1).contiguous()
 
 
@@ -58,10 +68,12 @@ def _resize_openpi(image: Array, size: int) -> Tensor:
     return torch.from_numpy(out.astype(np.float32) / 255)
 
 
-def _resize_lerobot(image: Array, size: int) -> Tensor:
+def _resize_lerobot(image: Array, size: int, stats: Normalizer | None = None) -> Tensor:
     """[H, W, 3] → [size, size, 3] float32 in [0, 1]."""
-    scale = 255 if image.dtype == np.uint8 else 1
-    pixels = torch.from_numpy(image.astype(np.float32) / scale).permute(2, 0, 1)[None]
+    scaled = image.astype(np.float32) / (255 if image.dtype == np.uint8 else 1)
+    if stats is not None:
+        scaled = stats.normalize(scaled).astype(np.float32)
+    pixels = torch.from_numpy(scaled).permute(2, 0, 1)[None]
     if image.shape[:2] != (size, size):
         height, width, top, left = letterbox(image.shape[0], image.shape[1], size)
         pixels = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False)
@@ -85,11 +97,13 @@ def _channels_last(name: str, image: Array) -> Array:
         raise ObservationError(f"image {name}: expected pixels, found none {list(image.shape)}.")
     if np.issubdtype(image.dtype, np.floating):
         low, high = image.min(), image.max()
-        if not (low >= 0 and high <= 1):  # false for NaN, too
+        if not (low >= -SLACK and high <= 1 + SLACK):  # false for NaN, too
             raise ObservationError(
                 f"image {name}: expected floating-point pixels in [0, 1], found {low} to {high}. "
                 "Divide 8-bit values by 255 or hand them over as uint8."
             )
+        if low < 0 or high > 1:
+            image = image.clip(0, 1)
     elif image.dtype != np.uint8:
         raise ObservationError(
             f"image {name}: expected uint8 or floating point in [0, 1], found {image.dtype}."

@@ -1,18 +1,18 @@
 """Policy: a robot's observation in, its actions out.
 
-Inwards: robot conventions → normalise → resize → tokenise → pad. Outwards, the mirror: unnormalise
-→ relative to absolute → robot conventions → cut to the robot. The noise is drawn here and nowhere
-else, from a generator on the CPU, so that a seed gives the same actions on every device.
-
-Knows no engine: it is handed one, or asks the registry for it by name.
+A policy is a `Pipeline`, an engine, and the noise: it is drawn here and nowhere else, from a
+generator on the CPU, so that a seed gives the same actions on every device.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -21,154 +21,191 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
-from pi0.engines.base import Engine, make_engine
-from pi0.errors import ObservationError, Pi0Error
-from pi0.inputs import ModelInputs, check_noise, to_tensor
-from pi0.policy import images, lerobot
-from pi0.policy.normalize import (
-    NEEDED,
-    Normalizer,
-    find_norm_stats,
-    identity,
-    make_normalizer,
-    read_norm_stats,
-)
-from pi0.policy.robots import ROBOTS, Robot, delta_mask
-from pi0.policy.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from pi0.config import Pi0Config
+from pi0.engines.base import Engine, EngineSpec, fastest_engine, make_engine
+from pi0.errors import ConfigError
+from pi0.inputs import check_noise, to_tensor
+from pi0.policy.limits import ON_LIMIT, apply_limits, as_data
+from pi0.policy.observation import Observation
+from pi0.policy.pipeline import Pipeline
+from pi0.policy.robot import Robot
+from pi0.policy.setup import PolicyOptions, prepare
 
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Conventions:
-    """Whose way of resizing images and cleaning prompts a checkpoint was trained with: each
-    "openpi" or "lerobot"."""
-
-    resize: str
-    prompt: str
+logger = logging.getLogger("pi0")
+_without_limits: set[str] = set()  # robots of which it was said that they state no limits
 
 
 class Policy:
     """A π0 policy for one robot. Make one with `from_checkpoint`.
 
+    Any number of threads may call one policy: each gets the answer that it would get alone for its
+    noise. Where the noise is drawn by the policy, the order of calls decides who gets which.
+
     Attributes:
+        pipeline: pre- and post-processing.
         engine: computes actions from model inputs.
-        robot, conventions: see their classes.
-        state_stats, action_stats: robot units to model units and back.
         steps: denoising steps.
+        n_action_steps: actions of a chunk that `select_action` hands out before it computes anew.
+        on_limit: "error", "clamp" or "warn", for actions beyond the robot's limits.
+        metadata: what this policy is, as plain data.
     """
 
     def __init__(
         self,
+        pipeline: Pipeline,
         engine: Engine,
-        robot: Robot,
-        tokenizer: Tokenizer,
-        conventions: Conventions,
-        state_stats: Normalizer,
-        action_stats: Normalizer,
+        *,
         steps: int = 10,
         seed: int = 0,
+        n_action_steps: int | None = None,
+        on_limit: str = "error",
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
+        horizon = engine.config.horizon
+        self.pipeline = pipeline
         self.engine = engine
-        self.robot = robot
-        self.tokenizer = tokenizer
-        self.conventions = conventions
-        self.state_stats = state_stats
-        self.action_stats = action_stats
-        self.steps = steps
-        self._generator = torch.Generator().manual_seed(seed)
+        self.steps = _count("steps", steps, 1, 2**31)
+        self.n_action_steps = _count("n_action_steps", n_action_steps or horizon, 1, horizon)
+        if on_limit not in ON_LIMIT:
+            raise ConfigError(
+                f"on_limit: expected one of {', '.join(ON_LIMIT)}, found {on_limit!r}."
+            )
+        self.on_limit = on_limit
+        self.metadata = {
+            **(metadata or {}),
+            "engine": engine.info,
+            "steps": self.steps,
+            "n_action_steps": self.n_action_steps,
+            "on_limit": on_limit,
+        }
+        self._generator = torch.Generator().manual_seed(_count("seed", seed, 0, 2**63 - 1))
+        self._queue: deque[NDArray[np.float32]] = deque()
+        self._lock = threading.Lock()  # of the generator
+        self._queue_lock = threading.Lock()
+        _say_once_without_limits(pipeline.robot)
 
     @classmethod
     def from_checkpoint(
         cls,
         checkpoint: Checkpoint | Path | str,
         *,
-        robot: str | Robot | None = None,
-        engine: str = "reference",
+        robot: str | Path | Robot | None = None,
+        engine: str | Engine = "auto",
         device: str | None = None,
         dtype: str | None = None,
         tokenizer: Path | str | None = None,
         norm_stats: Path | str | None = None,
         norm_mode: str | None = None,
+        preprocessing: str | None = None,
         resize: str | None = None,
         prompt: str | None = None,
+        default_prompt: str | None = None,
         image_size: int | None = None,
+        horizon: int | None = None,
+        max_tokens: int | None = None,
         steps: int = 10,
         seed: int = 0,
+        n_action_steps: int | None = None,
+        on_limit: str = "error",
+        weight_cache: bool = False,
         progress: Callable[[int], None] = lambda _: None,
-        cache: bool = False,
     ) -> Policy:
         """A policy from a checkpoint: a folder, a file or an opened one.
 
+        Whatever the checkpoint's own files do not say, and neither does an argument, is a warning
+        or an error; `metadata["findings"]` keeps them.
+
         Args:
-            robot: a name of `ROBOTS` or a table of your own; None: what a LeRobot checkpoint says,
-                else "generic".
-            tokenizer, norm_stats: files; None: looked for in the checkpoint (and caches).
-                norm_stats "none": states and actions are in the model's units already.
-            norm_mode: "mean_std", "quantiles" or "min_max"; None: what a LeRobot checkpoint says,
-                else "mean_std" for π0.
-            resize, prompt: "openpi" or "lerobot"; None: whose files the checkpoint has.
-            image_size: pixels the model runs at; None: the checkpoint's.
+            robot, tokenizer, norm_stats, norm_mode, preprocessing, resize, prompt, default_prompt,
+                image_size: see `PolicyOptions`.
+            engine: ENGINE[:PRECISION][@DEVICE], an engine that is made already, or "auto": the
+                fastest on this machine that is exact to float32.
+            device, dtype: complete the name of the engine.
+            horizon, max_tokens: of a checkpoint whose files do not say.
+            steps: denoising steps.
+            seed: of the noise.
+            n_action_steps, on_limit: see the attributes.
+            weight_cache: keep packed weights in a file beside the checkpoint, for the next start.
             progress: called with bytes of weights read.
-            cache: keep packed weights in a file beside the checkpoint, for the next start.
 
         Raises:
             Pi0Error: something that the policy needs is missing or does not fit.
         """
         if not isinstance(checkpoint, Checkpoint):
-            checkpoint = open_checkpoint(checkpoint)
-        folder = checkpoint.folder
-        origin = "lerobot" if lerobot.is_lerobot(folder) else "openpi"
-        conventions = Conventions(resize or origin, prompt or origin)
-        for name, value in vars(conventions).items():
-            if value not in images.RESIZE:
-                raise Pi0Error(f"{name}: expected openpi or lerobot, found {value!r}.")
-        table = choose_robot(robot, folder)
-        state_stats, action_stats = _normalizers(checkpoint, norm_stats, norm_mode)
-        words = load_tokenizer(Path(tokenizer) if tokenizer else find_tokenizer(folder))
+            checkpoint = open_checkpoint(checkpoint, horizon=horizon, max_tokens=max_tokens)
+        options = PolicyOptions(
+            robot=robot,
+            tokenizer=tokenizer,
+            norm_stats=norm_stats,
+            norm_mode=norm_mode,
+            preprocessing=preprocessing,
+            resize=resize,
+            prompt=prompt,
+            image_size=image_size,
+            default_prompt=default_prompt,
+        )
+        setup = prepare(checkpoint, options)
+        pipeline = setup.require()
         # Last, because it is what takes long.
-        machine = make_engine(engine, checkpoint, device, dtype, image_size, progress, cache)
+        if not isinstance(engine, Engine):
+            engine = make_engine(
+                choose_engine(engine, checkpoint.config, dtype, device, image_size),
+                checkpoint,
+                image_size=image_size,
+                weight_cache=weight_cache,
+                progress=progress,
+            )
         return cls(
-            machine, table, words, conventions, state_stats, action_stats, steps=steps, seed=seed
+            pipeline,
+            engine,
+            steps=steps,
+            seed=seed,
+            n_action_steps=n_action_steps or setup.n_action_steps,
+            on_limit=on_limit,
+            metadata=setup.describe(),
         )
 
     def infer(
         self,
-        observation: Mapping[str, Any],
-        noise: NDArray[np.float32] | None = None,
+        observation: Observation,
+        noise: NDArray[np.floating] | Tensor | None = None,
         on_step: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
         """The actions for an observation.
 
         Args:
-            observation: the robot's keys (`Robot.cameras`, `Robot.state`) and "prompt".
-            noise: [horizon, action_dim] float32; None: drawn from the policy's generator.
+            observation: the robot's keys (`Robot.cameras`, `Robot.state`) and "prompt" or "task".
+            noise: [horizon, action_dim of the model] or [1, …], any floating point; None: drawn
+                from the policy's generator.
             on_step: called after each denoising step.
 
         Returns:
-            "actions" [horizon, D] float32 in robot units, "state" [D] as observed, "timing" in
-            milliseconds.
+            "actions" [horizon, D] float32 in robot units; "model_actions" [horizon, action_dim of
+            the model] float32 in the model's units; "state" [D] float32 as observed; "limits":
+            what the guard found (see `apply_limits`); "policy_timing" in milliseconds.
 
         Raises:
             ObservationError: something in the observation cannot be used.
+            LimitError: an action is beyond the robot's limits, and `on_limit` is "error".
+            EngineError: the engine's answer is not finite.
         """
         start = time.perf_counter()
-        config = self.engine.config
-        inputs = self.prepare(observation)
-        if noise is None:
-            x = torch.randn(1, config.horizon, config.action_dim, generator=self._generator)
-        else:
-            x = check_noise(config, 1, to_tensor("noise", noise)[None])
+        inputs, state = self.pipeline.encode(observation)
+        x = self._noise(noise)
         ready = time.perf_counter()
-        sampled = self.engine.sample(inputs, x, self.steps, on_step)
+        sampled = self.engine.sample(inputs, x, self.steps, on_step)[0].numpy()
         done = time.perf_counter()
-        state = self._state(observation)
-        actions = self._outputs(sampled[0].double().numpy(), state)
+        actions = self.pipeline.decode(sampled, state)
+        limits = {}
+        if self.pipeline.robot.limits is not None:
+            actions, limits = self._guard(actions, state)
         end = time.perf_counter()
         return {
             "actions": actions.astype(np.float32),
+            "model_actions": sampled,
             "state": state.astype(np.float32),
-            "timing": {
+            "limits": limits,
+            "policy_timing": {
                 "preprocess_ms": (ready - start) * 1e3,
                 "infer_ms": (done - ready) * 1e3,
                 "postprocess_ms": (end - done) * 1e3,
@@ -176,142 +213,94 @@ class Policy:
             },
         }
 
-    def prepare(self, observation: Mapping[str, Any]) -> ModelInputs:
-        """An observation as the model reads it; see `infer`."""
+    def select_action(self, observation: Observation) -> NDArray[np.float32]:
+        """The next action [D]; a new chunk is computed after every `n_action_steps` of them.
+
+        One robot's loop at a time: the queue is the policy's. `reset` empties it.
+        """
+        with self._queue_lock:
+            if not self._queue:
+                self._queue.extend(self.infer(observation)["actions"][: self.n_action_steps])
+            return self._queue.popleft()
+
+    def reset(self) -> None:
+        """Forgets the actions that `select_action` has not handed out: a new episode begins."""
+        with self._queue_lock:
+            self._queue.clear()
+
+    def close(self) -> None:
+        """Frees the engine; the policy cannot be used afterwards."""
+        self.engine.close()
+
+    def __enter__(self) -> Policy:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def draw_noise(self) -> Tensor:
+        """The generator's next noise, [1, horizon, action_dim of the model] float32."""
         config = self.engine.config
-        state = self.state_stats.normalize(self._encode(self._state(observation)))
-        pixels = self._images(observation)
-        tokens, token_mask = self.tokenizer.tokenize(
-            observation.get("prompt", ""), config.max_tokens, self.conventions.prompt
+        with self._lock:
+            return torch.randn(1, config.horizon, config.action_dim, generator=self._generator)
+
+    def _noise(self, noise: NDArray[np.floating] | Tensor | None) -> Tensor:
+        if noise is None:
+            return self.draw_noise()
+        given = to_tensor("noise", noise)
+        if given.is_floating_point():
+            given = given.detach().to("cpu", torch.float32)
+        return check_noise(self.engine.config, 1, given if given.ndim == 3 else given[None])
+
+    def _guard(
+        self, actions: NDArray[np.float64], state: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], dict[str, Any]]:
+        robot = self.pipeline.robot
+        assert robot.limits is not None
+        actions, violations = apply_limits(
+            robot.limits, actions, state, self.on_limit, robot.action_names
         )
-        padded = torch.zeros(1, config.state_dim)
-        padded[0, : len(state)] = torch.from_numpy(state)
-        return ModelInputs.validated(
-            config,
-            images=torch.stack(pixels)[None],
-            image_mask=torch.ones(1, len(pixels), dtype=torch.bool),
-            tokens=tokens[None],
-            token_mask=token_mask[None],
-            state=padded,
-        )
-
-    def _encode(self, state: Floats) -> Floats:
-        return self.robot.encode_state(state) if self.robot.encode_state else state
-
-    def _outputs(self, actions: Floats, state: Floats) -> Floats:
-        actions = self.action_stats.unnormalize(actions)
-        width = min(actions.shape[-1], len(state))
-        relative = delta_mask(self.robot.delta, width)
-        actions[:, :width] += np.where(relative, self._encode(state)[:width], 0)
-        if self.robot.action_dim is not None:
-            actions = actions[:, : self.robot.action_dim]
-        return self.robot.decode_actions(actions) if self.robot.decode_actions else actions
-
-    def _state(self, observation: Mapping[str, Any]) -> Floats:
-        parts = []
-        for key, length in self.robot.state:
-            value = lookup(observation, key)
-            if value is None:
-                raise ObservationError(
-                    f"observation of robot {self.robot.name}: expected {key!r}, found "
-                    f"{', '.join(map(repr, observation))}."
-                )
-            part = np.atleast_1d(np.asarray(value, np.float64))
-            expected = self.state_stats.width if length is None else length
-            fits = len(part) == length if length else 1 <= len(part) <= expected
-            if part.ndim != 1 or not fits:
-                raise ObservationError(
-                    f"{key}: expected {'' if length else '1 to '}{expected} values for robot "
-                    f"{self.robot.name}, found shape {list(part.shape)}."
-                )
-            if not np.isfinite(part).all():
-                raise ObservationError(
-                    f"{key}: expected finite values, found {part[~np.isfinite(part)][0]} at index "
-                    f"{int(np.flatnonzero(~np.isfinite(part))[0])}."
-                )
-            parts.append(part)
-        return np.concatenate(parts)
-
-    def _images(self, observation: Mapping[str, Any]) -> list[Tensor]:
-        """The images that are there. An absent one is left out, which gives the same actions as a
-        masked one (tests/model/test_masks.py) and costs nothing."""
-        robot, size = self.robot, self.engine.config.vision.image_size
-        _refuse_unknown(observation, robot)
-        pixels = []
-        for camera in robot.cameras:
-            image = lookup(observation, camera.key)
-            if image is not None:
-                convention = self.conventions.resize
-                pixels.append(images.to_model(camera.key, np.asarray(image), size, convention))
-            elif camera.required:
-                raise ObservationError(
-                    f"camera {camera.key}: expected an image for robot {robot.name}, found none."
-                )
-        if not pixels:
-            raise ObservationError(
-                f"images: expected at least one of the cameras {_camera_keys(robot)}, found none."
-            )
-        return pixels
+        done = "brought within it" if self.on_limit == "clamp" else "handed out as it is"
+        for violation in violations:
+            logger.warning("robot %s: %s; %s.", robot.name, violation, done)
+        return actions, as_data(violations, self.on_limit)
 
 
-def lookup(observation: Mapping[str, Any], key: str) -> Any:
-    """The value of a literal key, or of "a/b" inside nested mappings; None if there is none."""
-    if key in observation:
-        return observation[key]
-    head, _, rest = key.partition("/")
-    inner = observation.get(head)
-    return lookup(inner, rest) if rest and isinstance(inner, Mapping) else None
-
-
-def _refuse_unknown(observation: Mapping[str, Any], robot: Robot) -> None:
-    keys = {
-        f"{key}/{inner}" if isinstance(value, Mapping) else key
-        for key, value in observation.items()
-        for inner in (value if isinstance(value, Mapping) else [""])
-    }
-    known = {camera.key for camera in robot.cameras} | {key for key, _ in robot.state}
-    unknown = sorted(keys - known - {"prompt", *robot.ignored})
-    if unknown:
-        raise ObservationError(
-            f"observation: expected for robot {robot.name} the cameras {_camera_keys(robot)}, "
-            f"{', '.join(key for key, _ in robot.state)} and prompt, found also "
-            f"{', '.join(unknown)}."
-        )
-
-
-def _camera_keys(robot: Robot) -> str:
-    return ", ".join(camera.key for camera in robot.cameras)
-
-
-def choose_robot(robot: str | Robot | None, folder: Path) -> Robot:
-    """The robot of a name; for None, what a LeRobot folder says, else the generic one.
+def choose_engine(
+    engine: str, config: Pi0Config, dtype: str | None, device: str | None, image_size: int | None
+) -> EngineSpec:
+    """The engine of a spec; for "auto" the fastest on this machine that is exact to float32.
 
     Raises:
-        Pi0Error: there is none of that name.
+        EngineError, ConfigError: see `EngineSpec.parse`.
     """
-    if isinstance(robot, Robot):
-        return robot
-    if robot is None:
-        return lerobot.read_robot(folder) if lerobot.is_lerobot(folder) else ROBOTS["generic"]
-    if robot not in ROBOTS:
-        raise Pi0Error(f"robot: expected one of {', '.join(ROBOTS)}, found {robot!r}.")
-    return ROBOTS[robot]
+    if engine != "auto":
+        return EngineSpec.parse(engine, dtype, device)
+    spec, reason = fastest_engine(config, dtype, device, image_size)
+    logger.info("engine %s: %s.", spec.label, reason)
+    return spec
 
 
-def _normalizers(
-    checkpoint: Checkpoint, norm_stats: Path | str | None, mode: str | None
-) -> tuple[Normalizer, Normalizer]:
-    config = checkpoint.config
-    if mode is not None and mode not in NEEDED:
-        raise Pi0Error(f"norm_mode: expected one of {', '.join(NEEDED)}, found {mode!r}.")
-    if norm_stats == "none":
-        return identity("state", config.state_dim), identity("actions", config.action_dim)
-    if norm_stats is None and lerobot.is_lerobot(checkpoint.folder):
-        return lerobot.read_normalizers(checkpoint.folder, mode)
-    path = Path(norm_stats) if norm_stats else find_norm_stats(checkpoint.folder)
-    stats = read_norm_stats(path)
-    mode = mode or ("quantiles" if config.adaptive_norm else "mean_std")
-    return (
-        make_normalizer("state", mode, "openpi", stats["state"]),
-        make_normalizer("actions", mode, "openpi", stats["actions"]),
-    )
+def _count(name: str, value: Any, low: int, high: int) -> int:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, np.integer))
+        or not low <= value <= high
+    ):
+        raise ConfigError(f"{name}: expected a whole number from {low} to {high}, found {value!r}.")
+    return int(value)
+
+
+def _say_once_without_limits(robot: Robot) -> None:
+    if robot.limits is None and robot.name not in _without_limits:
+        _without_limits.add(robot.name)
+        logger.warning(
+            "robot %s states no limits of its actions: they are handed out unchecked. A robot file "
+            "can state them (docs/robots.md).",
+            robot.name,
+        )

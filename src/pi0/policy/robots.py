@@ -1,83 +1,22 @@
-"""Robots as tables: which cameras, which state, which actions.
+"""The robots there are: built-in tables, TOML files, and those of other distributions.
 
-A new robot is a new table here (or in your own code: `Policy` takes any `Robot`). Camera slots,
-keys, joint signs and gripper constants are those of openpi's `aloha_policy.py`, `libero_policy.py`,
-`droid_policy.py` and `config.py`.
+Camera slots, keys, joint signs and gripper constants are those of openpi's `aloha_policy.py`,
+`libero_policy.py`, `droid_policy.py` and `config.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import warnings
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from pi0.errors import ConfigError, Pi0Error
+from pi0.policy.robot import SLOTS, Camera, Floats, Robot
+from pi0.policy.robot_file import read_robot_file
 
-SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-
-
-@dataclass(frozen=True)
-class Camera:
-    """A camera of a robot.
-
-    Attributes:
-        key: where its image is in an observation; "a/b" is the literal key or b inside a.
-        names: short names, as `--image NAME=FILE` takes them.
-        required: an absent camera is an error; else the model does without it.
-    """
-
-    key: str
-    names: tuple[str, ...]
-    required: bool
-
-
-@dataclass(frozen=True)
-class Robot:
-    """What a policy must know of a robot.
-
-    Attributes:
-        cameras: in the order of the model's image slots.
-        ignored: observation keys that are known and not read.
-        state: (key, length) of the vectors that make up the state, in order; a length of None is
-            whatever the statistics say.
-        action_dim: actions handed out; None: as many as there are statistics for.
-        delta: signed run lengths over action dimensions: positive ones are relative to the state.
-        encode_state, decode_actions: from robot to model conventions and back, [..., D] → [..., D].
-    """
-
-    name: str
-    cameras: tuple[Camera, ...]
-    state: tuple[tuple[str, int | None], ...]
-    action_dim: int | None
-    ignored: tuple[str, ...] = ()
-    delta: tuple[int, ...] = ()
-    encode_state: Callable[[Floats], Floats] | None = None
-    decode_actions: Callable[[Floats], Floats] | None = None
-
-    def observation(self, images: Mapping[str, Any], state: Floats, prompt: str) -> dict[str, Any]:
-        """An observation in this robot's own keys, from images by camera key and a flat state."""
-        ends = np.cumsum([length or len(state) for _, length in self.state])[:-1]
-        parts = np.split(state, ends)
-        return {
-            **images,
-            **{key: part for (key, _), part in zip(self.state, parts, strict=True)},
-            "prompt": prompt,
-        }
-
-
-def delta_mask(runs: tuple[int, ...], width: int) -> NDArray[np.bool_]:
-    """Run lengths as a mask: (6, -1) is six relative dimensions, then one absolute; the rest is
-    absolute, too."""
-    mask = np.zeros(width, np.bool_)
-    start = 0
-    for run in runs:
-        mask[start : start + abs(run)] = run > 0
-        start += abs(run)
-    return mask
-
+GROUP = "pi0.robots"  # of entry points: each names a `Robot`
 
 # ALOHA: π0 was trained with some joints turned round and grippers as angles of the motor.
 ALOHA_SIGNS = np.array([1, -1, -1, 1, 1, 1, 1] * 2, np.float64)
@@ -100,8 +39,8 @@ def aloha_encode_state(state: Floats) -> Floats:
 
 
 def aloha_decode_actions(actions: Floats) -> Floats:
-    """π0's joints to ALOHA's commands. Not the inverse of the state's map: commands go to another
-    joint than states come from."""
+    """π0's joints to ALOHA's commands. Not the inverse of the state's map: commands and states use
+    different gripper spaces."""
     actions = actions * ALOHA_SIGNS
     angle = actions[..., ALOHA_GRIPPERS] + GRIPPER_ANGLE[0]
     low, high = GRIPPER_COMMAND
@@ -109,11 +48,41 @@ def aloha_decode_actions(actions: Floats) -> Floats:
     return actions
 
 
+def aloha_encode_actions(actions: Floats) -> Floats:
+    """ALOHA's commands to π0's joints, the inverse of `aloha_decode_actions`."""
+    actions = actions * ALOHA_SIGNS
+    low, high = GRIPPER_COMMAND
+    angle = actions[..., ALOHA_GRIPPERS] * (high - low) + low
+    actions[..., ALOHA_GRIPPERS] = angle - GRIPPER_ANGLE[0]
+    return actions
+
+
 _ALOHA_CAMERAS = (
-    Camera("images/cam_high", ("cam_high", "base"), required=True),
+    Camera("images/cam_high", ("cam_high", "base")),
     Camera("images/cam_left_wrist", ("cam_left_wrist", "left_wrist"), required=False),
     Camera("images/cam_right_wrist", ("cam_right_wrist", "right_wrist"), required=False),
 )
+_ARM = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate", "gripper")
+_ALOHA_ACTIONS = tuple(f"{side}_{joint}" for side in ("left", "right") for joint in _ARM)
+_ALOHA_UNITS = (*["rad"] * 6, "opening") * 2
+
+
+def _aloha(name: str, delta: tuple[int, ...]) -> Robot:
+    return Robot(
+        name=name,
+        cameras=_ALOHA_CAMERAS,
+        ignored=("images/cam_low",),
+        state=(("state", 14),),
+        action_dim=14,
+        delta=delta,
+        encode_state=aloha_encode_state,
+        decode_actions=aloha_decode_actions,
+        encode_actions=aloha_encode_actions,
+        action_names=_ALOHA_ACTIONS,
+        action_units=_ALOHA_UNITS,
+        control_hz=50,
+    )
+
 
 ROBOTS = {
     "generic": Robot(
@@ -126,42 +95,91 @@ ROBOTS = {
         state=(("state", None),),
         action_dim=None,
     ),
-    "aloha": Robot(
-        name="aloha",
-        cameras=_ALOHA_CAMERAS,
-        ignored=("images/cam_low",),
-        state=(("state", 14),),
-        action_dim=14,
-        delta=(6, -1, 6, -1),
-        encode_state=aloha_encode_state,
-        decode_actions=aloha_decode_actions,
-    ),
-    "aloha_sim": Robot(
-        name="aloha_sim",
-        cameras=_ALOHA_CAMERAS,
-        ignored=("images/cam_low",),
-        state=(("state", 14),),
-        action_dim=14,
-        encode_state=aloha_encode_state,
-        decode_actions=aloha_decode_actions,
-    ),
+    "aloha": _aloha("aloha", delta=(6, -1, 6, -1)),
+    "aloha_sim": _aloha("aloha_sim", delta=()),
     "libero": Robot(
         name="libero",
         cameras=(
-            Camera("observation/image", ("image", "base"), required=True),
-            Camera("observation/wrist_image", ("wrist_image", "wrist"), required=True),
+            Camera("observation/image", ("image", "base")),
+            Camera("observation/wrist_image", ("wrist_image", "wrist")),
         ),
         state=(("observation/state", 8),),
         action_dim=7,
         delta=(6, -1),  # openpi's pi0_libero; see docs/robots.md
+        action_names=("x", "y", "z", "roll", "pitch", "yaw", "gripper"),
     ),
     "droid": Robot(
         name="droid",
         cameras=(
-            Camera("observation/exterior_image_1_left", ("exterior", "base"), required=True),
-            Camera("observation/wrist_image_left", ("wrist_image", "wrist"), required=True),
+            Camera("observation/exterior_image_1_left", ("exterior", "base")),
+            Camera("observation/wrist_image_left", ("wrist_image", "wrist")),
         ),
         state=(("observation/joint_position", 7), ("observation/gripper_position", 1)),
         action_dim=8,
+        action_names=(*(f"joint_{i}" for i in range(7)), "gripper"),
+        control_hz=15,
     ),
 }
+# openpi's names for the statistics of its base checkpoints (docs/norm_stats.md) whose robots need
+# another table than `generic`; handed out as they are, their actions would be taken for targets.
+ROBOT_OF_ASSETS = {"trossen": "aloha", "trossen_mobile": "aloha", "droid": "droid"}
+
+
+def robot_names() -> list[str]:
+    """Names that `find_robot` knows; nothing of another distribution is imported."""
+    return [*ROBOTS, *(name for name in _plugins() if name not in ROBOTS)]
+
+
+def find_robot(robot: str | Path | Robot) -> Robot:
+    """A robot by its name, the path of its TOML file, or itself.
+
+    Raises:
+        Pi0Error: there is none of that name, or the file or distribution has none.
+    """
+    if isinstance(robot, Robot):
+        return robot
+    name = str(robot)
+    if name.endswith(".toml"):
+        return read_robot_file(Path(name).expanduser())
+    if name in ROBOTS:
+        return ROBOTS[name]
+    plugins = _plugins()
+    if name not in plugins:
+        raise Pi0Error(
+            f"robot: expected one of {', '.join(robot_names())} or a file.toml, found {name!r}. "
+            "docs/robots.md shows how to describe yours."
+        )
+    return _load(plugins[name])
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=GROUP):
+        if entry.name in ROBOTS:
+            warnings.warn(
+                f"robot {entry.name}: the distribution {_distribution(entry)} offers one of this "
+                "built-in name; the built-in one is used.",
+                stacklevel=3,
+            )
+        found.setdefault(entry.name, entry)
+    return found
+
+
+def _load(entry: EntryPoint) -> Robot:
+    try:
+        robot = entry.load()
+    except Exception as error:  # whatever another distribution's import raises
+        raise ConfigError(
+            f"robot {entry.name}: expected {entry.value} of the distribution "
+            f"{_distribution(entry)} to import, found {type(error).__name__}: {error}."
+        ) from error
+    if not isinstance(robot, Robot):
+        raise ConfigError(
+            f"robot {entry.name}: expected {entry.value} of the distribution "
+            f"{_distribution(entry)} to be a Robot, found {type(robot).__name__}."
+        )
+    return robot
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist else entry.value.partition(":")[0]

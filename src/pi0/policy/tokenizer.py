@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,38 +20,64 @@ FILE_NAMES = ("tokenizer.model", "paligemma_tokenizer.model", "tokenizer.json")
 BOS_PIECE = "<bos>"
 
 
-class Tokenizer:
-    """Encodes prompts; made from a file by `load_tokenizer`."""
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a checkpoint's prompts are made into tokens.
 
-    def __init__(self, encode: Callable[[str], list[int]], bos: int, source: Path) -> None:
+    Attributes:
+        convention: "openpi" strips the prompt, turns "_" and line breaks into blanks and appends
+            the piece for a line break; "lerobot" appends a line break if there is none.
+        max_tokens: the length that prompts are padded to.
+        newline: False: "lerobot" does not append one, since the checkpoint has no such step.
+        padding_side: "right" or "left".
+    """
+
+    convention: str
+    max_tokens: int
+    newline: bool = True
+    padding_side: str = "right"
+
+
+class Tokenizer:
+    """Encodes prompts; made from a file by `load_tokenizer`.
+
+    Attributes:
+        encode: text → ids, without special tokens.
+        bos: the id that begins a prompt.
+        size: of the vocabulary.
+        source: the file.
+    """
+
+    def __init__(
+        self, encode: Callable[[str], list[int]], bos: int, size: int, source: Path
+    ) -> None:
         self.encode = encode
         self.bos = bos
+        self.size = size
         self.source = source
 
-    def tokenize(self, prompt: str, max_tokens: int, convention: str) -> tuple[Tensor, Tensor]:
-        """A prompt padded with 0 to max_tokens: ids [L] int64 and mask [L] bool.
-
-        Args:
-            convention: "openpi" strips the prompt, turns "_" and line breaks into blanks and
-                appends the piece for a line break; "lerobot" appends a line break if there is none.
+    def tokenize(self, prompt: str, form: PromptFormat) -> tuple[Tensor, Tensor]:
+        """A prompt padded with 0: ids [max_tokens] int64 and mask [max_tokens] bool.
 
         Raises:
-            ObservationError: the prompt is empty or longer than max_tokens.
+            ObservationError: the prompt is longer than max_tokens. It is never cut.
         """
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ObservationError(f"prompt: expected a sentence, found {prompt!r}.")
-        if convention == "openpi":
+        if form.convention == "openpi":
             text = prompt.strip().replace("_", " ").replace("\n", " ")
             ids = [self.bos, *self.encode(text), *self.encode("\n")]
         else:
-            ids = [self.bos, *self.encode(prompt if prompt.endswith("\n") else prompt + "\n")]
-        if len(ids) > max_tokens:
+            ending = "\n" if form.newline and not prompt.endswith("\n") else ""
+            ids = [self.bos, *self.encode(prompt + ending)]
+        length, free = form.max_tokens, form.max_tokens - len(ids)
+        if free < 0:
             raise ObservationError(
-                f"prompt: expected at most {max_tokens} tokens, found {len(ids)}. Shorten it."
+                f"prompt: expected at most {length} tokens, found {len(ids)}. Shorten it."
             )
-        tokens = torch.zeros(max_tokens, dtype=torch.int64)
-        tokens[: len(ids)] = torch.tensor(ids)
-        return tokens, torch.arange(max_tokens) < len(ids)
+        start = free if form.padding_side == "left" else 0
+        tokens, mask = torch.zeros(length, dtype=torch.int64), torch.zeros(length, dtype=torch.bool)
+        tokens[start : start + len(ids)] = torch.tensor(ids)
+        mask[start : start + len(ids)] = True
+        return tokens, mask
 
 
 def find_tokenizer(folder: Path) -> Path:
@@ -80,7 +107,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise Pi0Error(f"tokenizer {path}: expected a file, found none.")
     try:
         load = _load_json if path.suffix == ".json" else _load_sentencepiece
-        encode, bos = load(path)
+        encode, bos, size = load(path)
     except Exception as error:  # both libraries raise bare RuntimeError or Exception
         raise Pi0Error(
             f"tokenizer {path}: expected a SentencePiece model or a tokenizer.json, found a file "
@@ -88,7 +115,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         ) from error
     if bos is None or bos < 0:
         raise Pi0Error(f"tokenizer {path}: expected a {BOS_PIECE} piece, found none.")
-    return Tokenizer(encode, bos, path)
+    return Tokenizer(encode, bos, size, path)
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
@@ -102,17 +129,22 @@ def _candidates(folder: Path) -> Iterator[Path]:
             yield from (snapshot / name for name in FILE_NAMES)
 
 
-def _load_json(path: Path) -> tuple[Callable[[str], list[int]], int | None]:
+Loaded = tuple[Callable[[str], list[int]], "int | None", int]
+
+
+def _load_json(path: Path) -> Loaded:
     from tokenizers import Tokenizer as Backend
 
     backend = Backend.from_file(str(path))
-    return lambda text: list(backend.encode(text, add_special_tokens=False).ids), (
-        backend.token_to_id(BOS_PIECE)
+    return (
+        lambda text: list(backend.encode(text, add_special_tokens=False).ids),
+        backend.token_to_id(BOS_PIECE),
+        backend.get_vocab_size(),
     )
 
 
-def _load_sentencepiece(path: Path) -> tuple[Callable[[str], list[int]], int | None]:
+def _load_sentencepiece(path: Path) -> Loaded:
     from sentencepiece import SentencePieceProcessor
 
     backend = SentencePieceProcessor(model_file=str(path))
-    return lambda text: list(backend.encode(text)), int(backend.bos_id())
+    return lambda text: list(backend.encode(text)), int(backend.bos_id()), len(backend)

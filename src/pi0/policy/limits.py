@@ -1,0 +1,152 @@
+"""The limits of a robot's actions, and the one guard that applies them.
+
+The guard is the last thing between a policy and a robot: it sees actions in the robot's own units,
+after everything else. Limits are those that the robot's table states; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pi0.errors import ConfigError, LimitError
+
+Floats = NDArray[np.float64]
+ON_LIMIT = ("error", "clamp", "warn")
+
+
+@dataclass(frozen=True)
+class ActionLimits:
+    """Limits of each action, in its units. None where there is none.
+
+    Attributes:
+        low, high: the least and the greatest value.
+        step: the largest change from one tick to the next.
+        state: index of the state value that an action commands, if it is a position of something
+            that is measured: the first action may then be at most `step` from it, too.
+
+    Raises:
+        ConfigError: columns of different lengths, or limits that exclude everything.
+    """
+
+    low: tuple[float | None, ...]
+    high: tuple[float | None, ...]
+    step: tuple[float | None, ...]
+    state: tuple[int | None, ...]
+
+    def __post_init__(self) -> None:
+        lengths = {len(column) for column in vars(self).values()}
+        if len(lengths) != 1:
+            raise ConfigError(f"limits: expected columns of one length, found {sorted(lengths)}.")
+        for i, (low, high, step) in enumerate(zip(self.low, self.high, self.step, strict=True)):
+            numbers = [value for value in (low, high, step) if value is not None]
+            if not all(np.isfinite(number) for number in numbers):
+                raise ConfigError(
+                    f"limits of action {i}: expected finite numbers, found {numbers}."
+                )
+            if low is not None and high is not None and low > high:
+                raise ConfigError(
+                    f"limits of action {i}: expected low at most high, found {low} and {high}."
+                )
+            if step is not None and step <= 0:
+                raise ConfigError(
+                    f"limits of action {i}: expected a step of more than 0, found {step}."
+                )
+
+
+@dataclass(frozen=True)
+class Violation:
+    """Ticks of one action that were beyond one of its limits; `value` is the worst of them."""
+
+    action: int
+    name: str
+    kind: str  # "low", "high" or "step"
+    limit: float
+    value: float
+    ticks: list[int]
+
+    def __str__(self) -> str:
+        bound = {
+            "low": f"at least {self.limit:g}",
+            "high": f"at most {self.limit:g}",
+            "step": f"a change of at most {self.limit:g} a tick",
+        }[self.kind]
+        where = f"tick {self.ticks[0]}" + (
+            f" and {len(self.ticks) - 1} more" if len(self.ticks) > 1 else ""
+        )
+        return f"action {self.name}: expected {bound}, found {self.value:.6g} at {where}"
+
+
+def apply_limits(
+    limits: ActionLimits,
+    actions: Floats,
+    state: Floats,
+    on_limit: str,
+    names: tuple[str, ...] = (),
+) -> tuple[Floats, list[Violation]]:
+    """Actions [H, D] that a robot may execute, and where the given ones were beyond its limits.
+
+    With "clamp", values are brought into [low, high] and then to within `step` of the tick before
+    (of the state, for the first), tick by tick; with "warn" they are handed out as they are.
+
+    Raises:
+        LimitError: `on_limit` is "error", and an action is beyond a limit.
+    """
+    low, high, step = (_column(limits, name) for name in ("low", "high", "step"))
+    start = np.array([np.nan if i is None else state[i] for i in limits.state])
+    before = np.vstack([start, actions[:-1]])
+    with np.errstate(invalid="ignore"):
+        change = np.abs(actions - before)
+        beyond = {"low": actions < low, "high": actions > high, "step": change > step}
+    shown = {"low": actions, "high": actions, "step": change}
+    violations = [
+        _violation(i, kind, bad[:, i], shown[kind][:, i], (low, high, step), names)
+        for i in range(actions.shape[1])
+        for kind, bad in beyond.items()
+        if bad[:, i].any()
+    ]
+    if violations and on_limit == "error":
+        raise LimitError(
+            "; ".join(map(str, violations)) + ". No action of this chunk is handed out; "
+            'on_limit="clamp" would bring them within the limits.'
+        )
+    if violations and on_limit == "clamp":
+        actions = _clamp(actions, start, low, high, step)
+    return actions, violations
+
+
+def as_data(violations: list[Violation], on_limit: str) -> dict[str, Any]:
+    """What a result says of the limits, as plain data."""
+    return {"on_limit": on_limit, "violations": [vars(violation) for violation in violations]}
+
+
+def _column(limits: ActionLimits, name: str) -> Floats:
+    missing = -np.inf if name == "low" else np.inf
+    return np.array([missing if value is None else value for value in getattr(limits, name)])
+
+
+def _violation(
+    action: int,
+    kind: str,
+    bad: NDArray[np.bool_],
+    shown: Floats,
+    bounds: tuple[Floats, Floats, Floats],
+    names: tuple[str, ...],
+) -> Violation:
+    limit = float(dict(zip(("low", "high", "step"), bounds, strict=True))[kind][action])
+    worst = shown[bad].min() if kind == "low" else shown[bad].max()
+    name = names[action] if names else str(action)
+    return Violation(action, name, kind, limit, float(worst), np.flatnonzero(bad).tolist())
+
+
+def _clamp(actions: Floats, start: Floats, low: Floats, high: Floats, step: Floats) -> Floats:
+    out = np.clip(actions, low, high)
+    before = start
+    for row in out:
+        # Where nothing is known of the tick before, fmin and fmax take the other operand.
+        np.fmax(np.fmin(row, before + step), before - step, out=row)
+        before = row
+    return out

@@ -1,0 +1,218 @@
+"""Reading a robot's observation: images, state and prompt, in the forms that people have them.
+
+Accepted are numpy arrays, torch tensors of any dtype and device, PIL images and lists, each with or
+without a batch axis of 1. What cannot be read is an `ObservationError` that names the key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pi0.errors import ObservationError
+from pi0.policy.robot import Robot
+
+Floats = NDArray[np.float64]
+Observation = Mapping[str, Any]
+
+PROMPT_KEYS = ("prompt", "task")  # openpi's and LeRobot's
+# What openpi's and LeRobot's own loops put beside an observation, and no policy reads.
+BOOKKEEPING = {
+    *("action", "actions", "timestamp", "index", "frame_index", "episode_index", "task_index"),
+    *("dataset_index", "robot_type", "info", "reward", "done", "truncated", "success", "subtask"),
+    *("policy_timing", "server_timing", "step", "episode_id"),
+}
+BOOKKEEPING_PREFIXES = ("next.", "action.", "complementary_data.")
+BOOKKEEPING_SUFFIX = "_is_pad"
+
+
+def check_observation(observation: Any, robot: Robot, rename: Mapping[str, str]) -> Observation:
+    """An observation with keys renamed as a LeRobot checkpoint asks, without bookkeeping.
+
+    Raises:
+        ObservationError: no mapping, a key that is no text, two keys for one thing, or a key that
+            the robot does not know.
+    """
+    if not isinstance(observation, Mapping):
+        raise ObservationError(
+            f"observation: expected a mapping of names to values, found {_kind(observation)}."
+        )
+    odd = [key for key in observation if not isinstance(key, str)]
+    if odd:
+        raise ObservationError(f"observation: expected keys that are text, found {odd[0]!r}.")
+    renamed: dict[str, Any] = {}
+    for key, value in observation.items():
+        target = rename.get(key, key)
+        if target in renamed:
+            raise ObservationError(
+                f"observation: expected one value for {target}, found two, since the checkpoint "
+                f"renames {key} to it."
+            )
+        renamed[target] = value
+    _refuse_unknown(renamed, robot)
+    return renamed
+
+
+def lookup(observation: Observation, key: str) -> Any:
+    """The value of a literal key, or of "a/b" inside nested mappings; None if there is none."""
+    if key in observation:
+        return observation[key]
+    head, _, rest = key.partition("/")
+    inner = observation.get(head)
+    return lookup(inner, rest) if rest and isinstance(inner, Mapping) else None
+
+
+def read_prompt(observation: Observation, default: str | None) -> str:
+    """The prompt, under `prompt` or `task`: text, numpy's text, or a list or array of one.
+
+    Raises:
+        ObservationError: none and no default, two that differ, or no readable text.
+    """
+    found = {
+        key: _text(key, observation[key]) for key in PROMPT_KEYS if observation.get(key) is not None
+    }
+    if len(set(found.values())) > 1:
+        raise ObservationError(
+            f"prompt: expected one sentence, found {found['prompt']!r} under prompt and "
+            f"{found['task']!r} under task."
+        )
+    text = next(iter(found.values()), default)
+    if text is None or not text.strip():
+        raise ObservationError(f"prompt: expected a sentence, found {text!r}.")
+    return text
+
+
+def read_state(observation: Observation, robot: Robot, widths: range) -> Floats:
+    """The robot's state [D] float64, its parts joined in the table's order.
+
+    Args:
+        widths: allowed lengths of a state whose length the table leaves to the statistics.
+
+    Raises:
+        ObservationError: a part is missing, of another length, or not finite numbers.
+    """
+    parts = []
+    for key, length in robot.state:
+        value = lookup(observation, key)
+        if value is None:
+            raise ObservationError(
+                f"observation of robot {robot.name}: expected {key!r}, found "
+                f"{', '.join(map(repr, observation)) or 'nothing'}."
+            )
+        part = _vector(key, value)
+        allowed = range(length, length + 1) if length else widths
+        if part.ndim != 1 or len(part) not in allowed:
+            low, high = allowed[0], allowed[-1]
+            raise ObservationError(
+                f"{key}: expected {low if low == high else f'{low} to {high}'} values for robot "
+                f"{robot.name}, found shape {list(part.shape)}."
+            )
+        if not np.isfinite(part).all():
+            raise ObservationError(
+                f"{key}: expected finite values, found {part[~np.isfinite(part)][0]} at index "
+                f"{int(np.flatnonzero(~np.isfinite(part))[0])}."
+            )
+        parts.append(part)
+    return np.concatenate(parts)
+
+
+def read_image(key: str, image: Any) -> NDArray[np.generic]:
+    """An image as an array [H, W, 3] or [3, H, W] of its own dtype (bfloat16 becomes float32).
+
+    Raises:
+        ObservationError: no array of numbers.
+    """
+    if isinstance(image, Tensor):
+        image = _from_torch(key, image)
+    try:
+        array = np.asarray(image)
+    except (TypeError, ValueError) as error:
+        raise ObservationError(
+            f"image {key}: expected an array of pixels, found {error}."
+        ) from error
+    if array.dtype == object or array.dtype.kind not in "uifb":
+        raise ObservationError(f"image {key}: expected an array of pixels, found {_kind(image)}.")
+    return array[0] if array.ndim == 4 and len(array) == 1 else array
+
+
+def _refuse_unknown(observation: Observation, robot: Robot) -> None:
+    keys = {
+        f"{key}/{inner}" if isinstance(value, Mapping) and not _is_bookkeeping(key) else key
+        for key, value in observation.items()
+        for inner in (value if isinstance(value, Mapping) and value else [""])
+    }
+    known = {camera.key for camera in robot.cameras} | {key for key, _ in robot.state}
+    known |= {*PROMPT_KEYS, *robot.ignored}
+    unknown = sorted(key for key in keys - known if not _is_bookkeeping(key))
+    if unknown:
+        raise ObservationError(
+            f"observation: expected for robot {robot.name} the cameras {camera_keys(robot)}, "
+            f"{', '.join(key for key, _ in robot.state)} and prompt, found also "
+            f"{', '.join(unknown)}."
+        )
+
+
+def camera_keys(robot: Robot) -> str:
+    return ", ".join(camera.key for camera in robot.cameras)
+
+
+def _is_bookkeeping(key: str) -> bool:
+    return (
+        key in BOOKKEEPING
+        or key.startswith(BOOKKEEPING_PREFIXES)
+        or key.endswith(BOOKKEEPING_SUFFIX)
+    )
+
+
+def _text(key: str, value: Any) -> str:
+    while isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
+    if isinstance(value, bytes):
+        value = value.decode(errors="surrogateescape")
+    if not isinstance(value, str):
+        raise ObservationError(f"{key}: expected a sentence, found {_kind(value)}.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ObservationError(
+            f"{key}: expected text that can be written as UTF-8, found {value[error.start]!r} at "
+            f"position {error.start}."
+        ) from error
+    return str(value)
+
+
+def _vector(key: str, value: Any) -> Floats:
+    if isinstance(value, Tensor):
+        value = _from_torch(key, value)
+    elif isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, np.ndarray)):
+        value = [_from_torch(key, v) if isinstance(v, Tensor) else v for v in value]
+    if isinstance(value, (Mapping, str, bytes)):
+        raise ObservationError(f"{key}: expected numbers, found {_kind(value)}.")
+    try:
+        array = np.atleast_1d(np.asarray(value, np.float64))
+    except (TypeError, ValueError) as error:
+        raise ObservationError(f"{key}: expected numbers, found {error}.") from error
+    return array[0] if array.ndim == 2 and len(array) == 1 else array
+
+
+def _from_torch(key: str, tensor: Tensor) -> NDArray[np.generic]:
+    if tensor.is_meta:
+        raise ObservationError(f"{key}: expected values, found a tensor on the meta device.")
+    tensor = tensor.detach().to("cpu").resolve_conj().resolve_neg()
+    if tensor.is_complex() or tensor.layout is not torch.strided:
+        raise ObservationError(f"{key}: expected real numbers, found {tensor.dtype}.")
+    # numpy has no bfloat16 and no eight-bit floats.
+    plain = tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64)
+    array: NDArray[np.generic] = (tensor.float() if plain else tensor).numpy()
+    return array
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__}" if not isinstance(value, str) else repr(value)

@@ -1,0 +1,176 @@
+"""What a policy must know of a robot, as a table: cameras, state, actions, and their conventions.
+
+The built-in tables are in `robots.py`, tables in TOML files are read by `robot_file.py`, and other
+distributions may bring theirs as entry points. All of them are checked here when they are made.
+
+Knows nothing of statistics, prompts or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pi0.errors import ConfigError
+from pi0.policy.limits import ActionLimits
+
+Floats = NDArray[np.float64]
+
+SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A camera of a robot.
+
+    Attributes:
+        key: where its image is in an observation; "a/b" is the literal key or b inside a.
+        names: short names, as `--image NAME=FILE` takes them.
+        required: an absent camera is an error; else the model does without it.
+    """
+
+    key: str
+    names: tuple[str, ...] = ()
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class Robot:
+    """A robot's side of a policy.
+
+    Actions that the model sees may be relative to the state (`delta`) and in other conventions
+    than the robot's (joint signs, gripper units). Each convention comes with its inverse, so that
+    recorded actions can be turned into training targets.
+
+    Attributes:
+        cameras: in the order of the model's image slots.
+        state: (key, length) of the vectors that make up the state, in order; a length of None
+            means as many values as there are statistics for.
+        action_dim: actions handed out; None: as many as there are statistics for.
+        ignored: observation keys that are known and not read.
+        delta: signed run lengths over action dimensions: a positive run is relative to the state,
+            a negative one absolute. (6, -1) is six relative actions, then one absolute.
+        encode_state: state [..., D] in the robot's convention → in the model's.
+        decode_actions, encode_actions: actions [..., D] from the model's convention to the robot's,
+            and its inverse.
+        action_names, action_units: one for each action, for plots and messages; may be empty.
+        control_hz: how many actions the robot executes a second, if that is known.
+        limits: see `ActionLimits`; None: the robot states none.
+
+    Raises:
+        ConfigError: the table contradicts itself.
+    """
+
+    name: str
+    cameras: tuple[Camera, ...]
+    state: tuple[tuple[str, int | None], ...]
+    action_dim: int | None
+    ignored: tuple[str, ...] = ()
+    delta: tuple[int, ...] = ()
+    encode_state: Callable[[Floats], Floats] | None = None
+    decode_actions: Callable[[Floats], Floats] | None = None
+    encode_actions: Callable[[Floats], Floats] | None = None
+    action_names: tuple[str, ...] = ()
+    action_units: tuple[str, ...] = ()
+    control_hz: float | None = None
+    limits: ActionLimits | None = None
+
+    def __post_init__(self) -> None:
+        problems = [*self._camera_problems(), *self._vector_problems()]
+        if problems:
+            raise ConfigError(f"robot {self.name!r}: " + "; ".join(problems) + ".")
+
+    @property
+    def state_dim(self) -> int | None:
+        """Values of the whole state; None if the statistics decide."""
+        lengths = [length for _, length in self.state]
+        return None if None in lengths else sum(length or 0 for length in lengths)
+
+    def relative(self, width: int) -> NDArray[np.bool_]:
+        """[width] True for the actions that are relative to the state; those beyond `delta` are
+        absolute."""
+        mask = np.zeros(width, np.bool_)
+        start = 0
+        for run in self.delta:
+            mask[start : start + abs(run)] = run > 0
+            start += abs(run)
+        return mask
+
+    def camera_key(self, name: str) -> str | None:
+        """The key of the camera that a short name or key means; None if there is none."""
+        for camera in self.cameras:
+            if name == camera.key or name in camera.names:
+                return camera.key
+        return None
+
+    def observation(self, images: Mapping[str, Any], state: Floats, prompt: str) -> dict[str, Any]:
+        """An observation in this robot's own keys, from images by camera key and a flat state."""
+        ends = np.cumsum([length or len(state) for _, length in self.state])[:-1]
+        parts = np.split(state, ends)
+        return {
+            **images,
+            **{key: part for (key, _), part in zip(self.state, parts, strict=True)},
+            "prompt": prompt,
+        }
+
+    def _camera_problems(self) -> list[str]:
+        if not self.cameras or not all(isinstance(camera, Camera) for camera in self.cameras):
+            return [f"cameras: expected at least one Camera(key=…), found {self.cameras!r}"]
+        keys = [camera.key for camera in self.cameras]
+        # A camera's own key may be one of its short names.
+        names = [name for c in self.cameras for name in {c.key, *c.names}]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            return [f"cameras: expected distinct keys and names, found {', '.join(twice)} twice"]
+        return [] if all(keys) else ["cameras: expected a key for each, found an empty one"]
+
+    def _vector_problems(self) -> list[str]:
+        problems = []
+        keys = [key for key, _ in self.state]
+        if not keys or len(set(keys)) < len(keys):
+            problems.append(f"state: expected distinct keys, at least one, found {keys}")
+        lengths = [length for _, length in self.state]
+        if any(not _is_count(length) for length in lengths if length is not None):
+            problems.append(f"state: expected lengths of 1 or more, found {lengths}")
+        elif None in lengths and len(lengths) > 1:
+            problems.append("state: expected a length for each of several keys, found None")
+        if self.action_dim is not None and not _is_count(self.action_dim):
+            problems.append(f"action_dim: expected 1 or more, found {self.action_dim!r}")
+            return problems
+        if self.control_hz is not None and not self.control_hz > 0:
+            problems.append(f"control_hz: expected more than 0, found {self.control_hz}")
+        return problems + self._action_problems()
+
+    def _action_problems(self) -> list[str]:
+        problems = []
+        if not all(isinstance(run, int) and run for run in self.delta):
+            return [f"delta: expected whole numbers other than 0, found {self.delta}"]
+        covered = sum(map(abs, self.delta))
+        relative = self.relative(covered).nonzero()[0]
+        bounds = {"actions": self.action_dim, "state values": self.state_dim}
+        reach = {"actions": covered, "state values": int(relative[-1]) + 1 if len(relative) else 0}
+        problems += [
+            f"delta: expected runs over at most the {bound} {what}, found {reach[what]}"
+            for what, bound in bounds.items()
+            if bound is not None and reach[what] > bound
+        ]
+        if self.action_dim is not None:
+            columns = {"action_names": self.action_names, "action_units": self.action_units}
+            if self.limits is not None:
+                columns["limits"] = self.limits.low
+            problems += [
+                f"{name}: expected one for each of the {self.action_dim} actions, found {len(of)}"
+                for name, of in columns.items()
+                if of and len(of) != self.action_dim
+            ]
+        if (self.decode_actions is None) != (self.encode_actions is None):
+            problems.append("decode_actions and encode_actions: expected both or neither")
+        return problems
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,0 +1,405 @@
+"""From a checkpoint's files and a user's wishes to a pipeline, with everything that was assumed.
+
+A policy moves a robot only by what its checkpoint's files or its user said. What neither of them
+said is a finding: a warning where a default is harmless, an error that names the option where it
+would move a robot wrongly. `Policy` and `pi0 inspect` read the same findings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pi0.checkpoint.load import Checkpoint
+from pi0.config import Pi0Config
+from pi0.errors import Pi0Error
+from pi0.findings import Finding, enforce, error, warning
+from pi0.policy import lerobot
+from pi0.policy.images import RESIZE
+from pi0.policy.lerobot import LerobotProgram
+from pi0.policy.normalize import (
+    NEEDED,
+    Normalizer,
+    Statistics,
+    identity,
+    make_normalizer,
+)
+from pi0.policy.pipeline import Pipeline
+from pi0.policy.robot import Camera, Robot
+from pi0.policy.robots import ROBOT_OF_ASSETS, ROBOTS, find_robot
+from pi0.policy.statistics import find_norm_stats, read_norm_stats
+from pi0.policy.tokenizer import PromptFormat, Tokenizer, find_tokenizer, load_tokenizer
+
+T = TypeVar("T")
+Conventions = tuple[str, str]  # of resizing and of prompts
+# Of LeRobot before 0.4: transforms that were part of the policy.
+ALOHA_FLAGS = ("adapt_to_pi_aloha", "use_delta_joint_actions_aloha")
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """What a user may say about pre- and post-processing; None is left to the checkpoint's files.
+
+    Attributes:
+        robot: a name, a `Robot`, or the path of a TOML file.
+        tokenizer, norm_stats: files; norm_stats "none": states and actions are in the model's
+            units already.
+        norm_mode: "mean_std", "quantiles" or "min_max".
+        preprocessing: "openpi" or "lerobot": whose way of resizing images and cleaning prompts.
+        resize, prompt: the same, each for itself.
+        image_size: pixels that the model runs at.
+        default_prompt: what to do if an observation does not say.
+    """
+
+    robot: str | Path | Robot | None = None
+    tokenizer: Path | str | None = None
+    norm_stats: Path | str | None = None
+    norm_mode: str | None = None
+    preprocessing: str | None = None
+    resize: str | None = None
+    prompt: str | None = None
+    image_size: int | None = None
+    default_prompt: str | None = None
+
+
+@dataclass
+class PolicySetup:
+    """What a policy uses for a checkpoint, as far as that is known.
+
+    Attributes:
+        pipeline: None if one of the findings is an error.
+        sources: where robot, statistics, tokenizer and preprocessing come from, in words.
+        n_action_steps: how many actions of a chunk are executed by default; None: all.
+    """
+
+    checkpoint: Checkpoint
+    pipeline: Pipeline | None = None
+    findings: list[Finding] = field(default_factory=list)
+    sources: dict[str, str] = field(default_factory=dict)
+    n_action_steps: int | None = None
+
+    def require(self) -> Pipeline:
+        """The pipeline, after warning of what was assumed.
+
+        Raises:
+            Pi0Error: a finding is an error.
+        """
+        enforce(self.findings)
+        assert self.pipeline is not None
+        return self.pipeline
+
+    def describe(self) -> dict[str, Any]:
+        """All of it as plain data, as `pi0 inspect` and `Policy.metadata` show it."""
+        config, pipeline = self.checkpoint.config, self.pipeline
+        return {
+            "checkpoint": str(self.checkpoint.path),
+            "layout": self.checkpoint.names.layout,
+            "horizon": config.horizon,
+            "max_tokens": pipeline.prompt.max_tokens if pipeline else config.max_tokens,
+            "robot": None if pipeline is None else _describe_robot(pipeline),
+            "resize": pipeline and pipeline.resize,
+            "prompt": pipeline and pipeline.prompt.convention,
+            "default_prompt": pipeline and pipeline.default_prompt,
+            "sources": self.sources,
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
+    def attempt(self, code: str, work: Callable[[], T]) -> T | None:
+        """What the work returns; None, and a finding, if it fails."""
+        try:
+            return work()
+        except Pi0Error as failure:
+            self.findings.append(error(code, str(failure)))
+            return None
+
+
+def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
+    """Everything around the model for a checkpoint; reads its small files only."""
+    setup = PolicySetup(checkpoint, findings=list(checkpoint.findings))
+    config = checkpoint.config
+    if options.image_size is not None:
+        config = config.with_image_size(options.image_size)
+    program = _program(checkpoint, options, setup)
+    conventions = setup.attempt(
+        "preprocessing-unknown", lambda: _conventions(checkpoint, options, program, setup)
+    )
+    robot = setup.attempt("robot-unknown", lambda: _robot(checkpoint, options, program, setup))
+    stats = setup.attempt(
+        "statistics-unusable", lambda: _statistics(checkpoint, options, program, setup)
+    )
+    tokenizer = setup.attempt(
+        "tokenizer-unusable", lambda: _tokenizer(checkpoint.folder, options, config, setup)
+    )
+    if robot and stats:
+        setup.findings += width_findings(config, robot, *stats[:2])
+    if any(finding.severity == "error" for finding in setup.findings):
+        return setup
+    assert robot is not None
+    assert conventions and stats  # noqa: PT018
+    assert tokenizer is not None
+    setup.pipeline = Pipeline(
+        config=config,
+        robot=robot,
+        tokenizer=tokenizer,
+        resize=conventions[0],
+        prompt=_prompt_format(conventions[1], config, program),
+        state_stats=stats[0],
+        action_stats=stats[1],
+        target_stats=stats[2],
+        image_stats=program.images if program else {},
+        rename=program.rename if program else {},
+        default_prompt=options.default_prompt,
+    )
+    return setup
+
+
+def width_findings(
+    config: Pi0Config, robot: Robot, state: Normalizer, actions: Normalizer
+) -> list[Finding]:
+    """What does not fit between the model, a robot's table and statistics; flat statistics."""
+    found = []
+    for what, stats, table, model in (
+        ("state", state, robot.state_dim, config.state_dim),
+        ("actions", actions, robot.action_dim, config.action_dim),
+    ):
+        widest = max(stats.width, table or 0)
+        if widest > model:
+            found.append(
+                error(
+                    f"{what}-too-wide",
+                    f"{what}: expected at most the {model} of the model, found "
+                    f"{stats.width} in the statistics and {table or stats.width} of robot "
+                    f"{robot.name}.",
+                )
+            )
+        elif table is not None and stats.width < table:
+            found.append(
+                error(
+                    f"{what}-statistics-narrow",
+                    f"statistics of {what}: expected {table} values for robot {robot.name}, found "
+                    f"{stats.width}. They are another robot's: name the right ones with "
+                    "--norm-stats, or the robot with --robot.",
+                )
+            )
+        elif table is not None and table < stats.width < model:
+            found.append(
+                warning(
+                    f"{what}-statistics-wide",
+                    f"statistics of {what}: expected {table} values for robot {robot.name}, found "
+                    f"{stats.width}; the first {table} are used. Another robot's statistics?",
+                )
+            )
+        flat = stats.flat(table or stats.width)
+        if flat:
+            found.append(
+                warning(
+                    f"{what}-statistics-flat",
+                    f"statistics of {what}: no spread in {', '.join(map(str, flat))}: any "
+                    "deviation there becomes huge. Were these joints still in the training data?",
+                )
+            )
+    return found
+
+
+def _program(
+    checkpoint: Checkpoint, options: PolicyOptions, setup: PolicySetup
+) -> LerobotProgram | None:
+    """What a LeRobot folder's own files say, if it is one."""
+    folder = checkpoint.folder
+    openpi = options.preprocessing == "openpi" and options.norm_stats is not None
+    if openpi or not lerobot.is_lerobot(folder, checkpoint.settings):
+        return None
+
+    def read() -> LerobotProgram:
+        return lerobot.read_program(
+            folder,
+            checkpoint.settings,
+            statistics=_given_statistics(options),
+            norm_mode=options.norm_mode,
+            robot_given=options.robot is not None,
+            tokenizer_given=options.tokenizer is not None,
+        )
+
+    program = setup.attempt("processors-unusable", read)
+    if program:
+        setup.findings += program.findings
+        setup.n_action_steps = program.n_action_steps
+    return program
+
+
+def _given_statistics(options: PolicyOptions) -> Mapping[str, Statistics] | Literal["none"] | None:
+    if options.norm_stats is None or options.norm_stats == "none":
+        return options.norm_stats
+    return read_norm_stats(Path(options.norm_stats))
+
+
+def _conventions(
+    checkpoint: Checkpoint,
+    options: PolicyOptions,
+    program: LerobotProgram | None,
+    setup: PolicySetup,
+) -> Conventions:
+    for name in ("preprocessing", "resize", "prompt"):
+        value = getattr(options, name)
+        if value is not None and value not in RESIZE:
+            raise Pi0Error(f"{name}: expected openpi or lerobot, found {value!r}.")
+    base = options.preprocessing
+    if base is None:
+        base = "lerobot" if program else "openpi"
+        known = program is not None or _has_openpi_files(checkpoint.folder)
+        if not known and not (options.resize and options.prompt):
+            sentence = (
+                f"preprocessing: no file of {checkpoint.folder} says whose way of resizing images "
+                "and cleaning prompts it was trained with{}. Say it with --preprocessing openpi "
+                "or lerobot."
+            )
+            if checkpoint.names.layout == "lerobot":
+                raise Pi0Error(sentence.format(", and its tensor names are LeRobot's"))
+            setup.findings.append(
+                warning("preprocessing-assumed", sentence.format("; openpi's is assumed"))
+            )
+    setup.sources["preprocessing"] = base
+    return options.resize or base, options.prompt or base
+
+
+def _robot(
+    checkpoint: Checkpoint,
+    options: PolicyOptions,
+    program: LerobotProgram | None,
+    setup: PolicySetup,
+) -> Robot:
+    if options.robot is not None:
+        setup.sources["robot"] = "named"
+        return find_robot(options.robot)
+    aloha = [key for key in ALOHA_FLAGS if checkpoint.settings.get(key) is True]
+    if aloha:
+        raise Pi0Error(
+            f"robot: config.json sets {' and '.join(aloha)}, which asks for ALOHA's joint signs, "
+            "gripper units or relative joints. Name the robot: --robot aloha (relative joints) or "
+            "--robot aloha_sim (absolute)."
+        )
+    if program:
+        setup.sources["robot"] = "config.json and LeRobot's processors"
+        return _lerobot_robot(program, checkpoint.settings)
+    assets = _assets(checkpoint.folder)
+    if assets in ROBOT_OF_ASSETS:
+        raise Pi0Error(
+            f"robot: the statistics are those of {assets}, whose actions are not joint targets as "
+            f"they leave the model. Name the robot: --robot {ROBOT_OF_ASSETS[assets]}, or --robot "
+            "generic for the model's own actions."
+        )
+    setup.sources["robot"] = "assumed"
+    setup.findings.append(
+        warning(
+            "robot-assumed",
+            "robot: no file of the checkpoint names one; generic is assumed, without relative "
+            "joints or a robot's own conventions. Name it with --robot NAME or a file.toml.",
+        )
+    )
+    return ROBOTS["generic"]
+
+
+def _statistics(
+    checkpoint: Checkpoint,
+    options: PolicyOptions,
+    program: LerobotProgram | None,
+    setup: PolicySetup,
+) -> tuple[Normalizer, Normalizer, Normalizer]:
+    """Normalisers of the state, of actions out, and of actions in."""
+    config, mode = checkpoint.config, options.norm_mode
+    if program:
+        setup.sources["statistics"] = str(options.norm_stats or "LeRobot's processors")
+        return program.state, program.actions, program.actions_in or program.actions
+    if mode is not None and mode not in NEEDED:
+        raise Pi0Error(f"norm_mode: expected one of {', '.join(NEEDED)}, found {mode!r}.")
+    if options.norm_stats == "none":
+        setup.sources["statistics"] = "none: states and actions are in the model's units"
+        actions = identity("actions", config.action_dim)
+        return identity("state", config.state_dim), actions, actions
+    path = (
+        Path(options.norm_stats).expanduser()
+        if options.norm_stats
+        else find_norm_stats(checkpoint.folder)
+    )
+    stats = read_norm_stats(path)
+    mode = mode or ("quantiles" if config.adaptive_norm else "mean_std")
+    setup.sources["statistics"] = f"{path} ({mode})"
+    state, actions = (
+        make_normalizer(what, mode, "openpi", stats[what]) for what in ("state", "actions")
+    )
+    return state, actions, actions
+
+
+def _tokenizer(
+    folder: Path, options: PolicyOptions, config: Pi0Config, setup: PolicySetup
+) -> Tokenizer:
+    path = Path(options.tokenizer).expanduser() if options.tokenizer else find_tokenizer(folder)
+    tokenizer = load_tokenizer(path)
+    setup.sources["tokenizer"] = str(path)
+    if tokenizer.size > config.vocab_size:
+        raise Pi0Error(
+            f"tokenizer {path}: expected at most the {config.vocab_size} pieces of the model's "
+            f"vocabulary, found {tokenizer.size}. Use the tokenizer that belongs to the checkpoint."
+        )
+    return tokenizer
+
+
+def _prompt_format(
+    convention: str, config: Pi0Config, program: LerobotProgram | None
+) -> PromptFormat:
+    if program is None:
+        return PromptFormat(convention, config.max_tokens)
+    return PromptFormat(
+        convention, program.max_tokens or config.max_tokens, program.newline, program.padding_side
+    )
+
+
+def _lerobot_robot(program: LerobotProgram, settings: Mapping[str, Any]) -> Robot:
+    """The robot that a LeRobot checkpoint describes. As in LeRobot, one camera at least must be
+    there, the others may be absent."""
+    names: dict[str, list[str]] = {key: [_short(key)] for key in program.cameras}
+    for source, key in program.rename.items():
+        if key in names:
+            names[key] += [source, _short(source)]
+    actions = settings.get("action_feature_names")
+    known = isinstance(actions, list) and len(actions) == program.action_dim
+    return Robot(
+        name="lerobot",
+        cameras=tuple(Camera(key, tuple(names[key]), required=False) for key in program.cameras),
+        state=((program.state_key, program.state.width),),
+        action_dim=program.action_dim,
+        delta=tuple(1 if relative else -1 for relative in program.relative or ()),
+        action_names=tuple(map(str, actions)) if known and actions else (),
+    )
+
+
+def _short(key: str) -> str:
+    """The name that `--image` takes for a camera: what comes after LeRobot's prefix."""
+    return key.removeprefix("observation.").removeprefix("images.")
+
+
+def _has_openpi_files(folder: Path) -> bool:
+    return any(folder.glob("assets/**/norm_stats.json"))
+
+
+def _assets(folder: Path) -> str | None:
+    """The name under assets/ whose statistics are read, if there is only one."""
+    found = list(folder.glob("assets/**/norm_stats.json"))
+    return found[0].parent.name if len(found) == 1 else None
+
+
+def _describe_robot(pipeline: Pipeline) -> dict[str, Any]:
+    robot = pipeline.robot
+    return {
+        "name": robot.name,
+        "cameras": [asdict(camera) for camera in robot.cameras],
+        "state": {key: length or pipeline.state_stats.width for key, length in robot.state},
+        "action_dim": pipeline.action_dim,
+        "action_names": list(robot.action_names),
+        "action_units": list(robot.action_units),
+        "relative": robot.relative(pipeline.action_dim).tolist(),
+        "control_hz": robot.control_hz,
+        "limits": None if robot.limits is None else asdict(robot.limits),
+    }

@@ -1,0 +1,86 @@
+"""Normalisation statistics in openpi's form: where they lie in a checkpoint, and reading them.
+
+A file is `{"norm_stats": {"state": {"mean": […], "std": […], "q01": …, …}, "actions": {…}}}`, under
+assets/<robot>/norm_stats.json. Accepted are also files without the outer key, with "action" for
+"actions", and in the other places where people keep them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pi0.checkpoint.files import read_json
+from pi0.errors import Pi0Error
+from pi0.policy.normalize import Statistics
+
+FILE_NAME = "norm_stats.json"
+NAMES = {"state": ("state", "observation.state"), "actions": ("actions", "action")}
+
+
+def find_norm_stats(folder: Path) -> Path:
+    """The only norm_stats.json of a checkpoint: under assets/, else at its root, else in <a>/<b>/.
+
+    Raises:
+        Pi0Error: there is none, or more than one.
+    """
+    places = ("assets/**/", "", "*/", "*/*/")
+    found = next((hits for place in places if (hits := sorted(folder.glob(place + FILE_NAME)))), [])
+    if len(found) == 1:
+        return found[0]
+    expected = f"statistics: expected one assets/<robot>/{FILE_NAME} in {folder}, found "
+    if not found:
+        raise Pi0Error(
+            expected + "none. Name the file with --norm-stats, or pass --norm-stats none to hand "
+            "over states and actions in the model's own normalised units."
+        )
+    names = ", ".join(str(path.parent.relative_to(folder)) for path in found)
+    raise Pi0Error(f"{expected}{len(found)} ({names}). Name one with --norm-stats.")
+
+
+def read_norm_stats(path: Path) -> dict[str, Statistics]:
+    """Statistics of "state" and "actions", each by name ("mean", "std", "q01", …).
+
+    Raises:
+        Pi0Error: not a file of that form, or statistics that are no vectors of numbers.
+    """
+    path = path.expanduser()
+    if path.is_dir():
+        path = path / FILE_NAME
+    if not path.is_file():
+        raise Pi0Error(f"statistics {path}: expected a {FILE_NAME}, found no file.")
+    content = read_json(path)
+    stats = content.get("norm_stats", content)
+    stats = stats if isinstance(stats, dict) else {}
+    tables = {
+        what: next((stats[name] for name in names if isinstance(stats.get(name), dict)), None)
+        for what, names in NAMES.items()
+    }
+    missing = [what for what, table in tables.items() if table is None]
+    if missing:
+        raise Pi0Error(
+            f'statistics {path}: expected {{"norm_stats": {{"state": {{"mean": …}}, "actions": '
+            f"{{…}}}}}}, found no {' and no '.join(missing)}."
+        )
+    return {what: _vectors(path, what, table or {}) for what, table in tables.items()}
+
+
+def _vectors(path: Path, what: str, table: dict[str, object]) -> Statistics:
+    vectors = {}
+    for name, values in table.items():
+        if values is None:
+            continue
+        try:
+            vector = np.asarray(values, np.float64)
+        except (TypeError, ValueError) as error:
+            raise Pi0Error(
+                f"statistics {path}: {what}.{name}: expected a list of numbers, found {error}."
+            ) from error
+        if vector.ndim != 1 or not vector.size:
+            raise Pi0Error(
+                f"statistics {path}: {what}.{name}: expected a list of numbers, one for each "
+                f"dimension, found shape {list(vector.shape)}."
+            )
+        vectors[name] = vector
+    return vectors

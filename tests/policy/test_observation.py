@@ -1,0 +1,183 @@
+"""Observations in the forms that people have them, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pi0.errors import ObservationError
+from pi0.policy import ROBOTS
+from pi0.policy.images import to_model
+from pi0.policy.observation import (
+    BOOKKEEPING,
+    check_observation,
+    lookup,
+    read_image,
+    read_prompt,
+    read_state,
+)
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
+STATE = [0.25, -0.5, 1.0]
+ROBOT = ROBOTS["generic"]
+
+
+def image(value: Any) -> torch.Tensor:
+    return to_model("base", read_image("base", value), 28, "openpi")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        PIXELS.transpose(2, 0, 1),
+        PIXELS[None],
+        Image.fromarray(PIXELS),
+        PIXELS.tolist() and torch.from_numpy(PIXELS),
+        torch.from_numpy(PIXELS).permute(2, 0, 1)[None],
+    ],
+    ids=["CHW", "batch", "PIL", "torch", "torch batch CHW"],
+)
+def test_forms_of_an_image(value: Any) -> None:
+    assert torch.equal(image(value), image(PIXELS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_floating_point_images(dtype: torch.dtype) -> None:
+    """Within one of 256 levels of float32's, three for eight bits of mantissa."""
+    value = torch.from_numpy(PIXELS).float() / 255
+    expected = image(value.numpy())
+    got = image(value.to(dtype).requires_grad_())
+    assert (got - expected).abs().max() <= (3.01 if dtype == torch.bfloat16 else 1.01) * 2 / 255
+
+
+def test_rounding_beyond_the_range_is_clipped() -> None:
+    """Both ends, where a cast without clipping would wrap round."""
+    value = np.zeros((4, 4, 3), np.float32)
+    value[0] = -1e-7
+    value[1] = 1.0000001
+    pixels = image(value)
+    assert pixels.min() == -1
+    assert pixels.max() == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.full((4, 4, 3), 1.1), r"floating-point pixels in \[0, 1\], found 1.1 to 1.1"),
+        (np.full((4, 4, 3), np.nan), "found nan to nan"),
+        (torch.empty(4, 4, 3, device="meta"), "found a tensor on the meta device"),
+        (np.zeros((4, 4, 3), np.int64), "expected uint8 or floating point"),
+        (np.zeros((2, 4, 4, 3), np.uint8), r"expected shape .* found \[2, 4, 4, 3\]"),
+        (Image.new("L", (4, 4)), r"expected shape .* found \[4, 4\]"),
+        ("photo.png", "expected an array of pixels, found 'photo.png'"),
+        ({"a": 1}, "expected an array of pixels, found a dict"),
+        ([[1, 2], [3]], "expected an array of pixels"),
+    ],
+)
+def test_what_is_no_image(value: Any, message: str) -> None:
+    with pytest.raises(ObservationError, match=message):
+        image(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        STATE,
+        tuple(STATE),
+        np.array(STATE),
+        np.array([STATE], np.float32),
+        torch.tensor(STATE, requires_grad=True),
+        torch.tensor([STATE], dtype=torch.bfloat16),
+        [torch.tensor(x) for x in STATE],
+        [np.float32(x) for x in STATE],
+    ],
+)
+def test_forms_of_a_state(value: Any) -> None:
+    np.testing.assert_array_equal(read_state({"state": value}, ROBOT, range(3, 4)), STATE)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("0.1,0.2,0.3", "state: expected numbers, found '0.1,0.2,0.3'"),
+        (["a", "b", "c"], "state: expected numbers, found could not convert"),
+        ({"joint": 1}, "state: expected numbers, found a dict"),
+        ([[1, 2], [3]], "state: expected numbers"),
+        (torch.empty(3, device="meta"), "meta device"),
+        (np.zeros((2, 3)), r"expected 3 values .* found shape \[2, 3\]"),
+        ([1, 2, float("inf")], "expected finite values, found inf at index 2"),
+        ([1 + 2j, 0, 0], "state: expected numbers"),
+        (torch.zeros(3, dtype=torch.complex64), "expected real numbers"),
+    ],
+)
+def test_what_is_no_state(value: Any, message: str) -> None:
+    with pytest.raises(ObservationError, match=message):
+        read_state({"state": value}, ROBOT, range(3, 4))
+
+
+@pytest.mark.parametrize(
+    "value", ["go", np.str_("go"), np.array("go"), ["go"], np.array(["go"]), ("go",), b"go"]
+)
+@pytest.mark.parametrize("key", ["prompt", "task"])
+def test_forms_of_a_prompt(key: str, value: Any) -> None:
+    assert read_prompt({key: value}, None) == "go"
+
+
+def test_default_prompt() -> None:
+    assert read_prompt({}, "wait") == "wait"
+    assert read_prompt({"prompt": None}, "wait") == "wait"
+    assert read_prompt({"task": "go"}, "wait") == "go"
+    assert read_prompt({"task": "go", "prompt": "go"}, None) == "go"
+
+
+@pytest.mark.parametrize(
+    ("observation", "message"),
+    [
+        ({}, "expected a sentence, found None"),
+        ({"prompt": ""}, "expected a sentence, found ''"),
+        ({"prompt": "  \n"}, "expected a sentence"),
+        ({"prompt": 3}, "prompt: expected a sentence, found a int"),
+        ({"prompt": ["a", "b"]}, "found a list"),
+        ({"prompt": "go", "task": "stop"}, "one sentence, found 'go' under prompt and 'stop'"),
+        ({"prompt": "caf\ud83d"}, r"written as UTF-8, found '\\ud83d' at position 3"),
+    ],
+)
+def test_what_is_no_prompt(observation: dict, message: str) -> None:
+    with pytest.raises(ObservationError, match=message):
+        read_prompt(observation, None)
+
+
+@pytest.mark.parametrize(
+    ("observation", "message"),
+    [
+        ([1, 2], "expected a mapping of names to values, found a list"),
+        (None, "found a NoneType"),
+        ({0: PIXELS}, "expected keys that are text, found 0"),
+        ({"images": {"top": PIXELS}}, "found also images/top"),
+        ({"images/base": PIXELS, "depth": PIXELS}, "found also depth"),
+    ],
+)
+def test_what_is_no_observation(observation: Any, message: str) -> None:
+    with pytest.raises(ObservationError, match=message):
+        check_observation(observation, ROBOT, {})
+
+
+@given(
+    st.sets(st.sampled_from([*sorted(BOOKKEEPING), "next.reward", "action_is_pad", "action.raw"]))
+)
+def test_bookkeeping_is_ignored(keys: set[str]) -> None:
+    observation = {"state": STATE, "prompt": "go", "images": {"base": PIXELS}}
+    seen = check_observation({**observation, **dict.fromkeys(keys, 1)}, ROBOT, {})
+    assert read_state(seen, ROBOT, range(3, 4)).tolist() == STATE
+
+
+def test_lookup() -> None:
+    assert lookup({"a/b": 1, "a": {"b": 2}}, "a/b") == 1
+    assert lookup({"a": {"b": {"c": 3}}}, "a/b/c") == 3
+    assert lookup({"a": 1}, "a/b") is None

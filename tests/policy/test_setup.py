@@ -1,0 +1,247 @@
+"""What is assumed is said, and what does not fit between checkpoint, statistics and robot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+
+from pi0.checkpoint.layouts import LAYOUTS
+from pi0.checkpoint.load import open_checkpoint
+from pi0.checkpoint.synth import synthesise
+from pi0.config import PRESETS
+from pi0.errors import Pi0Error
+from pi0.policy import PolicyOptions, PolicySetup, prepare
+
+Edit = Callable[[Path], object]
+
+
+@pytest.fixture
+def folder(tiny_path: Path, tmp_path: Path) -> Path:
+    """A checkpoint in openpi's form, with statistics of 14 values."""
+    folder = shutil.copytree(tiny_path, tmp_path / "checkpoint")
+    shutil.rmtree(folder / "assets")
+    write_stats(folder / "assets/mine/norm_stats.json", 14, 14)
+    return folder
+
+
+def write_stats(path: Path, state: int, actions: int, **changes: Any) -> Path:
+    def unit(width: int) -> dict[str, list[float]]:
+        return {"mean": [0.0] * width, "std": [1.0] * width}
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"norm_stats": {"state": unit(state), "actions": unit(actions)}}
+    path.write_text(json.dumps(content | changes))
+    return path
+
+
+def made(folder: Path, **options: Any) -> PolicySetup:
+    return prepare(open_checkpoint(folder), PolicyOptions(**options))
+
+
+def codes(setup: PolicySetup) -> dict[str, str]:
+    return {finding.code: finding.severity for finding in setup.findings}
+
+
+def test_everything_said(folder: Path) -> None:
+    setup = made(folder, robot="generic")
+    assert codes(setup) == {}
+    pipeline = setup.require()
+    assert (pipeline.resize, pipeline.prompt.convention) == ("openpi", "openpi")
+    described = setup.describe()
+    assert described["robot"]["name"] == "generic"
+    assert described["robot"]["state"] == {"state": 14}
+    assert described["sources"]["statistics"].endswith("norm_stats.json (mean_std)")
+    assert described["sources"]["tokenizer"].endswith("tokenizer.json")
+    assert json.dumps(described)  # plain data
+
+
+def test_an_assumed_robot_is_said(folder: Path) -> None:
+    setup = made(folder)
+    assert codes(setup) == {"robot-assumed": "warning"}
+    with pytest.warns(UserWarning, match="robot: no file of the checkpoint names one; generic is"):
+        setup.require()
+
+
+@pytest.mark.parametrize(
+    ("asset", "robot"), [("trossen", "aloha"), ("trossen_mobile", "aloha"), ("droid", "droid")]
+)
+def test_statistics_of_a_known_robot(folder: Path, asset: str, robot: str) -> None:
+    shutil.move(folder / "assets/mine", folder / f"assets/{asset}")
+    setup = made(folder)
+    assert codes(setup) == {"robot-unknown": "error"}
+    with pytest.raises(Pi0Error, match=f"statistics are those of {asset}.*--robot {robot}"):
+        setup.require()
+    assert made(folder, robot="generic").pipeline is not None
+
+
+@pytest.mark.parametrize(
+    ("robot", "state", "actions", "code", "severity"),
+    [
+        ("aloha", 14, 7, "actions-statistics-narrow", "error"),
+        ("droid", 8, 7, "actions-statistics-narrow", "error"),
+        ("libero", 8, 6, "actions-statistics-narrow", "error"),
+        ("libero", 7, 7, "state-statistics-narrow", "error"),
+        ("libero", 14, 14, "actions-statistics-wide", "warning"),
+        ("libero", 14, 7, "state-statistics-wide", "warning"),
+        ("generic", 40, 14, "state-too-wide", "error"),
+        ("generic", 14, 33, "actions-too-wide", "error"),
+    ],
+)
+def test_widths(
+    folder: Path, robot: str, state: int, actions: int, code: str, severity: str
+) -> None:
+    path = write_stats(folder / "stats.json", state, actions)
+    assert codes(made(folder, robot=robot, norm_stats=path))[code] == severity
+
+
+@pytest.mark.parametrize(
+    ("robot", "state", "actions"), [("aloha", 14, 14), ("libero", 8, 7), ("libero", 32, 32)]
+)
+def test_widths_that_fit(folder: Path, robot: str, state: int, actions: int) -> None:
+    """32 values are statistics padded to the model's width, as openpi's released ones are."""
+    path = write_stats(folder / "stats.json", state, actions)
+    assert codes(made(folder, robot=robot, norm_stats=path)) == {}
+
+
+def test_flat_statistics(folder: Path) -> None:
+    flat = {"mean": [0.0] * 14, "std": [1.0] * 12 + [0.0, 1e-9]}
+    whole = {"mean": [0.0] * 14, "std": [1.0] * 14}
+    path = write_stats(folder / "stats.json", 14, 14, norm_stats={"state": flat, "actions": whole})
+    setup = made(folder, robot="generic", norm_stats=path)
+    assert codes(setup) == {"state-statistics-flat": "warning"}
+    assert "no spread in 12, 13" in setup.findings[0].sentence
+    # Padding beyond the robot's own values has no spread, and nobody reads it.
+    path = write_stats(
+        folder / "stats.json",
+        14,
+        14,
+        norm_stats={
+            what: {"mean": [0.0] * 32, "std": [1.0] * 8 + [0.0] * 24}
+            for what in ("state", "actions")
+        },
+    )
+    assert codes(made(folder, robot="libero", norm_stats=path)) == {}
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["norm_stats.json", "physical-intelligence/libero/norm_stats.json", "libero/norm_stats.json"],
+)
+def test_places_of_statistics(folder: Path, place: str) -> None:
+    shutil.rmtree(folder / "assets")
+    path = write_stats(folder / place, 14, 14)
+    setup = made(folder, robot="generic", preprocessing="openpi")
+    assert codes(setup) == {}
+    assert setup.sources["statistics"].startswith(str(path))
+
+
+def test_nothing_says_whose_preprocessing(folder: Path) -> None:
+    path = write_stats(folder.parent / "elsewhere.json", 14, 14)
+    shutil.rmtree(folder / "assets")
+    setup = made(folder, robot="generic", norm_stats=path)
+    assert codes(setup) == {"preprocessing-assumed": "warning"}
+    assert codes(made(folder, robot="generic", norm_stats=path, preprocessing="openpi")) == {}
+    setup = made(folder, robot="generic", norm_stats=path, resize="lerobot", prompt="openpi")
+    assert codes(setup) == {}
+    assert setup.require().resize == "lerobot"
+
+
+def test_names_of_lerobot_without_its_files(folder: Path) -> None:
+    """A checkpoint that LeRobot wrote must not get openpi's preprocessing in silence."""
+
+    theirs = folder.parent / "theirs"
+    synthesise(theirs, PRESETS["tiny"], LAYOUTS["lerobot"], 0, torch.float32)
+    for file in theirs.iterdir():
+        if file.name.startswith("policy_") or file.name == "config.json":
+            file.unlink()
+    shutil.copy(folder / "config.json", theirs / "config.json")
+    path = write_stats(folder.parent / "elsewhere.json", 14, 14)
+    setup = made(theirs, robot="generic", norm_stats=path)
+    assert codes(setup) == {"preprocessing-unknown": "error"}
+    assert "--preprocessing" in setup.findings[0].sentence
+    assert codes(made(theirs, robot="generic", norm_stats=path, preprocessing="lerobot")) == {}
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("adapt_to_pi_aloha", True), ("use_delta_joint_actions_aloha", True)]
+)
+def test_alohas_flags(folder: Path, flag: str, value: bool) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {flag: value}))
+    setup = made(folder)
+    assert codes(setup) == {"robot-unknown": "error"}
+    assert flag in setup.findings[0].sentence
+    assert "--robot aloha" in setup.findings[0].sentence
+    assert codes(made(folder, robot="aloha")) == {}
+    (folder / "config.json").write_text(json.dumps(config | {flag: False}))
+    assert codes(made(folder)) == {"robot-assumed": "warning"}
+
+
+@pytest.mark.parametrize(
+    ("edit", "code"),
+    [
+        (lambda f: shutil.rmtree(f / "assets"), "statistics-unusable"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer-unusable"),
+    ],
+)
+def test_several_findings_at_once(folder: Path, edit: Edit, code: str) -> None:
+    edit(folder)
+    setup = made(folder, robot="nowhere")
+    assert set(codes(setup)) - {"preprocessing-assumed"} == {"robot-unknown", code}
+    assert setup.pipeline is None
+    with pytest.raises(Pi0Error, match=r"(?s)robot: expected one of .*\n"):
+        setup.require()
+
+
+def test_a_tokenizer_for_a_larger_vocabulary(folder: Path) -> None:
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"p{i}" for i in range(1000))]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    Tokenizer(BPE(vocabulary, [], unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+    setup = made(folder, robot="generic")
+    assert codes(setup) == {"tokenizer-unusable": "error"}
+    assert "at most the 512 pieces" in setup.findings[0].sentence
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"norm_stats": {"state": {"mean": 0.0, "std": 1.0}, "actions": {}}},
+            "state.mean: .* sh",
+        ),
+        ({"state": {"mean": []}, "actions": {"mean": []}}, "one for each dimension, found shape"),
+        (
+            {"state": {"mean": ["a"]}, "actions": {"mean": [0]}},
+            "state.mean: expected a list",
+        ),
+        ({"norm_stats": []}, "found no state and no actions"),
+        ({"norm_stats": {"state": {"mean": [0], "std": [1]}}}, "found no actions"),
+        (
+            {"state": {"mean": [0], "std": [1]}, "action": {"mean": [0, 1], "std": [1]}},
+            "found mean \\[2\\] and std \\[1\\]",
+        ),
+    ],
+)
+def test_statistics_that_are_none(folder: Path, content: dict, message: str) -> None:
+    path = folder / "stats.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(Pi0Error, match=message):
+        made(folder, robot="generic", norm_stats=path).require()
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+@pytest.mark.parametrize("key", ["action", "actions"])
+def test_other_forms_of_statistics(folder: Path, wrapped: bool, key: str) -> None:
+    table = {"mean": [0.0] * 3, "std": [1.0] * 3, "q01": None}
+    stats = {"state": table, key: table}
+    path = folder / "stats.json"
+    path.write_text(json.dumps({"norm_stats": stats} if wrapped else stats))
+    assert made(folder, robot="generic", norm_stats=path).require().action_dim == 3

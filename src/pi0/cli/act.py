@@ -88,7 +88,7 @@ def act(
     engine: options.Engine = "reference",
     device: options.Device = None,
     dtype: options.Dtype = None,
-    cache: options.Cache = False,
+    cache: options.WeightCache = False,
     as_json: options.Json = False,
 ) -> None:
     """Compute a chunk of actions from camera images, a prompt and a joint state.

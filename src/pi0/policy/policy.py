@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
 from pi0.engines.base import Engine, make_engine
+from pi0.engines.spec import EngineSpec
 from pi0.errors import ObservationError, Pi0Error
 from pi0.inputs import ModelInputs, check_noise, to_tensor
 from pi0.policy import images, lerobot
@@ -127,7 +128,13 @@ class Policy:
         state_stats, action_stats = _normalizers(checkpoint, norm_stats, norm_mode)
         words = load_tokenizer(Path(tokenizer) if tokenizer else find_tokenizer(folder))
         # Last, because it is what takes long.
-        machine = make_engine(engine, checkpoint, device, dtype, image_size, progress, cache)
+        machine = make_engine(
+            EngineSpec.parse(engine, dtype, device),
+            checkpoint,
+            image_size=image_size,
+            weight_cache=cache,
+            progress=progress,
+        )
         return cls(
             machine, table, words, conventions, state_stats, action_stats, steps=steps, seed=seed
         )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pi0.checkpoint.load import open_checkpoint
+from pi0.engines.base import EngineOptions
 from pi0.engines.fast.cpu import engine as cpu
 from pi0.engines.fast.cpu.engine import CpuEngine
 from pi0.engines.fast.cpu.int8 import Int8Kernels
@@ -66,7 +67,7 @@ def sample(engine: CpuEngine, inputs: ModelInputs, noise: Tensor, again: bool = 
 
 def variants(path: Path, dtype: str) -> dict[str, Callable[[ModelInputs, Tensor], float]]:
     checkpoint = open_checkpoint(path)
-    engine = CpuEngine(checkpoint, None, dtype)
+    engine = CpuEngine(checkpoint, EngineOptions(dtype))
     kernels = engine.network.kernels
     assert isinstance(kernels, NativeKernels)
 
@@ -94,12 +95,12 @@ def variants(path: Path, dtype: str) -> dict[str, Callable[[ModelInputs, Tensor]
     if dtype == "int8":  # three models of it fit in memory
         scheme = cpu.SCHEMES[dtype]
         cpu.SCHEMES[dtype] = dataclasses.replace(scheme, part=UNSPLIT)
-        whole = CpuEngine(checkpoint, None, dtype)
+        whole = CpuEngine(checkpoint, EngineOptions(dtype))
         cpu.SCHEMES[dtype] = scheme
         found["MLPs not in parts"] = lambda inputs, noise: sample(whole, inputs, noise)
         original = cpu.choose_kernels
         cpu.choose_kernels = Int8Kernels
-        plain = CpuEngine(checkpoint, None, dtype)
+        plain = CpuEngine(checkpoint, EngineOptions(dtype))
         cpu.choose_kernels = original
         found["all by PyTorch"] = lambda inputs, noise: sample(plain, inputs, noise)
     return found

@@ -9,7 +9,6 @@ One process at a time. Exits 1 if an implementation is further from ours than it
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
 import time
@@ -17,7 +16,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
 import torch
@@ -28,10 +26,11 @@ from pi0.checkpoint.load import open_checkpoint
 from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS, Pi0Config
 from pi0.engines.base import make_engine
+from pi0.engines.registry import find_peers
+from pi0.engines.spec import EngineSpec
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs, random_inputs
 from pi0.model.precision import parse_dtype
-from pi0.peers.engine import PEERS, PeerEngine
 
 ROOT = Path(__file__).parents[1]
 CAMERAS, MASKED, TEXT = 3, 1, 9  # the second camera is masked, 9 of 48 tokens are text
@@ -120,23 +119,18 @@ def observation(config: Pi0Config) -> tuple[ModelInputs, torch.Tensor]:
 def run(engine: str, checkpoint: Path, dtype: str) -> Run | str:
     """One implementation, or why it cannot be run here. Called in a process of its own."""
     try:
-        machine = make_engine(engine, open_checkpoint(checkpoint), dtype=dtype)
+        made = make_engine(EngineSpec.parse(engine, dtype), open_checkpoint(checkpoint))
     except EngineError as error:
         return str(error)
-    inputs, noise = observation(machine.config)
+    inputs, noise = observation(made.config)
     start = time.perf_counter()
-    actions = machine.sample(inputs, noise).double().numpy()
-    seconds, peak = time.perf_counter() - start, getrusage(RUSAGE_SELF).ru_maxrss * 1024
-    if isinstance(machine, PeerEngine):
-        name, version = machine.implementation, machine.torch
-        seconds, peak = machine.seconds, machine.peak
-    else:
-        name, version = f"pi0 {__version__}", torch.__version__
+    actions = made.sample(inputs, noise).double().numpy()
+    seconds = made.own_seconds or time.perf_counter() - start
+    info, (peak, _) = made.info, made.peak_memory()
     if actions.std() == 0:
         sys.exit(f"parity: {engine}: expected actions that differ, found a constant.")
-    del machine
-    gc.collect()
-    return Run(actions, name, version, seconds, peak / 2**30)
+    made.close()
+    return Run(actions, info["implementation"], info["torch"], seconds, peak / 2**30)
 
 
 def run_alone(engine: str, size: Size, checkpoint: Path, dtype: str) -> Run | str:
@@ -155,7 +149,7 @@ def compare(size: Size, checkpoint: Path) -> tuple[list[Row], dict[str, str]]:
             sys.exit(f"parity: ours: {result}")
         ours[dtype] = result
     rows, skipped = [], {}
-    for name in reversed(PEERS):
+    for name in reversed(find_peers()):
         theirs = run_alone(name, size, checkpoint, "float32")
         if isinstance(theirs, str):
             skipped[name] = theirs

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 
 from pi0.config import PRESETS
-from pi0.engines.base import Engine
+from pi0.engines.base import Capabilities, Engine, EngineOptions
 from pi0.inputs import ModelInputs
 from pi0.model import PrefixCache, Tap
 from pi0.model.pi0 import no_tap
@@ -15,8 +17,11 @@ from pi0.model.pi0 import no_tap
 class FakeEngine(Engine):
     """Its velocity is such that sampling returns `answer`; keeps the inputs it saw."""
 
+    name = "fake"
+    capabilities = Capabilities(precisions=("float32",))
+
     def __init__(self, answer: Tensor) -> None:
-        self.config = PRESETS["tiny"]
+        super().__init__(SimpleNamespace(config=PRESETS["tiny"]), EngineOptions("float32"))
         self.answer = answer
         self.seen: list[ModelInputs] = []
 

@@ -15,12 +15,13 @@ SRC = ROOT / "src" / "pi0"
 # Who may import whom; a room may import itself.
 ARROWS = {
     "errors": set(),
+    "plugins": {"errors"},
     "findings": {"errors"},
     "config": {"errors"},
     "inputs": {"errors", "config"},
     "model": {"errors", "config", "inputs"},
     "checkpoint": {"errors", "findings", "config", "model"},
-    "engines": {"errors", "config", "inputs", "model", "checkpoint"},
+    "engines": {"errors", "plugins", "config", "inputs", "model", "checkpoint"},
     "peers": {"errors", "config", "inputs", "model", "checkpoint", "engines"},
     "trace": {"inputs", "model", "engines"},
     "verify": {"errors", "config", "inputs", "model", "engines"},
@@ -32,9 +33,9 @@ ARROWS = {
         "model",
         "checkpoint",
         "engines",
-        "peers",
         "verify",
     },
+    "testing": {"errors", "config", "inputs", "model", "checkpoint", "engines", "verify"},
     "policy": {"errors", "findings", "inputs", "checkpoint", "engines"},
     "cli": {
         "errors",
@@ -47,7 +48,6 @@ ARROWS = {
         "policy",
         "trace",
         "verify",
-        "peers",
         "bench",
     },
 }

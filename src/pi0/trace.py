@@ -1,6 +1,6 @@
-"""One forward pass, watched: what every stage of π0 hands on, and how long it took.
+"""One forward pass, watched: the result of every stage of π0, and how long it took.
 
-Knows no engine's inside: it listens to the tap that all engines offer.
+Knows no engine's internals: it uses the tap that all engines offer.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class MaskSlice:
 class Trace:
     """Stages in order, and how the sequence is made up.
 
-    `not_shown` are the stages that the engine's tap does not see; without `sequence` there are no
-    mask slices.
+    `not_shown` are the stages that the engine's tap does not see, and why; without `sequence` there
+    are no mask slices.
     """
 
     stages: list[StageRow]
-    not_shown: list[str]
+    not_shown: dict[str, str]
     prefix: int
     suffix: int
     total: int
@@ -96,7 +96,7 @@ def trace(engine: Engine, inputs: ModelInputs, noise: Tensor, t: float = 1.0) ->
     """Runs prefill and one velocity at time t, and reports all stages that the engine shows.
 
     Args:
-        noise: [B, horizon, action_dim], taken as the noisy actions.
+        noise: the noisy actions [B, horizon, action_dim].
     """
     recorder = _Recorder()
     cache = engine.prefill(inputs, recorder)
@@ -105,7 +105,7 @@ def trace(engine: Engine, inputs: ModelInputs, noise: Tensor, t: float = 1.0) ->
     suffix = engine.config.suffix_len
     return Trace(
         stages=[recorder.rows[name] for name in STAGES if name in recorder.rows],
-        not_shown=[name for name in STAGES if name not in recorder.rows],
+        not_shown={name: engine.why_hidden(name) for name in STAGES if name not in recorder.rows},
         prefix=x,
         suffix=suffix,
         total=x + suffix,

@@ -19,10 +19,11 @@ from PIL import Image
 from pi0.bench import roofline
 from pi0.bench.run import run_worker
 from pi0.bench.scaling import workloads_around
-from pi0.bench.task import EngineSpec, WorkerTask, Workload, parse_spec, workload_inputs
+from pi0.bench.task import WorkerTask, Workload, workload_inputs
 from pi0.bench.worker import part_times, sample_times
 from pi0.cli.main import main
 from pi0.config import PRESETS
+from pi0.engines.spec import EngineSpec
 from pi0.errors import ConfigError, EngineError
 
 POINT = Workload(cameras=3, masked=1, tokens=12, valid=9, steps=2)
@@ -49,7 +50,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, s
 
 def test_two_engines(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, plot = tmp_path / "new" / "results.json", tmp_path / "bench.png"
-    engines = ("--engines", "reference", "reference:bfloat16")
+    engines = ("--engines", "reference", "--engines", "reference:bfloat16")
     code, stdout, _ = run(capsys, tiny_path, *engines, *SIZES, "--out", out, "--plot", plot)
     assert code == 0, stdout
     data = json.loads(out.read_text())
@@ -78,7 +79,7 @@ def test_two_engines(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_one_engine_fails_and_the_rest_goes_on(
     tiny_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engines = ("--engines", "reference@abacus", "reference")
+    engines = ("--engines", "reference@abacus", "--engines", "reference")
     code, stdout, _ = run(capsys, tiny_path, *engines, *SIZES, "--rounds", 1, "--json")
     data = json.loads(stdout)
     assert code == 1
@@ -107,7 +108,7 @@ def test_scaling(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("--engines", "reference", "warp"), "engine: expected one of reference, "),
+        (("--engines", "reference", "--engines", "warp"), "engine: expected one of reference, "),
         (("--engines", "reference:int3"), "dtype: expected one of float32, bfloat16"),
         (("--against", "warp"), "engine: expected one of reference, "),
         (("--masked", 3), "masked: expected fewer than the 3 cameras, found 3."),
@@ -183,11 +184,6 @@ def job(path: Path, **changes: object) -> WorkerTask:
 def test_job_survives_json(tiny_path: Path) -> None:
     given = job(tiny_path, sweep=tuple(workloads_around(POINT)["steps"]))
     assert WorkerTask.from_json(given.to_json()) == given
-
-
-def test_specs() -> None:
-    assert parse_spec("reference") == EngineSpec("reference", "float32", None)
-    assert parse_spec("reference:bfloat16@cuda:1").label == "reference:bfloat16@cuda:1"
 
 
 def test_inputs() -> None:

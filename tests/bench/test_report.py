@@ -12,8 +12,9 @@ from pi0.bench.report import engine_rows, to_data
 from pi0.bench.roofline import Rate
 from pi0.bench.run import BenchPlan, BenchResult, EngineResult
 from pi0.bench.scaling import workloads_around
-from pi0.bench.task import EngineSpec, Trial, Workload
+from pi0.bench.task import Trial, Workload
 from pi0.config import PRESETS
+from pi0.engines.spec import EngineSpec
 from pi0.verify.compare import Comparison
 
 CONFIG = PRESETS["pi0_base"]
@@ -35,7 +36,7 @@ def measured(name: str, *times: float, vision_ms: float | None = 2000.0) -> Engi
             cuda_bytes=None,
             threads=2,
             device="cpu",
-            implementation=None,
+            implementation="pi0 0.1.0",
             torch="2",
         )
         for ms in times

@@ -12,26 +12,20 @@ import torch._inductor.exc
 
 from pi0.checkpoint.load import open_checkpoint
 from pi0.config import PRESETS
-from pi0.engines.base import check_engine_available, choose_precision, make_engine
-from pi0.errors import ConfigError, EngineError
+from pi0.engines.base import EngineOptions, make_engine
+from pi0.engines.registry import find_engine
+from pi0.errors import EngineError
 from pi0.inputs import random_inputs
 
 
-def test_precisions_by_short_names() -> None:
-    assert choose_precision("cuda", "bf16") == "bfloat16"
-    assert choose_precision("reference", "fp32") == "float32"
-    assert choose_precision("cpu", None) == "float32"
-    with pytest.raises(ConfigError, match="float16"):
-        choose_precision("reference", "fp16")
-    with pytest.raises(EngineError, match="expected one of float32, int8, bfloat16"):
-        choose_precision("cpu", "int4")
-
-
 def test_a_device_that_is_not_there_is_said_before_the_work() -> None:
+    def check(name: str, device: str) -> None:
+        find_engine(name).check_available(PRESETS["tiny"], EngineOptions("float32", device))
+
     with pytest.raises(EngineError, match="expected cpu for engine cpu, found 'cuda'"):
-        check_engine_available("cpu", PRESETS["tiny"], "cuda")
+        check("cpu", "cuda")
     with pytest.raises(EngineError, match="expected cuda or cuda:N for engine cuda"):
-        check_engine_available("cuda", PRESETS["tiny"], "cpu")
+        check("cuda", "cpu")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's of itself

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pi0.checkpoint.load import open_checkpoint
 from pi0.config import PRESETS
-from pi0.engines.base import make_engine
+from pi0.engines.base import EngineOptions, make_engine
 from pi0.engines.fast.cuda import engine as cuda
 from pi0.engines.fast.cuda import fp8
 from pi0.engines.fast.cuda.engine import BUCKET, CudaEngine, choose_scheme, guard
@@ -190,7 +190,7 @@ def verified(
     opened = open_checkpoint(path)
 
     def candidate() -> CudaEngine:
-        engine = CudaEngine(opened, dtype=precision)
+        engine = CudaEngine(opened, EngineOptions(precision))
         change(engine)
         return engine
 
@@ -198,7 +198,6 @@ def verified(
         lambda: make_engine("reference", opened),
         candidate,
         default_cases(opened.config, cameras=3, tokens=40),
-        precisions=("float32", precision),
         mode=mode,
         layers=True,
         steps=2,
@@ -206,7 +205,7 @@ def verified(
 
 
 @pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("precision", CudaEngine.precisions)
+@pytest.mark.parametrize("precision", CudaEngine.capabilities.precisions)
 @pytest.mark.parametrize("mode", ["chained", "isolated"])
 def test_agrees_with_the_reference(tiny_path: Path, precision: str, mode: str) -> None:
     """Within the limits of `pi0.verify.thresholds`, which say why."""
@@ -227,7 +226,7 @@ def test_limits_of_fp8_see_a_wrong_scale(tiny_path: Path) -> None:
 
 @pytest.mark.usefixtures("on_cpu")
 def test_steps_are_told_and_nan_is_refused(tiny_path: Path) -> None:
-    engine = CudaEngine(open_checkpoint(tiny_path), dtype="float32")
+    engine = CudaEngine(open_checkpoint(tiny_path), EngineOptions("float32"))
     inputs, noise = random_inputs(engine.config, 1, 4, 0)
     told: list[None] = []
     engine.sample(inputs, noise, steps=3, on_step=lambda: told.append(None))
@@ -251,7 +250,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_notes_are_warnings(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "choose_kernels", lambda device, scheme: (Fp8Kernels(), ["why"]))
     with pytest.warns(UserWarning, match="why"):
-        engine = CudaEngine(open_checkpoint(tiny_path))
+        engine = CudaEngine(open_checkpoint(tiny_path), EngineOptions("bfloat16"))
     assert engine.notes == ["why"]
 
 
@@ -296,9 +295,9 @@ def test_fp8_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_device_that_is_none(tiny_path: Path) -> None:
     opened = open_checkpoint(tiny_path)
     with pytest.raises(EngineError, match="expected cuda or cuda:N for engine cuda, found 'cpu'."):
-        make_engine("cuda", opened, device="cpu")
+        make_engine("cuda@cpu", opened)
     with pytest.raises(EngineError, match="expected cuda or cuda:N, found 'gpu'."):
-        make_engine("cuda", opened, device="gpu")
+        make_engine("cuda@gpu", opened)
 
 
 def test_cuda_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,12 +29,12 @@ def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def make(path: Path, precision: str) -> CudaEngine:
     if precision == "fp8" and torch.cuda.get_device_capability() < FP8_CAPABILITY:
         pytest.skip("no fp8 on this CUDA device")
-    engine = make_engine("cuda", open_checkpoint(path), dtype=precision)
+    engine = make_engine(f"cuda:{precision}", open_checkpoint(path))
     assert isinstance(engine, CudaEngine)
     return engine
 
 
-@pytest.mark.parametrize("precision", CudaEngine.precisions)
+@pytest.mark.parametrize("precision", CudaEngine.capabilities.precisions)
 @pytest.mark.parametrize("mode", ["chained", "isolated"])
 def test_agrees_with_the_reference(path: Path, precision: str, mode: str) -> None:
     """Within the limits of `pi0.verify.thresholds`, which say why."""
@@ -51,7 +51,7 @@ def test_agrees_with_the_reference(path: Path, precision: str, mode: str) -> Non
     assert result.first_failure is None
 
 
-@pytest.mark.parametrize("precision", CudaEngine.precisions)
+@pytest.mark.parametrize("precision", CudaEngine.capabilities.precisions)
 def test_replays_are_the_call(path: Path, precision: str) -> None:
     """Bit for bit: the same kernels in the same order. Two shapes take turns, with a graph each."""
     engine = make(path, precision)

@@ -162,7 +162,7 @@ def test_actions_are_close(tiny_path: Path) -> None:
     checkpoint = open_checkpoint(tiny_path)
     inputs, noise = random_inputs(CONFIG, 2, 6, 0)
     exact, close = (
-        make_engine("cpu", checkpoint, None, dtype).sample(inputs, noise)
+        make_engine(f"cpu:{dtype}", checkpoint).sample(inputs, noise)
         for dtype in ("float32", "int8")
     )
     found = compare(exact, close)
@@ -181,17 +181,17 @@ def test_damaged_weights_are_refused(tiny_path: Path, tmp_path: Path, dtype: str
     save_file(tensors, tmp_path / "model.safetensors")
     inputs, noise = random_inputs(CONFIG, 2, 6, 0)
     with pytest.raises(Pi0Error, match="expected finite"):
-        make_engine("cpu", open_checkpoint(tmp_path), None, dtype).sample(inputs, noise)
+        make_engine(f"cpu:{dtype}", open_checkpoint(tmp_path)).sample(inputs, noise)
 
 
 def test_without_a_compiler(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slower, with a warning, and within rounding of the same actions."""
     checkpoint = open_checkpoint(tiny_path)
     inputs, noise = random_inputs(CONFIG, 2, 6, 0)
-    expected = make_engine("cpu", checkpoint, None, "int8").sample(inputs, noise)
+    expected = make_engine("cpu:int8", checkpoint).sample(inputs, noise)
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.warns(UserWarning, match=r"engine cpu: slower than it could be: .+\."):
-        plain = make_engine("cpu", checkpoint, None, "int8")
+        plain = make_engine("cpu:int8", checkpoint)
     assert isinstance(plain.network.kernels, Int8Kernels)  # type: ignore[attr-defined]
     assert not isinstance(plain.network.kernels, NativeKernels)  # type: ignore[attr-defined]
     found = compare(expected, plain.sample(inputs, noise))
@@ -213,9 +213,9 @@ def test_bfloat16_only_where_it_is_faster(tiny_path: Path, monkeypatch: pytest.M
     seconds = {torch.bfloat16: 3.0, torch.float32: 1.0}
     monkeypatch.setattr(cpu, "product_seconds", seconds.__getitem__)
     with pytest.raises(EngineError, match="found this one 3.0 times as slow"):
-        make_engine("cpu", checkpoint, None, "bfloat16")
+        make_engine("cpu:bfloat16", checkpoint)
     seconds[torch.bfloat16] = 0.5
     inputs, noise = random_inputs(CONFIG, 2, 6, 0)
-    rough = make_engine("cpu", checkpoint, None, "bfloat16").sample(inputs, noise)
-    found = compare(make_engine("cpu", checkpoint, None, "float32").sample(inputs, noise), rough)
+    rough = make_engine("cpu:bfloat16", checkpoint).sample(inputs, noise)
+    found = compare(make_engine("cpu:float32", checkpoint).sample(inputs, noise), rough)
     assert 1e-5 < found.rel_l2 < 0.03  # verify's limit

@@ -27,7 +27,7 @@ CONFIG = PRESETS["tiny"]
 
 @pytest.fixture(scope="module")
 def engine(tiny_path: Path) -> Engine:
-    return make_engine("cpu", open_checkpoint(tiny_path), None, "float32")
+    return make_engine("cpu:float32", open_checkpoint(tiny_path))
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -63,7 +63,7 @@ def test_no_text_at_all(engine: Engine, tiny: Pi0) -> None:
 def test_other_image_size(tiny_path: Path) -> None:
     checkpoint = open_checkpoint(tiny_path)
     inputs, noise = random_inputs(CONFIG.with_image_size(56), 1, 4, 0)
-    engine = make_engine("cpu", checkpoint, None, "float32", image_size=56)
+    engine = make_engine("cpu:float32", checkpoint, image_size=56)
     expected = load_model(checkpoint, image_size=56).sample_actions(inputs, noise, 2)
     assert close(engine.sample(inputs, noise, 2), expected)
 

@@ -20,7 +20,7 @@ def test_one_image(tiny_path: Path, dtype: str) -> None:
     checkpoint = open_checkpoint(tiny_path)
     inputs, noise = random_inputs(checkpoint.config, 1, 16, 0)
     expected = make_engine("reference", checkpoint).sample(inputs, noise, 2)
-    actions = make_engine("cpu", checkpoint, dtype=dtype).sample(inputs, noise, 2)
+    actions = make_engine(f"cpu:{dtype}", checkpoint).sample(inputs, noise, 2)
     # Eight bits are good for about two digits; float32 differs in the order of sums.
     error = (actions - expected).norm() / expected.norm()
     assert error < (0.1 if dtype == "int8" else 1e-5)

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from pi0 import Pi0Error, Policy, make_engine, open_checkpoint
 from pi0.checkpoint.files import CACHE_LINE, find_files
-from pi0.engines.base import ENGINES
 from pi0.engines.fast import weight_cache
 from pi0.engines.fast.cpu.int8 import Int8Kernels
 from pi0.engines.fast.kernels import Kernels
 from pi0.engines.fast.weight_cache import load_weights
 from pi0.engines.fast.weights import PackedWeights, Scheme
+from pi0.engines.registry import BUILT_IN
 from pi0.errors import CheckpointError, EngineError
 from pi0.inputs import random_inputs
 
@@ -85,7 +85,7 @@ def test_actions_are_the_same_bits(folder: Path, dtype: str) -> None:
     checkpoint = open_checkpoint(folder)
     inputs, noise = random_inputs(checkpoint.config, 2, 16, 0)
     plain, packing, mapped = (
-        make_engine("cpu", checkpoint, dtype=dtype, cache=cache).sample(inputs, noise, 2)
+        make_engine(f"cpu:{dtype}", checkpoint, weight_cache=cache).sample(inputs, noise, 2)
         for cache in (False, True, True)
     )
     assert (folder / f"model.cpu-{dtype}-28.pi0").exists()
@@ -199,14 +199,14 @@ def test_folder_of_that_name(folder: Path) -> None:
         load(folder)
 
 
-@pytest.mark.parametrize("name", [name for name in ENGINES if name != "cpu"])
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "cpu"])
 def test_others_refuse_before_loading(folder: Path, name: str) -> None:
     checkpoint = open_checkpoint(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(
         EngineError, match=f"expected an engine that keeps packed weights .*found {name}."
     ):
-        make_engine(name, checkpoint, cache=True)
+        make_engine(name, checkpoint, weight_cache=True)
 
 
 def test_kept_weights_do_not_hide_a_missing_checkpoint(folder: Path) -> None:

@@ -27,9 +27,8 @@ def test_agrees_with_the_reference(tiny_path: Path, precision: str, mode: str) -
     opened = open_checkpoint(tiny_path)
     result = verify(
         lambda: make_engine("reference", opened),
-        lambda: make_engine("ttnn", opened, dtype=precision),
+        lambda: make_engine(f"ttnn:{precision}", opened),
         default_cases(opened.config, cameras=3, tokens=40),
-        precisions=("float32", precision),
         mode=mode,
         layers=True,
         steps=2,

@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
 from pi0.cli.main import main
-from pi0.engines.base import Engine, make_engine
+from pi0.engines.base import Engine, EngineOptions, make_engine
 from pi0.engines.tenstorrent.backend import Upload
 from pi0.engines.tenstorrent.engine import TtnnHostEngine
 from pi0.engines.tenstorrent.host import HostBackend, HostTensor
@@ -33,7 +33,7 @@ def checkpoint(tiny_path: Path) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def backend(checkpoint: Checkpoint) -> HostBackend:
-    made = TtnnHostEngine(checkpoint).backend
+    made = TtnnHostEngine(checkpoint, EngineOptions("accurate")).backend
     assert isinstance(made, HostBackend)
     return made
 
@@ -42,7 +42,7 @@ def run(
     checkpoint: Checkpoint, precision: str, plant=lambda engine: None, **options
 ) -> VerifyResult:
     def candidate():
-        engine = make_engine("ttnn-host", checkpoint, dtype=precision)
+        engine = make_engine(f"ttnn-host:{precision}", checkpoint)
         plant(engine)
         return engine
 
@@ -50,7 +50,6 @@ def run(
         lambda: make_engine("reference", checkpoint),
         candidate,
         default_cases(checkpoint.config, cameras=3, tokens=40),
-        ("float32", precision),
         **{"steps": 2, **options},
     )
 
@@ -71,7 +70,7 @@ def test_one_full_width_layer(one_layer_path: Path, precision: str) -> None:
     opened = open_checkpoint(one_layer_path)
     inputs, noise = random_inputs(opened.config.with_image_size(70), 2, 20, 0)
     reference = make_engine("reference", opened, image_size=70)
-    candidate = make_engine("ttnn-host", opened, dtype=precision, image_size=70)
+    candidate = make_engine(f"ttnn-host:{precision}", opened, image_size=70)
     seen: list[dict[str, torch.Tensor]] = []
     for engine in (reference, candidate):
         record: dict[str, torch.Tensor] = {}

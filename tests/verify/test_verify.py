@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
+from pi0.engines.base import EngineOptions
 from pi0.engines.reference import ReferenceEngine
 from pi0.model.gemma import RMSNorm
 from pi0.verify.compare import compare
@@ -115,7 +116,7 @@ def run(
     **options: Any,
 ) -> VerifyResult:
     def make(plant: Plant | None, dtype: str) -> ReferenceEngine:
-        engine = ReferenceEngine(checkpoint, dtype=dtype)
+        engine = ReferenceEngine(checkpoint, EngineOptions(dtype))
         if plant:
             with torch.no_grad():
                 plant(engine)
@@ -128,7 +129,6 @@ def run(
         lambda: make(reference_plant, "float32"),
         lambda: make(plant, precision),
         cases,
-        ("float32", precision),
         **options,
     )
 
@@ -170,8 +170,10 @@ def test_bug_in_the_engines_own_loop(checkpoint: Checkpoint) -> None:
     """Stages and velocities are right; what `sample` makes of them is not."""
 
     def plant(engine: ReferenceEngine) -> None:
-        sample = engine.sample
-        engine.sample = lambda inputs, noise, steps: sample(inputs, noise, steps + 1)
+        sample = engine._sample
+        engine._sample = lambda inputs, noise, steps, on_step: sample(
+            inputs, noise, steps + 1, on_step
+        )
 
     result = run(checkpoint, plant, mode="chained")
     failed = [(row.case, row.name) for row in result.rows if not row.passed]
@@ -193,8 +195,11 @@ def test_nobody_sees_any_text_or_image(checkpoint: Checkpoint, masked: str, left
     """What is masked altogether is not compared; the rest is."""
     case = default_cases(checkpoint.config, cameras=2, tokens=4)[0]
     getattr(case.inputs, masked)[:] = False
-    engine = ReferenceEngine(checkpoint)
-    result = verify(lambda: engine, lambda: engine, [case], ("float32", "float32"), steps=1)
+
+    def make() -> ReferenceEngine:
+        return ReferenceEngine(checkpoint, EngineOptions("float32"))
+
+    result = verify(make, make, [case], steps=1)
     assert result.first_failure is None
     names = {row.name for row in result.rows}
     assert names & {"vision_tower", "token_embedding"} == {left}

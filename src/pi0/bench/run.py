@@ -1,4 +1,4 @@
-"""Visits every engine in turn (A B C A B C, so that what disturbs the machine hits all alike)."""
+"""Visits every engine in turn: A B C A B C, so that what disturbs the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pi0.bench.roofline import Rate, measure
+from pi0.bench.roofline import SIZES, Rate, measure
 from pi0.bench.scaling import SWEEP_REPEAT, workloads_around
-from pi0.bench.task import ACTIONS, RESULT_FILE, EngineSpec, Trial, WorkerTask, Workload
+from pi0.bench.task import ACTIONS, RESULT_FILE, Trial, WorkerTask, Workload
+from pi0.engines.spec import EngineSpec
 from pi0.errors import EngineError
 from pi0.verify.compare import Comparison, compare
 
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """What is to be measured.
+    """What to measure.
 
     Attributes:
-        peers: how many of the specs, the last ones, were named as peers.
+        peers: how many of the specs, the last ones, the others are compared with.
         repeat: timed calls of each engine, in all rounds together.
         seeds: of noise, over which accuracy is the worst.
         scaling: also sweep cameras, text, steps and batch.
@@ -47,12 +48,13 @@ class BenchPlan:
     scaling: bool
 
     def job(self, spec: EngineSpec, first: bool) -> WorkerTask:
-        """A visit; accuracy is measured in the first."""
+        """The task of a visit; accuracy is measured in the first."""
         repeat = math.ceil(self.repeat / self.rounds)
         seeds = self.seeds if first else 0
         return WorkerTask(str(self.checkpoint), spec, self.point, repeat, seeds, self.seed)
 
     def sweep(self, spec: EngineSpec) -> WorkerTask:
+        """The task of timing an engine on all workloads around `point`."""
         points = dict.fromkeys(
             p for around in workloads_around(self.point).values() for p in around
         )
@@ -63,14 +65,14 @@ class BenchPlan:
 
 @dataclass
 class EngineResult:
-    """What is known of one engine.
+    """The measurements of one engine.
 
     Attributes:
         first_action_s: of each visit, from the start of its process.
         failure: why it is not measured further: one sentence.
-        comparisons: its actions beside the baseline's, by seed.
-        growth: milliseconds of each point of the sweep; None where it refused.
-        notes: its warnings, and what it refused.
+        comparisons: its actions compared with the baseline's, by seed.
+        growth: milliseconds of each workload of the sweep; None where it raised an error.
+        notes: its warnings, and the errors of workloads.
     """
 
     spec: EngineSpec
@@ -95,12 +97,14 @@ class BenchResult:
 
     def rate_of(self, engine: EngineResult) -> Rate | None:
         return (
-            self.rates.get((engine.visits[0].device, engine.spec.dtype)) if engine.visits else None
+            self.rates.get((engine.visits[0].device, engine.spec.precision))
+            if engine.visits
+            else None
         )
 
 
 def bench(plan: BenchPlan, on_visit: Callable[[], None] = lambda: None) -> BenchResult:
-    """Measures a plan; an engine that fails is said so, and the others go on.
+    """Measures a plan. The failure of an engine is recorded, and the others are still measured.
 
     Args:
         on_visit: called after each visit.
@@ -135,12 +139,12 @@ def _visit(plan: BenchPlan, engine: EngineResult, first: bool) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         start = time.monotonic()
-        told = run_worker(plan.job(engine.spec, first), folder)
+        result = run_worker(plan.job(engine.spec, first), folder)
         if (folder / ACTIONS).exists():
             with np.load(folder / ACTIONS, allow_pickle=False) as file:
                 engine.actions = torch.from_numpy(file["actions"])
-    engine.note(told.pop("warnings"))
-    visit = Trial(**told)
+    engine.note(result.pop("warnings"))
+    visit = Trial(**result)
     engine.visits.append(visit)
     engine.first_action_s.append(visit.first_action_at - start)
 
@@ -148,42 +152,42 @@ def _visit(plan: BenchPlan, engine: EngineResult, first: bool) -> None:
 def _sweep(plan: BenchPlan, engine: EngineResult) -> None:
     job = plan.sweep(engine.spec)
     with tempfile.TemporaryDirectory() as name:
-        told = run_worker(job, Path(name))
-    engine.note(told["warnings"])
-    for point, found in zip(job.sweep, told["points"], strict=True):
-        engine.growth[point] = found["ms"]
-        if found["ms"] is None:
-            engine.note([found["error"]])
+        result = run_worker(job, Path(name))
+    engine.note(result["warnings"])
+    for point, outcome in zip(job.sweep, result["points"], strict=True):
+        engine.growth[point] = outcome["ms"]
+        if outcome["ms"] is None:
+            engine.note([outcome["error"]])
 
 
 def run_worker(job: WorkerTask, folder: Path) -> dict[str, Any]:
-    """What a worker tells of a job; it leaves actions in the folder.
+    """The result of a worker; it leaves actions in the folder.
 
     Raises:
         EngineError: it failed or died; the sentence names the engine.
     """
-    words = [sys.executable, "-m", "pi0.bench.worker", job.to_json(), str(folder)]
+    command = [sys.executable, "-m", "pi0.bench.worker", job.to_json(), str(folder)]
     # Killed by `run` itself if this process is interrupted.
-    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
         raise EngineError(
             f"{job.spec.label}: expected a measurement, found that its process "
             f"{_end(done.returncode, done.stdout.decode(errors='replace'))}."
         )
-    told: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-    if "error" in told:
-        raise EngineError(f"{job.spec.label}: {told['error']}")
-    return told
+    result: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+    if "error" in result:
+        raise EngineError(f"{job.spec.label}: {result['error']}")
+    return result
 
 
-def _end(code: int, said: str) -> str:
+def _end(code: int, output: str) -> str:
     if code == -signal.SIGKILL:
         return "was killed, as the system does when memory is short"
-    lines = said.strip().splitlines()
-    return f"ended with code {code} ({lines[-1] if lines else 'without a word'})"
+    lines = output.strip().splitlines()
+    return f"ended with code {code} ({lines[-1] if lines else 'without output'})"
 
 
 def _rates(engines: list[EngineResult]) -> dict[tuple[str, str], Rate]:
-    wanted = {(e.visits[0].device, e.spec.dtype) for e in engines if e.visits}
-    found = {key: measure(*key) for key in sorted(wanted)}
-    return {key: rate for key, rate in found.items() if rate}
+    wanted = {(e.visits[0].device, e.spec.precision) for e in engines if e.visits}
+    rates = {key: measure(*key) for key in sorted(wanted) if key[0] in SIZES}
+    return {key: rate for key, rate in rates.items() if rate}

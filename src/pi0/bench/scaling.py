@@ -1,4 +1,4 @@
-"""How time grows: points around the one that is measured, one thing varied at a time."""
+"""Latency scaling: workloads around the one that is measured, with one size varied at a time."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ CAMERAS = (1, 2, 3)
 TOKENS = (16, 48, 100, 200)
 STEPS = (1, 5, 10, 20)
 BATCH = (1, 2, 4)
-SWEEP_REPEAT = 2  # timed calls at each point: growth is told from large differences
+SWEEP_REPEAT = 2  # timed calls of each workload: the differences are large
 
 
 def workloads_around(point: Workload) -> dict[str, list[Workload]]:
-    """The points of each sweep, by what is varied; cameras and tokens that are varied are all
-    valid."""
+    """The workloads of each sweep, by what is varied; varied cameras and tokens are all valid."""
     return {
         "cameras": [replace(point, cameras=n, masked=0) for n in CAMERAS],
         "tokens": [replace(point, tokens=n, valid=n) for n in TOKENS],

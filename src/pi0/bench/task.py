@@ -1,4 +1,4 @@
-"""What the benchmark and its workers tell each other, and the inputs that all engines run on."""
+"""The messages between the benchmark and its workers, and the inputs that all engines run on."""
 
 from __future__ import annotations
 
@@ -9,30 +9,23 @@ import torch
 from torch import Tensor
 
 from pi0.config import Pi0Config
-from pi0.engines.base import choose_precision
+from pi0.engines.spec import EngineSpec
 from pi0.errors import ConfigError
 from pi0.inputs import ModelInputs, random_inputs
 
-RESULT_FILE, ACTIONS = "told.json", "actions.npz"  # what a worker writes into its folder
-
-
-@dataclass(frozen=True)
-class EngineSpec:
-    """An engine, its precision, and its device (None: the engine's default)."""
-
-    name: str
-    dtype: str
-    device: str | None
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}:{self.dtype}" + (f"@{self.device}" if self.device else "")
+RESULT_FILE, ACTIONS = "result.json", "actions.npz"  # what a worker writes into its folder
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of an engine: so many cameras, the last of them masked; so many text tokens,
-    the first of them valid; denoising steps; rows of the batch, all alike."""
+    """The size of a sampling call.
+
+    Attributes:
+        cameras: how many, of which the last `masked` are masked.
+        tokens: how many text tokens, of which the first `valid` are valid.
+        steps: denoising steps.
+        batch: rows, all alike.
+    """
 
     cameras: int
     masked: int
@@ -59,7 +52,7 @@ class WorkerTask:
     Attributes:
         repeat: timed calls at each point.
         seeds: of noise, for accuracy; 0: no accuracy.
-        sweep: points whose times are asked instead of a visit to `point`.
+        sweep: workloads to time instead of a visit to `point`.
     """
 
     checkpoint: str
@@ -75,10 +68,10 @@ class WorkerTask:
 
     @classmethod
     def from_json(cls, text: str) -> WorkerTask:
-        told = json.loads(text)
-        told["spec"], told["point"] = EngineSpec(**told["spec"]), Workload(**told["point"])
-        told["sweep"] = tuple(Workload(**point) for point in told["sweep"])
-        return cls(**told)
+        values = json.loads(text)
+        values["spec"], values["point"] = EngineSpec(**values["spec"]), Workload(**values["point"])
+        values["sweep"] = tuple(Workload(**point) for point in values["sweep"])
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -87,14 +80,14 @@ class Trial:
 
     Attributes:
         load_s: opening the checkpoint and making the engine.
-        first_action_at: when the first actions were there, in seconds of `time.monotonic`, which
-            is the same in all processes of a machine.
+        first_action_at: when the first actions were computed, in seconds of `time.monotonic`,
+            which is the same in all processes of a machine.
         sample_ms: each timed call.
         prefill_ms, step_ms: of a pass in parts; `vision_ms` is the part of prefill until the
             projector's result, None where the engine does not show it.
         peak_bytes: of the process that computes; `cuda_bytes` of a CUDA device's memory.
-        device: cpu or cuda.
-        implementation, torch: of an engine from outside its name and version, and its PyTorch.
+        device: the kind of device: cpu, cuda or another.
+        implementation, torch: the package that computes and its version, and its PyTorch's.
     """
 
     load_s: float
@@ -107,23 +100,12 @@ class Trial:
     cuda_bytes: int | None
     threads: int
     device: str
-    implementation: str | None
+    implementation: str
     torch: str
 
 
-def parse_spec(text: str) -> EngineSpec:
-    """ENGINE, ENGINE:DTYPE or ENGINE:DTYPE@DEVICE.
-
-    Raises:
-        EngineError: no such engine or precision.
-    """
-    rest, _, device = text.partition("@")
-    name, _, dtype = rest.partition(":")
-    return EngineSpec(name, choose_precision(name, dtype or None), device or None)
-
-
 def workload_inputs(config: Pi0Config, point: Workload, seed: int) -> tuple[ModelInputs, Tensor]:
-    """Random inputs as a point asks for, and noise [batch, horizon, action_dim]."""
+    """Random inputs of a workload, and noise [batch, horizon, action_dim]."""
     inputs, noise = random_inputs(config, point.cameras, point.tokens, seed)
     inputs.image_mask[:, point.cameras - point.masked :] = False
     inputs.token_mask[:, point.valid :] = False

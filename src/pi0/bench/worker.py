@@ -1,13 +1,12 @@
 """The process in which one engine is measured: `python -m pi0.bench.worker JOB FOLDER`.
 
-Writes what it found into the folder. An engine is measured in a process of its own so that load,
+Writes its results into the folder. An engine is measured in a process of its own so that load,
 first action and peak memory are its own, and no two models are in memory at a time.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import sys
 import time
@@ -27,9 +26,8 @@ from pi0.engines.base import Engine, make_engine, require_finite
 from pi0.errors import Pi0Error
 from pi0.inputs import ModelInputs
 from pi0.model.flow import integrate
-from pi0.peers.engine import PeerEngine
 
-SPLITS = 2  # of the passes in parts the better counts: the first may build what its path needs
+SPLITS = 2  # passes in parts, of which the faster counts: the first one may compile or allocate
 
 
 def main() -> None:
@@ -37,57 +35,55 @@ def main() -> None:
     job, folder = WorkerTask.from_json(sys.argv[1]), Path(sys.argv[2])
     with warnings.catch_warnings(record=True) as caught:
         try:
-            told = sweep(job) if job.sweep else visit(job, folder)
+            result = sweep(job) if job.sweep else visit(job, folder)
         except Pi0Error as error:
-            told = {"error": str(error)}
-    told["warnings"] = list(dict.fromkeys(str(warning.message) for warning in caught))
-    (folder / RESULT_FILE).write_text(json.dumps(told), encoding="utf-8")
+            result = {"error": str(error)}
+    result["warnings"] = list(dict.fromkeys(str(warning.message) for warning in caught))
+    (folder / RESULT_FILE).write_text(json.dumps(result), encoding="utf-8")
 
 
 def visit(job: WorkerTask, folder: Path) -> dict[str, Any]:
-    """Load, first action, a call that does not count, the calls that do, passes in parts, and
-    actions for accuracy."""
+    """Load, first action, a warm-up call, the timed calls, passes in parts, and actions for
+    accuracy."""
     start = time.perf_counter()
-    engine = load(job)
-    load_s = time.perf_counter() - start
-    inputs, noise = workload_inputs(engine.config, job.point, job.seed)
-    actions = engine.sample(inputs, noise, job.point.steps)
-    first_action_at = time.monotonic()
-    sample_ms = sample_times(engine, inputs, noise, job.point.steps, job.repeat)
-    parts = part_times(engine, inputs, noise, job.point.steps)
-    if job.seeds:
-        np.savez(folder / ACTIONS, actions=actions_of_seeds(engine, inputs, actions, job).numpy())
-    return asdict(Trial(load_s, first_action_at, sample_ms, *parts, **about(engine)))
+    with load(job) as engine:
+        load_s = time.perf_counter() - start
+        inputs, noise = workload_inputs(engine.config, job.point, job.seed)
+        actions = engine.sample(inputs, noise, job.point.steps)
+        first_action_at = time.monotonic()
+        sample_ms = sample_times(engine, inputs, noise, job.point.steps, job.repeat)
+        parts = part_times(engine, inputs, noise, job.point.steps)
+        if job.seeds:
+            of_seeds = actions_of_seeds(engine, inputs, actions, job)
+            np.savez(folder / ACTIONS, actions=of_seeds.numpy())
+        return asdict(Trial(load_s, first_action_at, sample_ms, *parts, **describe(engine)))
 
 
 def sweep(job: WorkerTask) -> dict[str, Any]:
-    """The median time of each point; where the engine refuses one, what it says."""
-    engine = load(job)
-    told: list[dict[str, Any]] = []
-    for point in job.sweep:
-        inputs, noise = workload_inputs(engine.config, point, job.seed)
-        try:
-            times = sample_times(engine, inputs, noise, point.steps, job.repeat)
-            told.append({"ms": statistics.median(times)})
-        except Pi0Error as error:
-            told.append({"ms": None, "error": str(error)})
-    return {"points": told}
+    """The median time of each workload; where the engine refuses one, its error."""
+    results: list[dict[str, Any]] = []
+    with load(job) as engine:
+        for point in job.sweep:
+            inputs, noise = workload_inputs(engine.config, point, job.seed)
+            try:
+                times = sample_times(engine, inputs, noise, point.steps, job.repeat)
+                results.append({"ms": statistics.median(times)})
+            except Pi0Error as error:
+                results.append({"ms": None, "error": str(error)})
+    return {"points": results}
 
 
 def load(job: WorkerTask) -> Engine:
-    checkpoint = open_checkpoint(Path(job.checkpoint))
-    return make_engine(job.spec.name, checkpoint, job.spec.device, job.spec.dtype)
+    return make_engine(job.spec, open_checkpoint(Path(job.checkpoint)))
 
 
 def sample_times(
     engine: Engine, inputs: ModelInputs, noise: Tensor, steps: int, repeat: int
 ) -> list[float]:
-    """Milliseconds of each call after one that does not count."""
-    # Other pictures in every call: an engine may keep the prefix of the last.
-    pictures = [
-        replace(inputs, images=inputs.images.roll(i, dims=-1)) for i in range(1, repeat + 2)
-    ]
-    return [timed(engine, engine.sample, these, noise, steps)[0] for these in pictures][1:]
+    """Milliseconds of each call after a warm-up call."""
+    # Other images in every call: an engine may keep the prefix of the last call.
+    calls = [replace(inputs, images=inputs.images.roll(i, dims=-1)) for i in range(1, repeat + 2)]
+    return [timed(engine, engine.sample, these, noise, steps)[0] for these in calls][1:]
 
 
 def part_times(
@@ -96,7 +92,7 @@ def part_times(
     """Milliseconds of prefill, of vision in it if the engine shows it, and of a step (median)."""
     prefill_ms, vision_ms, step_ms = [], [], []
     for _ in range(SPLITS):
-        if not isinstance(engine, PeerEngine):  # which shows no stage of it
+        if engine.capabilities.shows_stages:
             vision_ms += time_to_projector(engine, inputs)
         ms, cache = timed(engine, engine.prefill, inputs)
         prefill_ms.append(ms)
@@ -113,7 +109,7 @@ def part_times(
 
 
 def time_to_projector(engine: Engine, inputs: ModelInputs) -> list[float]:
-    """Milliseconds until the tap sees the projector's result, or nothing if it never does."""
+    """Milliseconds until the tap sees the projector's result; empty if it does not."""
     seen = []
 
     def tap(name: str, value: Tensor) -> Tensor:
@@ -129,8 +125,7 @@ def time_to_projector(engine: Engine, inputs: ModelInputs) -> list[float]:
 
 
 def actions_of_seeds(engine: Engine, inputs: ModelInputs, first: Tensor, job: WorkerTask) -> Tensor:
-    """[seeds, batch, horizon, action_dim]: the first as sampled, the others from noise of seeds
-    that follow."""
+    """[seeds, batch, horizon, action_dim]: `first`, and those from the noise of the next seeds."""
     cache = engine.prefill(inputs)
     actions = [first]
     for seed in range(job.seed + 1, job.seed + job.seeds):
@@ -145,33 +140,28 @@ def actions_of_seeds(engine: Engine, inputs: ModelInputs, first: Tensor, job: Wo
     return torch.stack(actions)
 
 
-def about(engine: Engine) -> dict[str, Any]:
-    """What a visit tells beside times."""
-    if isinstance(engine, PeerEngine):
-        peak, cuda_peak = engine.peak, engine.cuda_peak
-        implementation, version = engine.implementation, engine.torch
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        cuda_peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
-        implementation, version = None, torch.__version__
+def describe(engine: Engine) -> dict[str, Any]:
+    """The fields of a `Trial` that are not times."""
+    info, (peak, cuda_peak) = engine.info, engine.peak_memory()
     return {
         "peak_bytes": peak,
         "cuda_bytes": cuda_peak or None,
         "threads": torch.get_num_threads(),
-        "device": "cuda" if cuda_peak else "cpu",
-        "implementation": implementation,
-        "torch": version,
+        "device": info["device"].partition(":")[0],
+        "implementation": info["implementation"],
+        "torch": info["torch"],
     }
 
 
 def timed(engine: Engine, call: Callable[..., Any], *args: Any) -> tuple[float, Any]:
-    """Milliseconds and the result of a call; from outside its own time, without the way there."""
+    """Milliseconds and the result of a call, by the engine's own clock if it has one."""
     synchronize()
     start = time.perf_counter()
     result = call(*args)
     synchronize()
     seconds = time.perf_counter() - start
-    return 1e3 * (engine.seconds if isinstance(engine, PeerEngine) else seconds), result
+    own = engine.own_seconds
+    return 1e3 * (seconds if own is None else own), result
 
 
 def synchronize() -> None:

@@ -1,4 +1,4 @@
-"""`pi0 bench`: how fast are engines, and how exact?"""
+"""`pi0 bench`: how fast are engines, and how accurate?"""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from pi0.cli import options
 
@@ -15,47 +14,36 @@ if TYPE_CHECKING:
     from pi0.config import Pi0Config
 
 
-class ManyValues(TyperCommand):
-    """A command whose repeatable options take several values after one flag: --engines A B C."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        repeatable = {flag for p in self.params if getattr(p, "multiple", False) for flag in p.opts}
-        words: list[str] = []
-        flag = None
-        for word in args:
-            if word.startswith("-"):
-                flag = word if word in repeatable else None
-            elif flag and words[-1] != flag:
-                words.append(flag)
-            words.append(word)
-        return super().parse_args(ctx, words)
-
-
 def bench(
+    ctx: typer.Context,
     checkpoint: options.Checkpoint,
     engines: Annotated[
         list[str],
         typer.Option(
-            metavar="ENGINE...",
-            help="Engines, each ENGINE, ENGINE:DTYPE or ENGINE:DTYPE@DEVICE; accuracy is beside "
-            "the first.",
+            metavar=options.GRAMMAR,
+            help="An engine to measure; repeat the option for several. Accuracy is relative to the "
+            "first.",
         ),
     ] = ["reference"],  # noqa: B006 - typer reads it
     against: Annotated[
         list[str],
         typer.Option(
-            metavar="ENGINE...",
-            help="Engines that are peers, such as lerobot and transformers; ratios are to the "
-            "first, or without peers to the slowest engine.",
+            metavar=options.GRAMMAR,
+            help="An engine to compare with, such as lerobot or transformers; may be repeated. "
+            "Ratios are to the first, or without any to the slowest engine.",
             show_default=False,
         ),
     ] = [],  # noqa: B006
     cameras: options.Cameras = 3,
-    masked: Annotated[int, typer.Option(min=0, help="Cameras, the last, that are masked.")] = 0,
+    masked: Annotated[
+        int, typer.Option(min=0, help="How many of the cameras are masked, from the last.")
+    ] = 0,
     tokens: options.Tokens = None,
     valid: Annotated[
         int | None,
-        typer.Option(min=0, help="Text tokens, the first, that are valid.", show_default="all"),
+        typer.Option(
+            min=0, help="How many of the text tokens are valid, from the first.", show_default="all"
+        ),
     ] = None,
     steps: options.Steps = 10,
     repeat: Annotated[int, typer.Option(min=1, help="Timed calls of each engine.")] = 7,
@@ -70,7 +58,7 @@ def bench(
         Path | None,
         typer.Option(
             metavar="OUT.png",
-            help="Draw the times; with --scaling the growth, too, into OUT-scaling.png.",
+            help="Draw the times; with --scaling the scaling, too, into OUT-scaling.png.",
             show_default=False,
         ),
     ] = None,
@@ -81,30 +69,35 @@ def bench(
 ) -> None:
     """Measure engines in turn, on the same random inputs and noise.
 
-    Each is visited --rounds times in a process of its own: load, first action, a call that does
-    not count, timed calls, a pass in parts; in the first visit also actions for --seeds noises.
-    Exit code 1 if one fails; the others go on. What the numbers mean: docs/bench.md.
+    Each is visited --rounds times in a process of its own: load, first action, a warm-up call,
+    timed calls, a pass in parts; in the first visit also actions for --seeds noises. Exit code 1
+    if one fails; the others are still measured. What the numbers mean: docs/bench.md.
 
     **Examples**
 
-        pi0 bench demo --engines reference:float32 reference:bfloat16
-        pi0 bench pi0_base --engines reference --against lerobot transformers \\
+        pi0 bench demo --engines reference:float32 --engines reference:bfloat16
+        pi0 bench pi0_base --engines cpu:int8 --engines cpu:float32 \\
+            --against lerobot --against transformers \\
             --masked 1 --valid 9 --out results.json --plot bench.png
         pi0 bench demo --scaling --plot bench.png
     """
     from pi0.bench.run import BenchPlan
-    from pi0.bench.task import Workload, parse_spec
+    from pi0.bench.task import Workload
     from pi0.checkpoint.files import require_file_name
     from pi0.checkpoint.load import check, open_checkpoint
     from pi0.cli.plot import require_matplotlib
-    from pi0.peers.engine import PEERS
+    from pi0.engines.spec import EngineSpec
+    from pi0.errors import ConfigError
 
+    if ctx.args:
+        raise ConfigError(
+            "bench: expected one checkpoint and one engine after each --engines or --against, "
+            f"found also {' '.join(ctx.args)}. Repeat the option: --engines cpu --engines lerobot."
+        )
     require_file_name(out, plot)
     if plot:
         require_matplotlib()
-    specs = [parse_spec(text) for text in [*engines, *against]]
-    for name in {spec.name for spec in specs} & set(PEERS):
-        PEERS[name].python()  # says what to install
+    specs = [EngineSpec.parse(text) for text in [*engines, *against]]
     opened = open_checkpoint(checkpoint)
     check(opened)
     tokens = tokens or opened.config.max_tokens
@@ -130,16 +123,19 @@ def _run(
         result = measure(plan, on_visit)
     command = shlex.join(["pi0", *sys.argv[1:]])
     data = to_data(plan, config, result, describe(), command)
-    if out:
-        with replacing(out) as temporary:
-            temporary.write_text(to_json(data) + "\n", encoding="utf-8")
-    wrote = [out] if out else []
-    if plot:
-        wrote += _plot(plot, plan, data)
+    # Printed first: a file that cannot be written must not take the numbers with it.
     if as_json:
         print_json(data)
     else:
         _print(data)
+    wrote = []
+    if out:
+        with replacing(out) as temporary:
+            temporary.write_text(to_json(data) + "\n", encoding="utf-8")
+        wrote.append(out)
+    if plot:
+        wrote += _plot(plot, plan, data)
+    if not as_json:
         for path in wrote:
             print_line(f"wrote {path}")
     if any(engine.failure for engine in result.engines):
@@ -156,10 +152,10 @@ def _plot(path: Path, plan: BenchPlan, data: dict[str, Any]) -> list[Path]:
         plot_times(temporary, data, title, _machine(data["machine"]))
     if not plan.scaling:
         return [path]
-    growth = path.with_name(f"{path.stem}-scaling{path.suffix}")
-    with replacing(growth) as temporary:
-        plot_scaling(temporary, data["scaling"], f"Growth of time around {_point(data)}")
-    return [path, growth]
+    scaling = path.with_name(f"{path.stem}-scaling{path.suffix}")
+    with replacing(scaling) as temporary:
+        plot_scaling(temporary, data["scaling"], f"Latency scaling around {_point(data)}")
+    return [path, scaling]
 
 
 def _print(data: dict[str, Any]) -> None:
@@ -172,7 +168,9 @@ def _print(data: dict[str, Any]) -> None:
     _print_stages(data)
     if data["scaling"]:
         _print_scaling(data["scaling"])
-    print_line(f"accuracy: the worst of {data['seeds']} seeds of noise, beside {data['baseline']}")
+    print_line(
+        f"accuracy: the worst of {data['seeds']} seeds of noise, relative to {data['baseline']}"
+    )
     for engine in data["engines"]:
         if engine["implementation"]:
             print_line(f"{engine['engine']}: {engine['implementation']}, torch {engine['torch']}")
@@ -210,7 +208,7 @@ def _print_times(data: dict[str, Any]) -> None:
             ]
         )
     ratio = f"× {data['ratio_to'].partition(':')[0]}"
-    columns = ["engine", "ms", "least–most", ratio, "vision", "prefill", "a step"]
+    columns = ["engine", "ms", "min–max", ratio, "vision", "prefill", "a step"]
     columns += ["first action", "load", "peak memory", "threads", "PCC", "rel. L2"]
     table("Times (ms, medians; vision is part of prefill)", columns, rows)
 
@@ -231,19 +229,19 @@ def _print_stages(data: dict[str, Any]) -> None:
         for engine in data["engines"]
         for stage in engine["stages"]
     ]
-    columns = ["engine", "part", "GFLOP needed", "ms", "GFLOP/s", "floor, ms", "× floor"]
+    columns = ["engine", "part", "GFLOP needed", "ms", "GFLOP/s", "roofline, ms", "× roofline"]
     table("Arithmetic", columns, rows, left=2)
     for rate in data["rates"]:
         print_line(
-            f"floor, {rate['precision']} on {rate['device']}: {rate['flops'] / 1e9:.0f} GFLOP/s "
+            f"roofline, {rate['precision']} on {rate['device']}: {rate['flops'] / 1e9:.0f} GFLOP/s "
             f"in a plain large product, {rate['bandwidth'] / 1e9:.1f} GB/s of memory"
         )
 
 
-def _print_scaling(growth: list[dict[str, Any]]) -> None:
+def _print_scaling(scaling: list[dict[str, Any]]) -> None:
     from pi0.cli.show import table
 
-    names = list(growth[0]["ms"])
+    names = list(scaling[0]["ms"])
     rows = [
         [
             point["varied"],
@@ -251,9 +249,9 @@ def _print_scaling(growth: list[dict[str, Any]]) -> None:
             f"{point['gflop']:.3g}",
             *(_number(point["ms"][name], ".1f") for name in names),
         ]
-        for point in growth
+        for point in scaling
     ]
-    table("Growth (ms)", ["varied", "to", "GFLOP needed", *names], rows)
+    table("Latency scaling (ms)", ["varied", "to", "GFLOP needed", *names], rows)
 
 
 def _point(data: dict[str, Any]) -> str:

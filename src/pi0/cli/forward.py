@@ -36,19 +36,19 @@ def trace(
     engine: options.Engine = "reference",
     device: options.Device = None,
     dtype: options.Dtype = None,
-    cache: options.Cache = False,
+    weight_cache: options.WeightCache = False,
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
     """Run one forward pass and show the eleven stages, or those that an engine shows.
 
-    Shape, dtype, statistics and time of each, and the parts of the attention mask with who uses
-    them. Without --inputs the model reads noise.
+    Prints shape, dtype, statistics and time of each stage, and the parts of the attention mask with
+    what uses them. Without --inputs the model reads random inputs.
 
     **Examples**
 
         pi0 trace pi0_base --cameras 2 --image-size 384 --tokens 32
-        pi0 trace tiny --inputs in.npz --json
+        pi0 trace tiny --inputs in.npz --engine cpu:float32 --json
     """
     from dataclasses import asdict
 
@@ -57,14 +57,16 @@ def trace(
     from pi0.trace import trace as run
 
     arrays = read_npz(inputs) if inputs else None
-    machine = _engine(checkpoint, engine, device, dtype, image_side(arrays) or image_size, cache)
-    config = machine.config
-    model_inputs, noise = (
-        from_npz(config, arrays)
-        if arrays
-        else random_inputs(config, cameras, tokens or config.max_tokens, seed)
-    )
-    traced = run(machine, model_inputs, noise)
+    size = image_side(arrays) or image_size
+    made = _make_engine(checkpoint, engine, device, dtype, size, weight_cache)
+    with made:
+        config = made.config
+        model_inputs, noise = (
+            from_npz(config, arrays)
+            if arrays
+            else random_inputs(config, cameras, tokens or config.max_tokens, seed)
+        )
+        traced = run(made, model_inputs, noise)
     if as_json:
         print_json(asdict(traced))
     else:
@@ -82,7 +84,7 @@ def sample(
     engine: options.Engine = "reference",
     device: options.Device = None,
     dtype: options.Dtype = None,
-    cache: options.Cache = False,
+    weight_cache: options.WeightCache = False,
 ) -> None:
     """Sample actions from model-level inputs, without any pre-processing.
 
@@ -91,7 +93,7 @@ def sample(
     **Examples**
 
         pi0 sample pi0_base --inputs in.npz --out out.npz
-        pi0 sample tiny --inputs in.npz --out out.npz --dtype bfloat16
+        pi0 sample tiny --inputs in.npz --out out.npz --engine cpu:int8
     """
     import numpy as np
 
@@ -101,10 +103,10 @@ def sample(
 
     require_file_name(out)
     arrays = read_npz(inputs)
-    machine = _engine(checkpoint, engine, device, dtype, image_side(arrays), cache)
-    model_inputs, noise = from_npz(machine.config, arrays)
-    with step_progress("denoising", steps) as on_step:
-        actions = machine.sample(model_inputs, noise, steps, on_step).numpy()
+    made = _make_engine(checkpoint, engine, device, dtype, image_side(arrays), weight_cache)
+    with made, step_progress("denoising", steps) as on_step:
+        model_inputs, noise = from_npz(made.config, arrays)
+        actions = made.sample(model_inputs, noise, steps, on_step).numpy()
     with replacing(out) as temporary, open(temporary, "wb") as file:
         np.savez(file, actions=actions)
     print_line(f"{out}: actions {list(actions.shape)}, std {actions.std():.4f}")
@@ -129,8 +131,7 @@ def print_trace(traced: Trace) -> None:
         ],
         left=3,
     )
-    if traced.not_shown:
-        print_line(f"not shown by this engine: {', '.join(traced.not_shown)}")
+    print_hidden("not shown", traced.not_shown)
     print_line(f"sequence: prefix {traced.prefix} + suffix {traced.suffix} = {traced.total}")
     if traced.slices:
         table(
@@ -144,21 +145,34 @@ def print_trace(traced: Trace) -> None:
         )
 
 
-def _engine(
+def _make_engine(
     path: Path,
     engine: str,
     device: str | None,
     dtype: str | None,
     image_size: int | None,
-    cache: bool,
+    weight_cache: bool,
 ) -> Engine:
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.show import byte_progress
     from pi0.engines.base import make_engine
+    from pi0.engines.spec import EngineSpec
 
+    spec = EngineSpec.parse(engine, dtype, device)
     opened = open_checkpoint(path)
     with byte_progress("loading", opened.read_bytes) as progress:
-        return make_engine(engine, opened, device, dtype, image_size, progress, cache)
+        return make_engine(
+            spec, opened, image_size=image_size, weight_cache=weight_cache, progress=progress
+        )
+
+
+def print_hidden(what: str, hidden: dict[str, str]) -> None:
+    """Prints stages that are not shown, those with the same reason on one line."""
+    from pi0.cli.show import print_line
+
+    for why in dict.fromkeys(hidden.values()):
+        stages = ", ".join(name for name, reason in hidden.items() if reason == why)
+        print_line(f"{what}: {stages} ({why})")
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:

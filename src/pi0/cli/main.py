@@ -12,9 +12,10 @@ from typing import TextIO
 import typer
 
 from pi0.cli.act import act
-from pi0.cli.bench import ManyValues, bench
+from pi0.cli.bench import bench
 from pi0.cli.checkpoint import inspect, synth
 from pi0.cli.forward import sample, trace
+from pi0.cli.options import EngineCommand
 from pi0.cli.ttnn import app as ttnn
 from pi0.cli.verify import verify
 from pi0.errors import Pi0Error
@@ -39,9 +40,12 @@ Every verb has examples: `pi0 act --help`. A first round:
 Tab completion: `pi0 --install-completion`.""",
 )
 
-for verb in (act, trace, sample, verify, inspect, synth):
-    app.command()(verb)
-app.command(cls=ManyValues)(bench)
+for verb in (act, trace, sample, verify):
+    app.command(cls=EngineCommand)(verb)
+# Left-over words are given to `bench`, which says how several engines are named.
+app.command(cls=EngineCommand, context_settings={"allow_extra_args": True})(bench)
+app.command()(inspect)
+app.command()(synth)
 app.add_typer(ttnn, name="ttnn")
 
 
@@ -65,8 +69,8 @@ def _options(
 def main() -> None:
     """Runs the command line.
 
-    Exit codes: 0 done; 1 engines do not agree, or one of many
-    failed; 2 bad input, one sentence on stderr; 130 Ctrl-C.
+    Exit codes: 0 done; 1 engines do not agree, or one of several failed; 2 bad input, one sentence
+    on stderr; 130 Ctrl-C.
     """
     with warnings.catch_warnings():
         warnings.showwarning = _warn

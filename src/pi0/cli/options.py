@@ -1,11 +1,12 @@
-"""Options that several verbs share."""
+"""Options that several verbs share, and the help of those that name engines."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 Checkpoint = Annotated[
     Path,
@@ -15,33 +16,38 @@ Checkpoint = Annotated[
         show_default=False,
     ),
 ]
+GRAMMAR = "ENGINE[:PRECISION][@DEVICE]"
 Engine = Annotated[
     str,
     typer.Option(
-        help="Engine that computes: reference (plain PyTorch), cpu and cuda (fast), ttnn (a "
-        "Tenstorrent card) or ttnn-host (its numerics, on the host)."
+        metavar=GRAMMAR,
+        help="Engine that computes, as in cpu:int8 or reference:bfloat16@cuda:1. "
+        "reference: plain PyTorch; cpu, cuda: fast; ttnn: a Tenstorrent card; ttnn-host: its "
+        "arithmetic on the host.",
     ),
 ]
 Device = Annotated[
     str | None,
     typer.Option(
-        help="cpu or cuda; for engine ttnn the number of a card; default: the engine's.",
+        help="The engine's device where --engine names none: cpu, cuda or cuda:N, for engine ttnn "
+        "the number of a card; default: the engine's.",
         show_default=False,
     ),
 ]
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="The engine's precision, e.g. float32 or bfloat16; default: the engine's first.",
+        help="The engine's precision where --engine names none, such as float32 or bfloat16; "
+        "default: the engine's first.",
         show_default=False,
     ),
 ]
-Cache = Annotated[
+WeightCache = Annotated[
     bool,
     typer.Option(
         "--weight-cache",
-        help="Keep the weights, packed for the engine, in a file beside the checkpoint: the next "
-        "start takes them from there.",
+        help="Keep the weights, packed for the engine, in a file beside the checkpoint, from which "
+        "the next start loads them.",
     ),
 ]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
@@ -124,3 +130,19 @@ MaxTokens = Annotated[
         min=1, help="Prompt tokens, where the checkpoint does not say.", show_default=False
     ),
 ]
+ENGINE_OPTIONS = ("engine", "engines", "against")
+
+
+class EngineCommand(TyperCommand):
+    """A command whose help lists the engines, plug-ins included.
+
+    They are listed when help is asked for, because reading entry points takes time.
+    """
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # click's, which typer may contain
+        from pi0.engines.registry import engine_names
+
+        for option in self.params:
+            if option.name in ENGINE_OPTIONS and isinstance(option, TyperOption):
+                option.help = f"{option.help} Engines: {', '.join(engine_names())}."
+        super().format_help(ctx, formatter)

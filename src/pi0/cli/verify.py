@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,26 +9,26 @@ import typer
 
 from pi0.cli import options
 
-JOINTS = 4  # how many of the joints that deviate most are told
-HOST_NOTE = "ttnn-host: a card's arithmetic and rounding computed on the host; no card was used."
+JOINTS = 4  # how many of the joints that deviate most are printed
 
 if TYPE_CHECKING:
     from pi0.config import Pi0Config
+    from pi0.engines.spec import EngineSpec
     from pi0.verify.report import Header
-    from pi0.verify.run import VerifyResult
+    from pi0.verify.run import Row, VerifyResult
 
 
 def verify(
     checkpoint: options.Checkpoint,
     engines: Annotated[
         tuple[str, str],
-        typer.Option(metavar="REFERENCE CANDIDATE", help="Two of ENGINE:DTYPE."),
+        typer.Option(metavar="REFERENCE CANDIDATE", help=f"Two engines, each {options.GRAMMAR}."),
     ] = ("reference:float32", "reference:bfloat16"),
     mode: Annotated[
         str,
         typer.Option(
-            help="chained: each lives with its own errors; isolated: every stage is fed with the "
-            "reference's input."
+            help="chained: each engine computes with its own results, so that errors add up; "
+            "isolated: every stage of the candidate gets the reference's input."
         ),
     ] = "chained",
     layers: Annotated[bool, typer.Option("--layers", help="Compare every block, too.")] = False,
@@ -40,7 +39,7 @@ def verify(
     steps: options.Steps = 10,
     min_pcc: Annotated[
         float | None,
-        typer.Option(help="Ask this PCC of every stage, too.", show_default=False),
+        typer.Option(help="Require this PCC of every stage, too.", show_default=False),
     ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Write a page of HTML.", show_default=False)
@@ -48,22 +47,19 @@ def verify(
     oracle: Annotated[
         str,
         typer.Option(
-            help="Compare the reference with an implementation that we did not write: "
-            "transformers, lerobot, auto (the first that is installed) or none."
+            help="Compare the reference with an implementation that we did not write: the name of "
+            "a peer such as transformers or lerobot, auto (the first that is installed) or none."
         ),
     ] = "auto",
-    device: Annotated[
-        str | None, typer.Option(help="The candidate's device.", show_default=False)
-    ] = None,
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
-    """Prove that two engines compute the same, stage by stage.
+    """Test whether two engines compute the same, stage by stage.
 
-    The same inputs and noise go through both, once with everything valid and once with a camera and
-    text masked; an outside implementation is compared with the reference beside them. Exit code 1
-    and the first stage beyond its limits, if there is one; the limits and their reasons are in
-    docs/verify.md.
+    The same random inputs and noise go through both, once with everything valid and once with a
+    camera and text masked, and the results must agree within limits that depend on the precision.
+    An independent implementation is compared with the reference. Exit code 1 if a limit does not
+    hold. The limits, and what this test cannot see, such as a wrong checkpoint: docs/verify.md.
 
     **Examples**
 
@@ -77,14 +73,15 @@ def verify(
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.forward import image_side, read_npz
     from pi0.cli.show import step_progress
-    from pi0.engines.base import check_engine_available, make_engine
+    from pi0.engines.base import make_engine
+    from pi0.engines.spec import EngineSpec
     from pi0.inputs import from_npz
     from pi0.verify.report import Header
     from pi0.verify.run import Case, default_cases
     from pi0.verify.run import verify as run
 
     _check_options(mode, min_pcc, report)
-    (a, a_dtype), (b, b_dtype) = (parse_engine(spec) for spec in engines)
+    a, b = (EngineSpec.parse(text) for text in engines)
     arrays = read_npz(inputs) if inputs else None
     opened = open_checkpoint(checkpoint)
     size = image_side(arrays) or image_size or opened.config.vision.image_size
@@ -94,16 +91,14 @@ def verify(
         if arrays
         else default_cases(config, cameras, tokens or config.max_tokens, seed)
     )
-    for name, where in ((a, None), (b, device)):
-        _check_mode(mode, name)
-        check_engine_available(name, opened.config, where, size)
-    judge, told = _choose_oracle(oracle, (a, b), opened.config, size)
+    for spec in (a, b):
+        _check_engine(spec, mode, opened.config, size)
+    judge, why = _choose_oracle(oracle, (a, b), opened.config, size)
     with step_progress("verifying", (3 if judge else 2) * len(cases)) as on_case:
         result = run(
-            lambda: make_engine(a, opened, None, a_dtype, size),
-            lambda: make_engine(b, opened, device, b_dtype, size),
+            lambda: make_engine(a, opened, image_size=size),
+            lambda: make_engine(b, opened, image_size=size),
             cases,
-            precisions=(a_dtype, b_dtype),
             mode=mode,
             layers=layers,
             steps=steps,
@@ -113,9 +108,9 @@ def verify(
         )
     views, length = cases[0].inputs.image_mask.shape[1], cases[0].inputs.tokens.shape[1]
     sizes = f"{views} cameras of {size} px, {length} text tokens, {steps} steps"
-    names, note = (f"{a}:{a_dtype}", f"{b}:{b_dtype}"), HOST_NOTE if "ttnn-host" in (a, b) else ""
-    header = Header(str(checkpoint), *names, mode, sizes, told, note)
-    _tell(header, result, report, as_json)
+    note = " ".join(result.notes)
+    header = Header(str(checkpoint), a.label, b.label, mode, sizes, why, note)
+    _show(header, result, judge is not None, report, as_json)
     if result.first_failure:
         raise typer.Exit(1)
 
@@ -135,99 +130,116 @@ def _check_options(mode: str, min_pcc: float | None, report: Path | None) -> Non
         raise EngineError(f"mode: expected one of {', '.join(MODES)}, found {mode!r}.")
 
 
-def _check_mode(mode: str, engine: str) -> None:
+def _check_engine(spec: EngineSpec, mode: str, config: Pi0Config, size: int) -> None:
+    """Raises EngineError before the work if an engine cannot be verified here."""
+    from pi0.engines.base import EngineOptions
+    from pi0.engines.registry import find_engine
     from pi0.errors import EngineError
-    from pi0.peers.engine import PEERS
+    from pi0.verify.thresholds import limits_of
 
-    if mode == "isolated" and engine in PEERS:
+    engine = find_engine(spec.name)
+    can = engine.capabilities
+    if mode == "isolated" and not (can.shows_stages and can.feedable):
         raise EngineError(
-            f"mode: expected chained for engine {engine}, which neither feeds nor can be fed."
+            f"mode: expected chained for engine {spec.name}, whose stages are not shown and cannot "
+            "be replaced."
         )
-
-
-def parse_engine(spec: str) -> tuple[str, str]:
-    """The engine and the precision of ENGINE or ENGINE:DTYPE."""
-    from pi0.engines.base import choose_precision
-
-    name, _, dtype = spec.partition(":")
-    return name, choose_precision(name, dtype or None)
+    limits_of(engine, spec.precision)
+    engine.check_available(config, EngineOptions(spec.precision, spec.device, size))
 
 
 def _choose_oracle(
-    choice: str, engines: tuple[str, str], config: Pi0Config, size: int
+    choice: str, specs: tuple[EngineSpec, EngineSpec], config: Pi0Config, size: int
 ) -> tuple[str | None, str]:
     """The engine to compare the reference with, or None; and its name, or why there is none."""
-    from pi0.engines.base import check_engine_available
+    from pi0.engines.base import EngineOptions
+    from pi0.engines.registry import find_engine, find_peers
     from pi0.errors import EngineError
-    from pi0.peers.engine import PEERS
 
-    native = config.vision.image_size
-    if choice not in ("auto", "none", *PEERS):
-        raise EngineError(
-            f"oracle: expected auto, none or one of {', '.join(PEERS)}, found {choice!r}."
-        )
-    if choice in PEERS:
-        check_engine_available(choice, config, None, size)
-        return choice, choice
     if choice == "none":
-        return None, "none, as asked"
-    if set(engines) & set(PEERS):
-        return None, "none beside the engines compared"
-    if size != native:
-        return None, f"none: they run at the checkpoint's image size of {native} only"
-    for name, engine in PEERS.items():
-        with contextlib.suppress(EngineError):
-            engine.python()
+        return None, "none, as requested"
+    peers = find_peers()
+    if choice not in ("auto", *peers):
+        raise EngineError(
+            f"oracle: expected auto, none or one of {', '.join(peers)}, found {choice!r}."
+        )
+    if choice == "auto" and any(spec.name in peers for spec in specs):
+        return None, "none besides the engines compared"
+    missing = []
+    for name in peers if choice == "auto" else [choice]:
+        engine = find_engine(name)
+        options = EngineOptions(engine.capabilities.precisions[0], image_size=size)
+        try:
+            engine.check_available(config, options)
+        except EngineError as error:
+            if choice != "auto":
+                raise
+            missing.append(str(error))
+        else:
             return name, name
-    return None, "none is installed: pip install 'transformers>=5.5' would give one"
+    return None, f"none is available: {' '.join(missing)}"
 
 
-def _tell(header: Header, result: VerifyResult, report: Path | None, as_json: bool) -> None:
+def _show(
+    header: Header, result: VerifyResult, judged: bool, report: Path | None, as_json: bool
+) -> None:
     from pi0.checkpoint.files import replacing
     from pi0.cli.show import print_json, print_line
     from pi0.verify.report import to_data, to_html
 
-    if report:
-        with replacing(report) as temporary:
-            temporary.write_text(to_html(header, result), encoding="utf-8")
+    # Printed first: a page that cannot be written must not take the numbers with it.
     if as_json:
         print_json(to_data(header, result))
     else:
-        _print(header, result)
-        if report:
+        _print(header, result, judged)
+    if report:
+        with replacing(report) as temporary:
+            temporary.write_text(to_html(header, result), encoding="utf-8")
+        if not as_json:
             print_line(f"wrote {report}")
 
 
-def _print(header: Header, result: VerifyResult) -> None:
+def _print(header: Header, result: VerifyResult, judged: bool) -> None:
+    from pi0.cli.forward import print_hidden
     from pi0.cli.show import print_line, table
 
     print_line(f"{header.candidate} against {header.reference}: {header.sizes}, mode {header.mode}")
-    rows = []
-    for row in result.rows:
-        c = row.comparison
-        numbers = (
-            [c.fault, "", "", ""]
-            if c.fault
-            else [f"{c.pcc:.7f}", f"{c.cosine:.7f}", f"{c.rel_l2:.1e}", f"{c.max_abs:.1e}"]
-        )
-        times = [f"{ms:.1f}" if ms else "" for ms in (row.reference_ms, row.candidate_ms)]
-        verdict = "ok" if row.passed else "FAILS"
-        rows.append([row.case, row.name, *numbers, f"{row.limit.max_rel_l2:.0e}", *times, verdict])
-    columns = ["case", "stage", "PCC", "cosine", "rel. L2", "max abs", "limit", "ms", "ms", ""]
-    table("", columns, rows, left=2)
-    print_line(f"oracle implementation: {header.oracle}")
+    columns = ["case", "stage", "PCC", "at least", "cosine", "rel. L2", "at most", "max abs"]
+    columns += ["reference ms", "candidate ms", ""]
+    table("", columns, [_cells(row) for row in result.rows], left=2)
+    print_line(f"independent implementation: {header.oracle}")
     if header.note:
         print_line(header.note)
-    if result.missing:
-        print_line(f"not shown by both engines: {', '.join(result.missing)}")
+    print_hidden("not compared", result.missing)
     for case, (a, b) in result.actions.items():
         joints = (a - b).abs().amax(dim=(0, 1))
         worst = joints.argsort(descending=True)[:JOINTS].tolist()
-        told = ", ".join(f"action {j}: {joints[j]:.1e}" for j in worst)
-        print_line(f"largest deviation of actions ({case}): {told}")
+        deviations = ", ".join(f"action {j}: {joints[j]:.1e}" for j in worst)
+        print_line(f"largest deviation of actions ({case}): {deviations}")
+    print_line(_verdict(header, result, judged))
+
+
+def _cells(row: Row) -> list[str]:
+    c, limit = row.comparison, row.limit
+    bounds = f"{limit.min_pcc:g}", f"{limit.max_rel_l2:.0e}"
+    numbers = (
+        [c.fault, "", "", "", "", ""]
+        if c.fault
+        else [
+            f"{c.pcc:.7f}", bounds[0], f"{c.cosine:.7f}", f"{c.rel_l2:.1e}", bounds[1],
+            f"{c.max_abs:.1e}",
+        ]
+    )  # fmt: skip
+    times = [f"{ms:.1f}" if ms else "" for ms in (row.reference_ms, row.candidate_ms)]
+    return [row.case, row.name, *numbers, *times, "ok" if row.passed else "FAILS"]
+
+
+def _verdict(header: Header, result: VerifyResult, judged: bool) -> str:
     failure = result.first_failure
     if failure:
-        why = failure.comparison.fault or failure.limit.why
-        print_line(f"FAILS first at {failure.name} ({failure.case}); expected: {why}")
-    else:
-        print_line(f"agree: all {len(result.rows)} comparisons are within their limits")
+        return (
+            f"FAILS first at {failure.name} ({failure.case}): {' and '.join(failure.exceeded)}; "
+            f"the reason of this limit: {failure.limit.why}"
+        )
+    verdict = f"agree: all {len(result.rows)} comparisons are within their limits"
+    return verdict if judged else f"{verdict}, without an independent implementation"

@@ -1,59 +1,201 @@
-"""Engine: something that computes the stages of π0, and the registry of those there are.
+"""Engine: what computes the stages of π0, and how one is made.
 
-Engines are imported only when asked for. Knows nothing of robots.
+Knows nothing of robots, and no engine by its type: what an engine can do, its class declares.
 """
 
 from __future__ import annotations
 
-import importlib
+import functools
+import sys
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from pi0.checkpoint.load import Checkpoint
+from pi0.checkpoint.load import Checkpoint, Progress, empty_model
 from pi0.config import Pi0Config
+from pi0.engines.registry import find_engine
+from pi0.engines.spec import EngineSpec, canonical_precision
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
 from pi0.model import Tap
 from pi0.model.flow import integrate
 from pi0.model.pi0 import no_tap
-from pi0.model.precision import parse_dtype
 
-ENGINES = {
-    "reference": "pi0.engines.reference:ReferenceEngine",
-    "compiled": "pi0.engines.reference:CompiledEngine",
-    "cpu": "pi0.engines.fast.cpu.engine:CpuEngine",
-    "cuda": "pi0.engines.fast.cuda.engine:CudaEngine",
-    "ttnn": "pi0.engines.tenstorrent.engine:TtnnEngine",
-    "ttnn-host": "pi0.engines.tenstorrent.engine:TtnnHostEngine",
-    "transformers": "pi0.peers.engine:TransformersEngine",
-    "lerobot": "pi0.peers.engine:LerobotEngine",
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# Engines that have float32, from fast to slow, and why one is chosen.
+FASTEST = {
+    "cuda": "the fastest engine, with a CUDA device",
+    "cpu": "the fastest engine without a CUDA device",
+    "reference": "no faster engine is available here",
 }
-# What people write for precisions.
-DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+P = ParamSpec("P")
+R = TypeVar("R")
+AnEngine = TypeVar("AnEngine", bound="Engine")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine is made.
+
+    Attributes:
+        precision: one of the engine's precisions.
+        device: as the engine calls it; None: its default.
+        image_size: pixels that the model runs at; None: the checkpoint's.
+        weight_cache: keep packed weights in a file beside the checkpoint, for the next start.
+        progress: called with the number of bytes of weights read since the last call.
+    """
+
+    precision: str
+    device: str | None = None
+    image_size: int | None = None
+    weight_cache: bool = False
+    progress: Progress = lambda _: None
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a class of engines can do.
+
+    Attributes:
+        precisions: their names, the first is the default.
+        devices: the first is the default: "cpu", "cuda" (which stands for "cuda:1", too), or what
+            an engine names itself, such as the number of a card.
+        batch: `prefill` and `velocity` take more than one observation.
+        weight_cache: it can keep packed weights beside the checkpoint.
+        shows_stages: its taps see the stages, but for those of `Engine.hidden_stages`.
+        feedable: what a tap returns replaces the tensor.
+        peer: another implementation of π0, with which ours are compared.
+    """
+
+    precisions: tuple[str, ...]
+    devices: tuple[str, ...] = ("cpu",)
+    batch: bool = True
+    weight_cache: bool = False
+    shows_stages: bool = True
+    feedable: bool = True
+    peer: bool = False
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """How far `pi0 verify` lets a stage be from the reference.
+
+    Attributes:
+        min_pcc: least Pearson correlation.
+        max_rel_l2: largest norm of the difference as a fraction of the reference's norm.
+        why: the reason for these numbers, as a phrase.
+    """
+
+    min_pcc: float
+    max_rel_l2: float
+    why: str
+
+
+def exclusive(
+    method: Callable[Concatenate[AnEngine, P], R],
+) -> Callable[Concatenate[AnEngine, P], R]:
+    """A method of an engine that one thread at a time runs, and that a closed engine refuses."""
+
+    @functools.wraps(method)
+    def run(self: AnEngine, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._lock:
+            if self._closed:
+                raise EngineError(f"engine {self.name}: expected an open engine, found it closed.")
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class Engine(ABC):
-    """Computes actions, one call at a time. Inputs and results are float32 tensors on the CPU.
+    """Computes actions. Inputs and results are float32 tensors on the CPU.
+
+    A subclass declares `name` and `capabilities`, loads weights in `__init__`, and implements
+    `prefill` and `velocity`, decorated with `exclusive`. docs/engines.md shows a whole one, and
+    `pi0.testing.check_engine` tells whether it keeps what is promised here.
+
+    Many threads may call one engine: `sample` and `exclusive` methods run in one of them at a time,
+    so that an engine may keep state between calls without mixing them up.
 
     `tap` sees every stage's result under its name in `pi0.model.STAGES`, and of every block the
     output (`vlm_transformer.block.3`) and in the trunks keys and values [B, T, K, D]
-    (`vlm_transformer.block.3.keys`), shaped as in the model. What it hands on is what the engine
-    goes on with.
+    (`vlm_transformer.block.3.keys`), shaped as in the model. Its return value replaces the tensor.
+
+    Attributes:
+        name: the engine's name in specs; that of the entry point for a plug-in.
+        capabilities: see `Capabilities`.
+        thresholds: limits of `pi0 verify` for precisions that only this engine has: by precision, a
+            `Threshold` for each stage that has its own, and "*" for all others.
+        hidden_stages: stages that its taps do not see though it shows stages, with the reason.
+        config: the model's sizes, with the image size that it runs at.
+        options: how it was made.
+        notes: sentences that belong beside its results, such as which kernels were chosen.
+        own_seconds: how long its last call took, where the engine measures this itself (in another
+            process, without communication); else None.
     """
 
-    precisions: ClassVar[tuple[str, ...]]  # the first is the default
-    keeps: ClassVar[bool] = False  # whether it takes `cache`
-    config: Pi0Config
+    name: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+    thresholds: ClassVar[Mapping[str, Mapping[str, Threshold]]] = NOTHING
+    hidden_stages: ClassVar[Mapping[str, str]] = NOTHING
+    notes: Sequence[str] = ()
+    own_seconds: float | None = None
+
+    def __init__(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
+        """Subclasses call this first. Use `make_engine` or `from_checkpoint` to make an engine."""
+        self.options = options
+        size = options.image_size
+        self.config = checkpoint.config if size is None else checkpoint.config.with_image_size(size)
+        self._lock = threading.RLock()
+        self._closed = False
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, options: EngineOptions) -> Engine:
+        """An engine with a checkpoint's weights.
+
+        Raises:
+            EngineError: it cannot do what the options ask for, or is not available here.
+            CheckpointError, ConfigError: see `load_model`.
+        """
+        if options.weight_cache and not cls.capabilities.weight_cache:
+            raise EngineError(
+                f"weight cache: expected an engine that keeps packed weights, found {cls.name}. "
+                "Leave out --weight-cache."
+            )
+        cls.check_available(checkpoint.config, options)
+        return cls(checkpoint, options)
+
+    @classmethod
+    def check_available(cls, config: Pi0Config, options: EngineOptions) -> None:
+        """Says before the work what is missing for an engine: a library, a device, a size.
+
+        Args:
+            config: the checkpoint's, before `options.image_size`.
+
+        Raises:
+            EngineError: it cannot be made here.
+        """
+        kind, devices = (options.device or "").partition(":")[0], cls.capabilities.devices
+        if kind and kind not in devices:
+            raise EngineError(
+                f"device: expected {' or '.join(devices)} for engine {cls.name}, found "
+                f"{options.device!r}."
+            )
 
     @abstractmethod
     def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> Any:
         """Runs the prefix, once for all denoising steps.
 
-        Returns what `velocity` wants as `cache`; its type is the engine's own affair.
+        Returns what `velocity` takes as `cache`; its type is engine-specific.
         """
 
     @abstractmethod
@@ -62,6 +204,7 @@ class Engine(ABC):
     ) -> Tensor:
         """dx/dt [B, horizon, action_dim] of noisy actions x_t of that shape at t [B]."""
 
+    @exclusive
     def sample(
         self,
         inputs: ModelInputs,
@@ -71,9 +214,20 @@ class Engine(ABC):
     ) -> Tensor:
         """Actions [B, horizon, action_dim] from noise of that shape.
 
+        Calls from several threads are computed one after another.
+
+        Args:
+            on_step: called once per denoising step.
+
         Raises:
-            EngineError: the result is not finite.
+            EngineError: the result is not finite, or the engine is closed.
         """
+        return require_finite(self._sample(inputs, noise, steps, on_step))
+
+    def _sample(
+        self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: Callable[[], None]
+    ) -> Tensor:
+        """What `sample` returns. An engine that has a faster way than this loop overrides it."""
         cache = self.prefill(inputs)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
@@ -81,7 +235,62 @@ class Engine(ABC):
             on_step()
             return v
 
-        return require_finite(integrate(velocity, noise, steps))
+        return integrate(velocity, noise, steps)
+
+    def close(self) -> None:
+        """Releases what the engine holds; waits for a call that runs. Closing twice is harmless."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._close()
+
+    def _close(self) -> None:  # noqa: B027 - there may be nothing to release
+        """Releases weights, device or process; called once, by `close`."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def implementation(self) -> str:
+        """The package that computes, and its version."""
+        package = type(self).__module__.partition(".")[0]
+        version = getattr(sys.modules.get(package), "__version__", None)
+        return f"{package} {version}" if version else package
+
+    @property
+    def torch_version(self) -> str:
+        """The version of PyTorch that it runs on."""
+        return torch.__version__
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What this engine is, as plain data: name, precision, device, implementation, torch and
+        notes."""
+        return {
+            "name": self.name,
+            "precision": self.options.precision,
+            "device": self.options.device or self.capabilities.devices[0],
+            "implementation": self.implementation,
+            "torch": self.torch_version,
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def why_hidden(cls, stage: str) -> str:
+        """Why a stage that its taps did not see is not shown: a phrase."""
+        if not cls.capabilities.shows_stages:
+            return f"engine {cls.name} does not show its stages"
+        return cls.hidden_stages.get(stage, f"engine {cls.name} does not show it")
+
+    def peak_memory(self) -> tuple[int, int]:
+        """The most bytes that its process has held in memory, and of a CUDA device's memory."""
+        import resource  # not everywhere
+
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return host, torch.cuda.max_memory_allocated()
 
 
 def require_finite(actions: Tensor) -> Tensor:
@@ -99,73 +308,75 @@ def require_finite(actions: Tensor) -> Tensor:
 
 
 def make_engine(
-    name: str,
+    spec: EngineSpec | str,
     checkpoint: Checkpoint,
-    device: str | None = None,
-    dtype: str | None = None,
+    *,
     image_size: int | None = None,
-    progress: Callable[[int], None] = lambda _: None,
-    cache: bool = False,
+    weight_cache: bool = False,
+    progress: Progress = lambda _: None,
 ) -> Engine:
     """An engine with a checkpoint's weights.
 
     Args:
-        device: as the engine calls it; None: its default.
-        dtype: one of the engine's precisions; None: its first.
-        cache: keep packed weights in a file beside the checkpoint, for the next start.
+        spec: which one, as an `EngineSpec` or as the text that `EngineSpec.parse` reads.
+        image_size, weight_cache, progress: see `EngineOptions`.
 
     Raises:
-        EngineError: no such engine, precision or device; one that keeps no weights, or no room to
-            write, if these are to be kept.
+        EngineError: no such engine, precision or device; one that keeps no packed weights, or no
+            room to write, if these are to be kept.
         CheckpointError, ConfigError: see `load_model`.
     """
-    dtype = choose_precision(name, dtype)
-    engine = _find(name)
-    if cache and not engine.keeps:
-        raise EngineError(
-            f"cache: expected an engine that keeps packed weights (cpu), found {name}. Leave out "
-            "--weight-cache."
-        )
-    kept = {"cache": True} if cache else {}
-    made: Engine = engine(checkpoint, device, dtype, image_size, progress, **kept)
-    return made
+    spec = EngineSpec.parse(spec) if isinstance(spec, str) else spec
+    options = EngineOptions(spec.precision, spec.device, image_size, weight_cache, progress)
+    return find_engine(spec.name).from_checkpoint(checkpoint, options)
 
 
-def check_engine_available(
-    name: str, config: Pi0Config, device: str | None = None, image_size: int | None = None
-) -> None:
-    """Says what an engine lacks before there is work, for those who make it later.
+def fastest_engine(
+    config: Pi0Config,
+    precision: str | None = None,
+    device: str | None = None,
+    image_size: int | None = None,
+) -> tuple[EngineSpec, str]:
+    """The fastest engine on this machine within the limits that `pi0 verify` has for float32.
 
-    An engine that can tell has a classmethod `need`, called with the last three arguments.
+    Args:
+        config: the checkpoint's.
+        precision, device: what was asked for; the fastest engine that has it is chosen.
 
-    Raises:
-        EngineError: no such engine; or its library, device or image size is not to be had.
-    """
-    need = getattr(_find(name), "need", None)
-    if need is not None:
-        need(config, device, image_size)
-
-
-def choose_precision(name: str, dtype: str | None) -> str:
-    """The precision that an engine of this name runs in.
+    Returns:
+        The engine, and why it was chosen: a phrase.
 
     Raises:
-        EngineError: no such engine, or not one of its precisions.
-        ConfigError: float16.
+        EngineError: none that has this precision and device is available.
     """
-    precisions = _find(name).precisions
-    dtype = DTYPE_ALIASES.get(dtype or "", dtype)
-    if dtype == "float16":
-        parse_dtype(dtype)  # says why not
-    if dtype is not None and dtype not in precisions:
+    precision = canonical_precision(precision) or "float32"
+    reasons = []
+    for name, reason in FASTEST.items():
+        engine = find_engine(name)
+        options = EngineOptions(precision, device, image_size)
+        try:
+            if precision not in engine.capabilities.precisions:
+                raise EngineError(f"engine {name} has no {precision}.")
+            engine.check_available(config, options)
+            if name == "cuda":
+                _check_cuda_memory(config, precision, device)
+        except EngineError as error:
+            reasons.append(str(error))
+            continue
+        return EngineSpec(name, precision, device), reason
+    raise EngineError(
+        f"engine auto: expected an engine with precision {precision}"
+        f"{f' on device {device}' if device else ''}, found none: {' '.join(reasons)}"
+    )
+
+
+def _check_cuda_memory(config: Pi0Config, precision: str, device: str | None) -> None:
+    """Raises EngineError if the weights do not fit into a CUDA device's free memory."""
+    needed = sum(p.numel() for p in empty_model(config, torch.float32).parameters())
+    needed *= {"float32": 4, "bfloat16": 2}.get(precision, 1)
+    free, _ = torch.cuda.mem_get_info(torch.device(device or "cuda"))
+    if needed > free:
         raise EngineError(
-            f"dtype: expected one of {', '.join(precisions)} for engine {name}, found {dtype!r}."
+            f"engine cuda: expected {needed / 1e9:.1f} GB of free GPU memory for the weights, "
+            f"found {free / 1e9:.1f} GB."
         )
-    return dtype or precisions[0]
-
-
-def _find(name: str) -> Any:
-    if name not in ENGINES:
-        raise EngineError(f"engine: expected one of {', '.join(ENGINES)}, found {name!r}.")
-    module, _, attribute = ENGINES[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint, load_model
 from pi0.config import Pi0Config
-from pi0.engines.base import Engine
+from pi0.engines.base import Capabilities, Engine, EngineOptions, exclusive
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
 from pi0.model import PrefixCache, Tap
@@ -21,29 +21,28 @@ from pi0.model.precision import DTYPES, parse_dtype
 class ReferenceEngine(Engine):
     """See `Engine`; results stay on the device between prefill and velocity."""
 
-    precisions = tuple(DTYPES)
+    name = "reference"
+    capabilities = Capabilities(precisions=tuple(DTYPES), devices=("cpu", "cuda"))
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        device: str | None = None,
-        dtype: str = "float32",
-        image_size: int | None = None,
-        progress: Callable[[int], None] = lambda _: None,
-    ) -> None:
-        self.device = parse_device(device or "cpu")
-        self.model = load_model(checkpoint, parse_dtype(dtype), self.device, image_size, progress)
-        self.config = self.model.config
+    def __init__(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
+        super().__init__(checkpoint, options)
+        self.device = parse_device(options.device or "cpu")
+        dtype = parse_dtype(options.precision)
+        self.model = load_model(
+            checkpoint, dtype, self.device, options.image_size, options.progress
+        )
 
     @classmethod
-    def need(cls, config: Pi0Config, device: str | None, image_size: int | None) -> None:
-        """See `need_engine`."""
-        parse_device(device or "cpu")
+    def check_available(cls, config: Pi0Config, options: EngineOptions) -> None:
+        """See `Engine`."""
+        parse_device(options.device or "cpu")
 
+    @exclusive
     @torch.inference_mode()
     def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> PrefixCache:
         return self.model.prefill(inputs.to(self.device), tap)
 
+    @exclusive
     @torch.inference_mode()
     def velocity(
         self, x_t: Tensor, t: Tensor, state: Tensor, cache: PrefixCache, tap: Tap = no_tap
@@ -51,15 +50,20 @@ class ReferenceEngine(Engine):
         x_t, t, state = (tensor.to(self.device) for tensor in (x_t, t, state))
         return self.model.velocity(x_t, t, state, cache, tap).cpu()
 
+    def _close(self) -> None:
+        del self.model
+
 
 class CompiledEngine(ReferenceEngine):
-    """The model through `torch.compile`: what PyTorch makes of it by itself, a mark to pass.
+    """The model through `torch.compile`: what PyTorch makes of it by itself, a baseline to beat.
 
     The first call at a shape compiles, which takes a C++ compiler and up to minutes.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    name = "compiled"
+
+    def __init__(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
+        super().__init__(checkpoint, options)
         for part in ("prefill", "velocity"):
             setattr(self.model, part, compile_part(getattr(self.model, part)))
 
@@ -85,10 +89,10 @@ def compile_part(part: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def parse_device(name: str) -> torch.device:
-    """A device that is there.
+    """The CPU or a CUDA device of this machine.
 
     Raises:
-        EngineError: the name is none, or this machine has no such device.
+        EngineError: it is not the name of a device, or this machine has no such device.
     """
     try:
         device = torch.device(name)

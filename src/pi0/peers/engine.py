@@ -1,4 +1,4 @@
-"""Engines that ask another implementation, in a process of its own."""
+"""Engines that ask another implementation of π0, which runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 import pi0
 from pi0.checkpoint.load import Checkpoint
 from pi0.config import Pi0Config
-from pi0.engines.base import Engine, require_finite
+from pi0.engines.base import Capabilities, Engine, EngineOptions, exclusive
 from pi0.engines.reference import parse_device
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
@@ -30,56 +30,63 @@ from pi0.peers.frames import Message, receive, send
 
 
 class PeerEngine(Engine):
-    """Another implementation. It shows few stages, and none can be fed.
+    """Another implementation, in a process of its own. It shows few stages, and none can be fed.
 
-    Attributes:
-        implementation: its name and version.
-        torch: the version of PyTorch that it runs on.
-        seconds: that its last answer took, without the way there.
-        peak, cuda_peak: bytes of memory that its process has held at most, and of a CUDA device's.
+    `name` is also the name of its Python package.
     """
 
-    precisions = tuple(DTYPES)
-    module: ClassVar[str]
-    install: ClassVar[str]
-    seconds = 0.0
-    peak = cuda_peak = 0
+    capabilities = Capabilities(
+        precisions=tuple(DTYPES),
+        devices=("cpu", "cuda"),
+        shows_stages=False,
+        feedable=False,
+        peer=True,
+    )
+    install: ClassVar[str]  # a sentence that says how
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        device: str | None = None,
-        dtype: str = "float32",
-        image_size: int | None = None,
-        progress: Callable[[int], None] = lambda _: None,
-    ) -> None:
-        self.config = checkpoint.config
-        self.need(self.config, device, image_size)
+    def __init__(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
+        super().__init__(checkpoint, options)
         source = Path(pi0.__file__).parents[1]
-        words = [self.python(), "-m", "pi0.peers.worker", self.module]
+        command = [self.python(), "-m", "pi0.peers.worker", self.name]
+        where = str(checkpoint.path.absolute())
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the engine
         self._worker = subprocess.Popen(
-            [*words, str(checkpoint.path.absolute()), dtype, device or "cpu"],
+            [*command, where, options.precision, options.device or "cpu"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             env={**os.environ, "PYTHONPATH": str(source)},
         )
-        weakref.finalize(self, stop, self._worker, self._log)
+        self._stop = weakref.finalize(self, stop, self._worker, self._log)
         ready = self._answer()
-        self.implementation, self.torch = str(ready["name"]), str(ready["torch"])
+        self._implementation, self._torch = str(ready["name"]), str(ready["torch"])
+        self._peak = (0, 0)
         self._prefixes = 0
 
     @classmethod
-    def need(cls, config: Pi0Config, device: str | None, image_size: int | None) -> None:
-        """See `pi0.engines.base.need_engine`."""
-        parse_device(device or "cpu")
-        if image_size not in (None, config.vision.image_size):
+    def check_available(cls, config: Pi0Config, options: EngineOptions) -> None:
+        """See `Engine`; whether its interpreter can use the device is known when it starts."""
+        parse_device(options.device or "cpu")
+        if options.image_size not in (None, config.vision.image_size):
             raise EngineError(
                 f"image_size: expected the checkpoint's {config.vision.image_size} for engine "
-                f"{cls.module}, found {image_size}."
+                f"{cls.name}, found {options.image_size}."
             )
         cls.python()
+
+    @property
+    def implementation(self) -> str:
+        """Its name and version."""
+        return self._implementation
+
+    @property
+    def torch_version(self) -> str:
+        """The version of PyTorch that its process runs on."""
+        return self._torch
+
+    def peak_memory(self) -> tuple[int, int]:
+        """Of its process; see `Engine`."""
+        return self._peak
 
     @classmethod
     def python(cls) -> str:
@@ -88,50 +95,51 @@ class PeerEngine(Engine):
         Raises:
             EngineError: none is known.
         """
-        if importlib.util.find_spec(cls.module):
+        if importlib.util.find_spec(cls.name):
             return sys.executable
-        raise EngineError(f"engine {cls.module}: expected it installed, found none. {cls.install}")
+        raise EngineError(f"engine {cls.name}: expected it installed, found none. {cls.install}")
 
+    @exclusive
     def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> int:
-        """The number of the prefix; the worker keeps the last only."""
+        """The number of the prefix; its process keeps the last only."""
         answer = self._ask("prefill", **arrays_of(inputs))
         if "prefix" in answer:
             tap("prefix", torch.from_numpy(answer["prefix"]))
         self._prefixes += 1
         return self._prefixes
 
+    @exclusive
     def velocity(
         self, x_t: Tensor, t: Tensor, state: Tensor, cache: int, tap: Tap = no_tap
     ) -> Tensor:
         if cache != self._prefixes:
             raise EngineError(
-                f"engine {self.module}: expected the prefix of the last prefill, found an older."
+                f"engine {self.name}: expected the prefix of the last prefill, found an older."
             )
         answer = self._ask("velocity", x_t=x_t.numpy(), t=t.numpy(), state=state.numpy())
         v = torch.from_numpy(answer["velocity"])
         tap("velocity", v)
         return v
 
-    def sample(
-        self,
-        inputs: ModelInputs,
-        noise: Tensor,
-        steps: int = 10,
-        on_step: Callable[[], None] = lambda: None,
+    def _sample(
+        self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: Callable[[], None]
     ) -> Tensor:
         """See `Engine`; by the implementation's own loop."""
         answer = self._ask("sample", noise=noise.numpy(), steps=steps, **arrays_of(inputs))
         for _ in range(steps):
             on_step()
-        return require_finite(torch.from_numpy(answer["actions"]))
+        return torch.from_numpy(answer["actions"])
+
+    def _close(self) -> None:
+        self._stop()
 
     def _ask(self, command: str, **arrays: object) -> Message:
         with contextlib.suppress(BrokenPipeError):  # said by `_answer`
             assert self._worker.stdin
             send(self._worker.stdin, command=command, **arrays)
         answer = self._answer()
-        self.seconds = float(answer["seconds"])
-        self.peak, self.cuda_peak = int(answer["peak"]), int(answer["cuda_peak"])
+        self.own_seconds = float(answer["seconds"])
+        self._peak = int(answer["peak"]), int(answer["cuda_peak"])
         return answer
 
     def _answer(self) -> Message:
@@ -139,27 +147,27 @@ class PeerEngine(Engine):
         message = receive(self._worker.stdout)
         if message is None:
             self._log.seek(0)
-            said = self._log.read().decode(errors="replace").strip().splitlines()
+            output = self._log.read().decode(errors="replace").strip().splitlines()
             raise EngineError(
-                f"engine {self.module}: expected an answer of its process, found that it ended "
-                f"({said[-1] if said else 'without a word'})."
+                f"engine {self.name}: expected an answer of its process, found that it ended "
+                f"({output[-1] if output else 'without output'})."
             )
         if "error" in message:
-            raise EngineError(f"engine {self.module}: {message['error']}")
+            raise EngineError(f"engine {self.name}: {message['error']}")
         return message
 
 
 class TransformersEngine(PeerEngine):
     """transformers' π0."""
 
-    module = "transformers"
+    name = "transformers"
     install = "Install it: pip install 'transformers>=5.5'."
 
 
 class LerobotEngine(PeerEngine):
     """LeRobot's π0."""
 
-    module = "lerobot"
+    name = "lerobot"
     install = (
         "Install it into an environment of Python 3.12 (pip install 'lerobot[pi]==0.6.1') and name "
         "its interpreter in PI0_LEROBOT_PYTHON."
@@ -173,12 +181,6 @@ class LerobotEngine(PeerEngine):
             raise EngineError(f"PI0_LEROBOT_PYTHON: expected an interpreter, found no {named}.")
         beside = Path(".venv-lerobot/bin/python")
         return named or (str(beside.absolute()) if beside.exists() else super().python())
-
-
-PEERS: dict[str, type[PeerEngine]] = {
-    "transformers": TransformersEngine,
-    "lerobot": LerobotEngine,
-}
 
 
 def arrays_of(inputs: ModelInputs) -> dict[str, Any]:

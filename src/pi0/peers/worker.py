@@ -46,8 +46,8 @@ def main() -> None:
 
 @torch.no_grad()
 def answer(model: Any, message: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """What the model makes of a message. Its time is that of a caller who has inputs in memory and
-    wants actions there."""
+    """What the model answers to a message. `seconds` is the time from inputs in memory to results
+    in memory, without communication."""
     command = str(message.pop("command"))
     steps = int(message.pop("steps", 0))
     start = time.perf_counter()
@@ -59,13 +59,13 @@ def answer(model: Any, message: dict[str, Any], device: torch.device) -> dict[st
     else:
         noise = arrays.pop("noise")
         result = {"actions": model.sample(arrays, noise, steps)}
-    told = {name: value.float().cpu().numpy() for name, value in result.items()}
+    outputs = {name: value.float().cpu().numpy() for name, value in result.items()}
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # prefill shows nothing that would wait for it
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     cuda = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    return told | {"seconds": seconds, "peak": peak, "cuda_peak": cuda}
+    return outputs | {"seconds": seconds, "peak": peak, "cuda_peak": cuda}
 
 
 def require_device(name: str) -> None:

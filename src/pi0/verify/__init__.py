@@ -1,1 +1,1 @@
-"""Proof that two engines agree: the same inputs and noise through both, compared stage by stage."""
+"""Do two engines agree? The same inputs and noise go through both, compared stage by stage."""

@@ -1,12 +1,14 @@
-"""Runs two engines on the same inputs and noise and compares what they hand on.
+"""Runs two engines on the same inputs and noise and compares the results of their stages.
 
-Modes: in `chained` each engine lives with its own errors; in `isolated` every stage (and block) of
-the candidate is fed with the reference's input, which tells where an error is born.
+Modes: in `chained` each engine computes with its own results, so that errors add up; in `isolated`
+every stage (and block) of the candidate gets the reference's input, which shows where an error
+arises.
 
 A comparison is blind to what both engines leave out. So a camera and text are masked in one of the
 cases, and there each engine is also compared with itself on other masked content, which must not
-move its velocity at all: an engine that drops the mask fails even beside another one that does. And
-a third engine, an implementation that we did not write, is compared with the reference.
+move its velocity at all: an engine that drops the mask fails even when compared with another one
+that does. And a third engine, an implementation that we did not write, is compared with the
+reference.
 """
 
 from __future__ import annotations
@@ -14,20 +16,21 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pi0.config import Pi0Config
-from pi0.engines.base import Engine
+from pi0.engines.base import Engine, Threshold
+from pi0.errors import CheckpointError
 from pi0.inputs import ModelInputs, random_inputs
 from pi0.model import STAGES
 from pi0.model.flow import schedule
 from pi0.verify.compare import Comparison, compare
-from pi0.verify.thresholds import Threshold, coarser, threshold
+from pi0.verify.thresholds import Limits, limits_of, looser, threshold
 
 MODES = ("chained", "isolated")
 ACTIONS = "actions"
@@ -37,7 +40,7 @@ CACHED = (".keys", ".values")
 
 @dataclass(frozen=True)
 class Case:
-    """Named inputs and noise [B, horizon, action_dim]."""
+    """Named inputs, and noise [B, horizon, action_dim]."""
 
     name: str
     inputs: ModelInputs
@@ -46,10 +49,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """A stage, a block (`stage.block.7`), its keys or values, a step's velocity (`velocity.3`), the
-    actions of these velocities, those of the candidate's own loop (`sample`), an engine beside
-    itself (`masked_content.candidate`), or the third engine's velocities and actions
-    (`oracle.velocity.3`)."""
+    """One comparison.
+
+    `name` is a stage, a block (`stage.block.7`), its keys or values, a step's velocity
+    (`velocity.3`), the actions of these velocities (`actions`), those of the candidate's own loop
+    (`sample`), an engine compared with itself (`masked_content.candidate`), or the third engine's
+    velocities and actions (`oracle.velocity.3`).
+    """
 
     case: str
     name: str
@@ -60,22 +66,38 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        c = self.comparison
-        fits = c.pcc >= self.limit.min_pcc and c.rel_l2 <= self.limit.max_rel_l2
-        return c.fault is None and fits
+        return not self.exceeded
+
+    @property
+    def exceeded(self) -> list[str]:
+        """What is wrong: each limit that does not hold, with both numbers."""
+        c, limit = self.comparison, self.limit
+        if c.fault is not None:
+            return [c.fault]
+        exceeded = []
+        if not c.pcc >= limit.min_pcc:
+            exceeded.append(f"PCC {c.pcc:.7g} is below its limit {limit.min_pcc:g}")
+        if not c.rel_l2 <= limit.max_rel_l2:
+            exceeded.append(
+                f"relative L2 error {c.rel_l2:.2g} is above its limit {limit.max_rel_l2:g}"
+            )
+        return exceeded
 
 
 @dataclass(frozen=True)
 class VerifyResult:
     """All rows, and the actions of both engines by case.
 
-    `missing` are the stages that one of them does not show.
+    Attributes:
+        missing: the stages that are not compared, and why.
+        notes: what both engines say of their results.
     """
 
     mode: str
     rows: list[Row]
     actions: dict[str, tuple[Tensor, Tensor]]
-    missing: list[str]
+    missing: dict[str, str]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def first_failure(self) -> Row | None:
@@ -84,14 +106,14 @@ class VerifyResult:
 
 @dataclass
 class Recording:
-    """What one engine handed on in one case."""
+    """The results of one engine in one case."""
 
     patches: int  # of one view
     tensors: dict[str, Tensor]
     ms: dict[str, float]
     steps: list[tuple[Tensor, Tensor]]  # x_t, velocity
     actions: Tensor
-    masked_content: Comparison | None  # of the velocity with itself, other content being masked
+    masked_content: Comparison | None  # of two velocities that differ in masked content only
     sample: Tensor | None = None  # actions of the engine's own loop
 
 
@@ -105,11 +127,26 @@ def default_cases(config: Pi0Config, cameras: int, tokens: int, seed: int = 0) -
     return [Case("all valid", inputs, noise), Case("masked", masked, noise)]
 
 
+@dataclass(frozen=True)
+class EngineRun:
+    """One engine on all cases.
+
+    Attributes:
+        recordings: by case.
+        limits: of the engine's precision.
+        hidden: why its taps do not see a stage, by stage.
+    """
+
+    recordings: dict[str, Recording]
+    limits: Limits
+    hidden: dict[str, str]
+    notes: Sequence[str]
+
+
 def verify(
     reference: Callable[[], Engine],
     candidate: Callable[[], Engine],
     cases: list[Case],
-    precisions: tuple[str, str],
     mode: str = "chained",
     layers: bool = False,
     steps: int = 10,
@@ -121,34 +158,34 @@ def verify(
 
     Args:
         reference, candidate, oracle: make the engines; called one after the other, so that only
-            one is in memory at a time.
-        precisions: of both engines; the coarser chooses the thresholds.
+            one is in memory at a time, and closed afterwards.
         mode: "chained" or "isolated".
         layers: compare every block, too.
-        min_pcc: asked of every row beside its own limits.
+        min_pcc: required of every row in addition to its own limits.
         on_case: called after each case of each engine.
+
+    Raises:
+        CheckpointError: the reference's own results are not finite.
+        EngineError: there are no limits for the precision of an engine.
     """
-    precision = coarser(*precisions)
-    feeds = _run_all(reference, cases, {}, steps, layers, on_case)
-    fed = feeds if mode == "isolated" else {}
-    runs = _run_all(candidate, cases, fed, steps, layers, on_case, sample=mode == "chained")
-    rows = [
-        row
-        for case in cases
-        for row in _rows(case, feeds[case.name], runs[case.name], precision, layers)
-    ]
+    a = _run_all(reference, cases, {}, steps, layers, on_case)
+    _require_finite(a.recordings)
+    feeds = a.recordings if mode == "isolated" else {}
+    b = _run_all(candidate, cases, feeds, steps, layers, on_case, sample=mode == "chained")
+    limits = looser(a.limits, b.limits)
+    rows = []
+    for case in cases:
+        pair = a.recordings[case.name], b.recordings[case.name]
+        rows += _rows(case, *pair, limits, layers)
     if oracle is not None:
-        rows += _oracle_rows(oracle, cases, feeds, precisions[0], steps, on_case)
+        rows += _oracle_rows(oracle, cases, a, steps, on_case)
     if min_pcc is not None:
         rows = [
             replace(row, limit=replace(row.limit, min_pcc=max(min_pcc, row.limit.min_pcc)))
             for row in rows
         ]
-    actions = {c.name: (feeds[c.name].actions, runs[c.name].actions) for c in cases}
-    first = cases[0].name
-    shown = feeds[first].tensors.keys() & runs[first].tensors.keys()
-    missing = [name for name in STAGES if name not in shown]
-    return VerifyResult(mode, rows, actions, missing)
+    actions = {c.name: (a.recordings[c.name].actions, b.recordings[c.name].actions) for c in cases}
+    return VerifyResult(mode, rows, actions, _missing(a, b), [*dict.fromkeys([*a.notes, *b.notes])])
 
 
 def _run_all(
@@ -159,29 +196,51 @@ def _run_all(
     layers: bool,
     on_case: Callable[[], None],
     sample: bool = False,
-) -> dict[str, Recording]:
-    engine = make()
+) -> EngineRun:
     recordings = {}
-    for case in cases:
-        recording = record(engine, case, steps, layers, feeds.get(case.name))
-        if sample and recording.actions.isfinite().all():
-            start = time.perf_counter()
-            recording.sample = engine.sample(case.inputs, case.noise, steps)
-            recording.ms["sample"] = (time.perf_counter() - start) * 1e3
-        recordings[case.name] = recording
-        on_case()
+    with make() as engine:
+        limits = limits_of(type(engine), engine.options.precision)
+        for case in cases:
+            recording = record(engine, case, steps, layers, feeds.get(case.name))
+            if sample and recording.actions.isfinite().all():
+                start = time.perf_counter()
+                recording.sample = engine.sample(case.inputs, case.noise, steps)
+                recording.ms["sample"] = (time.perf_counter() - start) * 1e3
+            recordings[case.name] = recording
+            on_case()
+        shown = recordings[cases[0].name].tensors
+        hidden = {name: engine.why_hidden(name) for name in STAGES if name not in shown}
+        run = EngineRun(recordings, limits, hidden, engine.notes)
     del engine
     gc.collect()
-    return recordings
+    return run
+
+
+def _require_finite(recordings: Mapping[str, Recording]) -> None:
+    """Raises CheckpointError if a reference has computed NaN: there is nothing to compare with."""
+    for case, recording in recordings.items():
+        for name, value in [*recording.tensors.items(), (ACTIONS, recording.actions)]:
+            bad = int((~torch.isfinite(value)).sum())
+            if bad:
+                raise CheckpointError(
+                    "checkpoint: expected finite results of the reference engine, found "
+                    f"{bad} NaN or infinite values, first at {name} ({case}). The checkpoint is "
+                    "damaged: copy or download it again."
+                )
+
+
+def _missing(a: EngineRun, b: EngineRun) -> dict[str, str]:
+    hidden = {**b.hidden, **a.hidden}
+    return {name: hidden[name] for name in STAGES if name in hidden}
 
 
 def record(
     engine: Engine, case: Case, steps: int, layers: bool, feed: Recording | None = None
 ) -> Recording:
-    """One engine on one case; with a feed, every stage goes on with the feed's tensor."""
+    """One engine on one case; with a feed, each stage's result is replaced by the feed's tensor."""
     tensors: dict[str, Tensor] = {}
     ms: dict[str, float] = {}
-    since: dict[str, float] = {}  # milliseconds not yet told of, by stage
+    since: dict[str, float] = {}  # milliseconds of blocks whose stage is not complete
     last = time.perf_counter()
 
     def tap(name: str, value: Tensor) -> Tensor:
@@ -197,9 +256,9 @@ def record(
         if layers or not part or name.endswith(CACHED):
             tensors[name] = value.detach().cpu().clone()
         fed = feed is not None and name in feed.tensors
-        handed_on = feed.tensors[name].to(value) if feed is not None and fed else value
+        result = feed.tensors[name].to(value) if feed is not None and fed else value
         last = time.perf_counter()
-        return handed_on
+        return result
 
     state, noise = case.inputs.state, case.noise
     cache = engine.prefill(case.inputs, tap)
@@ -212,7 +271,7 @@ def record(
 def _denoise(
     engine: Engine, case: Case, cache: Any, steps: int, feed: Recording | None = None
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """x_t and velocity of every step, and the actions; a feed's x_t are where steps start."""
+    """x_t and velocity of every step, and the actions; with a feed, steps start at its x_t."""
     taken = []
     x = case.noise
     for i, moment in enumerate(schedule(steps)):
@@ -228,20 +287,21 @@ def _denoise(
 def _oracle_rows(
     make: Callable[[], Engine],
     cases: list[Case],
-    references: Mapping[str, Recording],
-    precision: str,
+    reference: EngineRun,
     steps: int,
     on_case: Callable[[], None],
 ) -> list[Row]:
-    engine, rows = make(), []
-    limit = threshold("oracle", precision)
-    for case in cases:
-        a = references[case.name]
-        taken, actions = _denoise(engine, case, engine.prefill(case.inputs), steps)
-        pairs = [(f"velocity.{i}", a.steps[i][1], v) for i, (_, v) in enumerate(taken)]
-        for name, x, y in [*pairs, (ACTIONS, a.actions, actions)]:
-            rows.append(Row(case.name, f"oracle.{name}", compare(x, y), limit, 0.0, 0.0))
-        on_case()
+    rows = []
+    with make() as engine:
+        own = limits_of(type(engine), engine.options.precision)
+        limit = threshold("velocity", looser(reference.limits, own))
+        for case in cases:
+            a = reference.recordings[case.name]
+            taken, actions = _denoise(engine, case, engine.prefill(case.inputs), steps)
+            pairs = [(f"velocity.{i}", a.steps[i][1], v) for i, (_, v) in enumerate(taken)]
+            for name, x, y in [*pairs, (ACTIONS, a.actions, actions)]:
+                rows.append(Row(case.name, f"oracle.{name}", compare(x, y), limit, 0.0, 0.0))
+            on_case()
     return rows
 
 
@@ -261,7 +321,7 @@ def _move_masked_content(engine: Engine, case: Case) -> Comparison | None:
 
 
 def _seen(inputs: ModelInputs, patches: int) -> dict[str, Tensor]:
-    """By stage, which of its images or tokens somebody sees, with so many patches a view."""
+    """By stage, which of its images or tokens are attended to; `patches` are those of one view."""
     views = inputs.image_mask.flatten()
     images = inputs.image_mask.repeat_interleave(patches, dim=1)
     prefix = torch.cat([images, inputs.token_mask], dim=1)
@@ -275,8 +335,8 @@ def _seen(inputs: ModelInputs, patches: int) -> dict[str, Tensor]:
 
 
 def _compared(a: Recording, b: Recording, layers: bool) -> list[str]:
-    """What both show of stages and, with layers, of blocks. An engine that does not compute the
-    VLM's output, which nobody reads, is judged by the last keys and values instead."""
+    """The stages and, with layers, the blocks that both show. Where an engine does not compute the
+    VLM's output, which nothing reads, the last keys and values are compared instead."""
     shown = [name for name in a.tensors if name in b.tensors]
     if layers:
         return shown
@@ -285,27 +345,27 @@ def _compared(a: Recording, b: Recording, layers: bool) -> list[str]:
     return [name for name in shown if "." not in name or name in stand_in]
 
 
-def _rows(case: Case, a: Recording, b: Recording, precision: str, layers: bool) -> list[Row]:
+def _rows(case: Case, a: Recording, b: Recording, limits: Limits, layers: bool) -> list[Row]:
     rows = []
     seen = _seen(case.inputs, a.patches)
     for name in _compared(a, b, layers):
         stage = name.partition(".")[0]
         x, y = a.tensors[name], b.tensors[name]
         if stage in seen and x.shape == y.shape:
-            # What becomes of masked images and padding is every engine's own affair.
+            # The results for masked images and padding are engine-specific.
             x, y = x[seen[stage]], y[seen[stage]]
             if not x.numel():
                 continue
-        limit = threshold(stage, precision)
+        limit = threshold(stage, limits)
         rows.append(Row(case.name, name, compare(x, y), limit, a.ms[name], b.ms[name]))
     for i, ((_, x), (_, y)) in enumerate(zip(a.steps, b.steps, strict=True)):
-        limit = threshold("velocity", precision)
+        limit = threshold("velocity", limits)
         rows.append(Row(case.name, f"velocity.{i}", compare(x, y), limit, 0.0, 0.0))
     for engine, recording in (("reference", a), ("candidate", b)):
         if recording.masked_content:
-            name, exact = f"masked_content.{engine}", threshold("masked_content", precision)
+            name, exact = f"masked_content.{engine}", threshold("masked_content", limits)
             rows.append(Row(case.name, name, recording.masked_content, exact, 0.0, 0.0))
-    limit = threshold(ACTIONS, precision)
+    limit = threshold(ACTIONS, limits)
     rows.append(Row(case.name, ACTIONS, compare(a.actions, b.actions), limit, 0.0, 0.0))
     if b.sample is not None:
         sampled = compare(a.actions, b.sample)

@@ -32,6 +32,10 @@ from pi0.model.pi0 import no_tap
 from pi0.model.siglip import EPS as LAYER_EPS
 
 PATCHES = "vision_tower.patch_embedding"
+VLM_OUTPUT = (
+    "of the last layer only keys and values are computed, because nothing reads its output; they "
+    "are compared instead"
+)
 
 
 @dataclass

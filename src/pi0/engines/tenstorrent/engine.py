@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint, empty_model, load_model
 from pi0.config import Pi0Config
-from pi0.engines.base import Engine, require_finite
+from pi0.engines.base import Capabilities, Engine, EngineOptions, exclusive
 from pi0.engines.tenstorrent import ttnn_import
 from pi0.engines.tenstorrent.backend import Backend, Handle, Upload
 from pi0.engines.tenstorrent.boards import find_board
@@ -35,6 +35,8 @@ from pi0.model import Pi0, Tap
 from pi0.model.flow import embed_time, schedule
 from pi0.model.pi0 import no_tap
 
+HOST_NOTE = "ttnn-host: a card's arithmetic and rounding computed on the host; no card was used."
+
 
 @dataclass(frozen=True)
 class DevicePrefix:
@@ -54,34 +56,27 @@ class TtnnEngine(Engine):
     there by then.
     """
 
-    precisions = tuple(PRESETS)
+    name = "ttnn"
+    capabilities = Capabilities(precisions=tuple(PRESETS), devices=("0",), batch=False)
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        device: str | None = None,
-        dtype: str = "accurate",
-        image_size: int | None = None,
-        progress: Callable[[int], None] = lambda _: None,
-    ) -> None:
-        precision = PRESETS[dtype]
-        config = checkpoint.config
-        self.need(config, device, image_size)
-        self.backend = self._open(device)
+    def __init__(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
+        super().__init__(checkpoint, options)
+        precision = PRESETS[options.precision]
+        self.backend = self._open(options.device)
         if isinstance(self.backend, DeviceBackend):
-            require_dram(config, precision, self.backend.dram()[1])
-        model = load_model(checkpoint, torch.bfloat16, "cpu", image_size, progress)
-        self.config = model.config
+            require_dram(checkpoint.config, precision, self.backend.dram()[1])
+        model = load_model(checkpoint, torch.bfloat16, "cpu", options.image_size, options.progress)
         self.network = build_network(model, self.backend, precision)
         self._constants: dict[tuple[int, int], Constants] = {}
         self._times: dict[int, Handle] = {}
         self._replay: tuple[tuple[int, int, int], Replay] | None = None
 
     @classmethod
-    def need(cls, config: Pi0Config, device: str | None, image_size: int | None) -> None:
-        """See `pi0.engines.base.need_engine`."""
-        require_tile_widths(config if image_size is None else config.with_image_size(image_size))
-        cls._require_device(device)
+    def check_available(cls, config: Pi0Config, options: EngineOptions) -> None:
+        """See `Engine`."""
+        size = options.image_size
+        require_tile_widths(config if size is None else config.with_image_size(size))
+        cls._require_device(options.device)
 
     @classmethod
     def _require_device(cls, device: str | None) -> None:
@@ -95,6 +90,7 @@ class TtnnEngine(Engine):
                 "`pi0 ttnn dry-run` checks that the model fits."
             )
 
+    @exclusive
     def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> DevicePrefix:
         """One observation; see `Engine`.
 
@@ -113,6 +109,7 @@ class TtnnEngine(Engine):
         layers = self.network.prefill(on, given, self._adapt(tap, on.layout), tap is not no_tap)
         return DevicePrefix(on, given, layers)
 
+    @exclusive
     def velocity(
         self, x_t: Tensor, t: Tensor, state: Tensor, cache: DevicePrefix, tap: Tap = no_tap
     ) -> Tensor:
@@ -130,23 +127,25 @@ class TtnnEngine(Engine):
         )
         return layout.view["actions"].cut(self.backend.get(v))
 
-    def sample(
-        self,
-        inputs: ModelInputs,
-        noise: Tensor,
-        steps: int = 10,
-        on_step: Callable[[], None] = lambda: None,
+    def _sample(
+        self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: Callable[[], None]
     ) -> Tensor:
         """See `Engine`. The whole loop runs on the device; rows of a batch follow each other."""
         actions = [
             self._sample_one(inputs.row(i), noise[i : i + 1], steps, on_step)
             for i in range(inputs.batch_size)
         ]
-        return require_finite(torch.cat(actions))
+        return torch.cat(actions)
+
+    def _close(self) -> None:
+        self._release_replay()
+        del self.network, self._constants, self._times
+        if isinstance(self.backend, DeviceBackend):
+            self._close_device()
 
     def _open(self, device: str | None) -> Backend:
         backend = DeviceBackend(ttnn_import.load({}), int(device or "0"))
-        weakref.finalize(self, backend.close)
+        self._close_device = weakref.finalize(self, backend.close)
         return backend
 
     def _on(self, inputs: ModelInputs) -> Constants:
@@ -231,6 +230,10 @@ class TtnnEngine(Engine):
 class TtnnHostEngine(TtnnEngine):
     """The same network in golden functions on the host, rounded as on a card: no speed, only
     numbers."""
+
+    name = "ttnn-host"
+    capabilities = Capabilities(precisions=tuple(PRESETS), batch=False)
+    notes = (HOST_NOTE,)
 
     @classmethod
     def _require_device(cls, device: str | None) -> None:

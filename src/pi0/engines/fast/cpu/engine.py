@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint
 from pi0.config import Pi0Config
-from pi0.engines.base import Engine, require_finite
+from pi0.engines.base import Capabilities, Engine, EngineOptions, exclusive
 from pi0.engines.fast.cpu.int8 import Int8Kernels
 from pi0.engines.fast.cpu.native import Native, NativeUnavailable
 from pi0.engines.fast.cpu.native_kernels import NativeKernels
 from pi0.engines.fast.kernels import Kernels
-from pi0.engines.fast.network import Cache, Network
+from pi0.engines.fast.network import VLM_OUTPUT, Cache, Network
 from pi0.engines.fast.plan import copy, make_token_plan
 from pi0.engines.fast.weight_cache import load_weights
 from pi0.engines.fast.weights import Scheme
@@ -41,41 +42,38 @@ PROBE = 256, 2048, 2048  # rows, inputs and outputs of the product that is measu
 class CpuEngine(Engine):
     """See `Engine`."""
 
-    precisions = tuple(SCHEMES)
-    keeps = True
+    name = "cpu"
+    capabilities = Capabilities(precisions=tuple(SCHEMES), weight_cache=True)
+    hidden_stages = MappingProxyType({"vlm_transformer": VLM_OUTPUT})
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        device: str | None = None,
-        dtype: str = "float32",
-        image_size: int | None = None,
-        progress: Callable[[int], None] = lambda _: None,
-        cache: bool = False,
-    ) -> None:
-        self.need(checkpoint.config, device, image_size)
-        if dtype == "bfloat16":
-            require_fast_bfloat16()
+    def __init__(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
+        super().__init__(checkpoint, options)
+        dtype = options.precision
         kernels = Kernels() if dtype == "bfloat16" else choose_kernels()
-        name = f"cpu-{dtype}" if cache else None
-        weights = load_weights(checkpoint, SCHEMES[dtype], kernels, image_size, progress, name)
-        self.config = weights.config
+        name = f"cpu-{dtype}" if options.weight_cache else None
+        weights = load_weights(
+            checkpoint, SCHEMES[dtype], kernels, options.image_size, options.progress, name
+        )
         self.network = Network(weights, kernels)
         self._last: tuple[ModelInputs, Cache] | None = None  # of `sample`
 
     @classmethod
-    def need(cls, config: Pi0Config, device: str | None, image_size: int | None) -> None:
-        """See `pi0.engines.base.need_engine`."""
-        if device not in (None, "cpu"):
+    def check_available(cls, config: Pi0Config, options: EngineOptions) -> None:
+        """See `Engine`; bfloat16 is measured, which takes a fraction of a second."""
+        if options.device not in (None, "cpu"):
             raise EngineError(
-                f"device: expected cpu for engine cpu, found {device!r}. See --engine cuda."
+                f"device: expected cpu for engine cpu, found {options.device!r}. See --engine cuda."
             )
+        if options.precision == "bfloat16":
+            require_fast_bfloat16()
 
+    @exclusive
     @torch.inference_mode()
     def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> Cache:
         plan = make_token_plan(inputs, self.config.vision.num_patches, self.config.suffix_len)
         return self.network.prefill(inputs, plan, tap)
 
+    @exclusive
     @torch.inference_mode()
     def velocity(
         self, x_t: Tensor, t: Tensor, state: Tensor, cache: Cache, tap: Tap = no_tap
@@ -84,18 +82,17 @@ class CpuEngine(Engine):
         return self.network.velocity(x_t, self.network.time_bias(t), state, cache, tap)
 
     @torch.inference_mode()
-    def sample(
-        self,
-        inputs: ModelInputs,
-        noise: Tensor,
-        steps: int = 10,
-        on_step: Callable[[], None] = lambda: None,
+    def _sample(
+        self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: Callable[[], None]
     ) -> Tensor:
         """See `Engine`; where images and prompt are those of the last call, only the steps are
         computed."""
         cache = self._prefix(inputs)
         times = self.network.step_time_biases(steps)
-        return require_finite(self.network.denoise(noise, times, inputs.state, cache, on_step))
+        return self.network.denoise(noise, times, inputs.state, cache, on_step)
+
+    def _close(self) -> None:
+        del self.network, self._last
 
     def _prefix(self, inputs: ModelInputs) -> Cache:
         """The last call's, if it is the same, else a new one."""

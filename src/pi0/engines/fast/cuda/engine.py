@@ -9,18 +9,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint
 from pi0.config import Pi0Config
-from pi0.engines.base import Engine, require_finite
+from pi0.engines.base import Capabilities, Engine, EngineOptions, exclusive
 from pi0.engines.fast.cuda import fp8
 from pi0.engines.fast.cuda.fp8 import Fp8Kernels
 from pi0.engines.fast.cuda.graph import Call, Graphs
 from pi0.engines.fast.kernels import Kernels
-from pi0.engines.fast.network import Cache, Network
+from pi0.engines.fast.network import VLM_OUTPUT, Cache, Network
 from pi0.engines.fast.plan import TokenPlan, copy, make_token_plan
 from pi0.engines.fast.weights import Matrix, Scheme, pack
 from pi0.errors import EngineError
@@ -46,42 +47,39 @@ class CudaEngine(Engine):
         notes: sentences on what was chosen for this device, and why.
     """
 
-    precisions = PRECISIONS
+    name = "cuda"
+    capabilities = Capabilities(precisions=PRECISIONS, devices=("cuda",))
+    hidden_stages = MappingProxyType({"vlm_transformer": VLM_OUTPUT})
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        device: str | None = None,
-        dtype: str = "bfloat16",
-        image_size: int | None = None,
-        progress: Callable[[int], None] = lambda _: None,
-    ) -> None:
-        self.device = find_device(device or "cuda")
-        if dtype == "fp8":
-            check_fp8(self.device)
-        scheme, kept = choose_scheme(checkpoint, dtype)
+    def __init__(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
+        super().__init__(checkpoint, options)
+        self.device = find_device(options.device or "cuda")
+        scheme, kept = choose_scheme(checkpoint, options.precision)
         with on_device(self.device):
             kernels, chosen = choose_kernels(self.device, scheme)
         self.notes = [*chosen, *kept]
         for note in self.notes:
             warnings.warn(note, stacklevel=3)
-        weights = pack(checkpoint, scheme, image_size, progress).to(self.device)
+        weights = pack(checkpoint, scheme, options.image_size, options.progress).to(self.device)
         kernels.prepare(weights)
-        self.config = weights.config
         self.network = Network(weights, kernels)
         self.graphs = Graphs(self.network, self.device)
 
     @classmethod
-    def need(cls, config: Pi0Config, device: str | None, image_size: int | None) -> None:
-        """See `pi0.engines.base.need_engine`."""
-        find_device(device or "cuda")
+    def check_available(cls, config: Pi0Config, options: EngineOptions) -> None:
+        """See `Engine`."""
+        device = find_device(options.device or "cuda")
+        if options.precision == "fp8":
+            check_fp8(device)
 
+    @exclusive
     @torch.inference_mode()
     def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> Cache:
         plan = copy(self._plan(inputs), self.device)
         with on_device(self.device):
             return self.network.prefill(copy(inputs, self.device), plan, guard(tap))
 
+    @exclusive
     @torch.inference_mode()
     def velocity(
         self, x_t: Tensor, t: Tensor, state: Tensor, cache: Cache, tap: Tap = no_tap
@@ -93,19 +91,18 @@ class CudaEngine(Engine):
             return self.network.velocity(x_t, terms, state, cache, guard(tap)).cpu()
 
     @torch.inference_mode()
-    def sample(
-        self,
-        inputs: ModelInputs,
-        noise: Tensor,
-        steps: int = 10,
-        on_step: Callable[[], None] = lambda: None,
+    def _sample(
+        self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: Callable[[], None]
     ) -> Tensor:
-        """See `Engine.sample`; all steps are one launch, after which `on_step` is told of them."""
+        """See `Engine`; all steps are one launch, after which `on_step` is called once per step."""
         with on_device(self.device):
             actions = self.graphs(Call(inputs, self._plan(inputs), noise, steps))
         for _ in range(steps):
             on_step()
-        return require_finite(actions)
+        return actions
+
+    def _close(self) -> None:
+        del self.graphs, self.network
 
     def _plan(self, inputs: ModelInputs) -> TokenPlan:
         config = self.config

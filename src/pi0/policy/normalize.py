@@ -32,17 +32,18 @@ OUTLIER_SIGMA = 100.0  # normalised values beyond this were not in anybody's tra
 
 @dataclass(frozen=True)
 class Normalizer:
-    """x → (x - offset) / scale, and back as y · back + offset.
+    """x → (x - offset) / scale, and back as y · inverse_scale + offset.
 
     Attributes:
         what: "state" or "actions", for messages.
-        offset, scale, back: [D] float64; `back` differs from `scale` where LeRobot does.
+        offset, scale, inverse_scale: [D] float64; `inverse_scale` differs from `scale` where
+            LeRobot's way back does.
     """
 
     what: str
     offset: Floats
     scale: Floats
-    back: Floats
+    inverse_scale: Floats
 
     @property
     def width(self) -> int:
@@ -72,7 +73,7 @@ class Normalizer:
     def unnormalize(self, y: Floats) -> Floats:
         """y [..., D] in the model's units, cut to the width of the statistics."""
         n = min(y.shape[-1], self.width)
-        out: Floats = y[..., :n] * self.back[:n] + self.offset[:n]
+        out: Floats = y[..., :n] * self.inverse_scale[:n] + self.offset[:n]
         return out
 
 

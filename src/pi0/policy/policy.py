@@ -13,27 +13,31 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pi0.checkpoint.files import read_json
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
 from pi0.engines.base import Engine, make_engine
 from pi0.errors import ObservationError, Pi0Error
+from pi0.findings import enforce
 from pi0.inputs import ModelInputs, check_noise, to_tensor
-from pi0.policy import images, lerobot
+from pi0.policy import images
+from pi0.policy.lerobot import LerobotProgram, is_lerobot, read_program
 from pi0.policy.normalize import (
     NEEDED,
     Normalizer,
+    Statistics,
     find_norm_stats,
     identity,
     make_normalizer,
     read_norm_stats,
 )
-from pi0.policy.robots import ROBOTS, Robot, delta_mask
+from pi0.policy.robots import ROBOTS, Camera, Robot, delta_mask
 from pi0.policy.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
 
 Floats = NDArray[np.float64]
@@ -118,13 +122,18 @@ class Policy:
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = open_checkpoint(checkpoint)
         folder = checkpoint.folder
-        origin = "lerobot" if lerobot.is_lerobot(folder) else "openpi"
+        program = _read_program(
+            folder, norm_stats, norm_mode, robot is not None, tokenizer is not None
+        )
+        if program:
+            enforce(program.findings)
+        origin = "lerobot" if program else "openpi"
         conventions = Conventions(resize or origin, prompt or origin)
         for name, value in vars(conventions).items():
             if value not in images.RESIZE:
                 raise Pi0Error(f"{name}: expected openpi or lerobot, found {value!r}.")
         table = choose_robot(robot, folder)
-        state_stats, action_stats = _normalizers(checkpoint, norm_stats, norm_mode)
+        state_stats, action_stats = _normalizers(checkpoint, program, norm_stats, norm_mode)
         words = load_tokenizer(Path(tokenizer) if tokenizer else find_tokenizer(folder))
         # Last, because it is what takes long.
         machine = make_engine(engine, checkpoint, device, dtype, image_size, progress, cache)
@@ -283,6 +292,44 @@ def _camera_keys(robot: Robot) -> str:
     return ", ".join(camera.key for camera in robot.cameras)
 
 
+def _read_program(
+    folder: Path,
+    norm_stats: Path | str | None = None,
+    norm_mode: str | None = None,
+    robot_given: bool = False,
+    tokenizer_given: bool = False,
+) -> LerobotProgram | None:
+    path = folder / "config.json"
+    settings = read_json(path) if path.exists() else {}
+    if not is_lerobot(folder, settings):
+        return None
+    statistics: Mapping[str, Statistics] | Literal["none"] | None = None
+    if norm_stats is not None:
+        statistics = "none" if norm_stats == "none" else read_norm_stats(Path(norm_stats))
+    return read_program(
+        folder,
+        settings,
+        statistics=statistics,
+        norm_mode=norm_mode,
+        robot_given=robot_given,
+        tokenizer_given=tokenizer_given,
+    )
+
+
+def _lerobot_robot(program: LerobotProgram) -> Robot:
+    return Robot(
+        name="lerobot",
+        # As in LeRobot, one camera at least must be there, the others may be absent.
+        cameras=tuple(
+            Camera(key, (key.removeprefix("observation.images."),), required=False)
+            for key in program.cameras
+        ),
+        state=((program.state_key, program.state.width),),
+        action_dim=program.action_dim,
+        delta=tuple(1 if relative else -1 for relative in program.relative or ()),
+    )
+
+
 def choose_robot(robot: str | Robot | None, folder: Path) -> Robot:
     """The robot of a name; for None, what a LeRobot folder says, else the generic one.
 
@@ -292,22 +339,26 @@ def choose_robot(robot: str | Robot | None, folder: Path) -> Robot:
     if isinstance(robot, Robot):
         return robot
     if robot is None:
-        return lerobot.read_robot(folder) if lerobot.is_lerobot(folder) else ROBOTS["generic"]
+        program = _read_program(folder)
+        return _lerobot_robot(program) if program else ROBOTS["generic"]
     if robot not in ROBOTS:
         raise Pi0Error(f"robot: expected one of {', '.join(ROBOTS)}, found {robot!r}.")
     return ROBOTS[robot]
 
 
 def _normalizers(
-    checkpoint: Checkpoint, norm_stats: Path | str | None, mode: str | None
+    checkpoint: Checkpoint,
+    program: LerobotProgram | None,
+    norm_stats: Path | str | None,
+    mode: str | None,
 ) -> tuple[Normalizer, Normalizer]:
     config = checkpoint.config
     if mode is not None and mode not in NEEDED:
         raise Pi0Error(f"norm_mode: expected one of {', '.join(NEEDED)}, found {mode!r}.")
     if norm_stats == "none":
         return identity("state", config.state_dim), identity("actions", config.action_dim)
-    if norm_stats is None and lerobot.is_lerobot(checkpoint.folder):
-        return lerobot.read_normalizers(checkpoint.folder, mode)
+    if program is not None:
+        return program.state, program.actions
     path = Path(norm_stats) if norm_stats else find_norm_stats(checkpoint.folder)
     stats = read_norm_stats(path)
     mode = mode or ("quantiles" if config.adaptive_norm else "mean_std")

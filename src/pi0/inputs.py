@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ class ModelInputs:
 
     @classmethod
     def validated(
-        cls, config: Pi0Config, max_pixel: float = MAX_PIXEL, **arrays: np.ndarray | Tensor
+        cls, config: Pi0Config, *, max_pixel: float = MAX_PIXEL, **arrays: np.ndarray | Tensor
     ) -> ModelInputs:
         """Inputs from arrays or tensors, checked against a model's configuration.
 
@@ -136,9 +137,8 @@ def from_npz(config: Pi0Config, arrays: Mapping[str, np.ndarray]) -> tuple[Model
             f"inputs: expected the arrays {', '.join(NPZ_NAMES)} and noise, found no "
             f"{', '.join(missing)}."
         )
-    inputs = ModelInputs.validated(
-        config, **{ours: arrays[theirs] for theirs, ours in NPZ_NAMES.items()}
-    )
+    given: dict[str, Any] = {ours: arrays[theirs] for theirs, ours in NPZ_NAMES.items()}
+    inputs = ModelInputs.validated(config, **given)
     noise = to_tensor("noise", arrays["noise"])
     return inputs, check_noise(config, inputs.batch_size, noise)
 

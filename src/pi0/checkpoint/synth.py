@@ -21,6 +21,7 @@ from torch import Tensor
 from pi0.checkpoint.files import DTYPE_NAMES, TensorInfo, replacing, write
 from pi0.checkpoint.infer import to_config_json
 from pi0.checkpoint.layouts import Layout, their_names
+from pi0.checkpoint.lerobot import make_config_json, write_processors
 from pi0.checkpoint.load import empty_model
 from pi0.config import Pi0Config
 from pi0.errors import CheckpointError
@@ -43,7 +44,8 @@ def synthesise(
     dtype: torch.dtype,
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Writes model.safetensors, config.json and assets/synthetic/norm_stats.json.
+    """Writes model.safetensors, config.json and assets/synthetic/norm_stats.json; in LeRobot's
+    layout also its processors and their statistics.
 
     Args:
         folder: made if need be; its other files stay.
@@ -69,7 +71,12 @@ def synthesise(
             yield theirs, random_tensor(ours, shape, config, seed).to(dtype)
             progress(headers[theirs].parameters)
 
-    _write_json(folder / "config.json", to_config_json(config))
+    if layout.name == "lerobot":
+        settings = make_config_json(config)
+        write_processors(folder, settings)
+    else:
+        settings = to_config_json(config)
+    _write_json(folder / "config.json", settings)
     _write_json(folder / "assets" / "synthetic" / "norm_stats.json", _unit_statistics(config))
     if config.vocab_size < PALIGEMMA_VOCABULARY:
         with replacing(folder / "tokenizer.json") as temporary:

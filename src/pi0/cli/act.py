@@ -140,7 +140,7 @@ def act(
             np.save(file, actions)
     if save_inputs:
         with replacing(save_inputs) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **to_npz(inputs, noise))
+            np.savez(file, allow_pickle=False, **to_npz(inputs, noise))
     if plot:
         with replacing(plot) as temporary:
             plot_chunk(temporary, actions, prompt, table)

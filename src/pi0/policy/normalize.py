@@ -48,7 +48,8 @@ class Normalizer:
 
     def flat(self, width: int) -> list[int]:
         """The first `width` dimensions that have no spread: a deviation there becomes huge."""
-        return np.flatnonzero(np.abs(self.scale[:width]) < 2 * OPENPI_EPS).tolist()
+        found: list[int] = np.flatnonzero(np.abs(self.scale[:width]) < 2 * OPENPI_EPS).tolist()
+        return found
 
     def normalize(self, x: Floats) -> Floats:
         """x [..., D] in robot units → model units; D may be less than the statistics are wide.

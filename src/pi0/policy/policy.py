@@ -22,7 +22,8 @@ from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
 from pi0.config import Pi0Config
-from pi0.engines.base import Engine, EngineSpec, fastest_engine, make_engine
+from pi0.engines.base import Engine, fastest_engine, make_engine
+from pi0.engines.spec import EngineSpec
 from pi0.errors import ConfigError
 from pi0.inputs import check_noise, to_tensor
 from pi0.policy.limits import ON_LIMIT, apply_limits, as_data
@@ -196,7 +197,7 @@ class Policy:
         sampled = self.engine.sample(inputs, x, self.steps, on_step)[0].numpy()
         done = time.perf_counter()
         actions = self.pipeline.decode(sampled, state)
-        limits = {}
+        limits: dict[str, Any] = {}
         if self.pipeline.robot.limits is not None:
             actions, limits = self._guard(actions, state)
         end = time.perf_counter()

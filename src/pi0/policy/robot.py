@@ -159,13 +159,15 @@ class Robot:
             if bound is not None and reach[what] > bound
         ]
         if self.action_dim is not None:
-            columns = {"action_names": self.action_names, "action_units": self.action_units}
-            if self.limits is not None:
-                columns["limits"] = self.limits.low
+            lengths = {
+                "action_names": len(self.action_names),
+                "action_units": len(self.action_units),
+                "limits": 0 if self.limits is None else len(self.limits.low),
+            }
             problems += [
-                f"{name}: expected one for each of the {self.action_dim} actions, found {len(of)}"
-                for name, of in columns.items()
-                if of and len(of) != self.action_dim
+                f"{name}: expected one for each of the {self.action_dim} actions, found {length}"
+                for name, length in lengths.items()
+                if length and length != self.action_dim
             ]
         if (self.decode_actions is None) != (self.encode_actions is None):
             problems.append("decode_actions and encode_actions: expected both or neither")

@@ -6,17 +6,16 @@ Camera slots, keys, joint signs and gripper constants are those of openpi's `alo
 
 from __future__ import annotations
 
-import warnings
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
 
-from pi0.errors import ConfigError, Pi0Error
+from pi0.errors import Pi0Error
+from pi0.plugins import ROBOTS as PLUGIN_GROUP
+from pi0.plugins import describe, find_plugins, load_plugin
 from pi0.policy.robot import SLOTS, Camera, Floats, Robot
 from pi0.policy.robot_file import read_robot_file
-
-GROUP = "pi0.robots"  # of entry points: each names a `Robot`
 
 # ALOHA: π0 was trained with some joints turned round and grippers as angles of the motor.
 ALOHA_SIGNS = np.array([1, -1, -1, 1, 1, 1, 1] * 2, np.float64)
@@ -127,7 +126,7 @@ ROBOT_OF_ASSETS = {"trossen": "aloha", "trossen_mobile": "aloha", "droid": "droi
 
 def robot_names() -> list[str]:
     """Names that `find_robot` knows; nothing of another distribution is imported."""
-    return [*ROBOTS, *(name for name in _plugins() if name not in ROBOTS)]
+    return [*ROBOTS, *_plugins()]
 
 
 def find_robot(robot: str | Path | Robot) -> Robot:
@@ -143,43 +142,20 @@ def find_robot(robot: str | Path | Robot) -> Robot:
         return read_robot_file(Path(name).expanduser())
     if name in ROBOTS:
         return ROBOTS[name]
-    plugins = _plugins()
-    if name not in plugins:
+    entry = _plugins().get(name)
+    if entry is None:
         raise Pi0Error(
             f"robot: expected one of {', '.join(robot_names())} or a file.toml, found {name!r}. "
             "docs/robots.md shows how to describe yours."
         )
-    return _load(plugins[name])
-
-
-def _plugins() -> dict[str, EntryPoint]:
-    found: dict[str, EntryPoint] = {}
-    for entry in entry_points(group=GROUP):
-        if entry.name in ROBOTS:
-            warnings.warn(
-                f"robot {entry.name}: the distribution {_distribution(entry)} offers one of this "
-                "built-in name; the built-in one is used.",
-                stacklevel=3,
-            )
-        found.setdefault(entry.name, entry)
+    found = load_plugin(entry)
+    if not isinstance(found, Robot):
+        raise Pi0Error(
+            f"plug-in {describe(entry)}: expected {entry.value} to be a Robot, found a "
+            f"{type(found).__name__}."
+        )
     return found
 
 
-def _load(entry: EntryPoint) -> Robot:
-    try:
-        robot = entry.load()
-    except Exception as error:  # whatever another distribution's import raises
-        raise ConfigError(
-            f"robot {entry.name}: expected {entry.value} of the distribution "
-            f"{_distribution(entry)} to import, found {type(error).__name__}: {error}."
-        ) from error
-    if not isinstance(robot, Robot):
-        raise ConfigError(
-            f"robot {entry.name}: expected {entry.value} of the distribution "
-            f"{_distribution(entry)} to be a Robot, found {type(robot).__name__}."
-        )
-    return robot
-
-
-def _distribution(entry: EntryPoint) -> str:
-    return entry.dist.name if entry.dist else entry.value.partition(":")[0]
+def _plugins() -> dict[str, EntryPoint]:
+    return find_plugins(PLUGIN_GROUP, frozenset(ROBOTS))

@@ -21,19 +21,21 @@ from pi0.policy.images import RESIZE
 from pi0.policy.lerobot import LerobotProgram
 from pi0.policy.normalize import (
     NEEDED,
+    Floats,
     Normalizer,
     Statistics,
     identity,
     make_normalizer,
 )
 from pi0.policy.pipeline import Pipeline
-from pi0.policy.robot import Camera, Robot
+from pi0.policy.robot import Robot
 from pi0.policy.robots import ROBOT_OF_ASSETS, ROBOTS, find_robot
 from pi0.policy.statistics import find_norm_stats, read_norm_stats
 from pi0.policy.tokenizer import PromptFormat, Tokenizer, find_tokenizer, load_tokenizer
 
 T = TypeVar("T")
 Conventions = tuple[str, str]  # of resizing and of prompts
+LEROBOT_KEYS = {"observation.state": "state", "action": "actions"}
 # Of LeRobot before 0.4: transforms that were part of the policy.
 ALOHA_FLAGS = ("adapt_to_pi_aloha", "use_delta_joint_actions_aloha")
 
@@ -216,7 +218,7 @@ def _program(
         return lerobot.read_program(
             folder,
             checkpoint.settings,
-            statistics=_given_statistics(options),
+            statistics=_given_statistics(checkpoint, options),
             norm_mode=options.norm_mode,
             robot_given=options.robot is not None,
             tokenizer_given=options.tokenizer is not None,
@@ -229,10 +231,24 @@ def _program(
     return program
 
 
-def _given_statistics(options: PolicyOptions) -> Mapping[str, Statistics] | Literal["none"] | None:
-    if options.norm_stats is None or options.norm_stats == "none":
-        return options.norm_stats
-    return read_norm_stats(Path(options.norm_stats))
+def _given_statistics(
+    checkpoint: Checkpoint, options: PolicyOptions
+) -> Mapping[str, Statistics] | Literal["none"] | None:
+    """Statistics in place of a LeRobot folder's own files: named ones, or, where there are no
+    files, those that older versions of LeRobot kept among the weights."""
+    if options.norm_stats == "none":
+        return "none"
+    if options.norm_stats is not None:
+        return read_norm_stats(Path(options.norm_stats))
+    buffers = {} if lerobot.has_processors(checkpoint.folder) else checkpoint.statistics_buffers
+    if not buffers:
+        return None
+    tables: dict[str, dict[str, Floats]] = {"state": {}, "actions": {}}
+    for name, values in buffers.items():
+        key, _, kind = name.rpartition(".")
+        if key in LEROBOT_KEYS:
+            tables[LEROBOT_KEYS[key]][kind] = values.numpy()
+    return tables
 
 
 def _conventions(
@@ -282,7 +298,7 @@ def _robot(
         )
     if program:
         setup.sources["robot"] = "config.json and LeRobot's processors"
-        return _lerobot_robot(program, checkpoint.settings)
+        return lerobot.robot_of(program, checkpoint.settings)
     assets = _assets(checkpoint.folder)
     if assets in ROBOT_OF_ASSETS:
         raise Pi0Error(
@@ -354,30 +370,6 @@ def _prompt_format(
     return PromptFormat(
         convention, program.max_tokens or config.max_tokens, program.newline, program.padding_side
     )
-
-
-def _lerobot_robot(program: LerobotProgram, settings: Mapping[str, Any]) -> Robot:
-    """The robot that a LeRobot checkpoint describes. As in LeRobot, one camera at least must be
-    there, the others may be absent."""
-    names: dict[str, list[str]] = {key: [_short(key)] for key in program.cameras}
-    for source, key in program.rename.items():
-        if key in names:
-            names[key] += [source, _short(source)]
-    actions = settings.get("action_feature_names")
-    known = isinstance(actions, list) and len(actions) == program.action_dim
-    return Robot(
-        name="lerobot",
-        cameras=tuple(Camera(key, tuple(names[key]), required=False) for key in program.cameras),
-        state=((program.state_key, program.state.width),),
-        action_dim=program.action_dim,
-        delta=tuple(1 if relative else -1 for relative in program.relative or ()),
-        action_names=tuple(map(str, actions)) if known and actions else (),
-    )
-
-
-def _short(key: str) -> str:
-    """The name that `--image` takes for a camera: what comes after LeRobot's prefix."""
-    return key.removeprefix("observation.").removeprefix("images.")
 
 
 def _has_openpi_files(folder: Path) -> bool:

@@ -1,0 +1,169 @@
+"""The files that LeRobot keeps beside a π0 model: config.json, two processors, their statistics.
+
+`make_processors` is what LeRobot 0.6.1 builds for a config.json (`policies/pi0/processor_pi0.py`);
+`pi0 synth` writes it, and a folder without processor files is read as if it held it. Step names and
+fields are those of LeRobot's `processor/` modules.
+
+Knows nothing of what a step computes (`pi0.policy.lerobot`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pi0.checkpoint.files import replacing
+from pi0.config import GEMMA_2B, GEMMA_300M, SO400M, Pi0Config
+
+PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
+STATE, ACTION = "observation.state", "action"
+IMAGES, EMPTY_CAMERA = "observation.images.", "observation.images.empty_camera_"
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")  # as in lerobot/pi0_base
+NORM_MAP = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
+MAX_DIM, MAX_LENGTH = 32, 48  # LeRobot's defaults of max_state_dim, max_action_dim and prompt
+EPS = 1e-8
+TOKENIZER_NAME = "google/paligemma-3b-pt-224"
+# Statistics under which every mode of normalisation leaves values as they are.
+UNIT_STATISTICS = {"mean": 0.0, "std": 1.0, "min": -1.0, "max": 1.0,
+                   "q01": -1.0, "q10": -1.0, "q50": 0.0, "q90": 1.0, "q99": 1.0}  # fmt: skip
+
+Features = dict[str, dict[str, Any]]
+
+
+def make_config_json(config: Pi0Config) -> dict[str, Any]:
+    """The config.json that LeRobot writes for a model with three cameras.
+
+    Towers of the published sizes are named by their variants. Others have no name in LeRobot: their
+    sizes are added in our own words, without which nobody knows their heads.
+    """
+    size = config.vision.image_size
+    published = (config.vision, config.vlm, config.expert) == (SO400M, GEMMA_2B, GEMMA_300M)
+    return {
+        "type": "pi05" if config.adaptive_norm else "pi0",
+        "n_obs_steps": 1,
+        "input_features": {
+            **{IMAGES + name: _feature("VISUAL", 3, size, size) for name in CAMERAS},
+            STATE: _feature("STATE", config.state_dim),
+        },
+        "output_features": {ACTION: _feature("ACTION", config.action_dim)},
+        "device": "cpu",
+        "dtype": "float32",
+        "chunk_size": config.horizon,
+        "n_action_steps": config.horizon,
+        "max_state_dim": config.state_dim,
+        "max_action_dim": config.action_dim,
+        "num_inference_steps": 10,
+        "use_relative_actions": False,
+        "relative_exclude_joints": ["gripper"],
+        "action_feature_names": None,
+        "image_resolution": [size, size],
+        "empty_cameras": 0,
+        "normalization_mapping": dict(NORM_MAP),
+        "tokenizer_max_length": config.max_tokens,
+        **(
+            {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
+            if published
+            else {name: asdict(getattr(config, name)) for name in ("vision", "vlm", "expert")}
+        ),
+    }
+
+
+def complete_features(settings: Mapping[str, Any]) -> tuple[Features, Features]:
+    """The input and output features of a config.json, with those that LeRobot adds.
+
+    A state or action that is not declared is as wide as the model's padding.
+    """
+    inputs, outputs = (
+        dict(features) if isinstance(features := settings.get(name), Mapping) else {}
+        for name in ("input_features", "output_features")
+    )
+    inputs.setdefault(STATE, _feature("STATE", settings.get("max_state_dim", MAX_DIM)))
+    outputs.setdefault(ACTION, _feature("ACTION", settings.get("max_action_dim", MAX_DIM)))
+    return inputs, outputs
+
+
+def make_processors(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The preprocessor and postprocessor that LeRobot builds for a config.json, without statistics.
+
+    Args:
+        settings: the content of config.json; nothing in it is checked here.
+    """
+    inputs, outputs = complete_features(settings)
+    relative = settings.get("use_relative_actions", False)
+    norm_map = settings.get("normalization_mapping", NORM_MAP)
+    tokenizer = {
+        "max_length": settings.get("tokenizer_max_length", MAX_LENGTH),
+        "task_key": "task",
+        "padding_side": "right",
+        "padding": "max_length",
+        "truncation": True,
+        "tokenizer_name": TOKENIZER_NAME,
+    }
+    relative_actions = {
+        "enabled": relative,
+        "exclude_joints": settings.get("relative_exclude_joints", ["gripper"]),
+        "action_names": settings.get("action_feature_names"),
+    }
+    device = {"device": "cpu", "float_dtype": None}
+    normalize = {"eps": EPS, "features": inputs | outputs, "norm_map": norm_map}
+    unnormalize = {"eps": EPS, "features": outputs, "norm_map": norm_map}
+    preprocessor = {
+        "rename_observations_processor": {"rename_map": {}},
+        "to_batch_processor": {},
+        "pi0_new_line_processor": {},
+        "tokenizer_processor": tokenizer,
+        "device_processor": device,
+        "relative_actions_processor": relative_actions,
+        "normalizer_processor": normalize,
+    }
+    postprocessor = {
+        "unnormalizer_processor": unnormalize,
+        "absolute_actions_processor": {"enabled": relative},
+        "device_processor": device,
+    }
+    return (
+        _processor("policy_preprocessor", preprocessor),
+        _processor("policy_postprocessor", postprocessor),
+    )
+
+
+def write_processors(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Writes both processors and their statistics, which leave all values as they are."""
+    inputs, outputs = complete_features(settings)
+    statistics = _unit_statistics(inputs | outputs)
+    for content in make_processors(settings):
+        for index, step in enumerate(content["steps"]):
+            if "norm_map" in step["config"]:
+                step["state_file"] = (
+                    f"{content['name']}_step_{index}_{step['registry_name']}.safetensors"
+                )
+                with replacing(folder / step["state_file"]) as temporary:
+                    save_file(statistics, temporary)
+        with replacing(folder / f"{content['name']}.json") as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _feature(kind: str, *shape: int) -> dict[str, Any]:
+    return {"type": kind, "shape": list(shape)}
+
+
+def _processor(name: str, steps: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    entries = [{"registry_name": step, "config": config} for step, config in steps.items()]
+    return {"name": name, "steps": entries}
+
+
+def _unit_statistics(features: Features) -> dict[str, Tensor]:
+    statistics: dict[str, Tensor] = {}
+    for key, feature in features.items():
+        shape = (3, 1, 1) if feature["type"] == "VISUAL" else tuple(feature["shape"])
+        statistics[f"{key}.count"] = torch.ones(1)
+        for name, value in UNIT_STATISTICS.items():
+            statistics[f"{key}.{name}"] = torch.full(shape, value)
+    return statistics

@@ -1,0 +1,140 @@
+"""One normaliser step of a processor: which key is normalised how, and with which statistics.
+
+LeRobot leaves a value as it is where its key has no statistics or is no feature of the step. Here
+that is an error, unless the step's own norm_map or normalize_observation_keys ask for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pi0.checkpoint.lerobot import ACTION
+from pi0.errors import Pi0Error
+from pi0.findings import Finding, error, warning
+from pi0.policy.lerobot.statistics import Floats, lerobot_normalizer, read_statistics
+from pi0.policy.lerobot.steps import Step
+from pi0.policy.normalize import Normalizer, identity
+
+Statistics = Mapping[str, Mapping[str, Floats]]  # by key of an observation, or "action"
+REMEDY = "Copy all files of the checkpoint, or name statistics with --norm-stats."
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a caller says in place of the checkpoint's files.
+
+    Attributes:
+        statistics: of state and actions; None: those of the files.
+        mode: for state and actions; None: those of the files.
+    """
+
+    statistics: Statistics | None
+    mode: str | None
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """A normalizer_processor or unnormalizer_processor with its statistics.
+
+    Attributes:
+        statistics: the caller's in place of the file's; None: there are none, which is among the
+            findings already.
+    """
+
+    step: Step
+    given: Given
+    statistics: Statistics | None
+
+    def mode(self, key: str, kind: str) -> str | None:
+        """The mode for a key, of LeRobot's names.
+
+        None: an observation that is not among the step's features, though its norm_map has a mode
+        for features of this kind.
+        """
+        modes: Mapping[str, str] = self.step.config["norm_map"] or {}
+        features: Mapping[str, Any] = self.step.config["features"] or {}
+        keys = self.step.config["normalize_observation_keys"]
+        if key != ACTION and keys is not None and key not in keys:
+            return "IDENTITY"
+        if self.given.mode and kind in ("STATE", "ACTION"):
+            return self.given.mode
+        if key != ACTION and key in features:
+            return modes.get(features[key]["type"], "IDENTITY")
+        mode = modes.get(kind, "IDENTITY")
+        reached = key == ACTION or key in (self.given.statistics or {}) or mode == "IDENTITY"
+        return mode if reached else None
+
+    def width(self, key: str) -> int | None:
+        """The length of a key's statistics; None: it has none that are vectors."""
+        shapes = [values.shape for values in (self.statistics or {}).get(key, {}).values()]
+        return next((max(shape) for shape in shapes if shape), None)
+
+    def has(self, key: str, kind: str) -> bool:
+        """Whether a normaliser of the key can be made."""
+        return self.mode(key, kind) == "IDENTITY" or key in (self.statistics or {})
+
+    def normalizer(
+        self, what: str, key: str, kind: str, width: int, findings: list[Finding]
+    ) -> Normalizer:
+        """The normaliser of a key.
+
+        Args:
+            what: for messages.
+            key: of an observation, or "action".
+            kind: STATE, VISUAL or ACTION.
+            width: of an identity where there are no statistics.
+            findings: what is found is appended. After an error the result is an identity.
+        """
+        mode = self.mode(key, kind)
+        if mode == "IDENTITY" and self.given.mode is None and key in (self.given.statistics or {}):
+            problem = f"expected statistics of {key} to be used, found IDENTITY in its norm_map"
+            remedy = "Name a mode with --norm-mode to use them."
+            findings.append(warning("statistics-unused", f"{self.step}: {problem}. {remedy}"))
+        if mode == "IDENTITY" or self.statistics is None:
+            return identity(what, self.width(key) or width)
+        if mode is None:
+            problem = f"features: expected {key}, which its norm_map normalises, found none"
+            findings.append(error("statistics-missing", f"{self.step} {problem}. {REMEDY}"))
+        elif key not in self.statistics:
+            problem = f"expected statistics of {key} for mode {mode}, found none"
+            findings.append(error("statistics-missing", f"{self.step}: {problem}. {REMEDY}"))
+        else:
+            eps = float(self.step.config["eps"])
+            try:
+                return lerobot_normalizer(what, mode, eps, self.statistics[key])
+            except Pi0Error as problem_of_form:
+                sentence = f"{self.step}: {problem_of_form}"
+                findings.append(error("statistics-form", sentence))
+        return identity(what, width)
+
+
+def read_normalization(step: Step, given: Given, findings: list[Finding]) -> Normalization:
+    """A normaliser step with its statistics.
+
+    Args:
+        findings: what is found is appended.
+
+    Raises:
+        CheckpointError: the statistics file is damaged.
+    """
+    file = step.state_file
+    if file is not None and file.is_file():
+        return Normalization(step, given, {**read_statistics(file), **(given.statistics or {})})
+    if given.statistics is not None or not _needs_statistics(step, given):
+        return Normalization(step, given, given.statistics or {})
+    missing = (
+        f"expected the statistics file of {step.name}, found {file} missing"
+        if file is not None
+        else f"expected {step.name} to name a state_file, found none: this checkpoint carries no "
+        "statistics"
+    )
+    findings.append(error("statistics-missing", f"{step.file}: {missing}. {REMEDY}"))
+    return Normalization(step, given, None)
+
+
+def _needs_statistics(step: Step, given: Given) -> bool:
+    modes: Mapping[str, str] = step.config["norm_map"] or {}
+    vectors = {given.mode} if given.mode else {modes.get("STATE"), modes.get("ACTION")}
+    return bool({*vectors, modes.get("VISUAL")} - {"IDENTITY", None})

@@ -1,0 +1,33 @@
+"""The robot that a LeRobot checkpoint describes, as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pi0.policy.lerobot.program import LerobotProgram
+from pi0.policy.robot import Camera, Robot
+
+
+def robot_of(program: LerobotProgram, settings: Mapping[str, Any]) -> Robot:
+    """The robot that a LeRobot checkpoint describes. As in LeRobot, one camera at least must be
+    there, the others may be absent."""
+    names: dict[str, list[str]] = {key: [_short(key)] for key in program.cameras}
+    for source, key in program.rename.items():
+        if key in names:
+            names[key] += [source, _short(source)]
+    actions = settings.get("action_feature_names")
+    known = isinstance(actions, list) and len(actions) == program.action_dim
+    return Robot(
+        name="lerobot",
+        cameras=tuple(Camera(key, tuple(names[key]), required=False) for key in program.cameras),
+        state=((program.state_key, program.state.width),),
+        action_dim=program.action_dim,
+        delta=tuple(1 if relative else -1 for relative in program.relative or ()),
+        action_names=tuple(map(str, actions)) if known and actions else (),
+    )
+
+
+def _short(key: str) -> str:
+    """The name that `--image` takes for a camera: what comes after LeRobot's prefix."""
+    return key.removeprefix("observation.").removeprefix("images.")

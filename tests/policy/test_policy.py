@@ -1,9 +1,13 @@
-"""The pipeline around an engine: both directions, robots, what an observation can lack."""
+"""The pipeline around an engine: both directions, threads, action queue, what can be wrong."""
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +15,40 @@ import numpy as np
 import pytest
 import torch
 from fakes import FakeEngine
+from test_pipeline import tokenizer
 
-from pi0.checkpoint.synth import byte_tokenizer
-from pi0.errors import EngineError, ObservationError, Pi0Error
-from pi0.policy import ROBOTS, Policy, Robot
+from pi0.checkpoint.load import open_checkpoint
+from pi0.config import PRESETS
+from pi0.engines.base import make_engine
+from pi0.errors import ConfigError, EngineError, LimitError, ObservationError, Pi0Error
+from pi0.policy import ROBOTS, ActionLimits, Pipeline, Policy, Robot
+from pi0.policy import policy as policy_module
 from pi0.policy.normalize import make_normalizer
-from pi0.policy.policy import Conventions, lookup
-from pi0.policy.tokenizer import Tokenizer
+from pi0.policy.tokenizer import PromptFormat
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
 MEAN, STD = np.arange(14.0), np.arange(1.0, 15.0)
 
 
-def words() -> Tokenizer:
-    backend = byte_tokenizer()
-    return Tokenizer(lambda text: list(backend.encode(text).ids), 2, Path("bytes"))
-
-
-def policy(robot: Robot, answer: torch.Tensor) -> Policy:
+def pipeline(robot: Robot) -> Pipeline:
     stats = {"mean": MEAN, "std": STD}
-    return Policy(
-        FakeEngine(answer),
-        robot,
-        words(),
-        Conventions("openpi", "openpi"),
-        make_normalizer("state", "mean_std", "openpi", stats),
-        make_normalizer("actions", "mean_std", "openpi", stats),
+    state, actions = (
+        make_normalizer(what, "mean_std", "openpi", stats) for what in ("state", "actions")
     )
+    return Pipeline(
+        config=PRESETS["tiny"],
+        robot=robot,
+        tokenizer=tokenizer(),
+        resize="openpi",
+        prompt=PromptFormat("openpi", 48),
+        state_stats=state,
+        action_stats=actions,
+        target_stats=actions,
+    )
+
+
+def policy(robot: Robot, answer: torch.Tensor, **options: Any) -> Policy:
+    return Policy(pipeline(robot), FakeEngine(answer), **options)
 
 
 ANSWER = torch.linspace(-1, 1, 50 * 32).view(1, 50, 32)
@@ -70,11 +81,7 @@ def test_state_and_actions(name: str) -> None:
     assert inputs.image_mask.tolist() == [[True] * len(robot.cameras)]
 
     actions = ANSWER[0].double().numpy()[:, :14] * (STD + 1e-6) + MEAN
-    relative = np.zeros(14, bool)
-    start = 0
-    for run in robot.delta:
-        relative[start : start + abs(run)] = run > 0
-        start += abs(run)
+    relative = robot.relative(14)
     actions[:, relative] += encoded[relative[:n].nonzero()[0]]
     if robot.action_dim:
         actions = actions[:, : robot.action_dim]
@@ -83,7 +90,8 @@ def test_state_and_actions(name: str) -> None:
     np.testing.assert_allclose(result["actions"], actions, atol=2e-5)
     assert result["actions"].dtype == np.float32
     np.testing.assert_allclose(result["state"], state, rtol=1e-6)
-    timing = result["timing"]
+    np.testing.assert_allclose(result["model_actions"], ANSWER[0].numpy(), atol=1e-6)
+    timing = result["policy_timing"]
     parts = ("preprocess_ms", "infer_ms", "postprocess_ms")
     assert timing["total_ms"] == pytest.approx(sum(timing[part] for part in parts))
 
@@ -107,9 +115,9 @@ def test_absent_camera_is_left_out() -> None:
             {"observation/state": np.full(8, np.nan)},
             "finite values, found nan at index 0",
         ),
-        ("generic", {"state": np.array([0, np.inf])}, "finite values, found inf at index 1"),
-        ("generic", {"state": np.zeros(15)}, r"expected 1 to 14 values .* found shape \[15\]"),
-        ("generic", {"state": np.zeros(0)}, r"expected 1 to 14 values .* found shape \[0\]"),
+        ("generic", {"state": [np.inf] * 14}, "finite values, found inf at index 0"),
+        ("generic", {"state": np.zeros(15)}, r"expected 14 values .* found shape \[15\]"),
+        ("generic", {"state": np.zeros(0)}, r"expected 14 values .* found shape \[0\]"),
         ("generic", {"state": np.zeros((2, 2))}, r"found shape \[2, 2\]"),
         ("generic", {"prompt": ""}, "prompt: expected a sentence"),
         ("generic", {"prompt": None}, "prompt: expected a sentence"),
@@ -135,15 +143,9 @@ def test_known_camera_that_is_not_read() -> None:
     policy(ROBOTS["aloha"], ANSWER).infer(observation("aloha", **{"images/cam_low": IMAGE}))
 
 
-def test_lookup() -> None:
-    assert lookup({"a/b": 1, "a": {"b": 2}}, "a/b") == 1
-    assert lookup({"a": {"b": {"c": 3}}}, "a/b/c") == 3
-    assert lookup({"a": 1}, "a/b") is None
-
-
 def test_noise_is_the_seeds(tiny_path: Path) -> None:
     def run(seed: int, calls: int = 1) -> np.ndarray:
-        made = Policy.from_checkpoint(tiny_path, seed=seed, steps=2)
+        made = Policy.from_checkpoint(tiny_path, robot="generic", seed=seed, steps=2)
         for _ in range(calls):
             actions = made.infer(given)["actions"]
         return actions
@@ -156,12 +158,14 @@ def test_noise_is_the_seeds(tiny_path: Path) -> None:
 
 
 def test_noise_as_an_argument(tiny_path: Path) -> None:
-    made = Policy.from_checkpoint(tiny_path, steps=2)
+    made = Policy.from_checkpoint(tiny_path, robot="generic", steps=2)
     given = {"images": {"base": IMAGE}, "state": np.zeros(8), "prompt": "go"}
     noise = np.ones((50, 32), np.float32)
     first, second = (made.infer(given, noise=noise)["actions"] for _ in range(2))
     np.testing.assert_array_equal(first, second)
     assert first.shape == (50, 32)
+    for other in (noise[None], noise.astype(np.float64), torch.from_numpy(noise).requires_grad_()):
+        np.testing.assert_array_equal(made.infer(given, noise=other)["actions"], first)
     with pytest.raises(ObservationError, match=r"noise: expected float32 \[1, 50, 32\]"):
         made.infer(given, noise=noise[:49])
 
@@ -171,7 +175,13 @@ def test_noise_as_an_argument(tiny_path: Path) -> None:
     [
         ({"robot": "r2d2"}, Pi0Error, "robot: expected one of generic, .* found 'r2d2'"),
         ({"engine": "warp"}, EngineError, "engine: expected one of reference"),
-        ({"device": "tpu"}, EngineError, "device: expected cpu or cuda"),
+        ({"engine": "reference", "device": "tpu"}, EngineError, "device: expected cpu or cuda"),
+        ({"engine": "cpu:int8", "dtype": "float32"}, ConfigError, "dtype: expected int8"),
+        ({"steps": 2.5}, ConfigError, "steps: expected a whole number from 1 .* found 2.5"),
+        ({"seed": 2**64}, ConfigError, "seed: expected a whole number from 0"),
+        ({"n_action_steps": 51}, ConfigError, "n_action_steps: expected .* from 1 to 50, found 51"),
+        ({"on_limit": "ignore"}, ConfigError, "on_limit: expected one of error, clamp, warn"),
+        ({"preprocessing": "ours"}, Pi0Error, "preprocessing: expected openpi or lerobot"),
         ({"dtype": "float16"}, Pi0Error, "float16: π0's activations"),
         ({"norm_mode": "z"}, Pi0Error, "norm_mode: expected one of mean_std, quantiles, min_max"),
         ({"norm_mode": "min_max"}, Pi0Error, "expected min and max for mode min_max, found no min"),
@@ -182,32 +192,25 @@ def test_noise_as_an_argument(tiny_path: Path) -> None:
 )
 def test_bad_options(tiny_path: Path, options: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        Policy.from_checkpoint(tiny_path, **options)
+        Policy.from_checkpoint(tiny_path, **{"robot": "generic", **options})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_no_cuda(tiny_path: Path) -> None:
     with pytest.raises(EngineError, match="device cuda: expected a CUDA device"):
-        Policy.from_checkpoint(tiny_path, device="cuda")
+        Policy.from_checkpoint(tiny_path, robot="generic", engine="reference@cuda")
 
 
 def test_no_statistics(tiny_path: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_path, tmp_path / "ckpt")
     shutil.rmtree(folder / "assets")
     with pytest.raises(Pi0Error, match="statistics: expected one"):
-        Policy.from_checkpoint(folder)
-    made = Policy.from_checkpoint(folder, norm_stats="none", steps=1)
+        Policy.from_checkpoint(folder, robot="generic", preprocessing="openpi")
+    made = Policy.from_checkpoint(
+        folder, robot="generic", preprocessing="openpi", norm_stats="none", steps=1
+    )
     result = made.infer({"images": {"base": IMAGE}, "state": np.zeros(8), "prompt": "go"})
     assert result["actions"].shape == (50, 32)
-
-
-def test_statistics_narrower_than_the_robot(tiny_path: Path, tmp_path: Path) -> None:
-    path = tmp_path / "norm_stats.json"
-    narrow = {"mean": [0.0] * 7, "std": [1.0] * 7}
-    path.write_text(json.dumps({"norm_stats": {"state": narrow, "actions": narrow}}))
-    made = Policy.from_checkpoint(tiny_path, norm_stats=path, robot="libero")
-    with pytest.raises(ObservationError, match="at most 7 values, .* found 8"):
-        made.infer(observation("libero"))
 
 
 def test_nan_is_never_an_action() -> None:
@@ -217,10 +220,138 @@ def test_nan_is_never_an_action() -> None:
         policy(ROBOTS["generic"], answer).infer(observation("generic"))
 
 
-def test_quantiles_if_asked(tiny_path: Path) -> None:
-    """The synthetic statistics: mean 0, std 1, quantiles -1 and 1."""
-    x = np.full(32, 0.5)
-    for mode, scale in (("mean_std", 1 + 1e-6), ("quantiles", 1 + 5e-7)):
-        made = Policy.from_checkpoint(tiny_path, norm_mode=mode)
-        np.testing.assert_allclose(made.state_stats.scale, scale, rtol=1e-12)
-        np.testing.assert_allclose(made.state_stats.normalize(x), 0.5, atol=1e-6)
+GIVEN = {"images": {"base": IMAGE}, "state": np.zeros(14), "prompt": "go"}
+
+
+def test_select_action_and_reset() -> None:
+    made = policy(ROBOTS["generic"], ANSWER, n_action_steps=3)
+    chunk = made.infer(GIVEN)["actions"]
+    made.engine.seen.clear()
+    taken = [made.select_action(GIVEN) for _ in range(7)]
+    np.testing.assert_array_equal(taken, chunk[[0, 1, 2, 0, 1, 2, 0]])
+    assert taken[0].dtype == np.float32
+    assert len(made.engine.seen) == 3
+    made.reset()
+    np.testing.assert_array_equal(made.select_action(GIVEN), chunk[0])
+    assert len(made.engine.seen) == 4
+
+
+def test_default_prompt() -> None:
+    made = Policy(replace(pipeline(ROBOTS["generic"]), default_prompt="wait"), FakeEngine(ANSWER))
+    given = {key: value for key, value in GIVEN.items() if key != "prompt"}
+    made.infer(given)
+    made.infer({**given, "prompt": "wait"})
+    first, second = made.engine.seen
+    assert torch.equal(first.tokens, second.tokens)
+
+
+LIMITED = replace(
+    ROBOTS["generic"],
+    name="limited",
+    action_dim=14,
+    limits=ActionLimits((None,) * 14, (5.0,) * 14, (None,) * 14, (None,) * 14),
+)
+
+
+def test_limits(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(
+        LimitError, match="action 2: expected at most 5, found .* and 10 more. No action"
+    ):
+        policy(LIMITED, ANSWER * 9).infer(GIVEN)
+    for on_limit, most in (("clamp", 5), ("warn", 1000)):
+        caplog.clear()
+        result = policy(LIMITED, ANSWER * 9, on_limit=on_limit).infer(GIVEN)
+        assert 5 <= result["actions"].max() <= most
+        assert result["limits"]["on_limit"] == on_limit
+        assert {v["kind"] for v in result["limits"]["violations"]} == {"high"}
+        assert "robot limited: action 0: expected at most 5" in caplog.text
+    assert json.dumps(result["limits"])
+    low = replace(
+        LIMITED, limits=ActionLimits((-1e3,) * 14, (1e3,) * 14, (None,) * 14, (None,) * 14)
+    )
+    assert policy(low, ANSWER).infer(GIVEN)["limits"]["violations"] == []
+
+
+def test_no_limits_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    policy_module._without_limits.clear()
+    for _ in range(2):
+        policy(ROBOTS["droid"], ANSWER)
+    assert caplog.text.count("robot droid states no limits") == 1
+    caplog.clear()
+    policy(LIMITED, ANSWER)
+    assert caplog.text == ""
+
+
+def test_metadata_is_plain(tiny_path: Path) -> None:
+    with pytest.warns(UserWarning, match="generic is assumed"):
+        made = Policy.from_checkpoint(tiny_path, engine="reference:bfloat16", steps=2)
+    metadata = made.metadata
+    assert json.loads(json.dumps(metadata)) == metadata
+    assert metadata["engine"]["name"] == "reference"
+    assert metadata["engine"]["precision"] == "bfloat16"
+    assert metadata["robot"]["name"] == "generic"
+    assert [finding["code"] for finding in metadata["findings"]] == ["robot-assumed"]
+    assert (metadata["steps"], metadata["n_action_steps"], metadata["horizon"]) == (2, 50, 50)
+
+
+def test_an_engine_that_is_made_already(tiny_path: Path) -> None:
+    engine = make_engine("reference", open_checkpoint(tiny_path))
+    made = Policy.from_checkpoint(tiny_path, robot="generic", engine=engine, steps=1)
+    assert made.engine is engine
+    other = make_engine("reference", open_checkpoint(tiny_path), image_size=56)
+    with pytest.raises(ConfigError, match="engine: expected one made for this checkpoint"):
+        Policy.from_checkpoint(tiny_path, robot="generic", engine=other)
+
+
+def test_the_fastest_exact_engine_by_default(
+    tiny_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="pi0"):
+        made = Policy.from_checkpoint(tiny_path, robot="generic")
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert made.metadata["engine"]["name"] == expected
+    assert made.metadata["engine"]["precision"] == "float32"
+    assert f"engine {expected}:float32" in caplog.text
+
+
+def test_a_closed_policy(tiny_path: Path) -> None:
+    with Policy.from_checkpoint(tiny_path, robot="generic", steps=1) as made:
+        made.infer({**GIVEN, "state": np.zeros(8)})
+    with pytest.raises(EngineError, match="expected an open engine, found it closed"):
+        made.infer({**GIVEN, "state": np.zeros(8)})
+
+
+@pytest.mark.parametrize("engine", ["reference", "cpu", "cpu:int8"])
+def test_threads_get_the_serial_answers(tiny_path: Path, engine: str) -> None:
+    """Eight threads, each with its own state, noise and one of two pictures: bit for bit."""
+    made = Policy.from_checkpoint(tiny_path, robot="generic", engine=engine, steps=2)
+    rng = np.random.default_rng(0)
+    pictures = [IMAGE, IMAGE[::-1].copy()]
+    calls = [
+        (
+            {"images": {"base": pictures[i % 2]}, "state": rng.normal(size=8), "prompt": "go"},
+            rng.normal(size=(50, 32)),
+        )
+        for i in range(40)
+    ]
+    serial = [made.infer(given, noise=noise)["actions"] for given, noise in calls]
+    for i, actions in enumerate(serial):
+        assert all(not np.array_equal(actions, other) for other in serial[:i])
+    barrier = threading.Barrier(8)
+
+    def work(thread: int) -> list[np.ndarray]:
+        barrier.wait()
+        return [made.infer(given, noise=noise)["actions"] for given, noise in calls[thread::8]]
+
+    with ThreadPoolExecutor(8) as pool:
+        for thread, answers in enumerate(pool.map(work, range(8))):
+            np.testing.assert_array_equal(answers, serial[thread::8])
+
+
+def test_threads_draw_different_noise(tiny_path: Path) -> None:
+    made = Policy.from_checkpoint(tiny_path, robot="generic", steps=1)
+    with ThreadPoolExecutor(4) as pool:
+        drawn = list(pool.map(lambda _: made.draw_noise(), range(16)))
+    again = Policy.from_checkpoint(tiny_path, robot="generic", steps=1)
+    alone = [again.draw_noise() for _ in range(16)]
+    assert sorted(float(x[0, 0, 0]) for x in drawn) == sorted(float(x[0, 0, 0]) for x in alone)

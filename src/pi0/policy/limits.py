@@ -16,6 +16,7 @@ from pi0.errors import ConfigError, LimitError
 
 Floats = NDArray[np.float64]
 ON_LIMIT = ("error", "clamp", "warn")
+SHOWN = 4  # of several violations, in a message
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,18 @@ def apply_limits(
     ]
     if violations and on_limit == "error":
         raise LimitError(
-            "; ".join(map(str, violations)) + ". No action of this chunk is handed out; "
+            summary(violations) + ". No action of this chunk is handed out; "
             'on_limit="clamp" would bring them within the limits.'
         )
     if violations and on_limit == "clamp":
         actions = _clamp(actions, start, low, high, step)
     return actions, violations
+
+
+def summary(violations: list[Violation]) -> str:
+    """The first few violations, in words."""
+    more = [f"and {len(violations) - SHOWN} more"] * (len(violations) > SHOWN)
+    return "; ".join([*map(str, violations[:SHOWN]), *more])
 
 
 def as_data(violations: list[Violation], on_limit: str) -> dict[str, Any]:

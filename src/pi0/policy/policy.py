@@ -26,7 +26,7 @@ from pi0.engines.base import Engine, fastest_engine, make_engine
 from pi0.engines.spec import EngineSpec
 from pi0.errors import ConfigError
 from pi0.inputs import check_noise, to_tensor
-from pi0.policy.limits import ON_LIMIT, apply_limits, as_data
+from pi0.policy.limits import ON_LIMIT, apply_limits, as_data, summary
 from pi0.policy.observation import Observation
 from pi0.policy.pipeline import Pipeline
 from pi0.policy.robot import Robot
@@ -62,6 +62,11 @@ class Policy:
         on_limit: str = "error",
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
+        if engine.config != pipeline.config:
+            raise ConfigError(
+                "engine: expected one made for this checkpoint and image size, found another "
+                f"configuration: {engine.config} instead of {pipeline.config}."
+            )
         horizon = engine.config.horizon
         self.pipeline = pipeline
         self.engine = engine
@@ -266,9 +271,9 @@ class Policy:
         actions, violations = apply_limits(
             robot.limits, actions, state, self.on_limit, robot.action_names
         )
-        done = "brought within it" if self.on_limit == "clamp" else "handed out as it is"
-        for violation in violations:
-            logger.warning("robot %s: %s; %s.", robot.name, violation, done)
+        if violations:
+            done = "clamped" if self.on_limit == "clamp" else "handed out as they are"
+            logger.warning("robot %s: %s; %s.", robot.name, summary(violations), done)
         return actions, as_data(violations, self.on_limit)
 
 

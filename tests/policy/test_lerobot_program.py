@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -574,3 +575,35 @@ def test_modes(mode: str, eps: float, low: float, span: float) -> None:
     ours = (x - normalizer.offset) / normalizer.scale
     np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(normalizer.unnormalize(x), back, rtol=1e-9, atol=1e-9)
+
+
+ODD = (None, True, -1, 1e400, "\ud800", [None], {"a": None})
+
+
+@pytest.mark.parametrize("odd", ODD, ids=repr)
+def test_odd_values_give_findings_not_tracebacks(odd: Any, folder: LerobotFolder) -> None:
+    folder.statistics = None  # thousands of reads
+    path = folder.write()
+    documents = {name: read_json(path / name) for name in (PRE, POST, "config.json")}
+    for name, document in documents.items():
+        for place in _places(document):
+            edited = json.loads(json.dumps(document))
+            target = edited
+            for key in place[:-1]:
+                target = target[key]
+            target[place[-1]] = odd
+            (path / name).write_text(json.dumps(edited))
+            settings = edited if name == "config.json" else documents["config.json"]
+            program = read_program(path, settings)
+            assert all(finding.sentence for finding in program.findings)
+        (path / name).write_text(json.dumps(document))
+
+
+def _places(value: Any) -> list[tuple[Any, ...]]:
+    """The keys that lead to each value inside a JSON document."""
+    items: list[tuple[Any, Any]] = []
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list):
+        items = list(enumerate(value))
+    return [(key, *rest) for key, inner in items for rest in ((), *_places(inner))]

@@ -73,7 +73,8 @@ def synthesise(
 
     if layout.name == "lerobot":
         settings = make_config_json(config)
-        write_processors(folder, settings)
+        if not config.adaptive_norm:  # π0.5 has processors of its own
+            write_processors(folder, settings)
     else:
         settings = to_config_json(config)
     _write_json(folder / "config.json", settings)

@@ -67,9 +67,9 @@ class Normalization:
         return mode if reached else None
 
     def width(self, key: str) -> int | None:
-        """The length of a key's statistics; None: it has none that are vectors."""
-        shapes = [values.shape for values in (self.statistics or {}).get(key, {}).values()]
-        return next((max(shape) for shape in shapes if shape), None)
+        """The length of a key's statistics; None: it has none."""
+        lengths = [values.size for values in (self.statistics or {}).get(key, {}).values()]
+        return max(lengths, default=0) or None
 
     def has(self, key: str, kind: str) -> bool:
         """Whether a normaliser of the key can be made."""

@@ -85,42 +85,36 @@ def read_processors(
     """
     paths = folder / PREPROCESSOR, folder / POSTPROCESSOR
     missing = [path.name for path in paths if not path.is_file()]
-    contents: Sequence[Mapping[str, Any]]
-    if not missing:
-        contents = [read_json(path) for path in paths]
-    else:
-        contents = make_processors(settings)
-        if len(missing) == 1:
-            findings.append(
-                error(
-                    "processor-missing",
-                    f"{folder}: expected {missing[0]} beside the other LeRobot processor file, "
-                    "found none. Copy all files of the checkpoint.",
-                )
-            )
-        elif not has_statistics:
-            findings.append(
-                error(
-                    "processors-missing",
-                    f"{folder}: expected {' and '.join(missing)}, since its config.json is "
-                    "LeRobot's, found neither. Copy them, or name statistics with --norm-stats and "
-                    "whose way of preprocessing to use with --preprocessing.",
-                )
-            )
-        else:
-            findings.append(
-                warning(
-                    "processors-assumed",
-                    f"{folder}: expected {' and '.join(missing)}, found neither: preprocessing is "
-                    "what LeRobot 0.6.1 builds for this config.json.",
-                )
-            )
+    if missing:
+        findings.append(_missing(folder, missing, has_statistics))
     known = (PREPROCESSOR_STEPS, POSTPROCESSOR_STEPS)
     before, after = (
-        _read_steps(path, content, steps, findings)
-        for path, content, steps in zip(paths, contents, known, strict=True)
+        _read_steps(path, read_json(path) if path.is_file() else made, steps, findings)
+        for path, made, steps in zip(paths, make_processors(settings), known, strict=True)
     )
     return Processors(folder, before, after)
+
+
+def _missing(folder: Path, names: list[str], has_statistics: bool) -> Finding:
+    if len(names) == 1:
+        return error(
+            "processor-missing",
+            f"{folder}: expected {names[0]} beside the other LeRobot processor file, found none. "
+            "Copy all files of the checkpoint.",
+        )
+    both = " and ".join(names)
+    if has_statistics:
+        return warning(
+            "processors-assumed",
+            f"{folder}: expected {both}, found neither: preprocessing is what LeRobot 0.6.1 builds "
+            "for this config.json.",
+        )
+    return error(
+        "processors-missing",
+        f"{folder}: expected {both}, since its config.json is LeRobot's, found neither. Copy them, "
+        "or name statistics with --norm-stats and whose way of preprocessing to use with "
+        "--preprocessing.",
+    )
 
 
 def _read_steps(

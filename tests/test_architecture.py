@@ -16,6 +16,7 @@ SRC = ROOT / "src" / "pi0"
 ARROWS = {
     "errors": set(),
     "findings": {"errors"},
+    "figures": set(),
     "config": {"errors"},
     "inputs": {"errors", "config"},
     "model": {"errors", "config", "inputs"},
@@ -23,10 +24,11 @@ ARROWS = {
     "engines": {"errors", "config", "inputs", "model", "checkpoint"},
     "peers": {"errors", "config", "inputs", "model", "checkpoint", "engines"},
     "trace": {"inputs", "model", "engines"},
-    "verify": {"errors", "config", "inputs", "model", "engines"},
+    "verify": {"errors", "figures", "config", "inputs", "model", "engines"},
     "bench": {
         "errors",
         "findings",
+        "figures",
         "config",
         "inputs",
         "model",
@@ -39,6 +41,7 @@ ARROWS = {
     "cli": {
         "errors",
         "findings",
+        "figures",
         "config",
         "inputs",
         "model",

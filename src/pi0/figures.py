@@ -7,6 +7,7 @@ default font lacks is looked for in the fonts of the system.
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 import unicodedata
 import warnings
@@ -99,12 +100,6 @@ def _characters(path: str) -> set[str]:
         return set()
 
 
-def legend_label(text: str) -> str:
-    """A label that a legend neither reads as mathematics nor leaves out."""
-    label = one_line(text).replace("$", r"\$")
-    return f" {label}" if label.startswith("_") else label
-
-
 def bare(axes: Axes, grid: str = "both") -> None:
     """No frame at the top and right, and a faint grid behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
@@ -113,12 +108,19 @@ def bare(axes: Axes, grid: str = "both") -> None:
     axes.tick_params(labelsize=8)
 
 
-def to_svg(figure: Figure) -> str:
-    """The figure as an <svg> element; the same figure gives the same text."""
+def to_svg(figure: Figure, name: str) -> str:
+    """The figure as an <svg> element; the same figure gives the same text.
+
+    Args:
+        name: put before every id, so that figures of one page do not share ids.
+    """
     import matplotlib
 
     text = io.StringIO()
-    # Neither a date nor random ids.
-    with matplotlib.rc_context({"svg.hashsalt": "pi0"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    # No date and no random ids; text stays text, which a reader can search and copy.
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(text, format="svg", metadata=nothing)
+    svg = text.getvalue()[text.getvalue().index("<svg") :]
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    return re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)

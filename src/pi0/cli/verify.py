@@ -199,22 +199,11 @@ def _tell(header: Header, result: VerifyResult, report: Path | None, as_json: bo
 
 
 def _print(header: Header, result: VerifyResult) -> None:
-    from pi0.cli.show import print_line, table
+    from pi0.cli.show import print_line
+    from pi0.verify.report import verdict
 
     print_line(f"{header.candidate} against {header.reference}: {header.sizes}, mode {header.mode}")
-    rows = []
-    for row in result.rows:
-        c = row.comparison
-        numbers = (
-            [c.fault, "", "", ""]
-            if c.fault
-            else [f"{c.pcc:.7f}", f"{c.cosine:.7f}", f"{c.rel_l2:.1e}", f"{c.max_abs:.1e}"]
-        )
-        times = [f"{ms:.1f}" if ms else "" for ms in (row.reference_ms, row.candidate_ms)]
-        verdict = "ok" if row.passed else "FAILS"
-        rows.append([row.case, row.name, *numbers, f"{row.limit.max_rel_l2:.0e}", *times, verdict])
-    columns = ["case", "stage", "PCC", "cosine", "rel. L2", "max abs", "limit", "ms", "ms", ""]
-    table("", columns, rows, left=2)
+    _print_rows(header, result)
     print_line(f"oracle implementation: {header.oracle}")
     if header.note:
         print_line(header.note)
@@ -226,8 +215,32 @@ def _print(header: Header, result: VerifyResult) -> None:
         told = ", ".join(f"action {j}: {joints[j]:.1e}" for j in worst)
         print_line(f"largest deviation of actions ({case}): {told}")
     failure = result.first_failure
-    if failure:
-        why = failure.comparison.fault or failure.limit.why
-        print_line(f"FAILS first at {failure.name} ({failure.case}); expected: {why}")
-    else:
-        print_line(f"agree: all {len(result.rows)} comparisons are within their limits")
+    if failure and not failure.comparison.fault:
+        print_line(f"reason for the limits of {failure.name}: {failure.limit.why}")
+    print_line(verdict(result))
+
+
+def _print_rows(header: Header, result: VerifyResult) -> None:
+    """Every comparison beside both of its limits, and which of them it exceeds."""
+    from pi0.cli.show import print_line, table
+    from pi0.verify.report import outcome
+
+    rows = []
+    for row in result.rows:
+        c, limit = row.comparison, row.limit
+        numbers = (
+            [c.pcc, limit.min_pcc, c.rel_l2, limit.max_rel_l2, c.max_abs] if not c.fault else []
+        )
+        forms = (".7f", "g", ".1e", ".0e", ".1e")
+        cells = [format(n, form) for n, form in zip(numbers, forms, strict=False)] or ["—"] * 5
+        times = [f"{ms:.1f}" if ms else "" for ms in (row.reference_ms, row.candidate_ms)]
+        rows.append([row.case, row.name, *cells, *times, outcome(row)])
+    columns = ["case", "stage", "PCC", "at least", "rel. L2", "at most", "max abs"]
+    table("", [*columns, "reference\nms", "candidate\nms", "outcome"], rows, left=2)
+    for fault in dict.fromkeys(row.comparison.fault for row in result.rows if not row.passed):
+        places = [
+            f"{row.name} ({row.case})" for row in result.rows if row.comparison.fault == fault
+        ]
+        if fault is not None:
+            more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+            print_line(f"{fault}: {places[0]}{more}")

@@ -17,6 +17,7 @@ ARROWS = {
     "errors": set(),
     "plugins": {"errors"},
     "findings": {"errors"},
+    "figures": set(),
     "config": {"errors"},
     "inputs": {"errors", "config"},
     "model": {"errors", "config", "inputs"},
@@ -24,10 +25,11 @@ ARROWS = {
     "engines": {"errors", "plugins", "config", "inputs", "model", "checkpoint"},
     "peers": {"errors", "config", "inputs", "model", "checkpoint", "engines"},
     "trace": {"inputs", "model", "engines"},
-    "verify": {"errors", "config", "inputs", "model", "engines"},
+    "verify": {"errors", "figures", "config", "inputs", "model", "engines"},
     "bench": {
         "errors",
         "findings",
+        "figures",
         "config",
         "inputs",
         "model",
@@ -40,6 +42,7 @@ ARROWS = {
     "cli": {
         "errors",
         "findings",
+        "figures",
         "config",
         "inputs",
         "model",

@@ -316,8 +316,8 @@ def test_verify(tiny_path: Path, npz: Path, tmp_path: Path) -> None:
     assert "oracle implementation: none, as asked" in done.stdout
     assert "largest deviation of actions (masked): action " in done.stdout
     html = page.read_text()
-    assert html.count("<svg") == 4
-    assert "Every stage is within its limits" in html
+    assert html.count("<svg") == 5
+    assert "agree: all 60 comparisons are within their limits" in html
     assert "reference:bfloat16 against reference:float32" in html
     assert not any(word in html for word in (" src=", 'href="http', "@import")), (
         "needs nothing else"

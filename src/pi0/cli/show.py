@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -23,6 +24,7 @@ from rich.progress import (
 from rich.table import Table
 
 PIPED_WIDTH = 160  # of tables, where there is no terminal to fit into
+UNLIMITED = 10_000
 
 out = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
 err = Console(stderr=True)
@@ -70,13 +72,18 @@ def print_line(sentence: str) -> None:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], left: int = 1) -> None:
-    """Prints a table; the first `left` columns are aligned left, the others right."""
+    """Prints a table; the first `left` columns are aligned left, the others right.
+
+    Numbers are never cut: a table that does not fit is wider than the terminal.
+    """
     grid = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for i, column in enumerate(columns):
         grid.add_column(column, justify="left" if i < left else "right", no_wrap=i >= left)
     for row in rows:
         grid.add_row(*row)
-    out.print(grid)
+    unlimited = out.options.update(width=UNLIMITED)
+    least = Measurement.get(out, unlimited, grid).minimum
+    out.print(grid, width=max(out.width, least), crop=False)
     out.print()
 
 

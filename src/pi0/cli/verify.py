@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pi0.config import Pi0Config
     from pi0.engines.spec import EngineSpec
     from pi0.verify.report import Header
-    from pi0.verify.run import Row, VerifyResult
+    from pi0.verify.run import VerifyResult
 
 
 def verify(
@@ -74,6 +74,7 @@ def verify(
     from pi0.cli.forward import image_side, read_npz
     from pi0.cli.show import step_progress
     from pi0.engines.base import make_engine
+    from pi0.engines.registry import find_engine
     from pi0.engines.spec import EngineSpec
     from pi0.inputs import from_npz
     from pi0.verify.report import Header
@@ -109,8 +110,9 @@ def verify(
     views, length = cases[0].inputs.image_mask.shape[1], cases[0].inputs.tokens.shape[1]
     sizes = f"{views} cameras of {size} px, {length} text tokens, {steps} steps"
     note = " ".join(result.notes)
-    header = Header(str(checkpoint), a.label, b.label, mode, sizes, why, note)
-    _show(header, result, judge is not None, report, as_json)
+    judged = judge is not None or any(find_engine(s.name).capabilities.peer for s in (a, b))
+    header = Header(str(checkpoint), a.label, b.label, mode, sizes, why, note, judged)
+    _show(header, result, report, as_json)
     if result.first_failure:
         raise typer.Exit(1)
 
@@ -180,9 +182,7 @@ def _choose_oracle(
     return None, f"none is available: {' '.join(missing)}"
 
 
-def _show(
-    header: Header, result: VerifyResult, judged: bool, report: Path | None, as_json: bool
-) -> None:
+def _show(header: Header, result: VerifyResult, report: Path | None, as_json: bool) -> None:
     from pi0.checkpoint.files import replacing
     from pi0.cli.show import print_json, print_line
     from pi0.verify.report import to_data, to_html
@@ -191,7 +191,7 @@ def _show(
     if as_json:
         print_json(to_data(header, result))
     else:
-        _print(header, result, judged)
+        _print(header, result)
     if report:
         with replacing(report) as temporary:
             temporary.write_text(to_html(header, result), encoding="utf-8")
@@ -199,14 +199,13 @@ def _show(
             print_line(f"wrote {report}")
 
 
-def _print(header: Header, result: VerifyResult, judged: bool) -> None:
+def _print(header: Header, result: VerifyResult) -> None:
     from pi0.cli.forward import print_hidden
-    from pi0.cli.show import print_line, table
+    from pi0.cli.show import print_line
+    from pi0.verify.report import verdict
 
     print_line(f"{header.candidate} against {header.reference}: {header.sizes}, mode {header.mode}")
-    columns = ["case", "stage", "PCC", "at least", "cosine", "rel. L2", "at most", "max abs"]
-    columns += ["reference ms", "candidate ms", ""]
-    table("", columns, [_cells(row) for row in result.rows], left=2)
+    _print_rows(header, result)
     print_line(f"independent implementation: {header.oracle}")
     if header.note:
         print_line(header.note)
@@ -216,30 +215,33 @@ def _print(header: Header, result: VerifyResult, judged: bool) -> None:
         worst = joints.argsort(descending=True)[:JOINTS].tolist()
         deviations = ", ".join(f"action {j}: {joints[j]:.1e}" for j in worst)
         print_line(f"largest deviation of actions ({case}): {deviations}")
-    print_line(_verdict(header, result, judged))
-
-
-def _cells(row: Row) -> list[str]:
-    c, limit = row.comparison, row.limit
-    bounds = f"{limit.min_pcc:g}", f"{limit.max_rel_l2:.0e}"
-    numbers = (
-        [c.fault, "", "", "", "", ""]
-        if c.fault
-        else [
-            f"{c.pcc:.7f}", bounds[0], f"{c.cosine:.7f}", f"{c.rel_l2:.1e}", bounds[1],
-            f"{c.max_abs:.1e}",
-        ]
-    )  # fmt: skip
-    times = [f"{ms:.1f}" if ms else "" for ms in (row.reference_ms, row.candidate_ms)]
-    return [row.case, row.name, *numbers, *times, "ok" if row.passed else "FAILS"]
-
-
-def _verdict(header: Header, result: VerifyResult, judged: bool) -> str:
     failure = result.first_failure
-    if failure:
-        return (
-            f"FAILS first at {failure.name} ({failure.case}): {' and '.join(failure.exceeded)}; "
-            f"the reason of this limit: {failure.limit.why}"
+    if failure and not failure.comparison.fault:
+        print_line(f"reason for the limits of {failure.name}: {failure.limit.why}")
+    print_line(verdict(header, result))
+
+
+def _print_rows(header: Header, result: VerifyResult) -> None:
+    """Every comparison beside both of its limits, and which of them it exceeds."""
+    from pi0.cli.show import print_line, table
+    from pi0.verify.report import outcome
+
+    rows = []
+    for row in result.rows:
+        c, limit = row.comparison, row.limit
+        numbers = (
+            [c.pcc, limit.min_pcc, c.rel_l2, limit.max_rel_l2, c.max_abs] if not c.fault else []
         )
-    verdict = f"agree: all {len(result.rows)} comparisons are within their limits"
-    return verdict if judged else f"{verdict}, without an independent implementation"
+        forms = (".7f", "g", ".1e", ".0e", ".1e")
+        cells = [format(n, form) for n, form in zip(numbers, forms, strict=False)] or ["—"] * 5
+        times = [f"{ms:.1f}" if ms else "" for ms in (row.reference_ms, row.candidate_ms)]
+        rows.append([row.case, row.name, *cells, *times, outcome(row)])
+    columns = ["case", "stage", "PCC", "at least", "rel. L2", "at most", "max abs"]
+    table("", [*columns, "reference\nms", "candidate\nms", "outcome"], rows, left=2)
+    for fault in dict.fromkeys(row.comparison.fault for row in result.rows if not row.passed):
+        places = [
+            f"{row.name} ({row.case})" for row in result.rows if row.comparison.fault == fault
+        ]
+        if fault is not None:
+            more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+            print_line(f"{fault}: {places[0]}{more}")

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import math
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pi0.errors import Pi0Error
+from pi0.verify import plots
 from pi0.verify.run import Row, VerifyResult
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-REFERENCE, CANDIDATE, LIMIT = "#4a5568", "#2b6cb0", "#c53030"
-JOINTS_SHOWN = 8
-LEAST = 1e-9  # where an error of 0 stands on a logarithmic axis
+SIGNS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚"}  # of matplotlib's markers
 
 
 @dataclass(frozen=True)
@@ -32,6 +24,37 @@ class Header:
     sizes: str
     oracle: str  # the third engine, or why there is none
     note: str  # what the numbers are not; may be empty
+    judged: bool  # whether an implementation that we did not write is among those compared
+
+    @property
+    def time_columns(self) -> tuple[str, str]:
+        """Names of the columns of milliseconds, which differ even if an engine meets itself."""
+        if self.reference == self.candidate:
+            return f"ms {self.reference} (reference)", f"ms {self.candidate} (candidate)"
+        return f"ms {self.reference}", f"ms {self.candidate}"
+
+
+def outcome(row: Row) -> str:
+    """One word or a few: within its limits, or which of them it exceeds."""
+    if row.passed:
+        return "ok"
+    c = row.comparison
+    if c.fault is not None:
+        return "FAILS"
+    exceeded = [("PCC", c.pcc >= row.limit.min_pcc), ("L2", c.rel_l2 <= row.limit.max_rel_l2)]
+    return f"FAILS {' and '.join(name for name, within in exceeded if not within)}"
+
+
+def verdict(header: Header, result: VerifyResult) -> str:
+    """The outcome in one sentence, with the numbers of the first failure."""
+    failure = result.first_failure
+    if failure is None:
+        judge = "" if header.judged else "; no independent implementation was compared"
+        return f"agree: all {len(result.rows)} comparisons are within their limits{judge}"
+    sentence = f"FAILS first at {failure.name} ({failure.case}): {' and '.join(failure.exceeded)}"
+    if (failure.comparison.fault or "").startswith("reference has"):
+        return f"{sentence}. The reference itself is not finite: the checkpoint is damaged."
+    return sentence
 
 
 def to_data(header: Header, result: VerifyResult) -> dict[str, Any]:
@@ -40,6 +63,7 @@ def to_data(header: Header, result: VerifyResult) -> dict[str, Any]:
     return {
         **asdict(header),
         "passed": failure is None,
+        "verdict": verdict(header, result),
         "not_shown": result.missing,
         "first_failure": None if failure is None else f"{failure.name} ({failure.case})",
         "rows": [
@@ -53,9 +77,14 @@ def to_data(header: Header, result: VerifyResult) -> dict[str, Any]:
                 "reference_ms": row.reference_ms,
                 "candidate_ms": row.candidate_ms,
                 "passed": row.passed,
+                "outcome": outcome(row),
             }
             for row in result.rows
         ],
+        "rms_of_reference_actions": {
+            case: float(a.double().square().mean().sqrt())
+            for case, (a, _) in result.actions.items()
+        },
         "largest_deviation_per_joint": {
             case: (a - b).abs().amax(dim=(0, 1)).tolist() for case, (a, b) in result.actions.items()
         },
@@ -74,123 +103,25 @@ def require_report_libraries() -> None:
 
 
 def to_html(header: Header, result: VerifyResult) -> str:
-    """A self-contained page: verdict, plots as inline SVG, and every row."""
+    """A self-contained page: verdict, figures as inline SVG, and every row."""
     from jinja2 import Environment
 
+    from pi0.figures import to_svg
+
+    styles = plots.case_styles(result.rows)
+    blocks = plots.plot_blocks(result.rows)
     template = (Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8")
     return (
-        Environment(autoescape=True)
+        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         .from_string(template)
         .render(
             data=to_data(header, result),
-            stages=_svg(_plot_rows("error of each stage", _stage_rows(result))),
-            blocks=_svg(_plot_blocks(result)) if _block_rows(result) else None,
-            actions=_svg(_plot_actions(result)),
-            joints=_svg(_plot_joints(result)),
+            times=header.time_columns,
+            cases=[(case, style.colour, SIGNS[style.marker]) for case, style in styles.items()],
+            stages=to_svg(plots.plot_stages(result.rows), "stages"),
+            blocks=to_svg(blocks, "blocks") if blocks else None,
+            velocities=to_svg(plots.plot_velocities(result.rows), "velocities"),
+            differences=to_svg(plots.plot_differences(result.actions, styles), "differences"),
+            deviations=to_svg(plots.plot_largest_deviations(result.actions, styles), "deviations"),
         )
     )
-
-
-def _stage_rows(result: VerifyResult) -> list[Row]:
-    return [row for row in result.rows if "." not in row.name]
-
-
-def _block_rows(result: VerifyResult) -> list[Row]:
-    return [row for row in result.rows if re.search(r"\.block\.\d+$", row.name)]
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _plot_rows(title: str, rows: list[Row]) -> Figure:
-    """Relative L2 error by stage, one mark a case, with the limit of each stage."""
-    figure = _figure(9, 3.4)
-    axes = figure.subplots()
-    names = list(dict.fromkeys(row.name for row in rows))
-    for case, marker in zip(dict.fromkeys(row.case for row in rows), "osD^v", strict=False):
-        mine = [row for row in rows if row.case == case]
-        places = [names.index(row.name) for row in mine]
-        axes.plot(places, [_shown(row) for row in mine], marker, color=CANDIDATE, label=case)
-        axes.plot(
-            places, [max(row.limit.max_rel_l2, LEAST) for row in mine], "_", color=LIMIT, ms=18
-        )
-    _label(axes, title)
-    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    axes.legend()
-    return figure
-
-
-def _plot_blocks(result: VerifyResult) -> Figure:
-    """Growth of the error through the depth of the three towers."""
-    rows = _block_rows(result)
-    towers = list(dict.fromkeys(row.name.partition(".")[0] for row in rows))
-    figure = _figure(3.2 * len(towers), 3)
-    panels = figure.subplots(1, len(towers), sharey=True, squeeze=False)[0]
-    for tower, axes in zip(towers, panels, strict=True):
-        for case, style in zip(
-            dict.fromkeys(row.case for row in rows), ("-", "--", ":"), strict=False
-        ):
-            mine = [r for r in rows if r.case == case and r.name.startswith(tower)]
-            axes.plot([_shown(row) for row in mine], style, color=CANDIDATE, label=case)
-            axes.plot([max(1 - row.comparison.pcc, LEAST) for row in mine], style, color=REFERENCE)
-        _label(axes, tower)
-        axes.set_xlabel("block")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    panels[0].legend()
-    figure.suptitle("relative L2 error (blue) and 1 - PCC (grey) by block", fontsize=10)
-    return figure
-
-
-def _plot_actions(result: VerifyResult) -> Figure:
-    """The chunks of both engines, joint by joint, of the first case."""
-    a, b = next(iter(result.actions.values()))
-    figure = _figure(9, 4)
-    panels = figure.subplots(2, JOINTS_SHOWN // 2, sharex=True).flat
-    for joint, axes in zip(range(min(JOINTS_SHOWN, a.shape[-1])), panels, strict=False):
-        axes.plot(a[0, :, joint], color=REFERENCE, linewidth=2.4, alpha=0.5)
-        axes.plot(b[0, :, joint], color=CANDIDATE, linewidth=1, linestyle="--")
-        axes.set_title(f"action {joint}", fontsize=9)
-        axes.tick_params(labelsize=8)
-    return figure
-
-
-def _plot_joints(result: VerifyResult) -> Figure:
-    """Bars side by side, one colour a case."""
-    figure = _figure(9, 2)
-    axes = figure.subplots()
-    width = 0.8 / len(result.actions)
-    for i, (case, (a, b)) in enumerate(result.actions.items()):
-        deviations = (a - b).abs().amax(dim=(0, 1)).tolist()
-        places = [joint + (i + 0.5) * width - 0.4 for joint in range(len(deviations))]
-        colour = (CANDIDATE, REFERENCE, LIMIT)[i % 3]
-        axes.bar(places, deviations, width, color=colour, label=case)
-    axes.set_xlabel("action")
-    axes.grid(axis="y", alpha=0.25)
-    axes.margins(x=0.01)
-    figure.legend(loc="outside right upper")
-    return figure
-
-
-def _shown(row: Row) -> float:
-    error = row.comparison.rel_l2
-    return max(error, LEAST) if math.isfinite(error) else 1.0
-
-
-def _label(axes: Axes, title: str) -> None:
-    axes.set_yscale("log")
-    axes.set_title(title, fontsize=10)
-    axes.set_ylabel("relative L2 error")
-    axes.grid(alpha=0.25)
-
-
-def _svg(figure: Figure) -> str:
-    text = io.StringIO()
-    # Neither a date nor random ids: the same result gives the same page.
-    import matplotlib
-
-    with matplotlib.rc_context({"svg.hashsalt": "pi0"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]

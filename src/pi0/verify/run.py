@@ -76,11 +76,9 @@ class Row:
             return [c.fault]
         exceeded = []
         if not c.pcc >= limit.min_pcc:
-            exceeded.append(f"PCC {c.pcc:.7g} is below its limit {limit.min_pcc:g}")
+            exceeded.append(f"PCC {c.pcc:.7g} (limit: at least {limit.min_pcc:g})")
         if not c.rel_l2 <= limit.max_rel_l2:
-            exceeded.append(
-                f"relative L2 error {c.rel_l2:.2g} is above its limit {limit.max_rel_l2:g}"
-            )
+            exceeded.append(f"relative L2 {c.rel_l2:.2e} (limit: at most {limit.max_rel_l2:.0e})")
         return exceeded
 
 

@@ -4,7 +4,7 @@
     ├── CheckpointError    a file, tensor or layout is not what it should be
     ├── ConfigError        a size, dtype or option that the model cannot have
     ├── ObservationError   an image, state or prompt that the policy cannot use
-    └── EngineError        an engine or device that is not to be had
+    └── EngineError        an engine or device that is unavailable
 
 Each message is one sentence or a short list: what it is about, what was expected, what was found
 and how to mend it.
@@ -29,3 +29,18 @@ class ObservationError(Pi0Error):
 
 class EngineError(Pi0Error):
     """An engine or a device that is not available."""
+
+
+def install_hint(extra: str) -> str:
+    """How to install an extra of this package, which is on no index yet."""
+    return f"In the folder of this repository: pip install '.[{extra}]'."
+
+
+def human_bytes(count: int) -> str:
+    """A number of bytes as people read it, such as "7.02 GB"."""
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"

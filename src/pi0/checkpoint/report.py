@@ -45,6 +45,7 @@ def report(checkpoint: Checkpoint, cameras: int, tokens: int, image_size: int) -
         "embedding": _embedding(checkpoint),
         "config": asdict(config),
         "assumed": checkpoint.inferred.assumed,
+        "findings": [asdict(finding) for finding in checkpoint.findings],
         "sequence": {
             "cameras": cameras,
             "image_size": image_size,
@@ -60,15 +61,17 @@ def report(checkpoint: Checkpoint, cameras: int, tokens: int, image_size: int) -
 
 def _modules(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     rows = []
-    unread = checkpoint.names.unread + checkpoint.names.embeddings[1:]
+    names = checkpoint.names
     groups = {
-        module: [
-            theirs for theirs, ours in checkpoint.names.ours.items() if ours.startswith(prefixes)
-        ]
+        module: [theirs for theirs, ours in names.ours.items() if ours.startswith(prefixes)]
         for module, prefixes in MODULES.items()
-    } | {"not read": unread, "unexpected": checkpoint.names.unexpected}
-    for module, names in groups.items():
-        infos = [checkpoint.tensors[name] for name in names]
+    } | {
+        "not read": names.unread + names.embeddings[1:],
+        "statistics": list(names.buffers),
+        "unexpected": names.unexpected,
+    }
+    for module, tensors in groups.items():
+        infos = [checkpoint.tensors[name] for name in tensors]
         if infos:
             rows.append(
                 {
@@ -87,11 +90,11 @@ def _embedding(checkpoint: Checkpoint) -> str:
     first, *others = checkpoint.names.embeddings
     if not others:
         return f"read from {first}, its only copy"
-    said = [
+    twins = [
         f"{other}, {'which is the same' if _same(checkpoint, first, other) else 'which DIFFERS'}"
         for other in others
     ]
-    return f"read from {first}; not from {'; '.join(said)}"
+    return f"read from {first}; not from {'; '.join(twins)}"
 
 
 def _same(checkpoint: Checkpoint, a: str, b: str) -> bool:

@@ -107,7 +107,7 @@ def act(
     import numpy as np
     import torch
 
-    from pi0.checkpoint.files import replacing, require_file_name
+    from pi0.checkpoint.files import replacing, require_writable
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.forward import print_trace
     from pi0.cli.plot import plot_chunk, require_matplotlib
@@ -116,7 +116,7 @@ def act(
     from pi0.policy.policy import choose_robot
     from pi0.trace import trace
 
-    require_file_name(out, plot)
+    require_writable(out, plot)
     if plot:
         require_matplotlib()
     given = _split(image)

@@ -94,12 +94,12 @@ def bench(
     """
     from pi0.bench.run import BenchPlan
     from pi0.bench.task import Workload, parse_spec
-    from pi0.checkpoint.files import require_file_name
+    from pi0.checkpoint.files import require_writable
     from pi0.checkpoint.load import check, open_checkpoint
     from pi0.cli.plot import require_matplotlib
     from pi0.peers.engine import PEERS
 
-    require_file_name(out, plot)
+    require_writable(out, plot)
     if plot:
         require_matplotlib()
     specs = [parse_spec(text) for text in [*engines, *against]]

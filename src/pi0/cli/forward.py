@@ -95,11 +95,11 @@ def sample(
     """
     import numpy as np
 
-    from pi0.checkpoint.files import replacing, require_file_name
+    from pi0.checkpoint.files import replacing, require_writable
     from pi0.cli.show import print_line, step_progress
     from pi0.inputs import from_npz
 
-    require_file_name(out)
+    require_writable(out)
     arrays = read_npz(inputs)
     machine = _engine(checkpoint, engine, device, dtype, image_side(arrays), cache)
     model_inputs, noise = from_npz(machine.config, arrays)

@@ -22,6 +22,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from pi0.errors import human_bytes as human_bytes
+
 PIPED_WIDTH = 160  # of tables, where there is no terminal to fit into
 
 out = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
@@ -96,15 +98,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def human_bytes(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"
 
 
 def human_dims(shape: list[int]) -> str:

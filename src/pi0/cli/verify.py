@@ -121,14 +121,14 @@ def verify(
 
 
 def _check_options(mode: str, min_pcc: float | None, report: Path | None) -> None:
-    from pi0.checkpoint.files import require_file_name
+    from pi0.checkpoint.files import require_writable
     from pi0.errors import ConfigError, EngineError
     from pi0.verify.report import require_report_libraries
     from pi0.verify.run import MODES
 
     if min_pcc is not None and not 0 <= min_pcc <= 1:
         raise ConfigError(f"min-pcc: expected a number from 0 to 1, found {min_pcc}.")
-    require_file_name(report)
+    require_writable(report)
     if report:
         require_report_libraries()
     if mode not in MODES:

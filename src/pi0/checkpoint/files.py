@@ -173,12 +173,11 @@ def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
         Pi0Error: the path is a folder, or it cannot be written.
     """
     with _translate_write_errors(path, size):
-        # Through a link, so that the link stays and its target is replaced.
-        target = Path(os.path.realpath(expand_user(path)))
         refuse_folder(path)
-        if target.exists() and not target.is_file():
-            yield target
+        if _is_device(path):
+            yield expand_user(path)
             return
+        target = _target(path)
         made = [folder for folder in target.parents if not folder.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(target)
@@ -206,10 +205,10 @@ def require_writable(*paths: Path | None, size: int = 0) -> None:
         if path is None:
             continue
         with _translate_write_errors(path, size):
-            target = Path(os.path.realpath(expand_user(path)))
             refuse_folder(path)
-            if target.exists() and not target.is_file():
-                continue  # a device or a pipe
+            if _is_device(path):
+                continue
+            target = _target(path)
             folder = next(parent for parent in target.parents if parent.exists())
             if not folder.is_dir():
                 raise Pi0Error(f"{path}: expected {folder} to be a folder, found a file.")
@@ -234,6 +233,17 @@ def refuse_folder(path: Path) -> None:
     """Raises Pi0Error if something to be written is a folder."""
     if expand_user(path).is_dir() or not path.name:
         raise Pi0Error(f"{path}: expected the name of a file to write, found a folder.")
+
+
+def _is_device(path: Path) -> bool:
+    """Whether it is a device or a pipe, which a file must not replace."""
+    path = expand_user(path)
+    return path.exists() and not path.is_file()
+
+
+def _target(path: Path) -> Path:
+    """Where a file is written: through a link, so that the link stays and its target changes."""
+    return Path(os.path.realpath(expand_user(path)))
 
 
 def _temporary(path: Path) -> Path:

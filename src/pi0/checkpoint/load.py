@@ -21,6 +21,7 @@ from pi0.checkpoint.files import TORCH_DTYPES, TensorInfo, read_headers, read_js
 from pi0.checkpoint.infer import Inferred, MissingTensorError, infer_config
 from pi0.checkpoint.layouts import LAYOUTS, NameMap, map_names, their_names
 from pi0.checkpoint.locate import find_files, has_adapter
+from pi0.checkpoint.memory import require_memory
 from pi0.config import Pi0Config
 from pi0.errors import CheckpointError
 from pi0.findings import Finding, warning
@@ -195,15 +196,19 @@ def load_model(
         progress: called with the number of bytes read.
 
     Raises:
-        CheckpointError: the checkpoint does not fit in every tensor.
-        ConfigError: a π0.5 checkpoint, or an image size smaller than a patch.
+        CheckpointError: the checkpoint does not fit in every tensor, or holds NaN or infinities.
+        ConfigError: a π0.5 checkpoint, an image size that cannot be, or too little memory.
     """
     check(checkpoint)
     config = checkpoint.config
     native = config.vision.grid
     if image_size is not None:
         config = config.with_image_size(image_size)
-    model = empty_model(config, dtype).to_empty(device=device)
+    model = empty_model(config, dtype)
+    if torch.device(device).type == "cpu":
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        require_memory(size, f"the weights in {str(dtype).removeprefix('torch.')}")
+    model = model.to_empty(device=device)
     parameters = dict(model.named_parameters())
     wanted = {theirs: checkpoint.tensors[theirs] for theirs in checkpoint.names.ours}
     for theirs, rows, values in stream(wanted):

@@ -185,6 +185,7 @@ def print_actions(actions: Actions, timing: dict[str, float]) -> None:
 
 
 def _split(options: list[str]) -> list[tuple[str, Path]]:
+    from pi0.checkpoint.files import expand_user
     from pi0.errors import ObservationError
 
     pairs = [option.partition("=") for option in options]
@@ -193,7 +194,7 @@ def _split(options: list[str]) -> list[tuple[str, Path]]:
             raise ObservationError(
                 f"--image: expected CAMERA=FILE, found {name + equals + path!r}."
             )
-    return [(name, Path(path)) for name, _, path in pairs]
+    return [(name, expand_user(path)) for name, _, path in pairs]
 
 
 def _read_images(robot: Robot, given: list[tuple[str, Path]]) -> dict[str, Any]:
@@ -245,11 +246,12 @@ def _read_image(name: str, path: Path) -> Any:
 def _read_state(text: str) -> NDArray[np.float64]:
     import numpy as np
 
+    from pi0.checkpoint.files import expand_user
     from pi0.errors import ObservationError
 
     try:
         if text.endswith(".npy"):
-            return np.asarray(np.load(text, allow_pickle=False), np.float64)
+            return np.asarray(np.load(expand_user(text), allow_pickle=False), np.float64)
         words = text.replace(",", " ").split()
         if not words:
             raise ValueError("no number")

@@ -12,6 +12,7 @@ from pi0.cli import options
 if TYPE_CHECKING:
     import numpy as np
 
+    from pi0.checkpoint.load import Checkpoint
     from pi0.engines.base import Engine
     from pi0.trace import Trace
 
@@ -37,6 +38,8 @@ def trace(
     device: options.Device = None,
     dtype: options.Dtype = None,
     cache: options.Cache = False,
+    horizon: options.Horizon = None,
+    max_tokens: options.MaxTokens = None,
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
@@ -52,12 +55,16 @@ def trace(
     """
     from dataclasses import asdict
 
+    from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.show import print_json
     from pi0.inputs import from_npz, random_inputs
     from pi0.trace import trace as run
 
     arrays = read_npz(inputs) if inputs else None
-    machine = _engine(checkpoint, engine, device, dtype, image_side(arrays) or image_size, cache)
+    size = image_side(arrays) or image_size
+    opened = open_checkpoint(checkpoint, horizon, max_tokens)
+    _require_memory(opened, engine, device, dtype, size, cache, arrays, cameras, tokens)
+    machine = _engine(opened, engine, device, dtype, size, cache)
     config = machine.config
     model_inputs, noise = (
         from_npz(config, arrays)
@@ -83,6 +90,8 @@ def sample(
     device: options.Device = None,
     dtype: options.Dtype = None,
     cache: options.Cache = False,
+    horizon: options.Horizon = None,
+    max_tokens: options.MaxTokens = None,
 ) -> None:
     """Sample actions from model-level inputs, without any pre-processing.
 
@@ -96,12 +105,15 @@ def sample(
     import numpy as np
 
     from pi0.checkpoint.files import replacing, require_writable
+    from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.show import print_line, step_progress
     from pi0.inputs import from_npz
 
     require_writable(out)
     arrays = read_npz(inputs)
-    machine = _engine(checkpoint, engine, device, dtype, image_side(arrays), cache)
+    opened = open_checkpoint(checkpoint, horizon, max_tokens)
+    _require_memory(opened, engine, device, dtype, image_side(arrays), cache, arrays)
+    machine = _engine(opened, engine, device, dtype, image_side(arrays), cache)
     model_inputs, noise = from_npz(machine.config, arrays)
     with step_progress("denoising", steps) as on_step:
         actions = machine.sample(model_inputs, noise, steps, on_step).numpy()
@@ -144,19 +156,43 @@ def print_trace(traced: Trace) -> None:
         )
 
 
+def _require_memory(
+    opened: Checkpoint,
+    engine: str,
+    device: str | None,
+    dtype: str | None,
+    image_size: int | None,
+    cache: bool,
+    arrays: dict[str, np.ndarray[Any, Any]] | None,
+    cameras: int = 1,
+    tokens: int | None = None,
+) -> None:
+    """Compares what a forward pass needs with what is free, where the host does the work and does
+    not map its weights from a file."""
+    from pi0.checkpoint.estimate import require_memory_for
+    from pi0.engines.base import choose_precision
+
+    if engine in ("cuda", "ttnn") or (device or "").startswith("cuda") or cache:
+        return
+    batch, tokens = 1, tokens or opened.config.max_tokens
+    if arrays and "tokens" in arrays and image_side(arrays) and arrays["tokens"].ndim == 2:
+        batch, tokens = arrays["tokens"].shape
+        cameras = arrays["images"].shape[1]
+    precision = choose_precision(engine, dtype)
+    require_memory_for(opened, engine, precision, cameras, tokens, image_size, batch)
+
+
 def _engine(
-    path: Path,
+    opened: Checkpoint,
     engine: str,
     device: str | None,
     dtype: str | None,
     image_size: int | None,
     cache: bool,
 ) -> Engine:
-    from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.show import byte_progress
     from pi0.engines.base import make_engine
 
-    opened = open_checkpoint(path)
     with byte_progress("loading", opened.read_bytes) as progress:
         return make_engine(engine, opened, device, dtype, image_size, progress, cache)
 
@@ -166,16 +202,17 @@ def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
 
     import numpy as np
 
+    from pi0.checkpoint.files import expand_user
     from pi0.errors import ObservationError
 
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with open(expand_user(path), "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ObservationError(f"{path}: expected an .npz of arrays, found {error}.") from error
 
 
 def image_side(arrays: dict[str, np.ndarray[Any, Any]] | None) -> int | None:
-    """The image size of an inputs file; what else is wrong with it is said by `from_npz`."""
+    """The image size of an inputs file; `from_npz` checks the rest of it."""
     images = (arrays or {}).get("images")
     return None if images is None or images.ndim != 5 else int(images.shape[-1])

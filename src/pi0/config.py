@@ -8,9 +8,12 @@ Source of the published sizes: openpi's `gemma.py`, `siglip.py` and `pi0_config.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 
 from pi0.errors import ConfigError
+
+MAX_IMAGE_SIZE = 1_000_000  # sizes of tensors overflow beyond
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,21 @@ class Pi0Config:
         return cameras * self.vision.num_patches + (self.max_tokens if tokens is None else tokens)
 
     def with_image_size(self, pixels: int) -> Pi0Config:
-        """The same model run on square images of another size in pixels."""
+        """The same model run on square images of another size in pixels.
+
+        Raises:
+            ConfigError: no whole number of pixels, too few for a patch, or absurdly many.
+        """
+        try:
+            pixels = operator.index(pixels)
+        except TypeError as error:
+            raise ConfigError(
+                f"image_size: expected a whole number of pixels, found {pixels!r}."
+            ) from error
+        if pixels > MAX_IMAGE_SIZE:
+            raise ConfigError(
+                f"image_size: expected at most {MAX_IMAGE_SIZE} pixels, found {pixels}."
+            )
         return replace(self, vision=replace(self.vision, image_size=pixels))
 
 

@@ -34,3 +34,18 @@ class EngineError(Pi0Error):
 
 class LimitError(Pi0Error):
     """Actions are beyond the limits that a robot states."""
+
+
+def install_hint(extra: str) -> str:
+    """How to install an extra of this package, which is on no index yet."""
+    return f"In the folder of this repository: pip install '.[{extra}]'."
+
+
+def human_bytes(count: int) -> str:
+    """A number of bytes as people read it, such as "7.02 GB"."""
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"

@@ -132,7 +132,7 @@ def test_long_lists_are_cut(folder: Path) -> None:
     assert "... and 5 more" in str(error.value)
 
 
-@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
+@pytest.mark.parametrize("keep", [5, 1000, -1])
 def test_truncated_file(folder: Path, keep: int) -> None:
     path = folder / "model.safetensors"
     data = path.read_bytes()

@@ -1,18 +1,20 @@
-"""Safetensors files: which ones make up a checkpoint, what they hold, and streaming in and out.
+"""Safetensors and JSON files: what they hold, and streaming in and out.
 
 Reading goes through the memory map in slabs and gives the pages back as it goes, so that loading
-needs little memory beyond the parameters themselves. Writing streams too, to a temporary name that
-takes its place only when complete.
+needs little memory beyond the parameters themselves; every slab is checked for NaN and infinities.
+Writing streams too, to a temporary name that takes its place only when complete.
 
-Knows nothing of π0.
+Knows nothing of π0, nor which files make up a checkpoint (`locate.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pi0.errors import CheckpointError, Pi0Error
+from pi0.errors import CheckpointError, Pi0Error, human_bytes
 
 SLAB_BYTES = 64 << 20
 CACHE_LINE = 64  # bytes of a processor's cache line, where vectors are read fastest
@@ -32,6 +34,10 @@ BITS = {"F64": 64, "I64": 64, "U64": 64, "F16": 16, "BF16": 16, "I16": 16, "U16"
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 WRITTEN = {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32,
            "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+LFS_HINT = "a Git LFS pointer. Fetch the file that it stands for: git lfs pull."
+PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # numpy raises without a number
 DTYPE_NAMES = {dtype: name for name, dtype in (TORCH_DTYPES | WRITTEN).items()}
 
 
@@ -52,50 +58,26 @@ class TensorInfo:
         return self.parameters * BITS.get(self.dtype, 32) // 8
 
 
-def find_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: a file, a folder, or a shard index.
-
-    In a folder: model.safetensors; else the shards of model.safetensors.index.json; else every
-    other *.safetensors but the statistics of a LeRobot processor.
-
-    Raises:
-        CheckpointError: nothing there, or a shard is missing.
-    """
-    if not path.exists():
-        raise CheckpointError(
-            f"{path}: expected a checkpoint folder or a .safetensors file, found nothing there."
-        )
-    if path.is_file():
-        return _shards(path) if path.name.endswith(".index.json") else [path]
-    if (path / "model.safetensors").exists():
-        return [path / "model.safetensors"]
-    if (index := path / "model.safetensors.index.json").exists():
-        return _shards(index)
-    files = sorted(f for f in path.glob("*.safetensors") if not f.name.startswith("policy_"))
-    if not files:
-        hint = (
-            " A folder `params` is a JAX checkpoint: convert it to PyTorch with openpi first."
-            if (path / "params").is_dir()
-            else ""
-        )
-        raise CheckpointError(
-            f"{path}: expected model.safetensors, a shard index or another .safetensors file, "
-            f"found none.{hint}"
-        )
-    return files
-
-
-def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
+def read_headers(
+    files: list[Path], shards: Mapping[str, Path] | None = None
+) -> dict[str, TensorInfo]:
     """Name, shape and dtype of every tensor; reads headers only.
 
+    Args:
+        shards: tensor → file, as a shard index lists them; None: there is no index.
+
     Raises:
-        CheckpointError: a file is truncated or no safetensors file, or two files hold a tensor of
-            the same name.
+        CheckpointError: a file is truncated or no safetensors file, two files hold a tensor of the
+            same name, or the files do not hold what the index lists.
     """
     tensors: dict[str, TensorInfo] = {}
+    unlisted = []
     for file in files:
         with _open(file) as handle:
             for name in handle.keys():  # noqa: SIM118 - safe_open is no dict
+                if shards is not None and shards.get(name) != file:
+                    unlisted += [] if name in shards else [name]
+                    continue
                 if name in tensors:
                     raise CheckpointError(
                         f"{name}: expected in one file, found in {tensors[name].file.name} and "
@@ -103,13 +85,26 @@ def read_headers(files: list[Path]) -> dict[str, TensorInfo]:
                     )
                 part = handle.get_slice(name)
                 tensors[name] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype())
+    lost = [f"{name} ({file.name})" for name, file in (shards or {}).items() if name not in tensors]
+    for names, fault in ((lost, "that are not in the shard it names"), (unlisted, "not listed")):
+        if names:
+            raise CheckpointError(
+                f"{files[0].parent}: expected shards with exactly the tensors that their index "
+                f"lists, found {len(names)} {fault}, such as {names[0]}. Copy or download index "
+                "and shards of the same checkpoint."
+            )
     return tensors
 
 
-def stream(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, slice, Tensor]]:
+def stream(
+    tensors: Mapping[str, TensorInfo], check_finite: bool = True
+) -> Iterator[tuple[str, slice, Tensor]]:
     """Yields (name, rows, values) of each tensor in slabs of rows, in the order of the files.
 
     The values are a view of the file: copy them before asking for the next slab.
+
+    Raises:
+        CheckpointError: a tensor holds NaN or infinite values, unless `check_finite` is False.
     """
     for file in dict.fromkeys(info.file for info in tensors.values()):
         with _open(file) as handle:
@@ -123,6 +118,8 @@ def stream(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, slice, Tensor]
                 while slabs and done < SLAB_BYTES:
                     name, rows = slabs.pop(0)
                     values = handle.get_slice(name)[rows]
+                    if check_finite and values.is_floating_point() and values.numel():
+                        _require_finite(file, name, values)
                     yield name, rows, values
                     done += values.nbytes
 
@@ -148,13 +145,14 @@ def write(
         offset = end
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % CACHE_LINE)
-    with replacing(path) as temporary, open(temporary, "wb") as out:
+    total = 8 + len(header) + offset
+    with replacing(path, total) as temporary, open(temporary, "wb") as out:
         out.write(len(header).to_bytes(8, "little") + header)
         for name, tensor in tensors:
             if tuple(tensor.shape) != headers[name].shape:
                 raise ValueError(f"{name}: header says {headers[name].shape}")
             out.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        if out.tell() != 8 + len(header) + offset:
+        if out.tell() != total:
             raise ValueError("tensors do not fill the file that the header describes")
         # Else the file could have its name, but not its data, when the power fails.
         out.flush()
@@ -162,39 +160,128 @@ def write(
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
     """A temporary name beside `path` that takes its place if the block succeeds.
 
+    If it fails, neither the file nor folders made for it remain. A device or a pipe is written to
+    directly.
+
+    Args:
+        size: bytes that will be written, if known, for the message.
+
     Raises:
-        Pi0Error: the path is a folder.
+        Pi0Error: the path is a folder, or it cannot be written.
     """
-    require_file_name(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _translate_write_errors(path, size):
+        refuse_folder(path)
+        if _is_device(path):
+            yield expand_user(path)
+            return
+        target = _target(path)
+        made = [folder for folder in target.parents if not folder.exists()]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(target)
+        try:
+            yield temporary
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                for folder in made:
+                    folder.rmdir()
+            raise
 
 
-def require_file_name(*paths: Path | None) -> None:
-    """Raises Pi0Error if something to be written is a folder: before the work, not after it."""
+def require_writable(*paths: Path | None, size: int = 0) -> None:
+    """Tries the places of files to be written: before the work, not after it.
+
+    Args:
+        size: bytes that have to fit.
+
+    Raises:
+        Pi0Error: one is a folder, lies under a file, or is read-only or full.
+    """
     for path in paths:
-        if path is not None and (path.is_dir() or not path.name):
-            raise Pi0Error(f"{path}: expected the name of a file to write, found a folder.")
+        if path is None:
+            continue
+        with _translate_write_errors(path, size):
+            refuse_folder(path)
+            if _is_device(path):
+                continue
+            target = _target(path)
+            folder = next(parent for parent in target.parents if parent.exists())
+            if not folder.is_dir():
+                raise Pi0Error(f"{path}: expected {folder} to be a folder, found a file.")
+            if shutil.disk_usage(folder).free < size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            temporary = _temporary(folder / target.name)
+            try:
+                temporary.write_bytes(b"\0")
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+def expand_user(path: Path | str) -> Path:
+    """The path with a leading `~` replaced by the home directory."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no such user: a file may well be called that
+        return Path(path)
+
+
+def refuse_folder(path: Path) -> None:
+    """Raises Pi0Error if something to be written is a folder."""
+    if expand_user(path).is_dir() or not path.name:
+        raise Pi0Error(f"{path}: expected the name of a file to write, found a folder.")
+
+
+def _is_device(path: Path) -> bool:
+    """Whether it is a device or a pipe, which a file must not replace."""
+    path = expand_user(path)
+    return path.exists() and not path.is_file()
+
+
+def _target(path: Path) -> Path:
+    """Where a file is written: through a link, so that the link stays and its target changes."""
+    return Path(os.path.realpath(expand_user(path)))
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name[:40]}.{os.getpid()}.part")
+
+
+@contextlib.contextmanager
+def _translate_write_errors(path: Path, size: int | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        expected = "a place where a file can be written"
+        if error.errno in FULL:
+            expected = f"room for {human_bytes(size) if size else 'the file'}"
+        raise Pi0Error(
+            f"{path}: expected {expected}, found: {error.strerror or error}. Make room, or name "
+            "another place."
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """A JSON object from a file.
+    """A JSON object from a file in UTF-8, with or without a byte order mark.
 
     Raises:
-        CheckpointError: the file does not hold one.
+        CheckpointError: the file cannot be read, or does not hold one.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: expected JSON, found {error}.") from error
+        text = path.read_text(encoding="utf-8-sig")
+        value = json.loads(text)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: expected a JSON file, found: {error.strerror or error}."
+        ) from error
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: expected JSON, found lists nested too deeply.") from error
+    except ValueError as error:  # no JSON, no UTF-8, or a number of thousands of digits
+        found = LFS_HINT if _start(path) == LFS_POINTER else f"{error}."
+        raise CheckpointError(f"{path}: expected JSON, found {found}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found a {type(value).__name__}.")
     return value
@@ -207,20 +294,6 @@ def get_nested(value: Any, path: str) -> Any:
     return value
 
 
-def _shards(index: Path) -> list[Path]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index}: expected an object `weight_map`, found none.")
-    files = sorted({index.parent / str(name) for name in weight_map.values()})
-    missing = [file.name for file in files if not file.exists()]
-    if missing:
-        raise CheckpointError(
-            f"{index.parent}: expected {len(files)} shards as {index.name} says, found no "
-            f"{', '.join(missing)}."
-        )
-    return files
-
-
 def _slabs(info: TensorInfo) -> Iterator[slice]:
     if not info.shape:
         yield slice(None)
@@ -231,13 +304,50 @@ def _slabs(info: TensorInfo) -> Iterator[slice]:
         yield slice(start, min(start + rows, info.shape[0]))
 
 
+def _require_finite(file: Path, name: str, values: Tensor) -> None:
+    # Both are NaN if any value is; so two numbers tell, in one pass without a copy.
+    least, greatest = values.aminmax()
+    if math.isfinite(least) and math.isfinite(greatest):
+        return
+    count = int((~torch.isfinite(values)).sum())
+    raise CheckpointError(
+        f"{file}: {name}: expected finite weights, found {count} NaN or infinite in "
+        f"{values.numel()} values. The file is damaged: copy or download it again."
+    )
+
+
 @contextlib.contextmanager
 def _open(file: Path) -> Iterator[safe_open]:
     try:
         with safe_open(file, framework="pt") as handle:
             yield handle
     except SafetensorError as error:
+        raise CheckpointError(f"{file}: {_describe_damage(file, error)}") from error
+    except OSError as error:
         raise CheckpointError(
-            f"{file}: expected a complete safetensors file of {file.stat().st_size} bytes, found a "
-            f"truncated or damaged one ({error}). Copy or download it again."
+            f"{file}: expected a safetensors file that can be read, found: "
+            f"{error.strerror or error}."
         ) from error
+
+
+def _describe_damage(file: Path, error: SafetensorError) -> str:
+    """What a file is that is no safetensors file."""
+    start = _start(file)
+    expected = "expected a complete safetensors file"
+    if not start:
+        return f"{expected}, found an empty file. Copy or download it again."
+    if start.startswith(LFS_POINTER):
+        return f"{expected}, found {LFS_HINT}"
+    if start.lstrip().startswith(b"<"):
+        return f"{expected}, found a web page. Download the file itself."
+    if start.startswith(PICKLE_STARTS):
+        return f"{expected}, found a pickle of PyTorch. Save it as safetensors first."
+    return (
+        f"{expected} of {file.stat().st_size} bytes, found a truncated or damaged one ({error}). "
+        "Copy or download it again."
+    )
+
+
+def _start(file: Path) -> bytes:
+    with open(file, "rb") as handle:
+        return handle.read(len(LFS_POINTER))

@@ -1,8 +1,8 @@
 """The configuration of a checkpoint, from the shapes of its tensors and the config.json beside it.
 
-Shapes tell all but the number of heads (known for the published widths), the horizon and the
-prompt length; config.json tells the rest, in the words of openpi, LeRobot, transformers or our own
-(docs/checkpoints.md). Where both speak they must agree.
+Everything follows from shapes but the number of heads (known for the published widths), the horizon
+and the prompt length; config.json declares those, in the words of openpi, LeRobot, transformers or
+our own (docs/checkpoints.md). Where both say something they must agree.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pi0.checkpoint.files import get_nested
 from pi0.config import GEMMA_2B, GEMMA_300M, SO400M, GemmaConfig, Pi0Config, SiglipConfig
 from pi0.errors import CheckpointError, ConfigError
 
+T = TypeVar("T")
 Shapes = Mapping[str, tuple[int, ...]]  # by our names
 
 # Our field → where config.json may hold it, ours first.
@@ -54,12 +55,13 @@ PUBLISHED: dict[str, SiglipConfig | GemmaConfig] = {
     "expert": GEMMA_300M,
 }
 MODEL_TYPES = {"pi0": False, "pi05": True}  # → adaptive_norm
+MAX_COUNT = 10_000_000  # more is a damaged file, and overflows later
 DEFAULT_HORIZON = 50
 DEFAULT_MAX_TOKENS = {False: 48, True: 200}  # by adaptive_norm
 
 
 class MissingTensorError(CheckpointError):
-    """A tensor, by our name, without which a size cannot be told."""
+    """A tensor, by our name, without which a size cannot be inferred."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"{name}: expected this tensor, found it missing.")
@@ -68,38 +70,46 @@ class MissingTensorError(CheckpointError):
 
 @dataclass(frozen=True)
 class Inferred:
-    """A configuration, and which of its fields were neither in shapes nor in config.json."""
+    """A configuration, and which of its fields nothing declares, so that they are assumed."""
 
     config: Pi0Config
     assumed: list[str]
 
 
-def infer_config(shapes: Shapes, settings: Mapping[str, Any] | None) -> Inferred:
+def infer_config(
+    shapes: Shapes,
+    settings: Mapping[str, Any] | None,
+    stated: Mapping[str, int | None] | None = None,
+) -> Inferred:
     """The configuration of a checkpoint.
 
     Args:
         shapes: of the tensors, by our names.
         settings: the content of config.json, if there is one.
+        stated: `horizon` and `max_tokens` as the caller states them; None: not stated.
 
     Raises:
-        MissingTensorError: a tensor that tells a size is missing.
-        CheckpointError: head counts are told nowhere, or the last layers are lost.
-        ConfigError: config.json contradicts the tensors or itself.
+        MissingTensorError: a tensor from which a size is read is missing.
+        CheckpointError: head counts are declared nowhere, or the last layers are lost.
+        ConfigError: config.json contradicts the tensors, the caller or itself.
     """
-    said = _read_settings(settings or {})
-    found = _read_shapes(shapes)
+    declared = _read_settings(settings or {})
+    for name, value in (stated or {}).items():
+        if value is not None:
+            _state(declared, name, value)
+    inferred = _read_shapes(shapes)
     contradictions = [
-        f"{name}: the tensors say {found[name]}, config.json says {said[name]}"
-        for name in found
-        if name in said and said[name] != found[name]
+        f"{name}: the tensors say {inferred[name]}, config.json says {declared[name]}"
+        for name in inferred
+        if name in declared and declared[name] != inferred[name]
     ]
     if contradictions:
         raise ConfigError(
             "config.json: expected what the tensors say, found " + "; ".join(contradictions) +
             ". Put the config.json that belongs to this checkpoint beside it."
         )  # fmt: skip
-    _refuse_lost_layers(found, said)
-    values = said | found
+    _refuse_lost_layers(inferred, declared)
+    values = declared | inferred
     _fill_heads(values, shapes)
     adaptive = bool(values["adaptive_norm"])
     defaults = {"horizon": DEFAULT_HORIZON, "max_tokens": DEFAULT_MAX_TOKENS[adaptive]}
@@ -124,7 +134,7 @@ def _read_shapes(shapes: Shapes) -> dict[str, Any]:
             f"vision position embedding: expected a square number of rows, found {positions}."
         )
     adaptive = any("norm" in name and ".dense." in name for name in shapes)
-    found: dict[str, Any] = {
+    inferred: dict[str, Any] = {
         "adaptive_norm": adaptive,
         "vision.width": vision_patch[0],
         "vision.patch_size": vision_patch[-1],
@@ -135,26 +145,39 @@ def _read_shapes(shapes: Shapes) -> dict[str, Any]:
         "action_dim": _shape(shapes, "action_in_proj.weight")[1],
     }
     # π0.5 has no state projection: its state is text, as wide as an action.
-    found["state_dim"] = found["action_dim"] if adaptive else _shape(shapes, "state_proj.weight")[1]
+    state = "action_in_proj.weight" if adaptive else "state_proj.weight"
+    inferred["state_dim"] = _shape(shapes, state)[1]
     for trunk in ("vlm", "expert"):
         gate = _shape(shapes, f"{trunk}.blocks.*.gate_proj.weight")
-        found |= {
+        inferred |= {
             f"{trunk}.width": gate[1],
             f"{trunk}.mlp_dim": gate[0],
             f"{trunk}.depth": _depth(shapes, trunk),
         }
-    return found
+    return inferred
 
 
-def _refuse_lost_layers(found: Mapping[str, Any], said: Mapping[str, Any]) -> None:
+def _state(declared: dict[str, Any], name: str, value: int) -> None:
+    """Adds what the caller states to what config.json declares."""
+    option = "--" + name.replace("_", "-")
+    if not _is_count(value):
+        raise ConfigError(f"{name} ({option}): expected a count, found {_short(value)}.")
+    if declared.setdefault(name, value) != value:
+        raise ConfigError(
+            f"{name} ({option}): expected {declared[name]} as config.json says, found {value}. "
+            "Leave it out."
+        )
+
+
+def _refuse_lost_layers(inferred: Mapping[str, Any], declared: Mapping[str, Any]) -> None:
     """A file without its last layers would pass as a shallower model. The published towers are
-    told by their width and MLP; another depth at these is believed only if config.json says it."""
+    recognised by their width and MLP; they have another depth only if config.json declares it."""
     for tower, published in PUBLISHED.items():
         same = all(
-            found[f"{tower}.{name}"] == getattr(published, name) for name in ("width", "mlp_dim")
+            inferred[f"{tower}.{name}"] == getattr(published, name) for name in ("width", "mlp_dim")
         )
-        depth = found[f"{tower}.depth"]
-        if same and depth != published.depth and f"{tower}.depth" not in said:
+        depth = inferred[f"{tower}.depth"]
+        if same and depth != published.depth and f"{tower}.depth" not in declared:
             raise CheckpointError(
                 f"{tower}: expected {published.depth} layers, as the published tower of this width "
                 f"has, found {depth}. Copy or download the file again, or, if that is meant, put a "
@@ -178,8 +201,8 @@ def _fill_heads(values: dict[str, Any], shapes: Shapes) -> None:
     missing = [name for name in needed if name not in values]
     if missing:
         raise CheckpointError(
-            f"config.json: expected {', '.join(missing)}, which tensor shapes do not tell at this "
-            'size, found none. Put a config.json beside the weights, such as {"vision": '
+            f"config.json: expected {', '.join(missing)}, which cannot be inferred from shapes at "
+            'this size, found none. Put a config.json beside the weights, such as {"vision": '
             '{"num_heads": 4}, "vlm": {"num_heads": 8, "num_kv_heads": 1, "head_dim": 16}}.'
         )
     heads, kv_heads, head_dim = (
@@ -193,13 +216,13 @@ def _fill_heads(values: dict[str, Any], shapes: Shapes) -> None:
 
 
 def _read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that a config.json tells, by our names."""
-    said: dict[str, Any] = {}
+    """The fields that a config.json declares, by our names."""
+    declared: dict[str, Any] = {}
 
-    def tell(name: str, value: Any, source: str) -> None:
-        if said.setdefault(name, value) != value:
+    def declare(name: str, value: Any, source: str) -> None:
+        if declared.setdefault(name, value) != value:
             raise ConfigError(
-                f"config.json: expected one value for {name}, found {said[name]} and {value} "
+                f"config.json: expected one value for {name}, found {declared[name]} and {value} "
                 f"(under {source})."
             )
 
@@ -208,30 +231,37 @@ def _read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             value = get_nested(settings, path)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"config.json {path}: expected a count, found {value!r}.")
-            tell(name, value, path)
+            if not _is_count(value):
+                raise ConfigError(f"config.json {path}: expected a count, found {_short(value)}.")
+            declare(name, value, path)
     for key, trunk in VARIANT_KEYS.items():
         variant = settings.get(key)
-        if variant is None:
-            continue
-        if not isinstance(variant, str) or variant not in VARIANTS:
-            raise ConfigError(
-                f"config.json {key}: expected one of {', '.join(VARIANTS)}, found {variant!r}."
-            )
-        for name, value in asdict(VARIANTS[variant]).items():
-            tell(f"{trunk}.{name}", value, key)
+        if variant is not None:
+            for name, value in asdict(_one_of(VARIANTS, key, variant)).items():
+                declare(f"{trunk}.{name}", value, key)
     for key in ("type", "model_type"):
-        if key in settings:
-            if not isinstance(settings[key], str) or settings[key] not in MODEL_TYPES:
-                raise ConfigError(
-                    f"config.json {key}: expected one of {', '.join(MODEL_TYPES)}, found "
-                    f"{settings[key]!r}."
-                )
-            tell("adaptive_norm", MODEL_TYPES[settings[key]], key)
+        if settings.get(key) is not None:
+            declare("adaptive_norm", _one_of(MODEL_TYPES, key, settings[key]), key)
     if isinstance(settings.get("pi05"), bool):
-        tell("adaptive_norm", settings["pi05"], "pi05")
-    return said
+        declare("adaptive_norm", settings["pi05"], "pi05")
+    return declared
+
+
+def _one_of(known: Mapping[str, T], key: str, value: Any) -> T:
+    if not isinstance(value, str) or value not in known:
+        raise ConfigError(
+            f"config.json {key}: expected one of {', '.join(known)}, found {_short(value)}."
+        )
+    return known[value]
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_COUNT
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "…"
 
 
 def _shape(shapes: Shapes, template: str) -> tuple[int, ...]:
@@ -241,14 +271,19 @@ def _shape(shapes: Shapes, template: str) -> tuple[int, ...]:
         if pattern.fullmatch(name):
             if len(shape) < (1 if name.endswith(("bias", "norm.weight")) else 2):
                 raise CheckpointError(f"{name}: expected a matrix, found shape {list(shape)}.")
+            if 0 in shape:
+                raise CheckpointError(f"{name}: expected values, found shape {list(shape)}.")
             return shape
     raise MissingTensorError(template.replace("*", "0"))
 
 
 def _depth(shapes: Shapes, module: str) -> int:
-    pattern = re.compile(rf"{module}\.blocks\.(\d+)\.")
-    layers = [int(found[1]) for name in shapes if (found := pattern.match(name))]
-    return max(layers, default=-1) + 1
+    pattern = re.compile(rf"{module}\.blocks\.(\d{{1,9}})\.")
+    layers = [int(layer[1]) for name in shapes if (layer := pattern.match(name))]
+    depth = max(layers, default=-1) + 1
+    if depth > len(shapes):
+        raise CheckpointError(f"{module}: expected layers one after the other, found {depth - 1}.")
+    return depth
 
 
 def _build(values: Mapping[str, Any]) -> Pi0Config:

@@ -1,8 +1,8 @@
-"""Whose names a checkpoint uses: one table a layout, and the way from their names to ours.
+"""Whose names a checkpoint uses: one table per layout, mapping their names to ours.
 
 A π0 checkpoint is the same set of tensors under several spellings, which differ only in the
 prefixes of its parts. Below a prefix all of them use the names of transformers' SigLIP and Gemma.
-A layout is found part by part, so that a file that mixes spellings is read all the same.
+A layout is recognised part by part, so that a file that mixes spellings is read all the same.
 
 Knows nothing of shapes or files.
 """
@@ -140,15 +140,22 @@ LM_HEADS = {
     name for layout in LAYOUTS.values() for name in layout.embedding if "lm_head" in name
 } | {_P + "paligemma.model.lm_head.weight"}
 
+# Buffers of the normalisation that older LeRobot policies had inside.
+BUFFER = re.compile(
+    r"(?:un)?normalize(?:_inputs|_targets|_outputs)?\.(?:buffer_)?"
+    r"(?P<feature>action|observation_\w+)\.(?P<statistic>mean|std|min|max|q\d\d)"
+)
+
 
 @dataclass(frozen=True)
 class NameMap:
-    """A checkpoint's names, understood.
+    """Which of a checkpoint's tensors is which.
 
     Attributes:
         layout: name of the layout, and how it was recognised.
         ours: their name → our name, for every tensor that the model reads.
         unread: their names that are known and not read.
+        buffers: their name → the statistic that it holds, such as "action.std" (`buffers.py`).
         unexpected: their names that no layout knows.
         embeddings: their names that can serve as token embedding; the first one is read.
     """
@@ -157,6 +164,7 @@ class NameMap:
     explanation: str
     ours: dict[str, str]
     unread: list[str]
+    buffers: dict[str, str]
     unexpected: list[str]
     embeddings: list[str]
 
@@ -171,16 +179,19 @@ def map_names(names: Iterable[str]) -> NameMap:
     root = "model." if any(name.startswith("model." + _P) for name in names) else ""
     bare = {name: name.removeprefix(root) for name in names}
     prefixes = {part: _find_prefix(part, bare.values()) for part in PARTS}
-    lost = [part for part, prefix in prefixes.items() if prefix is None]
-    if lost:
+    missing = [part for part, prefix in prefixes.items() if prefix is None]
+    if missing:
+        lora = any("lora_" in name for name in names)
         raise CheckpointError(
             f"tensor names: expected a π0 checkpoint in one of the layouts {', '.join(LAYOUTS)}, "
-            f"found {len(names)} tensors without a known {' or '.join(lost)} part"
+            f"found {len(names)} tensors without a known {' or '.join(missing)} part"
             + (f", such as {', '.join(sorted(names)[:3])}." if names else ".")
+            + (" They are of an adapter: merge it into its base model first." if lora else "")
         )
     language = prefixes["language"] or ""
     ours: dict[str, str] = {}
     unread: list[str] = []
+    buffers: dict[str, str] = {}
     unexpected: list[str] = []
     embeddings: list[str] = []
     for name, short in bare.items():
@@ -192,12 +203,14 @@ def map_names(names: Iterable[str]) -> NameMap:
             unread.append(name)
         elif (our := _rename(short, prefixes)) is not None:
             ours[name] = our
+        elif (statistic := _buffer_statistic(short)) is not None:
+            buffers[name] = statistic
         else:
             unexpected.append(name)
     if embeddings:
         ours[embeddings[0]] = EMBEDDING
     layout, explanation = _explain(root, prefixes)
-    return NameMap(layout, explanation, ours, unread, unexpected, embeddings)
+    return NameMap(layout, explanation, ours, unread, buffers, unexpected, embeddings)
 
 
 def their_names(layout: Layout, our_name: str) -> tuple[str, ...]:
@@ -206,10 +219,10 @@ def their_names(layout: Layout, our_name: str) -> tuple[str, ...]:
         return tuple(layout.root + name for name in layout.embedding)
     for part, (table, module) in PARTS.items():
         if our_name.startswith(module):
-            inverse = {ours: theirs for theirs, ours in table.items()}
-            found = _lookup(inverse, our_name.removeprefix(module))
-            if found is not None:
-                return (layout.root + getattr(layout, part) + found,)
+            inverse = {ours: name for name, ours in table.items()}
+            theirs = _lookup(inverse, our_name.removeprefix(module))
+            if theirs is not None:
+                return (layout.root + getattr(layout, part) + theirs,)
     return (layout.root + our_name,)  # a projection
 
 
@@ -245,6 +258,19 @@ def _lookup(table: dict[str, str], name: str) -> str | None:
             layer, rest = found
             return ours.replace("*", layer) + rest
     return None
+
+
+def _buffer_statistic(name: str) -> str | None:
+    """The statistic that a buffer holds, as "action.std"; None for the name of another tensor.
+
+    LeRobot replaced the dots of a feature's name by underscores. Those of the features that it
+    knows are put back; of a camera's name only the first two are.
+    """
+    found = BUFFER.fullmatch(name)
+    if found is None:
+        return None
+    feature = re.sub(r"^observation_(images_)?", lambda m: m[0].replace("_", "."), found["feature"])
+    return f"{feature}.{found['statistic']}"
 
 
 def _match(template: str, name: str) -> tuple[str, str] | None:

@@ -10,7 +10,7 @@ Knows nothing of what a step computes (`pi0.policy.lerobot`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pi0.checkpoint.files import replacing
 from pi0.config import GEMMA_2B, GEMMA_300M, SO400M, Pi0Config
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
@@ -134,8 +133,12 @@ def make_processors(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
     )
 
 
-def write_processors(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Writes both processors and their statistics, which leave all values as they are."""
+def write_processors(place: Callable[[str], Path], settings: Mapping[str, Any]) -> None:
+    """Writes both processors and their statistics, which leave all values as they are.
+
+    Args:
+        place: where to write the file of a name.
+    """
     inputs, outputs = complete_features(settings)
     statistics = _unit_statistics(inputs | outputs)
     for content in make_processors(settings):
@@ -144,10 +147,9 @@ def write_processors(folder: Path, settings: Mapping[str, Any]) -> None:
                 step["state_file"] = (
                     f"{content['name']}_step_{index}_{step['registry_name']}.safetensors"
                 )
-                with replacing(folder / step["state_file"]) as temporary:
-                    save_file(statistics, temporary)
-        with replacing(folder / f"{content['name']}.json") as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                save_file(statistics, place(step["state_file"]))
+        text = json.dumps(content, indent=2) + "\n"
+        place(f"{content['name']}.json").write_text(text, encoding="utf-8")
 
 
 def _feature(kind: str, *shape: int) -> dict[str, Any]:

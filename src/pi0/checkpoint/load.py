@@ -7,30 +7,36 @@ dtype is one error that lists what is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from pi0.checkpoint.files import (
-    TORCH_DTYPES,
-    TensorInfo,
-    find_files,
-    read_headers,
-    read_json,
-    stream,
-)
+from pi0.checkpoint.buffers import read_buffers
+from pi0.checkpoint.files import TORCH_DTYPES, TensorInfo, read_headers, read_json, stream
 from pi0.checkpoint.infer import Inferred, MissingTensorError, infer_config
 from pi0.checkpoint.layouts import LAYOUTS, NameMap, map_names, their_names
+from pi0.checkpoint.locate import find_files, has_adapter
+from pi0.checkpoint.memory import require_memory
 from pi0.config import Pi0Config
 from pi0.errors import CheckpointError
+from pi0.findings import Finding, warning
 from pi0.model import Pi0
 from pi0.model.precision import set_dtype
 from pi0.model.siglip import resize_positions
 
 POSITION = "vision_tower.patch_embedding.position"
 LISTED = 20
+ASSUMPTIONS = {
+    "horizon": "how long a chunk of actions is; {value} is assumed, but fine-tunes with 10, 15 and "
+    "16 exist. Name it with --horizon N.",
+    "max_tokens": "how many tokens a prompt may have; {value} is assumed, as in openpi and "
+    "LeRobot. Name it with --max-tokens N.",
+}
 
 Progress = Callable[[int], None]  # called with the bytes read since the last call
 
@@ -40,16 +46,18 @@ class Checkpoint:
     """A checkpoint whose headers were read and understood.
 
     Attributes:
-        path: what was asked for, a folder or a file.
+        path: a folder or a file: what was asked for, or `pretrained_model` in it.
         tensors: every tensor of its files, by their names.
         names: whose layout it is and which tensor is which.
         inferred: the configuration.
+        settings: the content of config.json; empty if there is none.
     """
 
     path: Path
     tensors: dict[str, TensorInfo]
     names: NameMap
     inferred: Inferred
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def config(self) -> Pi0Config:
@@ -64,31 +72,65 @@ class Checkpoint:
         """Bytes of the tensors that the model reads."""
         return sum(self.tensors[name].bytes for name in self.names.ours)
 
+    @property
+    def findings(self) -> list[Finding]:
+        """What is assumed about this checkpoint, and what lies beside it and is not read."""
+        found = []
+        for name in self.inferred.assumed:
+            what = ASSUMPTIONS[name].format(value=getattr(self.config, name))
+            sentence = f"{name}: neither the tensors nor config.json say {what}"
+            found.append(warning(f"{name.replace('_', '-')}-assumed", sentence))
+        if has_adapter(self.folder):
+            found.append(
+                warning(
+                    "adapter-ignored",
+                    f"{self.folder}: a PEFT adapter lies beside the full model and is not read. "
+                    "If the model lacks it, merge it first with peft's merge_and_unload.",
+                )
+            )
+        return found
 
-def open_checkpoint(path: Path | str) -> Checkpoint:
+    @property
+    def statistics_buffers(self) -> dict[str, Tensor]:
+        """Statistics that older LeRobot files hold among the weights, float64, by names such as
+        "observation.state.mean" and "action.std"; read at each call, empty if there are none.
+
+        Raises:
+            CheckpointError: they were never filled, or contradict each other.
+        """
+        return read_buffers(self.tensors, self.names.buffers)
+
+
+def open_checkpoint(
+    path: Path | str, horizon: int | None = None, max_tokens: int | None = None
+) -> Checkpoint:
     """Reads the headers of a checkpoint: a folder, a .safetensors file or a shard index.
+
+    Args:
+        path: `~` is the home directory.
+        horizon, max_tokens: of a checkpoint that does not declare them; None: as declared, else
+            assumed, which `Checkpoint.findings` says.
 
     Raises:
         CheckpointError: no such files, a damaged file, names of no known layout.
-        ConfigError: config.json contradicts the tensors.
+        ConfigError: config.json contradicts the tensors or the arguments.
     """
-    path = Path(path)
-    files = find_files(path)
-    tensors = read_headers(files)
+    sources = find_files(path)
+    tensors = read_headers(sources.files, sources.shards)
     names = map_names(tensors)
-    config_json = files[0].parent / "config.json"
-    settings = read_json(config_json) if config_json.exists() else None
+    config_json = sources.folder / "config.json"
+    settings = read_json(config_json) if os.path.lexists(config_json) else {}
     shapes = {ours: tensors[theirs].shape for theirs, ours in names.ours.items()}
     try:
-        inferred = infer_config(shapes, settings)
+        inferred = infer_config(shapes, settings, {"horizon": horizon, "max_tokens": max_tokens})
     except MissingTensorError as error:
         layout = LAYOUTS.get(names.layout, LAYOUTS["openpi"])
         raise CheckpointError(
-            f"{path}: expected {' or '.join(their_names(layout, error.name))}, from which the "
-            "configuration is read, found it missing. The file is incomplete: copy or download it "
-            "again."
+            f"{sources.path}: expected {' or '.join(their_names(layout, error.name))}, from which "
+            "the configuration is read, found it missing. The file is incomplete: copy or "
+            "download it again."
         ) from error
-    return Checkpoint(path, tensors, names, inferred)
+    return Checkpoint(sources.path, tensors, names, inferred, settings)
 
 
 def empty_model(config: Pi0Config, dtype: torch.dtype) -> Pi0:
@@ -154,15 +196,19 @@ def load_model(
         progress: called with the number of bytes read.
 
     Raises:
-        CheckpointError: the checkpoint does not fit in every tensor.
-        ConfigError: a π0.5 checkpoint, or an image size smaller than a patch.
+        CheckpointError: the checkpoint does not fit in every tensor, or holds NaN or infinities.
+        ConfigError: a π0.5 checkpoint, an image size that cannot be, or too little memory.
     """
     check(checkpoint)
     config = checkpoint.config
     native = config.vision.grid
     if image_size is not None:
         config = config.with_image_size(image_size)
-    model = empty_model(config, dtype).to_empty(device=device)
+    model = empty_model(config, dtype)
+    if torch.device(device).type == "cpu":
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        require_memory(size, f"the weights in {str(dtype).removeprefix('torch.')}")
+    model = model.to_empty(device=device)
     parameters = dict(model.named_parameters())
     wanted = {theirs: checkpoint.tensors[theirs] for theirs in checkpoint.names.ours}
     for theirs, rows, values in stream(wanted):

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from pi0.checkpoint.estimate import estimate
 from pi0.checkpoint.files import stream
 from pi0.checkpoint.infer import MODEL_TYPES
 from pi0.checkpoint.layouts import EMBEDDING
-from pi0.checkpoint.load import Checkpoint, check, empty_model
+from pi0.checkpoint.load import Checkpoint, check
 from pi0.config import Pi0Config
 from pi0.model.precision import DTYPES
 
@@ -45,6 +46,7 @@ def report(checkpoint: Checkpoint, cameras: int, tokens: int, image_size: int) -
         "embedding": _embedding(checkpoint),
         "config": asdict(config),
         "assumed": checkpoint.inferred.assumed,
+        "findings": [asdict(finding) for finding in checkpoint.findings],
         "sequence": {
             "cameras": cameras,
             "image_size": image_size,
@@ -54,21 +56,23 @@ def report(checkpoint: Checkpoint, cameras: int, tokens: int, image_size: int) -
             "suffix": config.suffix_len,
             "total": prefix + config.suffix_len,
         },
-        "memory": [] if config.adaptive_norm else _memory(config, cameras, prefix),
+        "memory": [] if config.adaptive_norm else _memory(config, cameras, tokens),
     }
 
 
 def _modules(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     rows = []
-    unread = checkpoint.names.unread + checkpoint.names.embeddings[1:]
+    names = checkpoint.names
     groups = {
-        module: [
-            theirs for theirs, ours in checkpoint.names.ours.items() if ours.startswith(prefixes)
-        ]
+        module: [theirs for theirs, ours in names.ours.items() if ours.startswith(prefixes)]
         for module, prefixes in MODULES.items()
-    } | {"not read": unread, "unexpected": checkpoint.names.unexpected}
-    for module, names in groups.items():
-        infos = [checkpoint.tensors[name] for name in names]
+    } | {
+        "not read": names.unread + names.embeddings[1:],
+        "statistics": list(names.buffers),
+        "unexpected": names.unexpected,
+    }
+    for module, tensors in groups.items():
+        infos = [checkpoint.tensors[name] for name in tensors]
         if infos:
             rows.append(
                 {
@@ -87,11 +91,11 @@ def _embedding(checkpoint: Checkpoint) -> str:
     first, *others = checkpoint.names.embeddings
     if not others:
         return f"read from {first}, its only copy"
-    said = [
+    twins = [
         f"{other}, {'which is the same' if _same(checkpoint, first, other) else 'which DIFFERS'}"
         for other in others
     ]
-    return f"read from {first}; not from {'; '.join(said)}"
+    return f"read from {first}; not from {'; '.join(twins)}"
 
 
 def _same(checkpoint: Checkpoint, a: str, b: str) -> bool:
@@ -101,32 +105,9 @@ def _same(checkpoint: Checkpoint, a: str, b: str) -> bool:
     return all(torch.equal(x.float(), y.float()) for (_, _, x), (_, _, y) in pairs)
 
 
-def _memory(config: Pi0Config, cameras: int, prefix: int) -> list[dict[str, Any]]:
-    """Bytes that inference at batch 1 needs: weights exactly, the rest from the largest tensors
-    that are alive together in a block."""
+def _memory(config: Pi0Config, cameras: int, tokens: int) -> list[dict[str, Any]]:
     rows = []
     for name, dtype in DTYPES.items():
-        weights = sum(p.nbytes for p in empty_model(config, dtype).parameters())
-        size = dtype.itemsize
-        vlm, vision = config.vlm, config.vision
-        cache = 2 * vlm.depth * prefix * vlm.num_kv_heads * vlm.head_dim * size
-        patches = cameras * vision.num_patches
-        # A block's MLP holds gate, its GELU, up and their product; attention holds the logits in
-        # the trunk's dtype and, for the softmax, twice in float32.
-        working = max(
-            4 * prefix * vlm.mlp_dim * size,
-            vlm.num_heads * prefix**2 * (size + 8),
-            2 * patches * vision.mlp_dim * size,
-            vision.num_heads * patches * vision.num_patches * (size + 8),
-        )
-        rows.append(
-            {
-                "engine": "reference",
-                "dtype": name,
-                "weights": weights,
-                "cache": cache,
-                "working": working,
-                "total": weights + cache + working,
-            }
-        )
+        need = estimate(config, dtype, cameras, tokens)
+        rows.append({"engine": "reference", "dtype": name, **asdict(need), "total": need.total})
     return rows

@@ -8,6 +8,7 @@ on the order of writing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pi0.checkpoint.files import DTYPE_NAMES, TensorInfo, replacing, write
+from pi0.checkpoint.files import DTYPE_NAMES, TensorInfo, replacing, require_writable, write
 from pi0.checkpoint.infer import to_config_json
 from pi0.checkpoint.layouts import Layout, their_names
 from pi0.checkpoint.lerobot import make_config_json, write_processors
@@ -53,36 +54,36 @@ def synthesise(
 
     Raises:
         CheckpointError: the folder holds a model already.
+        Pi0Error: the folder cannot be written, or has too little room.
     """
     path = folder / "model.safetensors"
-    if path.exists():
-        raise CheckpointError(
-            f"{path}: expected a folder without a model, found one. Name another folder or remove "
-            "the file."
-        )
+    _refuse_models(folder)
     sources = tensor_list(config, layout)
     headers = {
         theirs: TensorInfo(path, shape, DTYPE_NAMES[dtype])
         for theirs, (_, shape) in sources.items()
     }
+    require_writable(path, size=sum(info.bytes for info in headers.values()))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for theirs, (ours, shape) in sources.items():
             yield theirs, random_tensor(ours, shape, config, seed).to(dtype)
             progress(headers[theirs].parameters)
 
-    if layout.name == "lerobot":
-        settings = make_config_json(config)
-        if not config.adaptive_norm:  # π0.5 has processors of its own
-            write_processors(folder, settings)
-    else:
-        settings = to_config_json(config)
-    _write_json(folder / "config.json", settings)
-    _write_json(folder / "assets" / "synthetic" / "norm_stats.json", _unit_statistics(config))
-    if config.vocab_size < PALIGEMMA_VOCABULARY:
-        with replacing(folder / "tokenizer.json") as temporary:
-            byte_tokenizer().save(str(temporary))
-    write(path, tensors(), headers)
+    settings = make_config_json(config) if layout.name == "lerobot" else to_config_json(config)
+    with contextlib.ExitStack() as files:  # all take their places together, or none does
+
+        def beside(*names: str) -> Path:
+            return files.enter_context(replacing(folder.joinpath(*names)))
+
+        _write_json(beside("config.json"), settings)
+        if layout.name == "lerobot" and not config.adaptive_norm:  # π0.5 has other processors
+            write_processors(beside, settings)
+        else:
+            _write_json(beside("assets", "synthetic", "norm_stats.json"), _unit_statistics(config))
+        if config.vocab_size < PALIGEMMA_VOCABULARY:
+            byte_tokenizer().save(str(beside("tokenizer.json")))
+        write(path, tensors(), headers)
 
 
 def tensor_list(config: Pi0Config, layout: Layout) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -136,5 +137,13 @@ def _unit_statistics(config: Pi0Config) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: object) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _refuse_models(folder: Path) -> None:
+    present = sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.index.json"))
+    if present:
+        raise CheckpointError(
+            f"{present[0]}: expected a folder without a model, found one. Name another folder or "
+            "remove the file."
+        )

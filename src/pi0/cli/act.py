@@ -90,10 +90,10 @@ def act(
 
     from pi0.checkpoint.files import replacing, require_writable
     from pi0.checkpoint.load import open_checkpoint
+    from pi0.cli.engine import load_engine
     from pi0.cli.forward import print_trace
     from pi0.cli.plot import plot_chunk, require_matplotlib
-    from pi0.cli.show import byte_progress, print_json, print_line, step_progress
-    from pi0.engines.base import make_engine
+    from pi0.cli.show import print_json, print_line, step_progress
     from pi0.inputs import to_npz
     from pi0.policy import Policy, PolicyOptions, choose_engine, prepare
     from pi0.trace import trace
@@ -122,10 +122,8 @@ def act(
     observation = table.observation(_read_images(table, given), values, prompt)
     inputs, _ = pipeline.encode(observation)  # what does not fit is said before weights are loaded
     spec = choose_engine(engine, opened.config, dtype, device, image_size)
-    with byte_progress("loading", opened.read_bytes) as progress:
-        made = make_engine(
-            spec, opened, image_size=image_size, weight_cache=weight_cache, progress=progress
-        )
+    cameras, tokens = inputs.images.shape[1], inputs.tokens.shape[1]
+    made = load_engine(opened, spec, cameras, tokens, image_size, weight_cache=weight_cache)
     policy = Policy(
         pipeline, made, steps=steps, seed=seed, on_limit=on_limit, metadata=setup.describe()
     )
@@ -143,7 +141,15 @@ def act(
             np.savez(file, allow_pickle=False, **to_npz(inputs, noise))
     if plot:
         with replacing(plot) as temporary:
-            plot_chunk(temporary, actions, prompt, table)
+            plot_chunk(
+                temporary,
+                actions,
+                prompt,
+                names=table.action_names,
+                units=table.action_units,
+                limits=table.limits and list(zip(table.limits.low, table.limits.high, strict=True)),
+                rate_hz=table.control_hz,
+            )
     if as_json:
         arrays = {name: v.tolist() for name, v in result.items() if isinstance(v, np.ndarray)}
         print_json({**result, **arrays, "policy": policy.metadata})
@@ -181,6 +187,7 @@ def print_actions(
 
 
 def _split(options: list[str]) -> list[tuple[str, Path]]:
+    from pi0.checkpoint.files import expand_user
     from pi0.errors import ObservationError
 
     pairs = [option.partition("=") for option in options]
@@ -189,7 +196,7 @@ def _split(options: list[str]) -> list[tuple[str, Path]]:
             raise ObservationError(
                 f"--image: expected CAMERA=FILE, found {name + equals + path!r}."
             )
-    return [(name, Path(path)) for name, _, path in pairs]
+    return [(name, expand_user(path)) for name, _, path in pairs]
 
 
 def _read_images(robot: Robot, given: list[tuple[str, Path]]) -> dict[str, Any]:
@@ -234,11 +241,12 @@ def _read_image(name: str, path: Path) -> Any:
 def _read_state(text: str) -> NDArray[np.float64]:
     import numpy as np
 
+    from pi0.checkpoint.files import expand_user
     from pi0.errors import ObservationError
 
     try:
         if text.endswith(".npy"):
-            return np.asarray(np.load(text, allow_pickle=False), np.float64)
+            return np.asarray(np.load(expand_user(text), allow_pickle=False), np.float64)
         words = text.replace(",", " ").split()
         if not words:
             raise ValueError("no number")

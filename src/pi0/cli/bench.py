@@ -83,7 +83,7 @@ def bench(
     """
     from pi0.bench.run import BenchPlan
     from pi0.bench.task import Workload
-    from pi0.checkpoint.files import require_file_name
+    from pi0.checkpoint.files import require_writable
     from pi0.checkpoint.load import check, open_checkpoint
     from pi0.cli.plot import require_matplotlib
     from pi0.engines.spec import EngineSpec
@@ -94,7 +94,7 @@ def bench(
             "bench: expected one checkpoint and one engine after each --engines or --against, "
             f"found also {' '.join(ctx.args)}. Repeat the option: --engines cpu --engines lerobot."
         )
-    require_file_name(out, plot)
+    require_writable(out, plot)
     if plot:
         require_matplotlib()
     specs = [EngineSpec.parse(text) for text in [*engines, *against]]

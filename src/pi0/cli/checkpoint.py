@@ -25,8 +25,8 @@ def synth(
 ) -> None:
     """Write a random checkpoint in exactly the real format.
 
-    Beside the weights it puts a config.json, normalisation statistics and, for the small presets, a
-    tokenizer that knows bytes. Activations have a sane scale in every layer; actions mean nothing.
+    It comes with a config.json, normalisation statistics and, for the small presets, a tokenizer
+    that knows bytes. Activations have a sane scale in every layer; actions mean nothing.
 
     **Examples**
 
@@ -36,6 +36,7 @@ def synth(
     """
     import math
 
+    from pi0.checkpoint.files import expand_user
     from pi0.checkpoint.layouts import LAYOUTS
     from pi0.checkpoint.synth import synthesise, tensor_list
     from pi0.cli.show import byte_progress, human_bytes, print_line
@@ -46,6 +47,7 @@ def synth(
     for name, value, known in (("preset", preset, PRESETS), ("layout", layout, LAYOUTS)):
         if value not in known:
             raise ConfigError(f"{name}: expected one of {', '.join(known)}, found {value!r}.")
+    folder = expand_user(folder)
     config, names = PRESETS[preset], LAYOUTS[layout]
     torch_dtype = parse_dtype(dtype)
     tensors = tensor_list(config, names)
@@ -63,12 +65,15 @@ def inspect(
     cameras: options.Cameras = 3,
     image_size: options.ImageSize = None,
     tokens: options.Tokens = None,
+    horizon: options.Horizon = None,
+    max_tokens: options.MaxTokens = None,
     as_json: options.Json = False,
 ) -> None:
     """Say what is in a checkpoint, without loading it.
 
-    Layout and how it was recognised, modules, configuration, sequence lengths, memory. A checkpoint
-    that does not fit in every name, shape and dtype is an error that lists what is wrong.
+    Layout and how it was recognised, modules, configuration, sequence lengths, memory, and what has
+    to be assumed. A checkpoint that does not fit in every name, shape and dtype is an error that
+    lists what is wrong.
 
     **Examples**
 
@@ -80,7 +85,7 @@ def inspect(
     from pi0.checkpoint.report import report
     from pi0.cli.show import print_json
 
-    opened = open_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint, horizon, max_tokens)
     config = opened.config
     data = report(
         opened, cameras, tokens or config.max_tokens, image_size or config.vision.image_size
@@ -147,3 +152,5 @@ def _print_report(data: dict[str, Any]) -> None:
             ],
             left=2,
         )
+    for finding in data["findings"]:
+        print_line(f"{finding['severity']} {finding['code']}: {finding['sentence']}")

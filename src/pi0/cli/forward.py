@@ -12,7 +12,6 @@ from pi0.cli import options
 if TYPE_CHECKING:
     import numpy as np
 
-    from pi0.engines.base import Engine
     from pi0.trace import Trace
 
 InputsFile = Annotated[
@@ -37,6 +36,8 @@ def trace(
     device: options.Device = None,
     dtype: options.Dtype = None,
     weight_cache: options.WeightCache = False,
+    horizon: options.Horizon = None,
+    max_tokens: options.MaxTokens = None,
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
@@ -52,19 +53,24 @@ def trace(
     """
     from dataclasses import asdict
 
+    from pi0.checkpoint.load import open_checkpoint
+    from pi0.cli.engine import load_engine
     from pi0.cli.show import print_json
+    from pi0.engines.spec import EngineSpec
     from pi0.inputs import from_npz, random_inputs
     from pi0.trace import trace as run
 
     arrays = read_npz(inputs) if inputs else None
     size = image_side(arrays) or image_size
-    made = _make_engine(checkpoint, engine, device, dtype, size, weight_cache)
-    with made:
-        config = made.config
+    opened = open_checkpoint(checkpoint, horizon, max_tokens)
+    spec = EngineSpec.parse(engine, dtype, device)
+    asked = 1, cameras, tokens or opened.config.max_tokens
+    batch, cameras, length = array_sizes(arrays) or asked
+    with load_engine(opened, spec, cameras, length, size, batch, weight_cache) as made:
         model_inputs, noise = (
-            from_npz(config, arrays)
+            from_npz(made.config, arrays)
             if arrays
-            else random_inputs(config, cameras, tokens or config.max_tokens, seed)
+            else random_inputs(made.config, cameras, length, seed)
         )
         traced = run(made, model_inputs, noise)
     if as_json:
@@ -85,6 +91,8 @@ def sample(
     device: options.Device = None,
     dtype: options.Dtype = None,
     weight_cache: options.WeightCache = False,
+    horizon: options.Horizon = None,
+    max_tokens: options.MaxTokens = None,
 ) -> None:
     """Sample actions from model-level inputs, without any pre-processing.
 
@@ -97,16 +105,23 @@ def sample(
     """
     import numpy as np
 
-    from pi0.checkpoint.files import replacing, require_file_name
+    from pi0.checkpoint.files import replacing, require_writable
+    from pi0.checkpoint.load import open_checkpoint
+    from pi0.cli.engine import load_engine
     from pi0.cli.show import print_line, step_progress
+    from pi0.engines.spec import EngineSpec
     from pi0.inputs import from_npz
 
-    require_file_name(out)
+    require_writable(out)
     arrays = read_npz(inputs)
-    made = _make_engine(checkpoint, engine, device, dtype, image_side(arrays), weight_cache)
-    with made, step_progress("denoising", steps) as on_step:
+    opened = open_checkpoint(checkpoint, horizon, max_tokens)
+    spec = EngineSpec.parse(engine, dtype, device)
+    batch, cameras, length = array_sizes(arrays) or (1, 1, 1)
+    size = image_side(arrays)
+    with load_engine(opened, spec, cameras, length, size, batch, weight_cache) as made:
         model_inputs, noise = from_npz(made.config, arrays)
-        actions = made.sample(model_inputs, noise, steps, on_step).numpy()
+        with step_progress("denoising", steps) as on_step:
+            actions = made.sample(model_inputs, noise, steps, on_step).numpy()
     with replacing(out) as temporary, open(temporary, "wb") as file:
         np.savez(file, actions=actions)
     print_line(f"{out}: actions {list(actions.shape)}, std {actions.std():.4f}")
@@ -145,27 +160,6 @@ def print_trace(traced: Trace) -> None:
         )
 
 
-def _make_engine(
-    path: Path,
-    engine: str,
-    device: str | None,
-    dtype: str | None,
-    image_size: int | None,
-    weight_cache: bool,
-) -> Engine:
-    from pi0.checkpoint.load import open_checkpoint
-    from pi0.cli.show import byte_progress
-    from pi0.engines.base import make_engine
-    from pi0.engines.spec import EngineSpec
-
-    spec = EngineSpec.parse(engine, dtype, device)
-    opened = open_checkpoint(path)
-    with byte_progress("loading", opened.read_bytes) as progress:
-        return make_engine(
-            spec, opened, image_size=image_size, weight_cache=weight_cache, progress=progress
-        )
-
-
 def print_hidden(what: str, hidden: dict[str, str]) -> None:
     """Prints stages that are not shown, those with the same reason on one line."""
     from pi0.cli.show import print_line
@@ -180,16 +174,25 @@ def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
 
     import numpy as np
 
+    from pi0.checkpoint.files import expand_user
     from pi0.errors import ObservationError
 
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with open(expand_user(path), "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ObservationError(f"{path}: expected an .npz of arrays, found {error}.") from error
 
 
 def image_side(arrays: dict[str, np.ndarray[Any, Any]] | None) -> int | None:
-    """The image size of an inputs file; what else is wrong with it is said by `from_npz`."""
+    """The image size of an inputs file; `from_npz` checks the rest of it."""
     images = (arrays or {}).get("images")
     return None if images is None or images.ndim != 5 else int(images.shape[-1])
+
+
+def array_sizes(arrays: dict[str, np.ndarray[Any, Any]] | None) -> tuple[int, int, int] | None:
+    """Rows, cameras and tokens of an inputs file, if it has them; `from_npz` checks the rest."""
+    if not arrays or image_side(arrays) is None or "tokens" not in arrays:
+        return None
+    tokens = arrays["tokens"]
+    return (*arrays["images"].shape[:2], tokens.shape[1]) if tokens.ndim == 2 else None

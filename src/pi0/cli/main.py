@@ -5,6 +5,8 @@ Heavy imports are inside the verbs, so that `pi0 --help` costs milliseconds.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import warnings
 from typing import TextIO
@@ -19,6 +21,11 @@ from pi0.cli.options import EngineCommand
 from pi0.cli.ttnn import app as ttnn
 from pi0.cli.verify import verify
 from pi0.errors import Pi0Error
+
+OUT_OF_MEMORY = (
+    "memory: expected enough for this model and these inputs, found too little; see `pi0 inspect`. "
+    "Use --dtype bfloat16, fewer cameras or smaller images."
+)
 
 app = typer.Typer(
     name="pi0",
@@ -70,23 +77,44 @@ def main() -> None:
     """Runs the command line.
 
     Exit codes: 0 done; 1 engines do not agree, or one of several failed; 2 bad input, one sentence
-    on stderr; 130 Ctrl-C.
+    on stderr; 130 Ctrl-C; 141 nobody reads stdout any more.
     """
     with warnings.catch_warnings():
         warnings.showwarning = _warn
         try:
+            _require_streams()
             app()
         except Pi0Error as error:
             _fail(str(error))
         except OSError as error:  # no such file, no permission, disk full
             _fail(f"{error.filename or 'writing'}: {error.strerror or error}.")
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except MemoryError:
+            _fail(OUT_OF_MEMORY)
         except RuntimeError as error:
             if "allocate" not in str(error) and "out of memory" not in str(error):
                 raise
-            _fail(
-                "memory: expected enough for this model and these inputs, found too little; see "
-                "`pi0 inspect`. Use --dtype bfloat16, fewer cameras or smaller images."
-            )
+            _fail(OUT_OF_MEMORY)
+
+
+def _require_streams() -> None:
+    """Refuses a closed stdout; a closed stderr or stdin reads and writes nothing.
+
+    Otherwise a file opened later would get the number of stdout or stderr, and with it whatever a
+    library prints.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end
+    if sys.stdout is None:
+        raise Pi0Error(
+            "stdout: expected it open, found it closed. Discard what is printed with >/dev/null."
+        )
 
 
 def _warn(
@@ -97,12 +125,17 @@ def _warn(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    print(f"pi0: warning: {message}", file=sys.stderr)
+    _print_error(f"warning: {message}")
 
 
 def _fail(sentence: str) -> None:
-    print(f"pi0: {sentence}", file=sys.stderr)
+    _print_error(sentence)
     sys.exit(2)
+
+
+def _print_error(sentence: str) -> None:
+    with contextlib.suppress(OSError):  # nowhere left to say it
+        print(f"pi0: {sentence}", file=sys.stderr)
 
 
 if __name__ == "__main__":

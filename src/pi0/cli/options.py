@@ -62,6 +62,22 @@ Tokens = Annotated[
     int | None,
     typer.Option(min=1, help="Text tokens; default: the checkpoint's.", show_default=False),
 ]
+Horizon = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Actions in a chunk, where the checkpoint does not declare it.",
+        show_default=False,
+    ),
+]
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Tokens that prompts are padded to, where the checkpoint does not declare it.",
+        show_default=False,
+    ),
+]
 Inputs = Annotated[
     Path | None,
     typer.Option(
@@ -117,18 +133,6 @@ Resize = Annotated[
 ]
 PromptMode = Annotated[
     str | None, typer.Option(help="--preprocessing of the prompt only.", show_default=False)
-]
-Horizon = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Actions in a chunk, where the checkpoint does not say.", show_default=False
-    ),
-]
-MaxTokens = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Prompt tokens, where the checkpoint does not say.", show_default=False
-    ),
 ]
 ENGINE_OPTIONS = ("engine", "engines", "against")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,10 +24,22 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from pi0.errors import Pi0Error
+from pi0.errors import human_bytes as human_bytes
+
 PIPED_WIDTH = 160  # of tables, where there is no terminal to fit into
 UNLIMITED = 10_000
 
-out = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
+READER_GONE = 141  # what a shell reports of a process that SIGPIPE ended
+
+
+class _Stdout(Console):
+    def on_broken_pipe(self) -> None:
+        """Called by rich, which would exit with 1: the code for engines that do not agree."""
+        raise BrokenPipeError
+
+
+out = _Stdout(width=None if sys.stdout.isatty() else PIPED_WIDTH)
 err = Console(stderr=True)
 
 
@@ -68,7 +81,8 @@ def _bar(what: str, total: int, *columns: ProgressColumn) -> Iterator[Callable[[
 
 def print_line(sentence: str) -> None:
     """Prints a line as it is: not wrapped, no colours, no markup."""
-    out.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    with _printing():
+        out.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], left: int = 1) -> None:
@@ -83,13 +97,32 @@ def table(title: str, columns: list[str], rows: list[list[str]], left: int = 1) 
         grid.add_row(*row)
     unlimited = out.options.update(width=UNLIMITED)
     least = Measurement.get(out, unlimited, grid).minimum
-    out.print(grid, width=max(out.width, least), crop=False)
-    out.print()
+    with _printing():
+        out.print(grid, width=max(out.width, least), crop=False)
+        out.print()
 
 
 def print_json(value: Any) -> None:
     """Prints plain data as JSON."""
-    print(to_json(value))
+    with _printing():
+        print(to_json(value), flush=True)
+
+
+@contextlib.contextmanager
+def _printing() -> Iterator[None]:
+    """Ends the program quietly if nobody reads stdout any more (`| head`).
+
+    Raises:
+        Pi0Error: stdout cannot be written for another reason, such as a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        # What is left in the buffer would fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(READER_GONE) from None
+        raise Pi0Error(f"stdout: expected room to print, found: {error.strerror}.") from error
 
 
 def to_json(value: Any) -> str:
@@ -103,15 +136,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def human_bytes(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} GB"
 
 
 def human_dims(shape: list[int]) -> str:

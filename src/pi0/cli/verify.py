@@ -71,6 +71,7 @@ def verify(
         pi0 verify demo --engines reference transformers
     """
     from pi0.checkpoint.load import open_checkpoint
+    from pi0.cli.engine import require_memory
     from pi0.cli.forward import image_side, read_npz
     from pi0.cli.show import step_progress
     from pi0.engines.base import make_engine
@@ -94,6 +95,8 @@ def verify(
     )
     for spec in (a, b):
         _check_engine(spec, mode, opened.config, size)
+        batch, views = cases[0].inputs.images.shape[:2]
+        require_memory(opened, spec, views, cases[0].inputs.tokens.shape[1], size, batch)
     judge, why = _choose_oracle(oracle, (a, b), opened.config, size)
     with step_progress("verifying", (3 if judge else 2) * len(cases)) as on_case:
         result = run(
@@ -118,14 +121,14 @@ def verify(
 
 
 def _check_options(mode: str, min_pcc: float | None, report: Path | None) -> None:
-    from pi0.checkpoint.files import require_file_name
+    from pi0.checkpoint.files import require_writable
     from pi0.errors import ConfigError, EngineError
     from pi0.verify.report import require_report_libraries
     from pi0.verify.run import MODES
 
     if min_pcc is not None and not 0 <= min_pcc <= 1:
         raise ConfigError(f"min-pcc: expected a number from 0 to 1, found {min_pcc}.")
-    require_file_name(report)
+    require_writable(report)
     if report:
         require_report_libraries()
     if mode not in MODES:

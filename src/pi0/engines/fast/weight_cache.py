@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pi0 import __version__
-from pi0.checkpoint.files import CACHE_LINE, DTYPE_NAMES, TensorInfo, require_file_name, write
+from pi0.checkpoint.files import CACHE_LINE, DTYPE_NAMES, TensorInfo, refuse_folder, write
 from pi0.checkpoint.load import Checkpoint, Progress
 from pi0.engines.fast.kernels import Kernels
 from pi0.engines.fast.weights import PackedWeights, Scheme, pack
-from pi0.errors import EngineError
+from pi0.errors import EngineError, Pi0Error
 
 MADE_FROM = "made_from"
 
@@ -56,7 +56,7 @@ def load_weights(
     files = list(dict.fromkeys(info.file for info in checkpoint.tensors.values()))
     path = files[0].with_name(f"{files[0].stem}.{keep}-{size}.pi0")
     made_from = _made_from(files, weights, kernels)
-    require_file_name(path)
+    refuse_folder(path)
     if path.exists():
         try:
             weights.restore(_read(path, made_from))
@@ -134,12 +134,8 @@ def _write(path: Path, state: dict[str, Tensor], made_from: dict[str, str]) -> N
     }
     try:
         write(path, state.items(), headers, {MADE_FROM: json.dumps(made_from)})
-    except OSError as error:
-        size = sum(tensor.nbytes for tensor in state.values())
-        raise EngineError(
-            f"{path}: expected room for {size / 1e9:.2f} GB of packed weights, found: "
-            f"{error.strerror or error}. Make room or leave out --weight-cache."
-        ) from error
+    except Pi0Error as error:  # no room
+        raise EngineError(f"{error} Or leave out --weight-cache.") from error
 
 
 def _require_writable(folder: Path) -> None:

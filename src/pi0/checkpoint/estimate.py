@@ -1,0 +1,112 @@
+"""Bytes that inference needs: the estimate that `pi0 inspect` shows, and a lower bound of it.
+
+Weights are exact, the rest follows from the largest tensors that are alive together in a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pi0.checkpoint.load import Checkpoint, empty_model
+from pi0.checkpoint.memory import require_memory
+from pi0.config import Pi0Config
+
+ITEM_SIZE = {"float32": 4, "bfloat16": 2}  # bytes of a weight by precision; others: at least 1
+EMBEDDING_ITEM_SIZE = 2  # the token embedding may stay as it is stored
+WHOLE_LOGITS = ("reference",)  # engines that hold a block's attention logits all at once
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the reference engine's parameters, of the prefix cache, and within a block."""
+
+    weights: int
+    cache: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.working
+
+
+def estimate(config: Pi0Config, dtype: torch.dtype, cameras: int, tokens: int) -> Memory:
+    """What the reference engine needs at batch 1."""
+    size, vlm, vision = dtype.itemsize, config.vlm, config.vision
+    prefix = config.prefix_len(cameras, tokens)
+    patches = cameras * vision.num_patches
+    # A block's MLP holds gate, its GELU, up and their product; attention holds the logits in the
+    # trunk's dtype and, for the softmax, twice in float32.
+    working = max(
+        4 * prefix * vlm.mlp_dim * size,
+        2 * patches * vision.mlp_dim * size,
+        _logits(config, cameras, tokens) * (size + 8),
+    )
+    return Memory(
+        weights=sum(p.nbytes for p in empty_model(config, dtype).parameters()),
+        cache=2 * vlm.depth * prefix * vlm.num_kv_heads * vlm.head_dim * size,
+        working=working,
+    )
+
+
+def required_bytes(
+    config: Pi0Config, engine: str, precision: str, cameras: int, tokens: int, batch: int = 1
+) -> int:
+    """A lower bound of the memory that an engine on the CPU needs, before its weights are loaded.
+
+    Left out is what an engine can do without: the last layer of the VLM but for keys and values,
+    activations that can share memory, and, unless it is known to hold them, attention logits.
+    """
+    size = ITEM_SIZE.get(precision, 1)
+    last = f"vlm.blocks.{config.vlm.depth - 1}."
+    weights = sum(
+        p.numel() * (EMBEDDING_ITEM_SIZE if name.startswith("token_embedding") else size)
+        for name, p in empty_model(config, torch.float32).named_parameters()
+        if not name.startswith(last)
+    )
+    images = cameras * 3 * config.vision.image_size**2 * torch.float32.itemsize
+    working = config.prefix_len(cameras, tokens) * config.vlm.width * size
+    if engine in WHOLE_LOGITS:
+        # The logits, and in float32 their softmax.
+        working = max(working, _logits(config, cameras, tokens) * (size + 4))
+    return weights + batch * (images + working)
+
+
+def require_memory_for(
+    checkpoint: Checkpoint,
+    engine: str,
+    precision: str,
+    cameras: int,
+    tokens: int,
+    image_size: int | None = None,
+    batch: int = 1,
+) -> None:
+    """Refuses what an engine on the CPU cannot hold, before its weights are loaded.
+
+    Args:
+        precision: one of the engine's, by its full name.
+        image_size: pixels; None: the checkpoint's.
+
+    Raises:
+        ConfigError: less memory is free than is needed at least; an image size that cannot be.
+    """
+    config = checkpoint.config
+    if config.adaptive_norm:
+        return  # π0.5, which loading refuses
+    if image_size is not None:
+        config = config.with_image_size(image_size)
+    pixels = config.vision.image_size
+    require_memory(
+        required_bytes(config, engine, precision, cameras, tokens, batch),
+        f"engine {engine} in {precision} with {cameras} images of {pixels} px and {tokens} tokens",
+    )
+
+
+def _logits(config: Pi0Config, cameras: int, tokens: int) -> int:
+    """Attention logits of the block that has the most."""
+    patches = config.vision.num_patches
+    return max(
+        config.vlm.num_heads * config.prefix_len(cameras, tokens) ** 2,
+        config.vision.num_heads * cameras * patches**2,
+    )

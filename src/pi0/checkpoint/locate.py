@@ -1,0 +1,243 @@
+"""Which files make up a checkpoint, and what to say of a path that is something else.
+
+People have folders of training runs, hub ids, addresses of buckets, JAX parameters, adapters and
+pickles: each gets its own hint. Reads names only, and shard indexes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pi0.checkpoint.files import expand_user, read_json
+from pi0.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "adapter_model.bin")
+PRETRAINED = "pretrained_model"  # the folder inside each checkpoint of a LeRobot training run
+JAX_FILES = ("_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+CONVERT = "convert it to PyTorch first, with openpi's examples/convert_jax_model_to_pytorch.py"
+TOKENIZER = (
+    "The tokenizer is a file of its own: paligemma_tokenizer.model from gs://big_vision, or "
+    "google/paligemma-3b-pt-224 on the hub, where Gemma's licence has to be accepted."
+)
+EXPECTED = "expected a checkpoint folder or a .safetensors file"
+ADDRESS = re.compile(r"(gs|s3|hf|https?):/+(.+)")  # a Path has only one slash there
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files of a checkpoint.
+
+    Attributes:
+        path: what was asked for, or the folder inside it that holds the checkpoint.
+        files: its safetensors files.
+        shards: tensor → file, as a shard index lists them; None: there is no index.
+    """
+
+    path: Path
+    files: list[Path]
+    shards: dict[str, Path] | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
+
+
+def find_files(path: Path | str) -> Sources:
+    """The safetensors files of a checkpoint: a file, a folder, or a shard index.
+
+    In a folder: model.safetensors; else the shards of model.safetensors.index.json; else every
+    other *.safetensors but the statistics of a LeRobot processor and adapters; else what the
+    folder `pretrained_model` in it holds.
+
+    Raises:
+        CheckpointError: nothing there, a shard is missing, or it is no checkpoint that is read.
+    """
+    path = expand_user(path)
+    if address := ADDRESS.fullmatch(str(path)):
+        raise CheckpointError(f"{address[1]}://{address[2]}: {_download(*address.groups())}")
+    try:
+        return _find(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(
+            f"{error.filename or path}: expected files that can be read, found: {reason}."
+        ) from error
+
+
+def has_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter."""
+    return any((folder / name).exists() for name in ADAPTER_FILES)
+
+
+def _find(path: Path) -> Sources:
+    if not path.exists():
+        raise CheckpointError(f"{path}: {_nothing_there(path)}")
+    if not path.is_dir():
+        return _single(path)
+    for file in (path / WEIGHTS, path / INDEX):
+        if file.is_dir():
+            raise CheckpointError(f"{file}: expected a file, found a folder.")
+        if file.exists():
+            return _shards(path, file) if file.name == INDEX else Sources(path, [file])
+        if file.is_symlink():
+            raise CheckpointError(
+                f"{file}: expected weights, found a link to a file that is not there. Download or "
+                "copy the file that it names."
+            )
+    files = sorted(
+        file
+        for file in path.glob("*.safetensors")
+        if not file.name.startswith("policy_") and file.name not in ADAPTER_FILES
+    )
+    if files:
+        return Sources(path, files)
+    if (path / PRETRAINED).is_dir():
+        return _find(path / PRETRAINED)
+    raise CheckpointError(
+        f"{path}: expected {WEIGHTS}, a shard index or another .safetensors file, "
+        f"{_other_contents(path)}"
+    )
+
+
+def _single(path: Path) -> Sources:
+    if path.name.endswith(".index.json"):
+        return _shards(path, path)
+    if path.suffix == ".json":
+        raise CheckpointError(
+            f"{path}: {EXPECTED}, found a JSON file. Name the folder that it lies in: "
+            f"{path.parent}."
+        )
+    if path.name in ADAPTER_FILES:
+        raise CheckpointError(f"{path}: {EXPECTED}, {_adapter(path.parent)}")
+    if path.name in JAX_FILES:
+        raise CheckpointError(f"{path}: {EXPECTED}, found a part of a JAX checkpoint: {CONVERT}.")
+    if path.suffix in PICKLES:
+        raise CheckpointError(f"{path}: {EXPECTED}, {_pickle(path)}")
+    return Sources(path, [path])
+
+
+def _shards(path: Path, index: Path) -> Sources:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: expected an object `weight_map` of tensors, found none.")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(
+                f"{index}: expected the names of files beside it, found {name!r}. Copy the shards "
+                "into its folder and write their names into it."
+            )
+    shards = {tensor: index.parent / name for tensor, name in weight_map.items()}
+    files = sorted(set(shards.values()))
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index.parent}: expected {len(files)} shards as {index.name} lists them, found no "
+            f"{', '.join(missing)}. Copy or download the rest."
+        )
+    return Sources(path, files, shards)
+
+
+def _download(scheme: str, rest: str) -> str:
+    """What to do with an address."""
+    local = Path(rest).name
+    hub = re.match(r"huggingface\.co/([\w.-]+/[\w.-]+)", rest)
+    if scheme == "hf" or hub:
+        return f"{EXPECTED}, found an address. {_hub_download(hub[1] if hub else rest)}"
+    command = {
+        "gs": f"gsutil -m cp -r gs://{rest} .",
+        "s3": f"aws s3 cp --recursive s3://{rest} {local}",
+    }.get(scheme)
+    how = f": {command}" if command else ""
+    jax = f" openpi's published checkpoints are JAX: {CONVERT}." if scheme == "gs" else ""
+    return f"{EXPECTED} on this machine, found an address. Download it first{how}.{jax}"
+
+
+def _hub_download(repository: str) -> str:
+    folder = Path(repository).name
+    return (
+        f"Download it first: hf download {repository} --local-dir {folder} (older: "
+        f"huggingface-cli download), then name the folder {folder}."
+    )
+
+
+def _nothing_there(path: Path) -> str:
+    if path.is_symlink():
+        return f"{EXPECTED}, found a link to {os.readlink(path)}, which is not there."
+    found = f"{EXPECTED}, found nothing there."
+    if not HUB_ID.fullmatch(str(path)) or path.parent.exists() or path.suffix == ".safetensors":
+        return found
+    cached = next(_cached(str(path)), None)
+    how = (
+        f"The hub's cache has it: name {cached}."
+        if cached
+        else f"Is it a model of the Hugging Face hub? {_hub_download(str(path))}"
+    )
+    return (
+        f"{found} {how} openpi's own checkpoints, such as "
+        f"gs://openpi-assets/checkpoints/pi0_base, are JAX: {CONVERT}. {TOKENIZER}"
+    )
+
+
+def _cached(repository: str) -> Iterator[Path]:
+    """Snapshots of a hub repository in the local cache that hold weights."""
+    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    hub = expand_user(os.environ.get("HF_HUB_CACHE", f"{home}/hub"))
+    for snapshot in sorted(hub.glob(f"models--{repository.replace('/', '--')}/snapshots/*")):
+        if any((snapshot / name).exists() for name in (WEIGHTS, INDEX)):
+            yield snapshot
+
+
+def _other_contents(path: Path) -> str:
+    """What a folder without weights holds instead, and what to do."""
+    names = sorted(entry.name for entry in path.iterdir())
+    if (
+        any((path / sub / name).exists() for sub in (".", "params") for name in JAX_FILES)
+        or (path / "params").is_dir()
+    ):
+        return f"found none. This is a JAX checkpoint: {CONVERT}."
+    if has_adapter(path):
+        return _adapter(path)
+    inner = list(_checkpoints_in(path))
+    if inner:
+        return f"found none, but {len(inner)} in folders below. Name one, such as {inner[-1]}."
+    pickles = [path / name for name in names if Path(name).suffix in PICKLES]
+    if pickles:
+        return _pickle(pickles[0])
+    return "found none." if names else "found none: the folder is empty."
+
+
+def _checkpoints_in(folder: Path) -> Iterator[Path]:
+    """Folders below that are worth naming: steps of a training run, snapshots of the hub."""
+    for inner in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
+        if any(
+            (inner / sub / name).exists() for sub in (".", PRETRAINED) for name in (WEIGHTS, INDEX)
+        ):
+            yield inner
+        elif inner.name in ("checkpoints", "snapshots"):
+            yield from _checkpoints_in(inner)
+
+
+def _adapter(folder: Path) -> str:
+    config = folder / "adapter_config.json"
+    base = read_json(config).get("base_model_name_or_path") if config.is_file() else None
+    into = f" ({base})" if isinstance(base, str) and base else ""
+    return (
+        "found a PEFT adapter alone. Adapters are not loaded yet: merge it into its base model"
+        f"{into} with peft's merge_and_unload and save the whole."
+    )
+
+
+def _pickle(path: Path) -> str:
+    return (
+        f"found {path.name}. Pickled weights are not read, since they can run code: save them as "
+        f"safetensors first, with safetensors.torch.save_file(torch.load({path.name!r}, "
+        "map_location='cpu', weights_only=True), 'model.safetensors')."
+    )

@@ -30,8 +30,8 @@ def folder(tmp_path: Path) -> LerobotFolder:
 
 def test_everything_comes_from_its_files(folder: LerobotFolder) -> None:
     policy = Policy.from_checkpoint(folder.write(), steps=1)
-    assert tuple(camera.key for camera in policy.robot.cameras) == CAMERAS
-    assert vars(policy.conventions) == {"resize": "lerobot", "prompt": "lerobot"}
+    assert tuple(camera.key for camera in policy.pipeline.robot.cameras) == CAMERAS
+    assert (policy.pipeline.resize, policy.pipeline.prompt.convention) == ("lerobot", "lerobot")
     observation = {CAMERAS[0]: np.zeros((48, 64, 3), np.uint8), "prompt": "go"}
     result = policy.infer({**observation, "observation.state": np.arange(6.0)})
     assert result["actions"].shape == (50, 5)
@@ -39,7 +39,7 @@ def test_everything_comes_from_its_files(folder: LerobotFolder) -> None:
 
 def test_relative_actions(folder: LerobotFolder) -> None:
     folder.set_relative(exclude_joints=["gripper"], action_names=NAMES)
-    assert Policy.from_checkpoint(folder.write()).robot.delta == (1, 1, 1, 1, -1)
+    assert Policy.from_checkpoint(folder.write()).pipeline.robot.delta == (1, 1, 1, 1, -1)
 
 
 def test_errors_stop_a_policy(folder: LerobotFolder) -> None:
@@ -58,4 +58,4 @@ def test_a_robot_table_needs_no_cameras_of_the_folder(folder: LerobotFolder) -> 
     folder.config["input_features"] = {}
     with pytest.raises(Pi0Error, match="--robot"):
         Policy.from_checkpoint(folder.write())
-    assert Policy.from_checkpoint(folder.path, robot="generic").robot.name == "generic"
+    assert Policy.from_checkpoint(folder.path, robot="generic").pipeline.robot.name == "generic"

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from pi0.errors import ObservationError, Pi0Error
-from pi0.policy.normalize import find_norm_stats, make_normalizer, read_norm_stats
+from pi0.policy.normalize import make_normalizer
+from pi0.policy.statistics import find_norm_stats, read_norm_stats
 
 LOW, HIGH = np.array([1.0, -2.0, 0.5]), np.array([0.5, 3.0, 2.0])
 X = np.array([1.5, 0.0, -4.0])
@@ -77,16 +78,16 @@ def test_actions_are_cut_to_the_statistics() -> None:
     assert normalizer.unnormalize(np.zeros((50, 32))).shape == (50, 3)
 
 
-def test_no_spread_is_a_warning() -> None:
+def test_no_spread() -> None:
     stats = {"mean": np.zeros(3), "std": np.array([1.0, 0.0, 1e-9])}
-    with pytest.warns(UserWarning, match="no spread in 1, 2"):
-        make_normalizer("state", "mean_std", "openpi", stats)
+    normalizer = make_normalizer("state", "mean_std", "openpi", stats)
+    assert (normalizer.flat(3), normalizer.flat(1)) == ([1, 2], [])
 
 
-def test_far_from_the_training_data_is_a_warning() -> None:
-    normalizer = make_normalizer("state", "mean_std", "openpi", STATS)
-    with pytest.warns(UserWarning, match=r"state\[2\] = 1000 is 500 standard"):
-        normalizer.normalize(np.array([1, 1, 1000.0]))
+def test_batches() -> None:
+    normalizer = make_normalizer("actions", "mean_std", "openpi", STATS)
+    x = np.random.default_rng(0).normal(size=(2, 5, 3))
+    np.testing.assert_array_equal(normalizer.normalize(x)[1, 2], normalizer.normalize(x[1, 2]))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,9 @@ def test_norm_stats_file(tmp_path: Path) -> None:
     assert stats["state"]["std"].tolist() == [1.0, 2.0]
     assert set(stats["actions"]) == {"mean", "std"}
     write(tmp_path / "assets/droid/norm_stats.json", {})
-    with pytest.raises(Pi0Error, match=r"found 2 \(droid, physical-intelligence/libero\)"):
+    with pytest.raises(
+        Pi0Error, match=r"found 2 \(assets/droid, assets/physical-intelligence/libero\)"
+    ):
         find_norm_stats(tmp_path)
 
 
@@ -135,5 +138,5 @@ def test_no_norm_stats(tmp_path: Path) -> None:
     [{}, {"norm_stats": {"state": {}}}, {"norm_stats": {"state": {"mean": ["a"]}, "actions": {}}}],
 )
 def test_bad_norm_stats(tmp_path: Path, value: object) -> None:
-    with pytest.raises(Pi0Error, match="norm_stats.json: expected"):
+    with pytest.raises(Pi0Error, match="norm_stats.json: "):
         read_norm_stats(write(tmp_path / "norm_stats.json", value))

@@ -93,8 +93,8 @@ def widths(robot: Robot) -> tuple[int, int]:
 def test_decode_is_the_inverse_of_encode_actions(
     name: str, mode: str, convention: str, data: st.DataObject
 ) -> None:
-    """1e-6 of the scale: LeRobot's mean and standard deviation have a small constant in one
-    direction only (1e-8 of a deviation of at least 0.1)."""
+    """1e-5: LeRobot's mean and standard deviation have a small constant in one direction only,
+    1e-8 beside deviations of at least 0.1, and values are up to 200 deviations from the mean."""
     robot = ROBOTS[name]
     state_dim, action_dim = widths(robot)
     finite = st.floats(-10, 10)
@@ -117,7 +117,7 @@ def test_decode_is_the_inverse_of_encode_actions(
     assert encoded.shape == (*batch, 4, 32)
     assert (encoded[..., action_dim:] == 0).all()
     np.testing.assert_array_equal(actions, given_actions)
-    np.testing.assert_allclose(made.decode(encoded, state), actions, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(made.decode(encoded, state), actions, rtol=1e-5, atol=1e-5)
 
 
 def test_a_batch_is_its_rows() -> None:

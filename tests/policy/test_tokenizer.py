@@ -10,7 +10,7 @@ import torch
 
 from pi0.checkpoint.synth import byte_tokenizer
 from pi0.errors import ObservationError, Pi0Error
-from pi0.policy.tokenizer import Tokenizer, find_tokenizer, load_tokenizer
+from pi0.policy.tokenizer import PromptFormat, Tokenizer, find_tokenizer, load_tokenizer
 
 GEMMA = Path(
     os.environ.get(
@@ -47,38 +47,32 @@ def text_of(ids: torch.Tensor, mask: torch.Tensor) -> str:
     ],
 )
 def test_cleaning(bytes_: Tokenizer, prompt: str, openpi: str, lerobot: str) -> None:
-    assert text_of(*bytes_.tokenize(prompt, 24, "openpi")) == openpi
-    assert text_of(*bytes_.tokenize(prompt, 24, "lerobot")) == lerobot
+    assert text_of(*bytes_.tokenize(prompt, PromptFormat("openpi", 24))) == openpi
+    assert text_of(*bytes_.tokenize(prompt, PromptFormat("lerobot", 24))) == lerobot
 
 
 def test_padding(bytes_: Tokenizer) -> None:
-    ids, mask = bytes_.tokenize("go", 8, "openpi")
+    ids, mask = bytes_.tokenize("go", PromptFormat("openpi", 8))
     assert ids.tolist() == [2, 4 + ord("g"), 4 + ord("o"), 4 + ord("\n"), 0, 0, 0, 0]
     assert mask.tolist() == [True] * 4 + [False] * 4
     assert ids.dtype == torch.int64
 
 
 def test_longest_prompt(bytes_: Tokenizer) -> None:
-    assert bytes_.tokenize("x" * 46, 48, "openpi")[1].all()
+    assert bytes_.tokenize("x" * 46, PromptFormat("openpi", 48))[1].all()
     with pytest.raises(ObservationError, match="at most 48 tokens, found 49. Shorten"):
-        bytes_.tokenize("x" * 47, 48, "openpi")
-
-
-@pytest.mark.parametrize("prompt", ["", "  \n", None])
-def test_empty_prompt(bytes_: Tokenizer, prompt: str) -> None:
-    with pytest.raises(ObservationError, match="prompt: expected a sentence"):
-        bytes_.tokenize(prompt, 48, "openpi")
+        bytes_.tokenize("x" * 47, PromptFormat("openpi", 48))
 
 
 def test_gemma(gemma: Tokenizer) -> None:
     """Ids of PaliGemma's published vocabulary."""
-    ids, mask = gemma.tokenize("pick_up the cube ", 48, "openpi")
+    ids, mask = gemma.tokenize("pick_up the cube ", PromptFormat("openpi", 48))
     assert ids[0] == 2, "<bos>"
     assert ids[mask][-1] == 108, "line break"
-    clean, _ = gemma.tokenize("pick up the cube", 48, "lerobot")
+    clean, _ = gemma.tokenize("pick up the cube", PromptFormat("lerobot", 48))
     assert torch.equal(ids, clean)
     assert mask.sum() == 6
-    raw, _ = gemma.tokenize("pick_up the cube ", 48, "lerobot")
+    raw, _ = gemma.tokenize("pick_up the cube ", PromptFormat("lerobot", 48))
     assert not torch.equal(ids, raw)
 
 
@@ -107,9 +101,9 @@ def test_sentencepiece(tmp_path: Path) -> None:
     )
     tokenizer = load_tokenizer(find_tokenizer(tmp_path))
     assert tokenizer.source.name == "tokenizer.model"
-    ids, mask = tokenizer.tokenize("put_it in", 48, "openpi")
+    ids, mask = tokenizer.tokenize("put_it in", PromptFormat("openpi", 48))
     assert ids[0] == 2
-    again, _ = tokenizer.tokenize("put it in", 48, "openpi")
+    again, _ = tokenizer.tokenize("put it in", PromptFormat("openpi", 48))
     assert torch.equal(ids, again)
     assert 3 < int(mask.sum()) < 12
 

@@ -147,7 +147,9 @@ def act(
                 prompt,
                 names=table.action_names,
                 units=table.action_units,
-                limits=table.limits and list(zip(table.limits.low, table.limits.high, strict=True)),
+                limits=list(zip(table.limits.low, table.limits.high, strict=True))
+                if table.limits
+                else None,
                 rate_hz=table.control_hz,
             )
     if as_json:

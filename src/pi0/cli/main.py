@@ -83,7 +83,7 @@ def main() -> None:
         warnings.showwarning = _warn
         try:
             _require_streams()
-            app()
+            app(prog_name="pi0")
         except Pi0Error as error:
             _fail(str(error))
         except OSError as error:  # no such file, no permission, disk full

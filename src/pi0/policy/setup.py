@@ -136,6 +136,8 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
     )
     if robot and stats:
         setup.findings += width_findings(config, robot, *stats[:2])
+    if program and program.images and robot and conventions:
+        setup.findings += _image_findings(program, robot, conventions)
     if any(finding.severity == "error" for finding in setup.findings):
         return setup
     assert robot is not None
@@ -226,7 +228,8 @@ def _program(
 
     program = setup.attempt("processors-unusable", read)
     if program:
-        setup.findings += program.findings
+        stated = {"processors-assumed"} if options.preprocessing == "lerobot" else set()
+        setup.findings += [f for f in program.findings if f.code not in stated]
         setup.n_action_steps = program.n_action_steps
     return program
 
@@ -316,6 +319,23 @@ def _robot(
         )
     )
     return ROBOTS["generic"]
+
+
+def _image_findings(
+    program: LerobotProgram, robot: Robot, conventions: Conventions
+) -> list[Finding]:
+    """Whether statistics of images can be applied."""
+    unknown = sorted(program.images.keys() - {camera.key for camera in robot.cameras})
+    if not unknown and conventions[0] == "lerobot":
+        return []
+    found = f"robot {robot.name} without {', '.join(unknown)}" if unknown else "openpi's resizing"
+    return [
+        error(
+            "image-statistics",
+            "images: the checkpoint normalises them by statistics of its own cameras before "
+            f"LeRobot's resizing; found {found}. Leave out --robot, --resize and --preprocessing.",
+        )
+    ]
 
 
 def _statistics(

@@ -219,3 +219,29 @@ def test_an_engine_that_shows_no_vision() -> None:
     engine = FakeEngine(torch.zeros(1, 50, 32))
     _, vision_ms, _ = part_times(engine, *workload_inputs(engine.config, POINT, seed=0), steps=2)
     assert vision_ms is None
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_several_engines_after_one_option(
+    tiny_path: Path, capsys: pytest.CaptureFixture[str], order: int
+) -> None:
+    engines = ["--engines", "reference", "cpu"]
+    words = [*engines, tiny_path] if order else [tiny_path, *engines]
+    code, stdout, stderr = run(capsys, *words)
+    assert (code, stdout) == (2, "")
+    (sentence,) = stderr.splitlines()
+    assert "expected one checkpoint and one engine after each --engines or --against" in sentence
+    assert "Repeat the option: --engines cpu --engines lerobot." in sentence
+
+
+def test_a_peer_that_is_not_installed(
+    tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    """Its row says what to install; the other engines are measured."""
+    monkeypatch.setenv("PI0_LEROBOT_PYTHON", str(tmp_path / "none"))
+    words = (tiny_path, "--against", "lerobot", *SIZES, "--rounds", 1)
+    code, stdout, _ = run(capsys, *words, "--json")
+    assert code == 1
+    ours, peer = json.loads(stdout)["engines"]
+    assert ours["ms"] > 0
+    assert peer["failure"].startswith("lerobot:float32: PI0_LEROBOT_PYTHON: expected an interpr")

@@ -182,7 +182,7 @@ def test_names_what_an_engine_does_not_keep(engine: type[Engine], sentence: str)
 
 
 class OpenAfterClose(Float32):
-    """`prefill` without `exclusive`."""
+    """`prefill` without `exclusive`, of an engine that holds nothing."""
 
     def prefill(self, inputs: ModelInputs, *tap: Any) -> Any:
         return ReferenceEngine.prefill.__wrapped__(self, inputs, *tap)

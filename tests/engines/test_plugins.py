@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from plugin import ENGINE, run_with, write_distribution
 
 from pi0.config import PRESETS
 from pi0.inputs import random_inputs
+from pi0.testing import check_engine
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +115,14 @@ def test_what_is_no_engine(
     assert done.returncode == 2
     assert done.stderr.startswith("pi0: engine other: ")
     assert sentence in done.stderr
+
+
+def test_the_engine_that_the_documentation_shows() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "engines.md").read_text()
+    (source,) = re.findall(r"```python\n(# my_package/engine.py.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {"__name__": "my_package"}
+    exec(source, names)
+    check_engine(names["MyEngine"])
 
 
 def test_names_that_are_taken(tmp_path: Path, tiny_path: Path) -> None:

@@ -97,10 +97,10 @@ def test_scaling(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     words = ("--rounds", 1, "--scaling", "--plot", plot, "--json")
     code, stdout, _ = run(capsys, tiny_path, *SIZES, *words)
     assert code == 0
-    growth = json.loads(stdout)["scaling"]
-    assert len(growth) == 14
-    assert all(point["ms"]["reference:float32"] > 0 for point in growth)
-    work = [point["gflop"] for point in growth if point["varied"] == "batch"]
+    scaling = json.loads(stdout)["scaling"]
+    assert len(scaling) == 14
+    assert all(point["ms"]["reference:float32"] > 0 for point in scaling)
+    work = [point["gflop"] for point in scaling if point["varied"] == "batch"]
     assert [value / work[0] for value in work] == [1, 2, 4]
     assert (tmp_path / "bench-scaling.png").exists()
 

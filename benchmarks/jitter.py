@@ -29,9 +29,8 @@ def main() -> None:
     args = parser.parse_args()
     policies = {}
     for name in ENGINES:
-        engine, dtype = name.split(":")
         policies[name] = Policy.from_checkpoint(
-            args.checkpoint, engine=engine, dtype=dtype, norm_stats="none", robot="generic"
+            args.checkpoint, engine=name, norm_stats="none", robot="generic"
         )
     robot = policies[ENGINES[0]].robot
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)

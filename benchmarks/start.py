@@ -28,8 +28,8 @@ import pi0.engines.fast.cpu.engine
 from pi0 import ROBOTS, Policy
 imported = time.time()
 policy = Policy.from_checkpoint(
-    sys.argv[1], engine="cpu", dtype=sys.argv[2], cache=sys.argv[3] == "cache", norm_stats="none",
-    robot="generic",
+    sys.argv[1], engine="cpu", dtype=sys.argv[2], weight_cache=sys.argv[3] == "cache",
+    norm_stats="none", robot="generic",
 )
 loaded = time.time()
 side = policy.engine.config.vision.image_size

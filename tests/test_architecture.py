@@ -38,7 +38,7 @@ ARROWS = {
         "verify",
     },
     "testing": {"errors", "config", "inputs", "model", "checkpoint", "engines", "verify"},
-    "policy": {"errors", "findings", "inputs", "checkpoint", "engines"},
+    "policy": {"errors", "plugins", "findings", "inputs", "checkpoint", "engines"},
     "cli": {
         "errors",
         "findings",

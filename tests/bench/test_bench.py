@@ -65,7 +65,7 @@ def test_two_engines(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         assert len(engine["visits"]) == 2
         assert all(len(visit["sample_ms"]) == 1 for visit in engine["visits"])
         assert engine["min_ms"] <= engine["ms"] <= engine["max_ms"]
-        assert 0 < engine["vision_ms"] < engine["prefill_ms"]
+        assert min(engine["vision_ms"], engine["prefill_ms"], engine["step_ms"]) > 0
         assert engine["first_action_s"] > engine["load_s"] > 0
         assert engine["peak_bytes"] > 1e8
         parts = [stage["stage"] for stage in engine["stages"]]
@@ -97,10 +97,10 @@ def test_scaling(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     words = ("--rounds", 1, "--scaling", "--plot", plot, "--json")
     code, stdout, _ = run(capsys, tiny_path, *SIZES, *words)
     assert code == 0
-    growth = json.loads(stdout)["scaling"]
-    assert len(growth) == 14
-    assert all(point["ms"]["reference:float32"] > 0 for point in growth)
-    work = [point["gflop"] for point in growth if point["varied"] == "batch"]
+    scaling = json.loads(stdout)["scaling"]
+    assert len(scaling) == 14
+    assert all(point["ms"]["reference:float32"] > 0 for point in scaling)
+    work = [point["gflop"] for point in scaling if point["varied"] == "batch"]
     assert [value / work[0] for value in work] == [1, 2, 4]
     assert (tmp_path / "bench-scaling.png").exists()
 
@@ -219,3 +219,29 @@ def test_an_engine_that_shows_no_vision() -> None:
     engine = FakeEngine(torch.zeros(1, 50, 32))
     _, vision_ms, _ = part_times(engine, *workload_inputs(engine.config, POINT, seed=0), steps=2)
     assert vision_ms is None
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_several_engines_after_one_option(
+    tiny_path: Path, capsys: pytest.CaptureFixture[str], order: int
+) -> None:
+    engines = ["--engines", "reference", "cpu"]
+    words = [*engines, tiny_path] if order else [tiny_path, *engines]
+    code, stdout, stderr = run(capsys, *words)
+    assert (code, stdout) == (2, "")
+    (sentence,) = stderr.splitlines()
+    assert "expected one checkpoint and one engine after each --engines or --against" in sentence
+    assert "Repeat the option: --engines cpu --engines lerobot." in sentence
+
+
+def test_a_peer_that_is_not_installed(
+    tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    """Its row says what to install; the other engines are measured."""
+    monkeypatch.setenv("PI0_LEROBOT_PYTHON", str(tmp_path / "none"))
+    words = (tiny_path, "--against", "lerobot", *SIZES, "--rounds", 1)
+    code, stdout, _ = run(capsys, *words, "--json")
+    assert code == 1
+    ours, peer = json.loads(stdout)["engines"]
+    assert ours["ms"] > 0
+    assert peer["failure"].startswith("lerobot:float32: PI0_LEROBOT_PYTHON: expected an interpr")

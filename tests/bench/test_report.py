@@ -128,7 +128,7 @@ def test_pictures(tmp_path: Path) -> None:
     for engine in engines:
         for points in workloads_around(POINT).values():
             for point in points:
-                engine.growth[point] = None if point.batch > 1 else 10.0 * point.steps
+                engine.scaling[point] = None if point.batch > 1 else 10.0 * point.steps
     made = to_data(plan(3, peers=1, scaling=True), CONFIG, result(*engines), {}, "")
     plot_times(tmp_path / "times.png", made, "title", "small print")
     plot_scaling(tmp_path / "growth.png", made["scaling"], "title")

@@ -140,7 +140,7 @@ def test_trace_of_an_engine_that_shows_little(tiny_path: Path) -> None:
     pytest.importorskip("transformers", minversion="5.5")
     done = pi0("trace", tiny_path, "--engine", "transformers")
     assert done.returncode == 0, done.stderr
-    assert "not shown by this engine: vision_tower, projector, token_embedding" in done.stdout
+    assert "not shown: vision_tower, projector, token_embedding" in done.stdout
     assert "prefix 56 + suffix 51 = 107" in done.stdout
     assert "mask slice" not in done.stdout
 
@@ -314,7 +314,7 @@ def test_verify(tiny_path: Path, npz: Path, tmp_path: Path) -> None:
     done = pi0(*words, "--layers", "--report", page)
     assert done.returncode == 0, done.stdout
     assert "agree: all 60 comparisons are within their limits" in done.stdout
-    assert "oracle implementation: none, as asked" in done.stdout
+    assert "independent implementation: none, as requested" in done.stdout
     assert "largest deviation of actions (masked): action " in done.stdout
     html = page.read_text()
     assert html.count("<svg") == 5
@@ -341,8 +341,8 @@ def test_verify_refuses(tiny_path: Path) -> None:
         (["--engines", "reference", "reference:int3"], "dtype: expected one of float32"),
         (["--inputs", "no.npz"], "No such file"),
         (["--min-pcc", "nan"], "min-pcc: expected a number from 0 to 1, found nan"),
-        (["--device", "warp"], "device: expected cpu or cuda, found 'warp'"),
-        (["--engines", "reference", "ttnn-host", "--device", "3"], "expected cpu for engine"),
+        (["--engines", "reference", "reference@warp"], "expected cpu or cuda, found 'warp'"),
+        (["--engines", "reference", "ttnn-host@3"], "expected cpu for engine ttnn-host, found '3'"),
         (["--engines", "transformers", "reference", "--mode", "isolated"], "expected chained for"),
         (["--oracle", "transformers", "--image-size", "56"], "expected the checkpoint's 28"),
         (["--oracle", "us"], "oracle: expected auto, none or one of transformers, lerobot"),

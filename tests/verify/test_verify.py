@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,12 @@ from torch.nn import functional
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
 from pi0.engines.base import EngineOptions
 from pi0.engines.reference import ReferenceEngine
+from pi0.engines.registry import BUILT_IN, find_engine
+from pi0.errors import CheckpointError, EngineError
 from pi0.model.gemma import RMSNorm
-from pi0.verify.compare import compare
+from pi0.verify.compare import Comparison, compare
 from pi0.verify.run import VerifyResult, default_cases, verify
+from pi0.verify.thresholds import THRESHOLDS, limits_of, looser, threshold
 
 Plant = Callable[[ReferenceEngine], None]
 
@@ -225,6 +229,59 @@ def test_layers_blame_the_block(checkpoint: Checkpoint) -> None:
 
     failed = [row.name for row in run(checkpoint, plant, layers=True).rows if not row.passed]
     assert failed[0] == "expert_transformer.block.1"
+
+
+def test_a_failure_says_which_limit_and_both_numbers(checkpoint: Checkpoint) -> None:
+    def plant(engine: ReferenceEngine) -> None:
+        engine.model.projector.weight *= 1.5
+
+    failure = run(checkpoint, plant).first_failure
+    assert failure is not None
+    assert failure.exceeded[-1] == "relative L2 5.00e-01 (limit: at most 2e-05)"
+    rough = replace(failure, comparison=Comparison(0.5, 0.5, 0.1, 1.0, None))
+    assert rough.exceeded == [
+        "PCC 0.5 (limit: at least 0.999999)",
+        "relative L2 1.00e-01 (limit: at most 2e-05)",
+    ]
+    lost = replace(failure, comparison=Comparison(0, 0, 0, 0, "candidate has 1 NaN"))
+    assert lost.exceeded == ["candidate has 1 NaN"]
+
+
+def test_a_reference_that_is_not_finite(checkpoint: Checkpoint) -> None:
+    """The checkpoint is to blame, not the candidate, which is not even made."""
+
+    def plant(engine: ReferenceEngine) -> None:
+        engine.model.projector.weight[0, 0] = float("nan")
+
+    with pytest.raises(
+        CheckpointError, match=r"NaN or infinite values, first at projector \(all valid\)"
+    ):
+        run(checkpoint, lambda engine: pytest.fail("made"), plant)
+
+
+def test_every_precision_of_every_engine_has_limits() -> None:
+    for name in BUILT_IN:
+        engine = find_engine(name)
+        for precision in engine.capabilities.precisions:
+            assert "*" in limits_of(engine, precision)
+
+
+def test_the_looser_limit_counts() -> None:
+    limits = looser(THRESHOLDS["bfloat16"], THRESHOLDS["int8"])
+    assert threshold("velocity", limits).max_rel_l2 == 0.05
+    assert threshold("token_embedding", limits).max_rel_l2 == 0.05
+    assert (
+        threshold("token_embedding", looser(THRESHOLDS["float32"], THRESHOLDS["bfloat16"]))
+        == (THRESHOLDS["bfloat16"]["token_embedding"])
+    )
+    assert threshold("sequence", limits).max_rel_l2 == 0
+
+
+def test_a_precision_without_limits() -> None:
+    with pytest.raises(
+        EngineError, match="Declare them on ReferenceEngine: thresholds = {'int3': {'\\*': Thresh"
+    ):
+        limits_of(ReferenceEngine, "int3")
 
 
 finite = st.floats(-1e3, 1e3)

@@ -1,6 +1,6 @@
-"""How fast engines are, and how exact, in one run on one machine.
+"""How fast engines are, and how accurate, in one run on one machine.
 
-`run.py` sends every engine, in turn, into processes of its own (`worker.py`); `job.py` is what the
-two tell each other. `count.py` says how much arithmetic there is to do, `rates.py` how fast this
-machine does plain arithmetic, `report.py` puts times beside both. Knows no engine's inside.
+`run.py` measures every engine in turn, in processes of its own (`worker.py`); `task.py` has the
+messages between them. `flops.py` counts the arithmetic, `roofline.py` measures how fast this machine
+does plain arithmetic, and `report.py` relates times to both. Knows no engine's internals.
 """

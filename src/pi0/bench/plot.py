@@ -87,7 +87,7 @@ def _label(row: dict[str, Any], scale: float, unit: str, peer: str) -> str:
     )
 
 
-def plot_scaling(path: Path, growth: list[dict[str, Any]], title: str) -> None:
+def plot_scaling(path: Path, scaling: list[dict[str, Any]], title: str) -> None:
     """Writes a PNG with a panel for each thing that was varied: time, as a multiple of the
     first point's, beside the arithmetic needed."""
     from matplotlib.figure import Figure
@@ -95,7 +95,7 @@ def plot_scaling(path: Path, growth: list[dict[str, Any]], title: str) -> None:
     figure = Figure(figsize=(9.5, 6), layout="constrained")
     panels = figure.subplots(2, 2).flat
     for axes, (name, label) in zip(panels, AXES.items(), strict=True):
-        points = [point for point in growth if point["varied"] == name]
+        points = [point for point in scaling if point["varied"] == name]
         values = [point["value"] for point in points]
         for engine, colour in zip(points[0]["ms"], LINES * len(points[0]["ms"]), strict=False):
             times = [point["ms"][engine] for point in points]

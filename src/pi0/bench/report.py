@@ -149,14 +149,14 @@ def counts(config: Pi0Config, point: Workload) -> tuple[Count, Count]:
     )
 
 
-def growth_rows(plan: BenchPlan, config: Pi0Config, result: BenchResult) -> list[dict[str, Any]]:
+def scaling_rows(plan: BenchPlan, config: Pi0Config, result: BenchResult) -> list[dict[str, Any]]:
     """Every point of the sweep: what is varied, work needed, and each engine's milliseconds."""
     return [
         {
             "varied": name,
             "value": getattr(point, name),
             "gflop": counts(config, point)[0].total(point.steps).flop / 1e9,
-            "ms": {engine.spec.label: engine.growth.get(point) for engine in result.engines},
+            "ms": {engine.spec.label: engine.scaling.get(point) for engine in result.engines},
         }
         for name, points in workloads_around(plan.point).items()
         for point in points
@@ -199,5 +199,5 @@ def to_data(
             }
             for engine, row in zip(result.engines, rows, strict=True)
         ],
-        "scaling": growth_rows(plan, config, result) if plan.scaling else [],
+        "scaling": scaling_rows(plan, config, result) if plan.scaling else [],
     }

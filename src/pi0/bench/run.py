@@ -71,7 +71,7 @@ class EngineResult:
         first_action_s: of each visit, from the start of its process.
         failure: why it is not measured further: one sentence.
         comparisons: its actions compared with the baseline's, by seed.
-        growth: milliseconds of each workload of the sweep; None where it raised an error.
+        scaling: milliseconds of each workload of the sweep; None where it raised an error.
         notes: its warnings, and the errors of workloads.
     """
 
@@ -81,7 +81,7 @@ class EngineResult:
     failure: str | None = None
     actions: Tensor | None = None  # [seeds, batch, horizon, action_dim]
     comparisons: list[Comparison] = field(default_factory=list)
-    growth: dict[Workload, float | None] = field(default_factory=dict)
+    scaling: dict[Workload, float | None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def note(self, sentences: list[str]) -> None:
@@ -155,7 +155,7 @@ def _sweep(plan: BenchPlan, engine: EngineResult) -> None:
         result = run_worker(job, Path(name))
     engine.note(result["warnings"])
     for point, outcome in zip(job.sweep, result["points"], strict=True):
-        engine.growth[point] = outcome["ms"]
+        engine.scaling[point] = outcome["ms"]
         if outcome["ms"] is None:
             engine.note([outcome["error"]])
 

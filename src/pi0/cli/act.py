@@ -65,7 +65,7 @@ def act(
     stages: Annotated[
         bool, typer.Option("--stages", help="Print the eleven stages, too (one more pass).")
     ] = False,
-    engine: options.Engine = "auto",
+    engine: options.EngineOrAuto = "auto",
     device: options.Device = None,
     dtype: options.Dtype = None,
     weight_cache: options.WeightCache = False,

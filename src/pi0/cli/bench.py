@@ -171,8 +171,9 @@ def _print(data: dict[str, Any]) -> None:
     print_line(
         f"accuracy: the worst of {data['seeds']} seeds of noise, relative to {data['baseline']}"
     )
+    own = f"pi0 {data['machine']['pi0']}"
     for engine in data["engines"]:
-        if engine["implementation"]:
+        if engine["implementation"] not in (None, own):
             print_line(f"{engine['engine']}: {engine['implementation']}, torch {engine['torch']}")
         for note in engine["notes"]:
             print_line(f"{engine['engine']}: {note}")

@@ -17,13 +17,17 @@ Checkpoint = Annotated[
     ),
 ]
 GRAMMAR = "ENGINE[:PRECISION][@DEVICE]"
-Engine = Annotated[
+ENGINE_HELP = (
+    "Engine that computes, as in cpu:int8 or reference:bfloat16@cuda:1. reference: plain PyTorch; "
+    "cpu, cuda: fast; ttnn: a Tenstorrent card; ttnn-host: its arithmetic on the host."
+)
+Engine = Annotated[str, typer.Option(metavar=GRAMMAR, help=ENGINE_HELP)]
+EngineOrAuto = Annotated[
     str,
     typer.Option(
+        "--engine",
         metavar=GRAMMAR,
-        help="Engine that computes, as in cpu:int8 or reference:bfloat16@cuda:1. "
-        "reference: plain PyTorch; cpu, cuda: fast; ttnn: a Tenstorrent card; ttnn-host: its "
-        "arithmetic on the host.",
+        help=f"{ENGINE_HELP} auto: the fastest on this machine that computes in float32.",
     ),
 ]
 Device = Annotated[
@@ -146,7 +150,8 @@ class EngineCommand(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:  # click's, which typer may contain
         from pi0.engines.registry import engine_names
 
+        names = f" Engines: {', '.join(engine_names())}."
         for option in self.params:
             if option.name in ENGINE_OPTIONS and isinstance(option, TyperOption):
-                option.help = f"{option.help} Engines: {', '.join(engine_names())}."
+                option.help = (option.help or "").removesuffix(names) + names
         super().format_help(ctx, formatter)

@@ -225,7 +225,7 @@ def _print(header: Header, result: VerifyResult) -> None:
 
 
 def _print_rows(header: Header, result: VerifyResult) -> None:
-    """Every comparison beside both of its limits, and which of them it exceeds."""
+    """Every comparison with both of its limits, and which of them it exceeds."""
     from pi0.cli.show import print_line, table
     from pi0.verify.report import outcome
 

@@ -134,7 +134,7 @@ class PeerEngine(Engine):
         self._stop()
 
     def _ask(self, command: str, **arrays: object) -> Message:
-        with contextlib.suppress(BrokenPipeError):  # said by `_answer`
+        with contextlib.suppress(BrokenPipeError):  # `_answer` raises the error
             assert self._worker.stdin
             send(self._worker.stdin, command=command, **arrays)
         answer = self._answer()
@@ -179,8 +179,8 @@ class LerobotEngine(PeerEngine):
         named = os.environ.get("PI0_LEROBOT_PYTHON")
         if named and not Path(named).exists():
             raise EngineError(f"PI0_LEROBOT_PYTHON: expected an interpreter, found no {named}.")
-        beside = Path(".venv-lerobot/bin/python")
-        return named or (str(beside.absolute()) if beside.exists() else super().python())
+        local = Path(".venv-lerobot/bin/python")
+        return named or (str(local.absolute()) if local.exists() else super().python())
 
 
 def arrays_of(inputs: ModelInputs) -> dict[str, Any]:

@@ -47,18 +47,18 @@ class Model:
         self.model = policy.model
 
     def prefill(self, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Runs their prefix, and keeps what their denoising step needs of it."""
-        found: dict[str, Any] = {}
-        seen: dict[str, Tensor] = {}
+        """Runs their prefix, and keeps the arguments that their loop gives to a denoising step."""
+        prefix: dict[str, Any] = {}
+        stages: dict[str, Tensor] = {}
         embed, denoise = self.model.embed_prefix, self.model.denoise_step
 
         def embed_prefix(*args: Any, **kwargs: Any) -> Any:
             result = embed(*args, **kwargs)
-            seen["prefix"] = result[0]
+            stages["prefix"] = result[0]
             return result
 
         def denoise_step(**kwargs: Any) -> Tensor:
-            found.update(kwargs)
+            prefix.update(kwargs)
             return torch.zeros_like(kwargs["x_t"])
 
         self.model.embed_prefix, self.model.denoise_step = embed_prefix, denoise_step
@@ -68,8 +68,8 @@ class Model:
             self.sample(arrays, noise, 1)
         finally:
             self.model.embed_prefix, self.model.denoise_step = embed, denoise
-        self.prefix = found
-        return seen
+        self.prefix = prefix
+        return stages
 
     def velocity(self, x_t: Tensor, t: Tensor, state: Tensor) -> Tensor:
         given = {**self.prefix, "x_t": x_t, "timestep": t, "state": state}

@@ -63,15 +63,15 @@ class Model:
         self.model.to(device)
 
     def prefill(self, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Runs their prefix, and keeps what their denoising step needs of it."""
-        found: dict[str, Any] = {}
+        """Runs their prefix, and keeps the arguments that their loop gives to a denoising step."""
+        prefix: dict[str, Any] = {}
         forward = self.model.forward
 
         class Result:
             logits = torch.zeros(())
 
         def first_step(**kwargs: Any) -> type[Result]:
-            found.update(kwargs)
+            prefix.update(kwargs)
             return Result
 
         self.model.forward = first_step
@@ -81,7 +81,7 @@ class Model:
             self.sample(arrays, noise, 1)
         finally:
             self.model.forward = forward
-        self.prefix = found
+        self.prefix = prefix
         return {}
 
     def velocity(self, x_t: Tensor, t: Tensor, state: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Our reader's tensors in somebody else's model."""
+"""Fills another implementation's model with the tensors that our reader reads."""
 
 from __future__ import annotations
 

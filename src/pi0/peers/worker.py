@@ -1,8 +1,8 @@
-"""The process that holds somebody else's model: `python -m pi0.peers.worker NAME CKPT DTYPE
-DEVICE`.
+"""The process that holds another implementation's model.
 
-Answers messages on standard input with messages on standard output. Runs in the interpreter that
-has the other implementation, which need not have ours: torch, numpy and safetensors do.
+`python -m pi0.peers.worker NAME CKPT DTYPE DEVICE` answers messages on standard input with messages
+on standard output. It runs in the interpreter that has the other implementation. That interpreter
+need not have pi0 installed: torch, numpy and safetensors are enough.
 """
 
 from __future__ import annotations

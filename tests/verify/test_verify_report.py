@@ -132,8 +132,8 @@ def test_names_of_cases_and_checkpoints_are_text() -> None:
     case = "<b>_$x{ & 抓.npz"
     row = Row(case, "velocity", GOOD, LIMIT, 0, 0)
     a = torch.randn(1, 5, 2)
-    header = Header(case, "a:float32", "a:float32", "chained", "", "none", "")
-    html = to_html(header, VerifyResult("chained", [row], {case: (a, a + 1)}, []))
+    header = Header(case, "a:float32", "a:float32", "chained", "", "none", "", False)
+    html = to_html(header, VerifyResult("chained", [row], {case: (a, a + 1)}, {}))
     assert "<b>" not in html
     page = Page(html)
     assert case in page.words

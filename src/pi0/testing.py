@@ -1,0 +1,252 @@
+"""Conformance checks, for the tests of people who write an engine.
+
+    from pi0.testing import check_engine
+
+    def test_my_engine():
+        check_engine(MyEngine)
+
+Knows no engine but the reference.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from pi0.checkpoint.layouts import LAYOUTS
+from pi0.checkpoint.load import Checkpoint, open_checkpoint
+from pi0.checkpoint.synth import synthesise
+from pi0.config import PRESETS
+from pi0.engines.base import Capabilities, Engine, EngineOptions, make_engine
+from pi0.errors import EngineError, Pi0Error
+from pi0.inputs import ModelInputs, random_inputs
+from pi0.verify.compare import compare
+from pi0.verify.run import default_cases, verify
+from pi0.verify.thresholds import limits_of, looser, threshold
+
+CAMERAS, TOKENS, STEPS, THREADS = 2, 12, 2, 4
+
+Make = Callable[[Checkpoint], Engine]
+
+
+def check_engine(engine: type[Engine] | Make, checkpoint: Checkpoint | None = None) -> None:
+    """Checks that an engine keeps what `pi0.engines.base.Engine` promises.
+
+    It has to declare what it can do; to compute what the reference computes, within the limits of
+    its precision, for other inputs as well as for the same again, masked content having no effect;
+    to serve several threads; and to close. A class is checked in each of its precisions.
+
+    Args:
+        engine: a class, or a function that makes an engine from a checkpoint and is called twice.
+        checkpoint: None: a small synthetic one.
+
+    Raises:
+        AssertionError: says in one sentence what the engine does not keep.
+        EngineError: the engine is not available on this machine.
+    """
+    with _opened(checkpoint) as opened:
+        if isinstance(engine, type):
+            declared = cast(type[Engine], engine)
+            _check_declarations(declared)
+            for precision in declared.capabilities.precisions:
+                options = EngineOptions(precision)
+                _check(partial(declared.from_checkpoint, options=options), opened)
+        else:
+            _check(engine, opened)
+
+
+@contextmanager
+def _opened(checkpoint: Checkpoint | None) -> Iterator[Checkpoint]:
+    if checkpoint is not None:
+        yield checkpoint
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        synthesise(Path(folder), PRESETS["tiny"], LAYOUTS["openpi"], 0, torch.float32)
+        yield open_checkpoint(Path(folder))
+
+
+def _check_declarations(engine: type[Engine]) -> None:
+    label = engine.__qualname__
+    name = getattr(engine, "name", None)
+    _require(
+        isinstance(name, str) and bool(name) and not set(name) & set(":@ "),
+        f"{label}.name: expected a word without colon and at sign, found {name!r}.",
+    )
+    can = getattr(engine, "capabilities", None)
+    _require(
+        isinstance(can, Capabilities),
+        f"{label}.capabilities: expected pi0.engines.base.Capabilities, found {can!r}.",
+    )
+    assert isinstance(can, Capabilities)
+    for field, values in (("precisions", can.precisions), ("devices", can.devices)):
+        _require(
+            isinstance(values, tuple) and len(values) > 0,
+            f"{label}.capabilities.{field}: expected a tuple of at least one name, found "
+            f"{values!r}.",
+        )
+    for precision in can.precisions:
+        try:
+            limits_of(engine, precision)
+        except EngineError as error:
+            raise AssertionError(str(error)) from error
+
+
+def _check(make: Make, checkpoint: Checkpoint) -> None:
+    """All checks of one precision."""
+    inputs, noise = random_inputs(checkpoint.config, CAMERAS, TOKENS, seed=0)
+    with make(checkpoint) as engine:
+        label = f"engine {engine.name}:{engine.options.precision}"
+        _check_declarations(type(engine))
+        actions = engine.sample(inputs, noise, STEPS)
+        _check_result(label, actions, noise)
+        _check_same_again(label, engine, inputs, noise)
+        _check_fresh(label, engine, checkpoint, inputs, noise)
+        if engine.capabilities.batch:
+            _check_batch(label, engine, inputs, noise)
+        _check_threads(label, engine, inputs, noise)
+        _check_close(label, engine, inputs, noise)
+    _check_verify(label, make, checkpoint)
+
+
+def _check_result(label: str, actions: Tensor, noise: Tensor) -> None:
+    _require(
+        actions.shape == noise.shape
+        and actions.dtype == torch.float32
+        and actions.device.type == "cpu",
+        f"{label}: expected actions as float32 {list(noise.shape)} on the CPU, found "
+        f"{str(actions.dtype).removeprefix('torch.')} {list(actions.shape)} on {actions.device}.",
+    )
+
+
+def _check_same_again(label: str, engine: Engine, inputs: ModelInputs, noise: Tensor) -> None:
+    first, second = (engine.sample(inputs, noise, STEPS) for _ in range(2))
+    _require(
+        torch.equal(first, second),
+        f"{label}: expected the same bits from the same call, found a difference of "
+        f"{float((first - second).abs().max()):.1e}.",
+    )
+
+
+def _check_fresh(
+    label: str, engine: Engine, checkpoint: Checkpoint, inputs: ModelInputs, noise: Tensor
+) -> None:
+    """One input changes at a time; the answer has to be that of the changed input."""
+    vocabulary = engine.config.vocab_size
+    changed = {
+        "images": (replace(inputs, images=-inputs.images), noise),
+        "tokens": (replace(inputs, tokens=(inputs.tokens + 1) % vocabulary), noise),
+        "token_mask": (replace(inputs, token_mask=_all_but_last(inputs.token_mask)), noise),
+        "image_mask": (replace(inputs, image_mask=_all_but_last(inputs.image_mask)), noise),
+        "state": (replace(inputs, state=-inputs.state), noise),
+        "noise": (inputs, -noise),
+    }
+    own = limits_of(type(engine), engine.options.precision)
+    with make_engine("reference", checkpoint) as reference:
+        limit = threshold("actions", looser(own, limits_of(type(reference), "float32")))
+        for name, (given, x) in changed.items():
+            before = engine.sample(inputs, noise, STEPS)
+            after = engine.sample(given, x, STEPS)
+            _require(
+                not torch.equal(before, after),
+                f"{label}: expected other actions for other {name}, found the same.",
+            )
+            found = compare(reference.sample(given, x, STEPS), after)
+            _require(
+                found.fault is None and found.rel_l2 <= limit.max_rel_l2,
+                f"{label}: expected the reference's actions for other {name} within a relative "
+                f"error of {limit.max_rel_l2:g}, found {found.fault or f'{found.rel_l2:.2g}'}.",
+            )
+
+
+def _all_but_last(mask: Tensor) -> Tensor:
+    masked = mask.clone()
+    masked[:, -1] = False
+    return masked
+
+
+def _check_batch(label: str, engine: Engine, inputs: ModelInputs, noise: Tensor) -> None:
+    others, other_noise = random_inputs(engine.config, CAMERAS, TOKENS, seed=1)
+    rows = [(inputs, noise), (others, other_noise)]
+    both = ModelInputs(
+        **{name: torch.cat([value, vars(others)[name]]) for name, value in vars(inputs).items()}
+    )
+    own = limits_of(type(engine), engine.options.precision)
+    limit = threshold("actions", own)
+    together = engine.sample(both, torch.cat([noise, other_noise]), STEPS)
+    _require(
+        together.shape == (2, *noise.shape[1:]),
+        f"{label}: expected actions of both rows of a batch, found {list(together.shape)}.",
+    )
+    for i, (given, x) in enumerate(rows):
+        found = compare(engine.sample(given, x, STEPS), together[i : i + 1])
+        _require(
+            found.fault is None and found.rel_l2 <= limit.max_rel_l2,
+            f"{label}: expected row {i} of a batch to be what it is alone, found a relative error "
+            f"of {found.rel_l2:.2g}.",
+        )
+
+
+def _check_threads(label: str, engine: Engine, inputs: ModelInputs, noise: Tensor) -> None:
+    calls = [
+        (replace(inputs, images=inputs.images.roll(i, dims=-1)), noise.roll(i, dims=1))
+        for i in range(2 * THREADS)
+    ]
+    alone = [engine.sample(*call, STEPS) for call in calls]
+    with ThreadPoolExecutor(THREADS) as pool:
+        together = list(pool.map(lambda call: engine.sample(call[0], call[1], STEPS), calls))
+    wrong = sum(not torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    _require(
+        not wrong,
+        f"{label}: expected the same bits from {THREADS} threads as from one, found {wrong} of "
+        f"{len(calls)} answers that differ.",
+    )
+
+
+def _check_close(label: str, engine: Engine, inputs: ModelInputs, noise: Tensor) -> None:
+    engine.close()
+    engine.close()
+    for name, call in (
+        ("sample", lambda: engine.sample(inputs, noise, STEPS)),
+        ("prefill", lambda: engine.prefill(inputs)),
+    ):
+        try:
+            call()
+        except EngineError:
+            continue
+        raise AssertionError(
+            f"{label}: expected an EngineError from {name} after close, found an answer. Decorate "
+            "prefill and velocity with pi0.engines.base.exclusive."
+        )
+
+
+def _check_verify(label: str, make: Make, checkpoint: Checkpoint) -> None:
+    """Stages, blocks, velocities and actions are the reference's; masked content has no effect."""
+    try:
+        result = verify(
+            lambda: make_engine("reference", checkpoint),
+            lambda: make(checkpoint),
+            default_cases(checkpoint.config, CAMERAS, TOKENS),
+            steps=STEPS,
+        )
+    except Pi0Error as error:
+        raise AssertionError(f"{label}: expected it to run in verify, found: {error}") from error
+    failure = result.first_failure
+    if failure:
+        raise AssertionError(
+            f"{label}: expected the reference's {failure.name} ({failure.case}), found that "
+            f"{' and '.join(failure.exceeded)}."
+        )
+
+
+def _require(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise AssertionError(sentence)

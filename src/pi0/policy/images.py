@@ -10,6 +10,7 @@ Knows nothing of cameras or models.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from pi0.errors import ObservationError
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 
 
 def to_model(name: str, image: Array, size: int, convention: str) -> Tensor:

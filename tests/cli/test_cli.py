@@ -167,7 +167,12 @@ def test_act(tiny_path: Path, image: Path, tmp_path: Path) -> None:
         assert picture.size[0] > 500
     again = json.loads(pi0(*act(tiny_path, image, "--json")).stdout)
     np.testing.assert_allclose(np.array(again["actions"]), np.load(out), atol=1e-5)
-    assert set(again["policy_timing"]) == {"preprocess_ms", "infer_ms", "postprocess_ms", "total_ms"}
+    assert set(again["policy_timing"]) == {
+        "preprocess_ms",
+        "infer_ms",
+        "postprocess_ms",
+        "total_ms",
+    }
 
 
 def test_act_for_a_robot(tiny_path: Path, image: Path, tmp_path: Path) -> None:

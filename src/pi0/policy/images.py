@@ -10,6 +10,7 @@ Knows nothing of cameras or models.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from pi0.errors import ObservationError
 from pi0.policy.normalize import Normalizer
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 SLACK = 1e-3  # beyond [0, 1], which resizing and arithmetic in low precision leave
 
 

@@ -21,7 +21,9 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "adapter_mo
 PRETRAINED = "pretrained_model"  # the folder inside each checkpoint of a LeRobot training run
 JAX_FILES = ("_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-CONVERT = "convert it to PyTorch first, with openpi's examples/convert_jax_model_to_pytorch.py"
+CONVERT = (
+    "JAX, to be converted to PyTorch first with openpi's examples/convert_jax_model_to_pytorch.py"
+)
 TOKENIZER = (
     "The tokenizer is a file of its own: paligemma_tokenizer.model from gs://big_vision, or "
     "google/paligemma-3b-pt-224 on the hub, where Gemma's licence has to be accepted."
@@ -118,7 +120,7 @@ def _single(path: Path) -> Sources:
     if path.name in ADAPTER_FILES:
         raise CheckpointError(f"{path}: {EXPECTED}, {_adapter(path.parent)}")
     if path.name in JAX_FILES:
-        raise CheckpointError(f"{path}: {EXPECTED}, found a part of a JAX checkpoint: {CONVERT}.")
+        raise CheckpointError(f"{path}: {EXPECTED}, found a part of a checkpoint of {CONVERT}.")
     if path.suffix in PICKLES:
         raise CheckpointError(f"{path}: {EXPECTED}, {_pickle(path)}")
     return Sources(path, [path])
@@ -156,7 +158,7 @@ def _download(scheme: str, rest: str) -> str:
         "s3": f"aws s3 cp --recursive s3://{rest} {local}",
     }.get(scheme)
     how = f": {command}" if command else ""
-    jax = f" openpi's published checkpoints are JAX: {CONVERT}." if scheme == "gs" else ""
+    jax = f" openpi's published checkpoints are of {CONVERT}." if scheme == "gs" else ""
     return f"{EXPECTED} on this machine, found an address. Download it first{how}.{jax}"
 
 
@@ -182,7 +184,7 @@ def _nothing_there(path: Path) -> str:
     )
     return (
         f"{found} {how} openpi's own checkpoints, such as "
-        f"gs://openpi-assets/checkpoints/pi0_base, are JAX: {CONVERT}. {TOKENIZER}"
+        f"gs://openpi-assets/checkpoints/pi0_base, are of {CONVERT}. {TOKENIZER}"
     )
 
 
@@ -202,7 +204,7 @@ def _other_contents(path: Path) -> str:
         any((path / sub / name).exists() for sub in (".", "params") for name in JAX_FILES)
         or (path / "params").is_dir()
     ):
-        return f"found none. This is a JAX checkpoint: {CONVERT}."
+        return f"found none. This is a checkpoint of {CONVERT}."
     if has_adapter(path):
         return _adapter(path)
     inner = list(_checkpoints_in(path))

@@ -1,0 +1,220 @@
+"""Paths that people name as a checkpoint: what is found, and the hint where it is none."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from pi0.checkpoint.load import open_checkpoint
+from pi0.errors import CheckpointError
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 7022134\n"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(tiny_path: Path, tmp_path: Path) -> Path:
+    """A copy to do as one likes with."""
+    return shutil.copytree(tiny_path, tmp_path / "ckpt")
+
+
+def refused(path: Path | str) -> str:
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(path)
+    return str(error.value)
+
+
+def test_home_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert open_checkpoint("~/ckpt").path == folder
+    assert "found nothing there" in refused("~nobody-of-that-name/ckpt")
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_step_of_a_lerobot_run(folder: Path, tmp_path: Path, link: bool) -> None:
+    step = tmp_path / "run" / "checkpoints" / "005000"
+    shutil.copytree(folder, step / "pretrained_model")
+    (step / "training_state").mkdir()
+    save_file(load_file(folder / "model.safetensors"), step / "training_state" / "opt.safetensors")
+    if link:
+        (step.parent / "last").symlink_to("005000")
+        step = step.parent / "last"
+    opened = open_checkpoint(step)
+    assert opened.path == opened.folder == step / "pretrained_model"
+    assert opened.settings["horizon"] == 50
+    for above in (step.parent, step.parent.parent):
+        assert f"Name one, such as {step}." in refused(above)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("lerobot/pi0_base", "hf download lerobot/pi0_base --local-dir pi0_base"),
+        ("lerobot/pi0_base", "google/paligemma-3b-pt-224"),
+        ("lerobot/pi0_base", "examples/convert_jax_model_to_pytorch.py"),
+        ("hf://lerobot/pi0_base", "hf download lerobot/pi0_base"),
+        ("https://huggingface.co/lerobot/pi0_base/tree/main", "hf download lerobot/pi0_base "),
+        ("https://example.org/pi0.safetensors", "found an address. Download it first."),
+        ("gs://openpi-assets/checkpoints/pi0_base", "gsutil -m cp -r gs://openpi-assets/check"),
+        ("gs://openpi-assets/checkpoints/pi0_base", "JAX, to be converted to PyTorch"),
+        (Path("s3://bucket/run/pi0"), "s3://bucket/run/pi0: expected"),
+        ("s3://bucket/run/pi0", "aws s3 cp --recursive s3://bucket/run/pi0 pi0"),
+    ],
+)
+def test_hub_ids_and_addresses(path: str, message: str) -> None:
+    assert message in refused(path)
+
+
+def test_hub_id_in_the_local_cache(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    snapshot = tmp_path / "hub" / "models--lerobot--pi0_base" / "snapshots" / "abc"
+    shutil.copytree(folder, snapshot)
+    assert f"The hub's cache has it: name {snapshot}." in refused("lerobot/pi0_base")
+    assert f"such as {snapshot}" in refused(snapshot.parents[1])
+
+
+def test_paths_that_are_no_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for path in ("runs/pi0", "a/model.safetensors", tmp_path / "x", "base"):
+        assert "hf download" not in refused(path)
+
+
+def test_jax(tmp_path: Path) -> None:
+    for name in ("a/params/_METADATA", "b/manifest.ocdbt", "c/params/ocdbt.process_0/d"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("{}")
+    for path in ("a", "a/params", "a/params/_METADATA", "b", "c"):
+        assert "JAX, to be converted to PyTorch" in refused(tmp_path / path)
+
+
+def test_adapters(folder: Path) -> None:
+    weights = {"base_model.model.x.lora_A.weight": load_file(folder / "model.safetensors")}
+    assert weights
+    shutil.copy(folder / "model.safetensors", folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "lerobot/pi0_base"})
+    )
+    (found,) = open_checkpoint(folder).findings
+    assert (found.severity, found.code) == ("warning", "adapter-ignored")
+    (folder / "model.safetensors").unlink()
+    for path in (folder, folder / "adapter_model.safetensors"):
+        assert "Adapters are not loaded yet: merge it into its base model (lerobot/pi0_base)" in (
+            refused(path)
+        )
+
+
+def test_adapter_under_another_name(folder: Path) -> None:
+    values = load_file(folder / "model.safetensors")["action_out_proj.bias"]
+    save_file({"base_model.model.x.lora_A.weight": values}, folder / "model.safetensors")
+    assert "of an adapter: merge it" in refused(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "pi0.pth", "last.ckpt"])
+def test_pickles(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"PK\x03\x04rest")
+    for path in (tmp_path, tmp_path / name):
+        assert f"found {name}. Pickled weights are not read" in refused(path)
+    (tmp_path / name).rename(tmp_path / "model.safetensors")
+    assert "found a pickle of PyTorch" in refused(tmp_path)
+
+
+def test_files_that_are_no_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    for content, message in (
+        (LFS, "found a Git LFS pointer. Fetch the file that it stands for: git lfs pull"),
+        ("", "found an empty file. Copy or download it again"),
+        ("<!DOCTYPE html>\n<html>not found</html>", "found a web page"),
+    ):
+        path.write_text(content)
+        assert f"{path}: expected a complete safetensors file, {message}" in refused(folder)
+    for name in ("a.safetensors", "b.safetensors"):
+        (folder / name).touch()
+    path.unlink()
+    assert "found an empty file" in refused(folder)
+
+
+def test_config_json_named_as_the_checkpoint(folder: Path) -> None:
+    assert f"Name the folder that it lies in: {folder}." in refused(folder / "config.json")
+
+
+def test_folder_and_link_in_place_of_the_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.unlink()
+    path.symlink_to(folder / "blobs" / "abc")
+    assert "found a link to a file that is not there" in refused(folder)
+    assert "found a link to" in refused(path)
+    path.unlink()
+    path.mkdir()
+    assert f"{path}: expected a file, found a folder" in refused(folder)
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything"
+)
+def test_files_that_may_not_be_read(folder: Path) -> None:
+    for path in (folder / "config.json", folder / "model.safetensors", folder):
+        mode = path.stat().st_mode
+        path.chmod(0)
+        assert "Permission denied" in refused(folder)
+        path.chmod(mode)
+
+
+def test_error_of_the_system_is_a_sentence(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_access(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pi0.checkpoint.files.safe_open", no_access)
+    assert "expected a safetensors file that can be read, found: Permission" in refused(folder)
+
+
+@pytest.fixture
+def sharded(folder: Path) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    weight_map = {}
+    for part, shard in ((names[::2], "a.safetensors"), (names[1::2], "b.safetensors")):
+        save_file({name: tensors[name] for name in part}, folder / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    write_index(folder, weight_map)
+    return folder
+
+
+def write_index(folder: Path, weight_map: object) -> None:
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("name", ["../b.safetensors", "/tmp/b.safetensors", 3, None])
+def test_index_that_names_other_places(sharded: Path, name: object) -> None:
+    write_index(sharded, {"x": name})
+    assert f"expected the names of files beside it, found {name!r}" in refused(sharded)
+    write_index(sharded, {})
+    assert "expected an object `weight_map` of tensors" in refused(sharded)
+
+
+def test_index_and_shards_that_differ(sharded: Path) -> None:
+    weight_map = json.loads((sharded / INDEX).read_text())["weight_map"]
+    write_index(sharded, {**weight_map, "lost.weight": "a.safetensors"})
+    assert "found 1 that are not in the shard it names, such as lost.weight (a.s" in refused(
+        sharded
+    )
+    first = next(iter(weight_map))
+    write_index(sharded, {name: file for name, file in weight_map.items() if name != first})
+    assert f"found 1 not listed, such as {first}" in refused(sharded)
+
+
+def test_index_decides_between_copies(sharded: Path) -> None:
+    weight_map = json.loads((sharded / INDEX).read_text())["weight_map"]
+    a, b = (load_file(sharded / f"{name}.safetensors") for name in "ab")
+    name = next(iter(a))
+    save_file({**b, name: a[name]}, sharded / "b.safetensors")
+    assert open_checkpoint(sharded).tensors[name].file.name == weight_map[name]

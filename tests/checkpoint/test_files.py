@@ -193,7 +193,10 @@ def test_failure_leaves_nothing(tmp_path: Path) -> None:
     before.write_text("before")
     for stop in (KeyboardInterrupt, ValueError, OSError(errno.EIO, "I/O error")):
         for path in (tmp_path / "a" / "b" / "new.npy", before):
-            with pytest.raises((KeyboardInterrupt, ValueError, Pi0Error)), replacing(path) as part:
+            with (  # noqa: PT012
+                pytest.raises((KeyboardInterrupt, ValueError, Pi0Error)),
+                replacing(path) as part,
+            ):
                 part.write_text("half")
                 raise stop
     assert list(tmp_path.rglob("*")) == [before]

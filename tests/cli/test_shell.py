@@ -170,7 +170,8 @@ def test_inspect_says_what_is_assumed(folder: Path) -> None:
     assert "warning horizon-assumed: horizon: neither the tensors nor config.json say how" in text
     data = json.loads(pi0("inspect", folder, "--horizon", 10, "--json").stdout)
     assert data["config"]["horizon"] == 10
-    assert data["findings"] == data["assumed"] == []
+    assert data["assumed"] == []
+    assert [row["code"] for row in data["policy"]["findings"]] == ["robot-assumed"]
     stages = json.loads(pi0("trace", folder, "--horizon", 10, "--json").stdout)["stages"]
     assert stages[-1]["shape"] == [1, 10, 32]
     assert "max_tokens (--max-tokens): expected 48 as config.json says, found 9" in refused(

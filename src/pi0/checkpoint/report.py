@@ -46,7 +46,6 @@ def report(checkpoint: Checkpoint, cameras: int, tokens: int, image_size: int) -
         "embedding": _embedding(checkpoint),
         "config": asdict(config),
         "assumed": checkpoint.inferred.assumed,
-        "findings": [asdict(finding) for finding in checkpoint.findings],
         "sequence": {
             "cameras": cameras,
             "image_size": image_size,

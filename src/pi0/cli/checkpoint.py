@@ -67,29 +67,47 @@ def inspect(
     tokens: options.Tokens = None,
     horizon: options.Horizon = None,
     max_tokens: options.MaxTokens = None,
+    robot: options.RobotName = None,
+    tokenizer: options.TokenizerFile = None,
+    norm_stats: options.NormStats = None,
+    norm_mode: options.NormMode = None,
+    preprocessing: options.Preprocessing = None,
     as_json: options.Json = False,
 ) -> None:
-    """Say what is in a checkpoint, without loading it.
+    """Say what is in a checkpoint, and what `pi0 act` would use, without loading it.
 
-    Layout and how it was recognised, modules, configuration, sequence lengths, memory, and what has
-    to be assumed. A checkpoint that does not fit in every name, shape and dtype is an error that
-    lists what is wrong.
+    Layout and how it was recognised, modules, configuration, sequence lengths, memory; robot,
+    statistics, tokenizer, preprocessing, and all that is assumed or does not fit. A checkpoint that
+    does not fit in every name, shape and dtype is an error that lists what is wrong.
 
     **Examples**
 
         pi0 inspect pi0_base
+        pi0 inspect pi0_libero --robot libero
         pi0 inspect pi0_base --cameras 2 --image-size 384 --tokens 32
         pi0 inspect pi0_base --json | jq .sequence
     """
     from pi0.checkpoint.load import open_checkpoint
     from pi0.checkpoint.report import report
     from pi0.cli.show import print_json
+    from pi0.policy import PolicyOptions, prepare
 
     opened = open_checkpoint(checkpoint, horizon, max_tokens)
     config = opened.config
     data = report(
         opened, cameras, tokens or config.max_tokens, image_size or config.vision.image_size
     )
+    setup = prepare(
+        opened,
+        PolicyOptions(
+            robot=robot,
+            tokenizer=tokenizer,
+            norm_stats=norm_stats,
+            norm_mode=norm_mode,
+            preprocessing=preprocessing,
+        ),
+    )
+    data["policy"] = setup.describe()
     if as_json:
         print_json(data)
     else:
@@ -152,5 +170,28 @@ def _print_report(data: dict[str, Any]) -> None:
             ],
             left=2,
         )
-    for finding in data["findings"]:
+    _print_policy(data["policy"])
+
+
+def _print_policy(policy: dict[str, Any]) -> None:
+    """Prints what `pi0 act` would use, and the findings."""
+    from pi0.cli.show import print_line
+
+    robot, sources = policy["robot"], policy["sources"]
+    print_line("pi0 act would use")
+    if robot:
+        cameras = ", ".join(camera["key"] for camera in robot["cameras"])
+        state = ", ".join(f"{key} [{length or '?'}]" for key, length in robot["state"].items())
+        print_line(
+            f"  robot {robot['name']} ({sources['robot']}): cameras {cameras}; state {state}"
+        )
+        relative = sum(robot["relative"])
+        print_line(
+            f"  actions: {policy['horizon']} of {robot['action_dim'] or '?'}, {relative} of them "
+            f"relative to the state; limits {'stated' if robot['limits'] else 'none stated'}"
+        )
+    for name in ("statistics", "tokenizer", "preprocessing"):
+        if name in sources:
+            print_line(f"  {name}: {sources[name]}")
+    for finding in policy["findings"]:
         print_line(f"{finding['severity']} {finding['code']}: {finding['sentence']}")

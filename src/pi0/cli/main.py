@@ -17,7 +17,7 @@ from pi0.cli.act import act
 from pi0.cli.bench import bench
 from pi0.cli.checkpoint import inspect, synth
 from pi0.cli.forward import sample, trace
-from pi0.cli.options import EngineCommand
+from pi0.cli.options import PluginCommand
 from pi0.cli.ttnn import app as ttnn
 from pi0.cli.verify import verify
 from pi0.errors import Pi0Error
@@ -48,9 +48,9 @@ Tab completion: `pi0 --install-completion`.""",
 )
 
 for verb in (act, trace, sample, verify):
-    app.command(cls=EngineCommand)(verb)
+    app.command(cls=PluginCommand)(verb)
 # Left-over words are given to `bench`, which says how several engines are named.
-app.command(cls=EngineCommand, context_settings={"allow_extra_args": True})(bench)
+app.command(cls=PluginCommand, context_settings={"allow_extra_args": True})(bench)
 app.command()(inspect)
 app.command()(synth)
 app.add_typer(ttnn, name="ttnn")

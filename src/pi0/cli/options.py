@@ -141,17 +141,21 @@ PromptMode = Annotated[
 ENGINE_OPTIONS = ("engine", "engines", "against")
 
 
-class EngineCommand(TyperCommand):
-    """A command whose help lists the engines, plug-ins included.
+class PluginCommand(TyperCommand):
+    """A command whose help lists the engines and the installed robots, plug-ins included.
 
     They are listed when help is asked for, because reading entry points takes time.
     """
 
     def format_help(self, ctx: Any, formatter: Any) -> None:  # click's, which typer may contain
         from pi0.engines.registry import engine_names
+        from pi0.plugins import ROBOTS, find_plugins
 
-        names = f" Engines: {', '.join(engine_names())}."
+        robots = find_plugins(ROBOTS, frozenset())
+        names = dict.fromkeys(ENGINE_OPTIONS, f" Engines: {', '.join(engine_names())}.")
+        names["robot"] = f" Installed: {', '.join(robots)}." if robots else ""
         for option in self.params:
-            if option.name in ENGINE_OPTIONS and isinstance(option, TyperOption):
-                option.help = (option.help or "").removesuffix(names) + names
+            if option.name in names and isinstance(option, TyperOption):
+                text = names[option.name]
+                option.help = (option.help or "").removesuffix(text) + text
         super().format_help(ctx, formatter)

@@ -71,12 +71,14 @@ class PolicySetup:
     """What a policy uses for a checkpoint, as far as that is known.
 
     Attributes:
+        robot: None if it is unknown.
         pipeline: None if one of the findings is an error.
         sources: where robot, statistics, tokenizer and preprocessing come from, in words.
         n_action_steps: how many actions of a chunk are executed by default; None: all.
     """
 
     checkpoint: Checkpoint
+    robot: Robot | None = None
     pipeline: Pipeline | None = None
     findings: list[Finding] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
@@ -100,7 +102,7 @@ class PolicySetup:
             "layout": self.checkpoint.names.layout,
             "horizon": config.horizon,
             "max_tokens": pipeline.prompt.max_tokens if pipeline else config.max_tokens,
-            "robot": None if pipeline is None else _describe_robot(pipeline),
+            "robot": self.robot and _describe_robot(self.robot, pipeline),
             "resize": pipeline and pipeline.resize,
             "prompt": pipeline and pipeline.prompt.convention,
             "default_prompt": pipeline and pipeline.default_prompt,
@@ -128,6 +130,7 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
         "preprocessing-unknown", lambda: _conventions(checkpoint, options, program, setup)
     )
     robot = setup.attempt("robot-unknown", lambda: _robot(checkpoint, options, program, setup))
+    setup.robot = robot
     stats = setup.attempt(
         "statistics-unusable", lambda: _statistics(checkpoint, options, program, setup)
     )
@@ -403,19 +406,20 @@ def _assets(folder: Path) -> str | None:
     return found[0].parent.name if len(found) == 1 else None
 
 
-def _describe_robot(pipeline: Pipeline) -> dict[str, Any]:
-    robot = pipeline.robot
+def _describe_robot(robot: Robot, pipeline: Pipeline | None) -> dict[str, Any]:
+    state_width = pipeline.state_stats.width if pipeline else None
+    action_dim = pipeline.action_dim if pipeline else robot.action_dim
     return {
         "name": robot.name,
         "cameras": [
             {"key": camera.key, "names": list(camera.names), "required": camera.required}
             for camera in robot.cameras
         ],
-        "state": {key: length or pipeline.state_stats.width for key, length in robot.state},
-        "action_dim": pipeline.action_dim,
+        "state": {key: length or state_width for key, length in robot.state},
+        "action_dim": action_dim,
         "action_names": list(robot.action_names),
         "action_units": list(robot.action_units),
-        "relative": robot.relative(pipeline.action_dim).tolist(),
+        "relative": robot.relative(action_dim or 0).tolist(),
         "control_hz": robot.control_hz,
         "limits": robot.limits
         and {name: list(column) for name, column in vars(robot.limits).items()},

@@ -1,9 +1,4 @@
-"""Conformance checks, for the tests of people who write an engine.
-
-    from pi0.testing import check_engine
-
-    def test_my_engine():
-        check_engine(MyEngine)
+"""Conformance of an engine: what it declares, computes and promises to threads.
 
 Knows no engine but the reference.
 """

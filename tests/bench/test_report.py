@@ -150,6 +150,14 @@ def test_parts() -> None:
     assert whole["times_roofline"] == pytest.approx(8000 / rooflines)
 
 
+def test_no_part_takes_negative_time() -> None:
+    """Vision and prefill are measured apart; at tiny sizes noise may turn them round."""
+    engine = measured("cpu", 100.0, vision_ms=90.0)
+    data = to_data(plan(1, peers=0), CONFIG, result(engine), {}, "pi0 bench")
+    _, language, *_ = data["engines"][0]["stages"]
+    assert (language["ms"], language["gflops"]) == (0, None)
+
+
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that were saved."""

@@ -20,7 +20,8 @@ class BenchStageRow:
     """Time of a part, and the arithmetic that it needs.
 
     Attributes:
-        gflop: operations needed, in 1e9. gflops: those per second that were reached.
+        gflop: operations needed, in 1e9. gflops: those per second that were reached; None for a
+            part that was too short for the clock.
         roofline_ms: the least time that the machine's measured rates allow; None if no rate of
             the precision is known. times_roofline: the time as a multiple of it, or None.
     """
@@ -28,7 +29,7 @@ class BenchStageRow:
     stage: str
     gflop: float
     ms: float
-    gflops: float
+    gflops: float | None
     roofline_ms: float | None
     times_roofline: float | None
 
@@ -144,7 +145,8 @@ def stage_rows(
     steps = plan.point.steps
     parts = [("prefill", [count.prefill], row.prefill_ms)]
     if row.vision_ms is not None:
-        language_ms = row.prefill_ms - row.vision_ms
+        # Two measurements, of which the longer may be vision at tiny sizes.
+        language_ms = max(row.prefill_ms - row.vision_ms, 0.0)
         parts = [
             ("vision", [count.vision], row.vision_ms),
             ("rest of prefill", [count.language], language_ms),
@@ -156,7 +158,7 @@ def stage_rows(
 
 def _stage_row(stage: str, works: list[Work], ms: float, rate: Rate | None) -> BenchStageRow:
     flop = sum(work.flop for work in works)
-    gflops = flop / ms / 1e6 if ms > 0 else float("nan")
+    gflops = flop / ms / 1e6 if ms > 0 else None
     if rate is None:
         return BenchStageRow(stage, flop / 1e9, ms, gflops, None, None)
     roofline_ms = sum(rate.roofline(work) for work in works) * 1e3

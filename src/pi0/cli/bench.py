@@ -223,7 +223,7 @@ def _print_stages(data: dict[str, Any]) -> None:
             stage["stage"],
             f"{stage['gflop']:.3g}",
             f"{stage['ms']:.1f}",
-            f"{stage['gflops']:.3g}",
+            _number(stage["gflops"], ".3g"),
             _number(stage["roofline_ms"], ".3g"),
             _number(stage["times_roofline"], ".2f"),
         ]

@@ -61,6 +61,8 @@ def test_two_engines(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     exact, rounded = data["engines"]
     assert (exact["pcc"], exact["rel_l2"]) == (pytest.approx(1), 0)
     assert 1e-6 < rounded["rel_l2"] < 0.05  # bfloat16 rounds, and that is seen
+    assert exact["displacement_error"] == 0
+    assert rounded["rel_l2"] < rounded["displacement_error"] < 0.2
     for engine in (exact, rounded):
         assert len(engine["visits"]) == 2
         assert all(len(visit["sample_ms"]) == 1 for visit in engine["visits"])

@@ -177,11 +177,12 @@ def test_verdict() -> None:
 
 
 def test_zero_and_no_number_have_rows_of_their_own() -> None:
-    axis = plots.ErrorAxis.of([0.0, 1e-17, 2e-3, float("nan"), 3e-2])
+    axis = plots.ErrorAxis.of([0.0, 1e-17, 2e-3, float("nan"), 3e-2], rounding=1e-9)
     assert (axis.low, axis.high) == (pytest.approx(1e-3), pytest.approx(0.1))
     assert axis.place(2e-3) == 2e-3
     assert 1e-4 < axis.place(0.0) == axis.place(1e-17) < 1e-3, "it does not squeeze the decades"
     assert axis.place(float("nan")) > 0.1
+    assert plots.REL_L2.rounding == 0, "what must not move a single bit"
     svg = to_svg(plots.plot_stages(RESULTS["some nan"].rows), "x")
     assert ">no number<" in svg
     assert ">0<" in svg

@@ -1,7 +1,7 @@
 """Floating point operations of π0: in the model as published, and the least that is needed.
 
-A multiplication and an addition are two operations; only matrices count (projections, attention),
-not norms, activations or softmax.
+A multiplication and an addition are two operations. Only matrix products are counted (projections
+and attention), not norms, activations or softmax.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pi0.config import GemmaConfig, Pi0Config
 
 @dataclass(frozen=True)
 class Work:
-    """Operations in linears and in attention, and the linears' parameters, each read once."""
+    """Operations in linear layers and in attention, and the parameters of the linear layers."""
 
     linears: int
     attention: int
@@ -71,10 +71,11 @@ def published(config: Pi0Config, cameras: int, tokens: int, batch: int = 1) -> C
 
 
 def needed(config: Pi0Config, cameras: int, tokens: int, batch: int = 1) -> Count:
-    """The least that gives the same actions, for so many valid cameras and valid text tokens.
+    """The least work that gives the same actions; `cameras` and `tokens` are the valid ones.
 
-    The last layer's output is read of the actions only: of the prefix and of the state token its
-    keys and values do. The state token sees nothing that changes between steps: it is done once.
+    Only the actions' output of the last layer is read; of the prefix and the state token, the last
+    layer needs keys and values only. The state token attends to nothing that changes between steps,
+    so it is computed once.
     """
     prefix = config.prefix_len(cameras, tokens)
     suffix = config.suffix_len
@@ -90,17 +91,17 @@ def needed(config: Pi0Config, cameras: int, tokens: int, batch: int = 1) -> Coun
 
 
 def linear(inner: int, outer: int, rows: int) -> Work:
-    """A matrix [outer, inner] times so many rows."""
+    """A linear layer [outer, inner] on [rows, inner]."""
     return Work(2 * inner * outer * rows, 0, inner * outer)
 
 
 def attention(heads_width: int, queries: int, keys: int, batch: int) -> Work:
-    """Logits and their sum over values, all heads together so wide."""
+    """Logits and the weighted sum of values; `heads_width` is that of all heads together."""
     return Work(0, 4 * heads_width * queries * keys * batch, 0)
 
 
 def vision(config: Pi0Config, images: int) -> Work:
-    """The tower and the projector on so many images."""
+    """The vision tower and the projector."""
     tower = config.vision
     patches = tower.num_patches
     rows = patches * images
@@ -119,10 +120,10 @@ def vision(config: Pi0Config, images: int) -> Work:
 def trunk(
     gemma: GemmaConfig, queries: int, keys: int, batch: int, last_output: bool = True
 ) -> Work:
-    """A trunk on so many queries a row of the batch, which see so many keys.
+    """A transformer; `queries` and `keys` are those of one row of the batch.
 
     Args:
-        last_output: False: of the last layer only keys and values.
+        last_output: if False, the last layer computes keys and values only.
     """
     rows = queries * batch
     q_width, kv_width = gemma.num_heads * gemma.head_dim, gemma.num_kv_heads * gemma.head_dim
@@ -136,7 +137,7 @@ def trunk(
 
 
 def heads(config: Pi0Config, rows: int) -> Work:
-    """Actions in, mixed with time, and velocity out."""
+    """The projections of actions, of actions with time, and of the velocity."""
     width = config.expert.width
     return (
         linear(config.action_dim, width, rows)

@@ -1,7 +1,8 @@
-"""The result of a benchmark as plain data: times beside arithmetic, accuracy beside speed."""
+"""The result of a benchmark as plain data: times, the arithmetic they took, accuracy."""
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,31 +17,34 @@ from pi0.config import Pi0Config
 
 @dataclass(frozen=True)
 class BenchStageRow:
-    """Time of a part beside the arithmetic that it needs.
+    """Time of a part, and the arithmetic that it needs.
 
     Attributes:
-        gflop: needed, in 1e9 operations; gflops: reached, a second.
-        roofline_ms: the least time that the machine's measured rates allow; None where no rate of
+        gflop: operations needed, in 1e9. gflops: those per second that were reached; None for a
+            part that was too short for the clock.
+        roofline_ms: the least time that the machine's measured rates allow; None if no rate of
             the precision is known. times_roofline: the time as a multiple of it, or None.
     """
 
     stage: str
     gflop: float
     ms: float
-    gflops: float
+    gflops: float | None
     roofline_ms: float | None
     times_roofline: float | None
 
 
 @dataclass(frozen=True)
 class EngineRow:
-    """One engine: medians over all visits, milliseconds; None where it never came so far.
+    """One engine: medians over all visits, in milliseconds; None if not reached.
 
     Attributes:
-        ratio: how many times as fast as the peer that times are compared with.
-        prefill_ms, step_ms: of a pass in parts, vision_ms within prefill; they need not add up to
-            `ms` for an engine that samples in one piece.
-        pcc, rel_l2: the worst of all seeds beside the baseline; `fault`: why there are none.
+        ratio: speed relative to the peer that times are compared with; 2 is twice as fast.
+        prefill_ms, step_ms: of a pass in parts; vision_ms is part of prefill. They need not add up
+            to `ms` for an engine that samples in one piece.
+        displacement_error: of the actions, ‖a − a_ref‖ / ‖a_ref − noise‖, a_ref the baseline's.
+        pcc, rel_l2: of the actions, against the baseline's. All three are the worst of all seeds;
+            `fault`: why there are none.
     """
 
     engine: str
@@ -59,13 +63,14 @@ class EngineRow:
     threads: int | None = None
     implementation: str | None = None
     torch: str | None = None
+    displacement_error: float | None = None
     pcc: float | None = None
     rel_l2: float | None = None
     fault: str | None = None
 
 
 def engine_rows(plan: BenchPlan, result: BenchResult) -> tuple[str, list[EngineRow]]:
-    """The label of the peer that ratios are of, and a row for each engine.
+    """The label of the peer that ratios refer to, and a row for each engine.
 
     The peer is the first named as one that was measured, else the slowest engine.
     """
@@ -106,10 +111,28 @@ def _engine_row(engine: EngineResult, peer: EngineResult | None) -> EngineRow:
         threads=visits[0].threads,
         implementation=visits[0].implementation,
         torch=visits[0].torch,
+        displacement_error=_worst(engine.displacement_errors) if numbers else None,
         pcc=min(c.pcc for c in compared) if numbers else None,
         rel_l2=max(c.rel_l2 for c in compared) if numbers else None,
         fault=fault,
     )
+
+
+def _worst(errors: list[float]) -> float | None:
+    """The largest error; None if one of them is no number."""
+    return max(errors) if errors and all(map(math.isfinite, errors)) else None
+
+
+def accuracy_cells(row: dict[str, Any], baseline: str) -> tuple[str, str]:
+    """Displacement error and PCC of an engine of `to_data`, as people read them."""
+    if row["engine"] == baseline:
+        return "baseline", ""
+    if row["pcc"] is None:
+        return ("no number" if row["fault"] else "—"), "—"
+    pcc, error = f"{row['pcc']:.7f}", row["displacement_error"]
+    if error is None:
+        return "—", pcc
+    return f"{100 * error:.1f} %" if error >= 1e-3 else f"{100 * error:.1g} %", pcc
 
 
 def stage_rows(
@@ -122,7 +145,8 @@ def stage_rows(
     steps = plan.point.steps
     parts = [("prefill", [count.prefill], row.prefill_ms)]
     if row.vision_ms is not None:
-        language_ms = row.prefill_ms - row.vision_ms
+        # Two measurements, of which the longer may be vision at tiny sizes.
+        language_ms = max(row.prefill_ms - row.vision_ms, 0.0)
         parts = [
             ("vision", [count.vision], row.vision_ms),
             ("rest of prefill", [count.language], language_ms),
@@ -134,15 +158,15 @@ def stage_rows(
 
 def _stage_row(stage: str, works: list[Work], ms: float, rate: Rate | None) -> BenchStageRow:
     flop = sum(work.flop for work in works)
-    gflops = flop / ms / 1e6 if ms > 0 else float("nan")
+    gflops = flop / ms / 1e6 if ms > 0 else None
     if rate is None:
         return BenchStageRow(stage, flop / 1e9, ms, gflops, None, None)
-    roofline_ms = sum(rate.floor(work) for work in works) * 1e3
+    roofline_ms = sum(rate.roofline(work) for work in works) * 1e3
     return BenchStageRow(stage, flop / 1e9, ms, gflops, roofline_ms, ms / roofline_ms)
 
 
 def counts(config: Pi0Config, point: Workload) -> tuple[Count, Count]:
-    """Work that a point needs, and that of the model as published on it."""
+    """Work that a workload needs, and that of the model as published."""
     return (
         needed(config, point.cameras - point.masked, point.valid, point.batch),
         published(config, point.cameras, point.tokens, point.batch),
@@ -150,7 +174,7 @@ def counts(config: Pi0Config, point: Workload) -> tuple[Count, Count]:
 
 
 def scaling_rows(plan: BenchPlan, config: Pi0Config, result: BenchResult) -> list[dict[str, Any]]:
-    """Every point of the sweep: what is varied, work needed, and each engine's milliseconds."""
+    """Each workload of the sweep: what is varied, work needed, and each engine's milliseconds."""
     return [
         {
             "varied": name,

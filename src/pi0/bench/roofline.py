@@ -1,4 +1,7 @@
-"""How fast this machine multiplies plain large matrices and reads memory: what the floor is of."""
+"""The roofline: how fast this machine multiplies plain large matrices and reads memory.
+
+It is no law of nature: a kernel that is faster than PyTorch's plain product beats it.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +17,33 @@ from pi0.bench.flops import Work
 
 SIZES = {"cpu": 2048, "cuda": 8192}  # of square matrices, beyond what caches hold
 READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
-SECONDS = 1.0  # of trying, for each rate
+SECONDS = 1.0  # of measuring, for each rate
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "fp8": 1}  # of a weight, by precision
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Of one precision: operations a second of a plain large matrix product, bytes read a second,
-    bytes of a weight."""
+    """What the machine reaches in one precision.
+
+    Attributes:
+        flops: operations per second of a plain large matrix product.
+        bandwidth: bytes read per second.
+        weight_bytes: size of one weight.
+    """
 
     flops: float
     bandwidth: float
     weight_bytes: int
 
-    def floor(self, work: Work) -> float:
-        """The least seconds that the work takes: its arithmetic, or reading its weights."""
+    def roofline(self, work: Work) -> float:
+        """The seconds of the work's arithmetic or of reading its weights, whichever is longer."""
         return max(work.flop / self.flops, work.weights * self.weight_bytes / self.bandwidth)
 
 
 def measure(device: str, precision: str) -> Rate | None:
-    """The best of a second of trying, on "cpu" or "cuda".
+    """The best rates within a second each, on "cpu" or "cuda".
 
-    None for a precision without a plain product there: one of another device, fp8 on an old one.
+    None for a precision that has no plain product there, such as fp8 on the CPU or an old GPU.
     """
     n = SIZES[device]
     values = torch.ones(READ_BYTES[device] // 4, device=device)

@@ -23,7 +23,7 @@ from pi0.bench.scaling import SWEEP_REPEAT, workloads_around
 from pi0.bench.task import ACTIONS, RESULT_FILE, Trial, WorkerTask, Workload
 from pi0.engines.spec import EngineSpec
 from pi0.errors import EngineError
-from pi0.verify.compare import Comparison, compare
+from pi0.verify.compare import Comparison, compare, displacement_error
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class EngineResult:
         first_action_s: of each visit, from the start of its process.
         failure: why it is not measured further: one sentence.
         comparisons: its actions compared with the baseline's, by seed.
+        displacement_errors: see `verify.compare.displacement_error`, by seed.
         scaling: milliseconds of each workload of the sweep; None where it raised an error.
         notes: its warnings, and the errors of workloads.
     """
@@ -80,7 +81,9 @@ class EngineResult:
     first_action_s: list[float] = field(default_factory=list)
     failure: str | None = None
     actions: Tensor | None = None  # [seeds, batch, horizon, action_dim]
+    noises: Tensor | None = None  # that the actions were sampled from, of the same shape
     comparisons: list[Comparison] = field(default_factory=list)
+    displacement_errors: list[float] = field(default_factory=list)
     scaling: dict[Workload, float | None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -117,12 +120,20 @@ def bench(plan: BenchPlan, on_visit: Callable[[], None] = lambda: None) -> Bench
     for engine in engines if plan.scaling else []:
         record_failure(_sweep, plan, engine)
         on_visit()
-    baseline = engines[0].actions
     for engine in engines:
-        if baseline is not None and engine.actions is not None:
-            pairs = zip(baseline, engine.actions, strict=True)
-            engine.comparisons = [compare(a, b) for a, b in pairs]
+        _compare_actions(engines[0], engine)
     return BenchResult(engines, _rates(engines))
+
+
+def _compare_actions(baseline: EngineResult, engine: EngineResult) -> None:
+    """Fills in the accuracy of an engine, seed by seed, if both have sampled actions."""
+    if baseline.actions is None or baseline.noises is None or engine.actions is None:
+        return
+    for reference, candidate, noise in zip(
+        baseline.actions, engine.actions, baseline.noises, strict=True
+    ):
+        engine.comparisons.append(compare(reference, candidate))
+        engine.displacement_errors.append(displacement_error(reference, candidate, noise))
 
 
 def record_failure(
@@ -143,6 +154,7 @@ def _visit(plan: BenchPlan, engine: EngineResult, first: bool) -> None:
         if (folder / ACTIONS).exists():
             with np.load(folder / ACTIONS, allow_pickle=False) as file:
                 engine.actions = torch.from_numpy(file["actions"])
+                engine.noises = torch.from_numpy(file["noises"])
     engine.note(result.pop("warnings"))
     visit = Trial(**result)
     engine.visits.append(visit)

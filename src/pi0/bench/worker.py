@@ -54,8 +54,9 @@ def visit(job: WorkerTask, folder: Path) -> dict[str, Any]:
         sample_ms = sample_times(engine, inputs, noise, job.point.steps, job.repeat)
         parts = part_times(engine, inputs, noise, job.point.steps)
         if job.seeds:
-            of_seeds = actions_of_seeds(engine, inputs, actions, job)
-            np.savez(folder / ACTIONS, actions=of_seeds.numpy())
+            noises = noises_of_seeds(noise, job)
+            actions = actions_of_seeds(engine, inputs, actions, noises, job.point.steps)
+            np.savez(folder / ACTIONS, actions=actions.numpy(), noises=noises.numpy())
         return asdict(Trial(load_s, first_action_at, sample_ms, *parts, **describe(engine)))
 
 
@@ -124,20 +125,26 @@ def time_to_projector(engine: Engine, inputs: ModelInputs) -> list[float]:
     return seen
 
 
-def actions_of_seeds(engine: Engine, inputs: ModelInputs, first: Tensor, job: WorkerTask) -> Tensor:
-    """[seeds, batch, horizon, action_dim]: `first`, and those from the noise of the next seeds."""
+def noises_of_seeds(first: Tensor, job: WorkerTask) -> Tensor:
+    """[seeds, batch, horizon, action_dim]: `first`, and the noise of the next seeds."""
+    seeds = range(job.seed + 1, job.seed + job.seeds)
+    return torch.stack(
+        [first]
+        + [torch.randn(first.shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    )
+
+
+def actions_of_seeds(
+    engine: Engine, inputs: ModelInputs, first: Tensor, noises: Tensor, steps: int
+) -> Tensor:
+    """[seeds, batch, horizon, action_dim]: `first`, and those from the other noises."""
     cache = engine.prefill(inputs)
-    actions = [first]
-    for seed in range(job.seed + 1, job.seed + job.seeds):
-        noise = torch.randn(first.shape, generator=torch.Generator().manual_seed(seed))
-        actions.append(
-            require_finite(
-                integrate(
-                    lambda x, t: engine.velocity(x, t, inputs.state, cache), noise, job.point.steps
-                )
-            )
-        )
-    return torch.stack(actions)
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return engine.velocity(x, t, inputs.state, cache)
+
+    others = [require_finite(integrate(velocity, noise, steps)) for noise in noises[1:]]
+    return torch.stack([first, *others])
 
 
 def describe(engine: Engine) -> dict[str, Any]:

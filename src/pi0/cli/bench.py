@@ -169,12 +169,15 @@ def _print(data: dict[str, Any]) -> None:
     if data["scaling"]:
         _print_scaling(data["scaling"])
     print_line(
-        f"accuracy: the worst of {data['seeds']} seeds of noise, relative to {data['baseline']}"
+        f"error: ‖a − a_ref‖ / ‖a_ref − noise‖, relative to what the model moved, against "
+        f"{data['baseline']}; error and PCC are the worst of {data['seeds']} seeds of noise"
     )
     own = f"pi0 {data['machine']['pi0']}"
     for engine in data["engines"]:
         if engine["implementation"] not in (None, own):
             print_line(f"{engine['engine']}: {engine['implementation']}, torch {engine['torch']}")
+        if engine["fault"]:
+            print_line(f"{engine['engine']}: no accuracy, {engine['fault']}")
         for note in engine["notes"]:
             print_line(f"{engine['engine']}: {note}")
         if engine["failure"]:
@@ -182,18 +185,17 @@ def _print(data: dict[str, Any]) -> None:
 
 
 def _print_times(data: dict[str, Any]) -> None:
+    from pi0.bench.report import accuracy_cells
     from pi0.cli.show import human_bytes, table
 
     rows = []
     for e in data["engines"]:
         if e["ms"] is None:
-            rows.append([e["engine"], "failed", *[""] * 11])
+            rows.append([e["engine"], "failed", *["—"] * 11])
             continue
         memory = human_bytes(e["peak_bytes"])
         if e["cuda_bytes"]:
             memory += f" + {human_bytes(e['cuda_bytes'])} GPU"
-        baseline = e is data["engines"][0]
-        pcc = e["fault"] or ("baseline" if baseline else _number(e["pcc"], ".7f"))
         rows.append(
             [
                 e["engine"],
@@ -204,13 +206,11 @@ def _print_times(data: dict[str, Any]) -> None:
                 *(f"{e[name]:.2f} s" for name in ("first_action_s", "load_s")),
                 memory,
                 str(e["threads"] or ""),
-                pcc,
-                "" if baseline else _number(e["rel_l2"], ".1e"),
+                *accuracy_cells(e, data["baseline"]),
             ]
         )
-    ratio = f"× {data['ratio_to'].partition(':')[0]}"
-    columns = ["engine", "ms", "min–max", ratio, "vision", "prefill", "a step"]
-    columns += ["first action", "load", "peak memory", "threads", "PCC", "rel. L2"]
+    columns = ["engine", "ms", "min–max", f"× {data['ratio_to']}", "vision", "prefill", "step"]
+    columns += ["first action", "load", "peak memory", "threads", "error", "PCC"]
     table("Times (ms, medians; vision is part of prefill)", columns, rows)
 
 
@@ -223,14 +223,14 @@ def _print_stages(data: dict[str, Any]) -> None:
             stage["stage"],
             f"{stage['gflop']:.3g}",
             f"{stage['ms']:.1f}",
-            f"{stage['gflops']:.3g}",
+            _number(stage["gflops"], ".3g"),
             _number(stage["roofline_ms"], ".3g"),
             _number(stage["times_roofline"], ".2f"),
         ]
         for engine in data["engines"]
         for stage in engine["stages"]
     ]
-    columns = ["engine", "part", "GFLOP needed", "ms", "GFLOP/s", "roofline, ms", "× roofline"]
+    columns = ["engine", "part", "GFLOP needed", "ms", "GFLOP/s", "roofline ms", "× roofline"]
     table("Arithmetic", columns, rows, left=2)
     for rate in data["rates"]:
         print_line(
@@ -252,7 +252,7 @@ def _print_scaling(scaling: list[dict[str, Any]]) -> None:
         ]
         for point in scaling
     ]
-    table("Latency scaling (ms)", ["varied", "to", "GFLOP needed", *names], rows)
+    table("Latency scaling (ms)", ["varied", "value", "GFLOP needed", *names], rows)
 
 
 def _point(data: dict[str, Any]) -> str:

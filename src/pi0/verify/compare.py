@@ -53,6 +53,18 @@ def compare(reference: Tensor, candidate: Tensor) -> Comparison:
     )
 
 
+def displacement_error(reference: Tensor, candidate: Tensor, noise: Tensor) -> float:
+    """Error of sampled actions relative to what the model moved: ‖a − a_ref‖ / ‖a_ref − noise‖.
+
+    Actions are the noise that was put in plus what the model adds to it. The noise is the same in
+    both, so an error relative to the actions looks smaller than it is. NaN where the reference
+    moved nothing.
+    """
+    a, b, start = (tensor.double() for tensor in (reference, candidate, noise))
+    moved = float((a - start).norm())
+    return float((b - a).norm()) / moved if moved > 0 else float("nan")
+
+
 def _faulty(why: str) -> Comparison:
     nan = float("nan")
     return Comparison(nan, nan, nan, nan, why)

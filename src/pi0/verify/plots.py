@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     Actions = dict[str, tuple[Tensor, Tensor]]  # by case: reference and candidate, [B, H, D]
 
 MARKERS = ("o", "s", "D", "^", "v", "P")
-ROUNDING = 1e-12  # what is below, such as 1 − PCC of equal tensors, is drawn as 0
 JOINTS_SHOWN = 8
 NO_NUMBER = "no number"
 BLOCK = re.compile(r"(\w+)\.block\.(\d+)(?:\.(\w+))?")  # stage, block, and keys or values of it
@@ -40,9 +39,13 @@ class Style:
 
 @dataclass(frozen=True)
 class Metric:
-    """A measure of error that has a limit: what both are, and how both are written."""
+    """A measure of error that has a limit: what both are, and how both are written.
+
+    `rounding`: errors up to it are drawn as 0.
+    """
 
     label: str
+    rounding: float
     error: Callable[[Row], float]
     limit: Callable[[Row], float]
     exceeded: Callable[[Row], bool]
@@ -51,6 +54,7 @@ class Metric:
 
 REL_L2 = Metric(
     "relative L2 error",
+    0.0,  # a single bit counts
     error=lambda row: row.comparison.rel_l2,
     limit=lambda row: row.limit.max_rel_l2,
     exceeded=lambda row: not row.comparison.rel_l2 <= row.limit.max_rel_l2,
@@ -58,6 +62,7 @@ REL_L2 = Metric(
 )
 PCC = Metric(
     "1 − PCC",
+    1e-9,  # far below every limit; PCC of equal tensors is not exactly 1
     error=lambda row: 1 - row.comparison.pcc,
     limit=lambda row: 1 - row.limit.min_pcc,
     exceeded=lambda row: not row.comparison.pcc >= row.limit.min_pcc,
@@ -71,25 +76,26 @@ class ErrorAxis:
     """A logarithmic y axis from `low` to `high`, with a row for 0 below and one for what has no
     number above, where they are needed."""
 
+    rounding: float
     low: float
     high: float
     has_zero: bool
     has_fault: bool
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> ErrorAxis:
-        shown = [value for value in values if math.isfinite(value) and value > ROUNDING]
+    def of(cls, values: Sequence[float], rounding: float = 0.0) -> ErrorAxis:
+        shown = [value for value in values if math.isfinite(value) and value > rounding]
         low = 10.0 ** math.floor(math.log10(min(shown, default=1e-6)))
         high = 10.0 ** math.ceil(math.log10(max(shown, default=1e-6)) + 0.4)
-        zero = any(value <= ROUNDING for value in values)
-        return cls(low, high, zero, not all(map(math.isfinite, values)))
+        zero = any(value <= rounding for value in values)
+        return cls(rounding, low, high, zero, not all(map(math.isfinite, values)))
 
     def place(self, value: float) -> float:
         """Where a value is drawn."""
         step = 1.5 * math.exp(0.12 * math.log(self.high / self.low))
         if not math.isfinite(value):
             return self.high * step
-        return value if value > ROUNDING else self.low / step
+        return value if value > self.rounding else self.low / step
 
     def apply(self, axes: Axes) -> None:
         """Scale, ticks, and a line where the axis is broken."""
@@ -270,7 +276,8 @@ def plot_largest_deviations(actions: Actions, styles: dict[str, Style]) -> Figur
 
 
 def _axis(rows: Sequence[Row], metric: Metric) -> ErrorAxis:
-    return ErrorAxis.of([value for row in rows for value in (metric.error(row), metric.limit(row))])
+    values = [value for row in rows for value in (metric.error(row), metric.limit(row))]
+    return ErrorAxis.of(values, metric.rounding)
 
 
 def _offset(index: int, count: int) -> float:

@@ -15,14 +15,14 @@ SIGNS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚"}
 
 @dataclass(frozen=True)
 class Header:
-    """What was compared: the words above a report."""
+    """What was compared: the lines above a report."""
 
     checkpoint: str
     reference: str
     candidate: str
     mode: str
     sizes: str
-    oracle: str  # the third engine, or why there is none
+    oracle: str  # the independent implementation, or why there is none
     note: str  # what the numbers are not; may be empty
     judged: bool  # whether an implementation that we did not write is among those compared
 

@@ -29,6 +29,7 @@ from pi0.model.flow import embed_time, integrate, schedule
 from pi0.model.gemma import EPS as RMS_EPS
 from pi0.model.gemma import ROPE_BASE
 from pi0.model.pi0 import no_tap
+from pi0.model.precision import refuse_overflow
 from pi0.model.siglip import EPS as LAYER_EPS
 
 PATCHES = "vision_tower.patch_embedding"
@@ -87,6 +88,8 @@ class Network:
             cache.values.append(x.new_empty(shape))
             k, v = cache.keys[i][:, :tokens], cache.values[i][:, :tokens]
             last = i == config.depth - 1
+            if last:
+                x = refuse_overflow(x)
             matrix = self.weights.matrix(f"{block}.{'kv' if last else 'qkv'}")
             a = self.kernels.rms_norm(x, self.weights[f"{block}.norm1.weight"], matrix)
             qkv = self.kernels.project(a, matrix)
@@ -128,7 +131,7 @@ class Network:
             x = self._post_attention(block, x, attended)
             x = self._show(tap, name, x.view(batch, tokens, -1)).flatten(0, 1)
         cache.state = state.clone()  # the caller's may change
-        norm = self.weights["expert.norm.weight"]
+        norm, x = self.weights["expert.norm.weight"], refuse_overflow(x)
         hidden = F.rms_norm(x.float(), x.shape[-1:], norm, RMS_EPS).to(x.dtype)
         hidden = tap("expert_transformer", hidden.view(batch, tokens, -1))
         actions = tap("action_tokens", hidden[:, -self.config.horizon :].float())
@@ -205,6 +208,7 @@ class Network:
                 tap, f"vision_tower.block.{i}", x.view(shape), plan.scatter_views, plan.gather_views
             ).flatten(0, 1)
         norm = self._affine("vision_tower.norm")
+        x = refuse_overflow(x)
         features = F.layer_norm(x.float(), shape[-1:], *norm, LAYER_EPS).to(x.dtype).view(shape)
         return self._show(tap, "vision_tower", features, plan.scatter_views, plan.gather_views)
 

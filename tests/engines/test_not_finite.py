@@ -72,7 +72,7 @@ def checkpoint(tiny_path: Path) -> Checkpoint:
 
 
 def parts(weights: PackedWeights) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a layer of each kind that is not quantised, and the scales of those that are."""
+    """Every tensor, but of one layer only and without the quantised values."""
     for name, tensor in weights.state().items():
         whole = tensor.dtype in (torch.float32, torch.bfloat16)
         read = name != "vlm.norm.weight"  # only a tap would show what it makes

@@ -188,11 +188,13 @@ class Network:
     def _vision_tower(self, images: Tensor, plan: TokenPlan, tap: Tap) -> Tensor:
         """Features [n, P, E] of images [n, 3, S, S]."""
         config, weights, kernels = self.config.vision, self.weights, self.kernels
-        conv = weights[f"{PATCHES}.conv.weight"], weights[f"{PATCHES}.conv.bias"]
-        patches = F.conv2d(images, *conv, stride=config.patch_size).flatten(2).transpose(1, 2)
+        patches = F.linear(
+            cut_patches(images, config.patch_size),
+            weights[f"{PATCHES}.conv.weight"].flatten(1),
+            weights[f"{PATCHES}.conv.bias"],
+        )
         shape = patches.shape
-        x = (patches + weights[f"{PATCHES}.position"]).to(weights.scheme.dtype)
-        x = x.flatten(0, 1).contiguous()  # of one image flatten leaves the convolution's order
+        x = (patches + weights[f"{PATCHES}.position"]).to(weights.scheme.dtype).flatten(0, 1)
         for i in range(config.depth):
             block = f"vision_tower.blocks.{i}"
             qkv, out, fc1, fc2 = (
@@ -275,6 +277,19 @@ class Network:
     ) -> Tensor:
         """Shows a tap what the model has there, and goes on with what it hands on."""
         return x if tap is no_tap else gather(tap(name, scatter(x)))
+
+
+def cut_patches(images: Tensor, size: int) -> Tensor:
+    """Whole patches of images [n, 3, S, S]: [n, P, 3·size²], ordered as convolution weights.
+
+
+    Multiplied as a matrix they need no convolution, which on a GPU would round to TF32 unless flags
+    of the whole process forbid it.
+    """
+    grid = images.shape[-1] // size
+    whole = images[..., : grid * size, : grid * size]
+    cells = whole.unflatten(3, (grid, size)).unflatten(2, (grid, size))  # [n, 3, g, size, g, size]
+    return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def make_rotation(positions: Tensor, head_dim: int) -> Rotation:

@@ -1,5 +1,5 @@
-"""Plain PyTorch for CPUs, with eight-bit matrices: one scale per output of a weight, one per token of
-activations."""
+"""Plain PyTorch for CPUs, with eight-bit matrices: one scale per output of a weight and one per
+token of activations."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Quantised(NamedTuple):
 
 
 class Int8Kernels(Kernels):
-    """Operands of quantised matrices are quantised, and their products are `torch._int_mm`; the rest
-    has the dtype of the activations."""
+    """Operands of quantised matrices are quantised, and their products are `torch._int_mm`; all
+    else has the dtype of the activations."""
 
     def operand(self, x: Tensor, into: Matrix) -> Any:
         return x if into.scale is None else Quantised(*quantise_rows(x, torch.int8))

@@ -282,13 +282,12 @@ class Network:
 def cut_patches(images: Tensor, size: int) -> Tensor:
     """Whole patches of images [n, 3, S, S]: [n, P, 3·size²], ordered as convolution weights.
 
-
     Multiplied as a matrix they need no convolution, which on a GPU would round to TF32 unless flags
     of the whole process forbid it.
     """
     grid = images.shape[-1] // size
     whole = images[..., : grid * size, : grid * size]
-    cells = whole.unflatten(3, (grid, size)).unflatten(2, (grid, size))  # [n, 3, g, size, g, size]
+    cells = whole.reshape(len(images), 3, grid, size, grid, size)
     return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 

@@ -71,7 +71,7 @@ def variants(path: Path, dtype: str) -> dict[str, Callable[[ModelInputs, Tensor]
     kernels = engine.network.kernels
     assert isinstance(kernels, NativeKernels)
 
-    network, native = engine.network, kernels._native
+    network, native = engine.network, kernels.native
 
     def on(other: Network) -> Callable[[ModelInputs, Tensor], float]:
         def run(inputs: ModelInputs, noise: Tensor) -> float:

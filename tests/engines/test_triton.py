@@ -257,6 +257,39 @@ def test_rows_of_zeros_and_with_nan() -> None:
 
 
 @here
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.usefixtures("unrounded")
+def test_rows_with_a_damaged_value(value: float) -> None:
+    """What is not finite is not finite afterwards, quantised or not; other rows are as before."""
+    x, ones = random(0, 3, 32), torch.ones(32, device=DEVICE)
+    x[1, 5] = value
+    gate_up = Matrix(torch.eye(32, device=DEVICE).repeat(2, 1))
+    for into in (plain(4, 32, torch.float32), quantised(4, 32)):
+        for result in (
+            kernels().operand(x, into),
+            kernels().rms_norm(x, ones, into),
+            kernels().layer_norm(x, ones, ones, into),
+            kernels().gelu(x, Matrix(gate_up.weight[:32]), into),
+            kernels().geglu(x, gate_up, into),
+        ):
+            values = result if into.scale is None else result.values * result.scale
+            assert (~values.isfinite()).any(dim=1).tolist() == [False, True, False]
+
+
+@here
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("damaged", [0, 1, 2], ids=["queries", "keys", "values"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_attention_to_a_damaged_value(value: float, damaged: int) -> None:
+    """In two shares; a query sees minus infinity and plus infinity alike, as keys of both signs."""
+    q, k, v = (random(i, 1, n, 1, 16) for i, n in ((0, 2), (1, 200), (2, 200)))
+    valid = torch.ones(1, 200, dtype=torch.bool, device=DEVICE)
+    (q, k, v)[damaged][:, :, 0, 3] = value
+    assert not kernels().attend(q, k, v, valid).isfinite().all(dim=1).any()
+
+
+@here
 @few
 @given(
     batch=st.integers(1, 2),

@@ -39,7 +39,7 @@ def folder(tiny_path: Path, tmp_path: Path) -> Path:
 
 def load(folder: Path, scheme: Scheme = INT8, kernels: Kernels | None = None) -> PackedWeights:
     kernels = kernels or Int8Kernels()
-    return load_weights(open_checkpoint(folder), scheme, kernels, keep="cpu-int8")
+    return load_weights(open_checkpoint(folder), scheme, kernels, cache_name="cpu-int8")
 
 
 def kept(folder: Path) -> Path:
@@ -131,7 +131,7 @@ def test_anything_changed_packs_anew(
 
 def test_image_sizes_have_files_of_their_own(folder: Path) -> None:
     load(folder)
-    weights = load_weights(open_checkpoint(folder), INT8, Int8Kernels(), 42, keep="cpu-int8")
+    weights = load_weights(open_checkpoint(folder), INT8, Int8Kernels(), 42, cache_name="cpu-int8")
     assert weights.config.vision.image_size == 42
     assert (folder / "model.cpu-int8-42.pi0").exists()
     load(folder)  # without a warning
@@ -153,6 +153,36 @@ def test_damaged_file_is_replaced(folder: Path, damage) -> None:
     with pytest.warns(UserWarning, match="found a damaged file .*Packing anew."):
         assert same(load(folder).state(), weights.state())
     assert same(load(folder).state(), weights.state())
+
+
+@pytest.mark.parametrize("bits", [1, 255])
+@pytest.mark.parametrize("place", [0.001, 0.3, 0.5, 0.9, 0.999999])
+@pytest.mark.parametrize("piece", [64 << 20, 1000])
+def test_damaged_data_are_replaced(
+    folder: Path, place: float, bits: int, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One bit or byte anywhere in the data; the warning names file and tensor."""
+    monkeypatch.setattr(weight_cache, "PIECE_BYTES", piece)
+    weights = load(folder)
+    data = bytearray(kept(folder).read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    data[header + int((len(data) - header) * place)] ^= bits
+    kept(folder).write_bytes(data)
+    with pytest.warns(
+        UserWarning,
+        match=r"model.cpu-int8-28.pi0: .* found a damaged tensor [\w.:]+. Packing anew.",
+    ):
+        assert same(load(folder).state(), weights.state())
+    load(folder)  # without a warning
+
+
+def test_overwritten_block_is_replaced(folder: Path) -> None:
+    weights = load(folder)
+    with open(kept(folder), "r+b") as file:
+        file.seek(kept(folder).stat().st_size // 2)
+        file.write(os.urandom(4000))
+    with pytest.warns(UserWarning, match="found a damaged tensor"):
+        assert same(load(folder).state(), weights.state())
 
 
 def test_file_without_our_metadata_is_replaced(folder: Path) -> None:

@@ -12,14 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from pi0.checkpoint.load import Checkpoint, open_checkpoint
+from pi0.checkpoint.load import Checkpoint, load_model, open_checkpoint
 from pi0.cli.main import main
 from pi0.engines.base import Engine, EngineOptions, make_engine
+from pi0.engines.tenstorrent import engine as engine_module
 from pi0.engines.tenstorrent.backend import Upload
 from pi0.engines.tenstorrent.engine import TtnnHostEngine
 from pi0.engines.tenstorrent.host import HostBackend, HostTensor
 from pi0.errors import EngineError
 from pi0.inputs import random_inputs
+from pi0.model import Pi0
 from pi0.model.gemma import attend
 from pi0.verify.run import VerifyResult, default_cases, verify
 
@@ -237,3 +239,33 @@ def test_golden_functions_of_the_library(backend: HostBackend) -> None:
     assert torch.equal(backend.run("multiply", f32(x), 3.0).value, x * 3)
     assert torch.equal(backend.run("add", f32(x), f32(shift)).value, x + shift)
     assert backend.run("typecast", f32(x), dtype="bfloat16").value.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("precision", ["accurate", "fast"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_one_damaged_weight_gives_no_actions(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, precision: str, value: float
+) -> None:
+    """Loading refuses what is not finite; here it is damaged afterwards."""
+    inputs, noise = random_inputs(checkpoint.config, 2, 6, 0)
+    names = [name for name, _ in load_model(checkpoint).named_parameters()]
+    finite = []
+    for name in names:
+        if ".blocks.1." in name or name == "vlm.norm.weight":
+            continue
+
+        def damaged(*args: object, name: str = name) -> Pi0:
+            model = load_model(*args)
+            parameter = model.get_parameter(name).data
+            at = inputs.tokens[0, 0] if name.startswith("token_embedding") else 0
+            parameter[at].view(-1)[parameter[at].numel() // 3] = value
+            return model
+
+        monkeypatch.setattr(engine_module, "load_model", damaged)
+        engine = make_engine("ttnn-host", checkpoint, dtype=precision)
+        try:
+            engine.sample(inputs, noise, 1)
+        except EngineError:
+            continue
+        finite.append(name)
+    assert not finite

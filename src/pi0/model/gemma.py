@@ -34,14 +34,16 @@ KeyValue = tuple[Tensor, Tensor]  # each [B, S, K, D]
 
 
 class RMSNorm(Float32):
-    """x / rms(x) · (1 + w)."""
+    """x / rms(x) · (1 + w); NaN, rather than 0, where the squares of x leave float32."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * (1 + self.weight)
+        square = x.square().mean(-1, keepdim=True)
+        square = square.masked_fill(square.isinf(), torch.nan)
+        return x * torch.rsqrt(square + EPS) * (1 + self.weight)
 
 
 class Rope(Float32):
@@ -58,10 +60,12 @@ class Rope(Float32):
 
 
 class MaskedSoftmax(Float32):
-    """Softmax over the keys that the mask allows."""
+    """Softmax over the keys that the mask allows; NaN for a query with a logit whose square leaves
+    float32, also where PyTorch's own would make NaN a weight of 0."""
 
     def forward(self, logits: Tensor, mask: Tensor | None) -> Tensor:
-        return (logits if mask is None else logits.masked_fill(~mask, MASKED)).softmax(dim=-1)
+        masked = logits if mask is None else logits.masked_fill(~mask, MASKED)
+        return masked.softmax(dim=-1) + 0 * logits.square().sum(dim=-1, keepdim=True)
 
 
 _softmax = MaskedSoftmax()

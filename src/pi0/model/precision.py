@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from pi0.errors import ConfigError
 
+# Sums of squares of larger values leave float32, and a norm answers with zeros.
+OVERFLOW = 1e17
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -32,6 +34,11 @@ class Float32(nn.Module):
 
 class Float32Linear(Float32, nn.Linear):
     """A linear layer that stays float32."""
+
+
+def refuse_overflow(x: Tensor) -> Tensor:
+    """x itself, or NaN throughout if a value is NaN or too large for a norm to see."""
+    return torch.where(x.abs().amax() < OVERFLOW, x, torch.nan) if x.numel() else x
 
 
 def parse_dtype(name: str) -> torch.dtype:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pi0.config import SiglipConfig
 from pi0.model.gemma import Tap, attend
-from pi0.model.precision import Float32
+from pi0.model.precision import Float32, refuse_overflow
 
 EPS = 1e-6
 
@@ -74,7 +74,7 @@ class SiglipTower(nn.Module):
         x = self.patch_embedding(images).to(dtype)
         for i, block in enumerate(self.blocks):
             x = tap(f"vision_tower.block.{i}", block(x))
-        out: Tensor = self.norm(x)
+        out: Tensor = self.norm(refuse_overflow(x))
         return out
 
 

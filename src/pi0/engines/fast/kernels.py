@@ -22,13 +22,13 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [B, T, 1, D/2] float
 
 
 class Kernels:
-    """Plain PyTorch. What matrices are multiplied with (an operand) is an engine's own affair;
+    """Plain PyTorch. What matrices are multiplied with (an operand) is engine-specific;
     `into` is the matrix that an operand is meant for."""
 
     def prepare(self, weights: PackedWeights) -> None:
         """Brings packed weights into the form that these kernels want, in place, once.
 
-        The form is kept in files (`keep.py`): it depends on the class, not on the processor.
+        The form is kept in files (`weight_cache.py`): it depends on the class, not the processor.
         """
 
     def operand(self, x: Tensor, into: Matrix) -> Any:
@@ -74,17 +74,22 @@ class Kernels:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
         """Attention: q [B, T, H, D], k and v [B, S, K, D], valid [B, S] bool → [B·T, H·D].
 
-        All queries of a row see the same keys, so the heads that share a key/value head are so
-        many more queries.
+        All queries of a row see the same keys, so heads that share a key/value head count as more
+        queries. PyTorch's kernels for CPUs may turn a logit of NaN into a weight of 0, so there
+        the result is NaN where logits could leave float32.
         """
         batch, t, heads, width = q.shape
         kv_heads = k.shape[2]
+        largest = None
+        if q.numel() and q.device.type == "cpu":
+            largest = width * q.abs().amax().float() * k.abs().amax()
         q = q.view(batch, t, kv_heads, heads // kv_heads, width).transpose(1, 2).flatten(2, 3)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         mask = None if valid is None else valid[:, None, None]
         out = F.scaled_dot_product_attention(q, k, v, mask)
         out = out.view(batch, kv_heads, t, heads // kv_heads, width).transpose(1, 2)
-        return out.reshape(batch * t, heads * width)
+        out = out.reshape(batch * t, heads * width)
+        return out if largest is None else out.add_(0 * largest)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:

@@ -29,6 +29,7 @@ from pi0.model.flow import embed_time, integrate, schedule
 from pi0.model.gemma import EPS as RMS_EPS
 from pi0.model.gemma import ROPE_BASE
 from pi0.model.pi0 import no_tap
+from pi0.model.precision import refuse_overflow
 from pi0.model.siglip import EPS as LAYER_EPS
 
 PATCHES = "vision_tower.patch_embedding"
@@ -87,6 +88,8 @@ class Network:
             cache.values.append(x.new_empty(shape))
             k, v = cache.keys[i][:, :tokens], cache.values[i][:, :tokens]
             last = i == config.depth - 1
+            if last:
+                x = refuse_overflow(x)
             matrix = self.weights.matrix(f"{block}.{'kv' if last else 'qkv'}")
             a = self.kernels.rms_norm(x, self.weights[f"{block}.norm1.weight"], matrix)
             qkv = self.kernels.project(a, matrix)
@@ -128,7 +131,7 @@ class Network:
             x = self._post_attention(block, x, attended)
             x = self._show(tap, name, x.view(batch, tokens, -1)).flatten(0, 1)
         cache.state = state.clone()  # the caller's may change
-        norm = self.weights["expert.norm.weight"]
+        norm, x = self.weights["expert.norm.weight"], refuse_overflow(x)
         hidden = F.rms_norm(x.float(), x.shape[-1:], norm, RMS_EPS).to(x.dtype)
         hidden = tap("expert_transformer", hidden.view(batch, tokens, -1))
         actions = tap("action_tokens", hidden[:, -self.config.horizon :].float())
@@ -185,11 +188,13 @@ class Network:
     def _vision_tower(self, images: Tensor, plan: TokenPlan, tap: Tap) -> Tensor:
         """Features [n, P, E] of images [n, 3, S, S]."""
         config, weights, kernels = self.config.vision, self.weights, self.kernels
-        conv = weights[f"{PATCHES}.conv.weight"], weights[f"{PATCHES}.conv.bias"]
-        patches = F.conv2d(images, *conv, stride=config.patch_size).flatten(2).transpose(1, 2)
+        patches = F.linear(
+            cut_patches(images, config.patch_size),
+            weights[f"{PATCHES}.conv.weight"].flatten(1),
+            weights[f"{PATCHES}.conv.bias"],
+        )
         shape = patches.shape
-        x = (patches + weights[f"{PATCHES}.position"]).to(weights.scheme.dtype)
-        x = x.flatten(0, 1).contiguous()  # of one image flatten leaves the convolution's order
+        x = (patches + weights[f"{PATCHES}.position"]).to(weights.scheme.dtype).flatten(0, 1)
         for i in range(config.depth):
             block = f"vision_tower.blocks.{i}"
             qkv, out, fc1, fc2 = (
@@ -205,6 +210,7 @@ class Network:
                 tap, f"vision_tower.block.{i}", x.view(shape), plan.scatter_views, plan.gather_views
             ).flatten(0, 1)
         norm = self._affine("vision_tower.norm")
+        x = refuse_overflow(x)
         features = F.layer_norm(x.float(), shape[-1:], *norm, LAYER_EPS).to(x.dtype).view(shape)
         return self._show(tap, "vision_tower", features, plan.scatter_views, plan.gather_views)
 
@@ -271,6 +277,18 @@ class Network:
     ) -> Tensor:
         """Shows a tap what the model has there, and goes on with what it hands on."""
         return x if tap is no_tap else gather(tap(name, scatter(x)))
+
+
+def cut_patches(images: Tensor, size: int) -> Tensor:
+    """Whole patches of images [n, 3, S, S]: [n, P, 3·size²], ordered as convolution weights.
+
+    Multiplied as a matrix they need no convolution, which on a GPU would round to TF32 unless flags
+    of the whole process forbid it.
+    """
+    grid = images.shape[-1] // size
+    whole = images[..., : grid * size, : grid * size]
+    cells = whole.reshape(len(images), 3, grid, size, grid, size)
+    return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def make_rotation(positions: Tensor, head_dim: int) -> Rotation:

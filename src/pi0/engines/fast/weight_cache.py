@@ -1,9 +1,11 @@
 """Packed weights in a file beside the checkpoint, mapped into memory at the next start.
 
-It is a safetensors file under a name that no checkpoint has, and says in its metadata what it was
-made from; if anything of that has changed, it is made anew, with a warning. The data themselves are
-not checked, which would mean to read them all: a checkpoint that was changed in place, to the same
-sizes and times of change, is not noticed, nor are bits that went bad on the disk.
+It is a safetensors file under a name that no checkpoint has. Its metadata say what it was made
+from, and hold checksums of its data; if anything of that differs, it is made anew, with a warning.
+A checkpoint that was changed in place, to the same sizes and times of change, is not noticed.
+
+Checksums are CRC-32, computed by several threads, each through a buffer that stays in a processor's
+cache, so that checking keeps no page of the file resident.
 """
 
 from __future__ import annotations
@@ -12,8 +14,13 @@ import hashlib
 import json
 import os
 import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -24,7 +31,9 @@ from pi0.engines.fast.kernels import Kernels
 from pi0.engines.fast.weights import PackedWeights, Scheme, pack
 from pi0.errors import EngineError, Pi0Error
 
-MADE_FROM = "made_from"
+MADE_FROM, CHECKSUMS = "made_from", "checksums"  # in the metadata, as JSON
+PIECE_BYTES = 64 << 20  # of a tensor, that have a checksum
+BUFFER_BYTES = 1 << 20
 
 
 class Stale(Exception):
@@ -37,24 +46,24 @@ def load_weights(
     kernels: Kernels,
     image_size: int | None = None,
     progress: Progress = lambda _: None,
-    keep: str | None = None,
+    cache_name: str | None = None,
 ) -> PackedWeights:
     """A checkpoint's weights, packed and in the form that the kernels want, on the CPU.
 
     Args:
-        keep: the engine and its precision, for the name of the file in which the weights are kept
-            and from which they are taken if it is there; None: they are packed and not kept.
+        cache_name: the engine and its precision, for the name of the file in which the weights are
+            kept and from which they are taken if it is there; None: they are packed and not kept.
 
     Raises:
         EngineError: they cannot be written.
         CheckpointError, ConfigError: see `load_model`.
     """
-    if keep is None:
+    if cache_name is None:
         return _pack(checkpoint, scheme, kernels, image_size, progress)
     size = image_size or checkpoint.config.vision.image_size
     weights = PackedWeights(checkpoint.config.with_image_size(size), scheme)
     files = list(dict.fromkeys(info.file for info in checkpoint.tensors.values()))
-    path = files[0].with_name(f"{files[0].stem}.{keep}-{size}.pi0")
+    path = files[0].with_name(f"{files[0].stem}.{cache_name}-{size}.pi0")
     made_from = _made_from(files, weights, kernels)
     refuse_folder(path)
     if path.exists():
@@ -104,20 +113,82 @@ def _made_from(files: list[Path], weights: PackedWeights, kernels: Kernels) -> d
 
 
 def _read(path: Path, made_from: dict[str, str]) -> dict[str, Tensor]:
-    """The tensors, which are maps of the file: nothing is read before it is used.
+    """The tensors, which are maps of the file, after its data have been checked.
 
     Raises:
         Stale: the file is damaged or was made from something else.
     """
     try:
         with safe_open(path, framework="pt") as handle:
-            found = json.loads((handle.metadata() or {}).get(MADE_FROM, "{}"))
+            metadata = handle.metadata() or {}
+            found = json.loads(metadata.get(MADE_FROM, "{}"))
             changed = [name for name, value in made_from.items() if found.get(name) != value]
             if changed:
                 raise Stale(f"those of another {', another '.join(changed)}")
-            return {name: handle.get_tensor(name) for name in handle.offset_keys()}
+            checksums = json.loads(metadata.get(CHECKSUMS, "{}"))
+            tensors = {name: handle.get_tensor(name) for name in handle.offset_keys()}
     except (SafetensorError, json.JSONDecodeError) as error:
         raise Stale(f"a damaged file ({error})") from error
+    pieces = _pieces(tensors)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for piece, checksum in zip(
+            pieces, pool.map(partial(_file_checksum, path), pieces), strict=True
+        ):
+            if checksums.get(piece.tensor, {}).get(str(piece.start)) != checksum:
+                pool.shutdown(cancel_futures=True)
+                raise Stale(f"a damaged tensor {piece.tensor}")
+    return tensors
+
+
+class Piece(NamedTuple):
+    """Some bytes of a tensor: from `start` on in it, from `offset` on in the file's data."""
+
+    tensor: str
+    start: int
+    offset: int
+    size: int
+    description: bytes  # of the tensor; the checksum covers it, too
+
+
+def _pieces(tensors: dict[str, Tensor]) -> list[Piece]:
+    """All pieces of tensors that lie one after the other."""
+    pieces, offset = [], 0
+    for name, tensor in tensors.items():
+        description = f"{name} {tensor.dtype} {list(tensor.shape)}".encode()
+        for start in range(0, tensor.nbytes, PIECE_BYTES):
+            size = min(PIECE_BYTES, tensor.nbytes - start)
+            pieces.append(Piece(name, start, offset + start, size, description))
+        offset += tensor.nbytes
+    return pieces
+
+
+def _file_checksum(path: Path, piece: Piece) -> int:
+    """The checksum of a piece as it is in the file."""
+    checksum, left = zlib.crc32(piece.description), piece.size
+    buffer = memoryview(bytearray(BUFFER_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        file.seek(8 + header_bytes + piece.offset)
+        while left and (read := file.readinto(buffer[:left])):
+            checksum = zlib.crc32(buffer[:read], checksum)
+            left -= read
+    return checksum
+
+
+def _checksums(tensors: dict[str, Tensor]) -> dict[str, dict[int, int]]:
+    """The checksum of every piece, by tensor and first byte in it."""
+    checksums: dict[str, dict[int, int]] = {}
+
+    def compute(piece: Piece) -> int:
+        data = tensors[piece.tensor].contiguous().view(-1).view(torch.uint8).numpy()
+        part = data[piece.start : piece.start + piece.size]
+        return zlib.crc32(part.data, zlib.crc32(piece.description))
+
+    pieces = _pieces(tensors)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for piece, checksum in zip(pieces, pool.map(compute, pieces), strict=True):
+            checksums.setdefault(piece.tensor, {})[piece.start] = checksum
+    return checksums
 
 
 def _write(path: Path, state: dict[str, Tensor], made_from: dict[str, str]) -> None:
@@ -132,8 +203,9 @@ def _write(path: Path, state: dict[str, Tensor], made_from: dict[str, str]) -> N
         name: TensorInfo(path, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype])
         for name, tensor in state.items()
     }
+    metadata = {MADE_FROM: json.dumps(made_from), CHECKSUMS: json.dumps(_checksums(state))}
     try:
-        write(path, state.items(), headers, {MADE_FROM: json.dumps(made_from)})
+        write(path, state.items(), headers, metadata)
     except Pi0Error as error:  # no room
         raise EngineError(f"{error} Or leave out --weight-cache.") from error
 

@@ -1,4 +1,5 @@
-"""Eight-bit matrices for CPUs: weights with a scale an output, activations with a scale a token."""
+"""Plain PyTorch for CPUs, with eight-bit matrices: one scale per output of a weight and one per
+token of activations."""
 
 from __future__ import annotations
 
@@ -12,15 +13,16 @@ from pi0.engines.fast.weights import Matrix, quantise_rows
 
 
 class Quantised(NamedTuple):
-    """values [R, E] int8, or with 128 added uint8, · scale [R] float32."""
+    """values [R, E] int8, or with 128 added uint8, · scale [R] float32, NaN for a row with a value
+    that is not finite."""
 
     values: Tensor
     scale: Tensor
 
 
 class Int8Kernels(Kernels):
-    """Operands of quantised matrices are quantised; all else is float32. Plain PyTorch: products
-    are `torch._int_mm`."""
+    """Operands of quantised matrices are quantised, and their products are `torch._int_mm`; all
+    else has the dtype of the activations."""
 
     def operand(self, x: Tensor, into: Matrix) -> Any:
         return x if into.scale is None else Quantised(*quantise_rows(x, torch.int8))

@@ -1,9 +1,12 @@
 /* Matrix products in eight bits and float32, and what lies between two of them, each in one pass
    over a row.
 
-   Rows are independent and shared among threads. A quantised row is its values times 127 / the
-   largest magnitude, rounded to even, plus 128, since the processor multiplies bytes without a sign
-   by bytes with one; its scale is that magnitude / 127. Compiled by native.py with -ffast-math. */
+   Rows are independent and shared among threads. Products come in two variants with the same packed
+   weights and the same integers: AVX-512 with VNNI, and AVX2 with FMA. A quantised row is its values
+   times 127 / the largest magnitude, rounded to even, plus ZERO; its scale is that magnitude / 127.
+
+   NaN and infinity survive: native.py compiles without -ffinite-math-only, and where a maximum or a
+   conversion to integers would lose them, a row's bit patterns are looked at. */
 
 #include <immintrin.h>
 #include <math.h>
@@ -13,18 +16,55 @@
 #define ROWS_OF(n) _Pragma("omp parallel for schedule(static)") for (int64_t i = 0; i < n; i++)
 #define ROWS ROWS_OF(rows)
 
+#ifdef __AVX512VNNI__
+#define ZERO 128 /* the processor multiplies bytes without a sign by bytes with one */
+#else
+#define ZERO 0
+#endif
+
+/* What was added to quantised values, for the caller. */
+const int32_t zero = ZERO;
+
+/* Magnitudes of floats are ordered as their bit patterns are; infinity and NaN come last. */
+#define INFINITE 0x7f800000
+
+static inline int32_t magnitude(float x) {
+    union { float value; int32_t bits; } pattern = {x};
+    return pattern.bits & 0x7fffffff;
+}
+
+/* An integer for which order(a) < order(b) if a < b, and the value that has it: maxima of integers
+   are vectorised where NaN has to survive, those of floats are not. */
+static inline int32_t order(float x) {
+    union { float value; int32_t bits; } pattern = {x};
+    return pattern.bits ^ (pattern.bits >> 31 & 0x7fffffff);
+}
+
+static inline float value_of(int32_t order) {
+    union { int32_t bits; float value; } pattern = {order ^ (order >> 31 & 0x7fffffff)};
+    return pattern.value;
+}
+
 static void quantise_row(const float *x, int64_t n, uint8_t *q, float *scale) {
-    float largest = 0;
-    for (int64_t j = 0; j < n; j++) largest = fmaxf(largest, fabsf(x[j]));
-    float factor = largest > 0 ? 127 / largest : 0;
-    for (int64_t j = 0; j < n; j++) q[j] = (uint8_t)(128 + (int32_t)rintf(x[j] * factor));
-    *scale = largest / 127;
+    union { float value; int32_t bits; } largest = {127 * 1.17549435e-38f}; /* 1 / it is finite */
+    for (int64_t j = 0; j < n; j++)
+        largest.bits = magnitude(x[j]) > largest.bits ? magnitude(x[j]) : largest.bits;
+    if (largest.bits >= INFINITE) { /* every product of this row becomes NaN */
+        memset(q, ZERO, n);
+        *scale = NAN;
+        return;
+    }
+    const float factor = 127 / largest.value;
+    for (int64_t j = 0; j < n; j++) q[j] = (uint8_t)(ZERO + (int32_t)rintf(x[j] * factor));
+    *scale = largest.value / 127;
 }
 
 /* exp, between -80 and 80: 2^whole * 2^part, and a Taylor series for 2^part, |part| <= 1/2, whose
-   error is that of a float32. Vectorised where expf would be a call. */
+   error is that of a float32. Vectorised where expf would be a call. The comparisons let NaN pass. */
 static inline float exponential(float x) {
-    const float y = fminf(fmaxf(x, -80), 80) * 1.44269504f, whole = rintf(y);
+    x = 80 < x ? 80 : x;
+    x = -80 > x ? -80 : x;
+    const float y = x * 1.44269504f, whole = rintf(y);
     const float p = (y - whole) * 0.693147181f;
     const float series =
         1 + p * (1 + p * (1.f / 2 + p * (1.f / 6 + p * (1.f / 24 + p * (1.f / 120 + p / 720)))));
@@ -87,17 +127,24 @@ void split(int64_t rows, int64_t heads, int64_t kv, int64_t half, const float *q
 }
 
 /* Softmax of x [rows, n] * factor, in place, over the columns that `valid` [n] allows; over all if
-   it is missing. */
+   it is missing. A row with NaN or infinity becomes NaN. */
 void softmax(int64_t rows, int64_t n, float factor, const uint8_t *valid, float *x) {
     ROWS {
-        float *row = x + i * n, largest = -INFINITY, sum = 0;
-        for (int64_t j = 0; j < n; j++)
-            largest = fmaxf(largest, !valid || valid[j] ? row[j] : -INFINITY);
+        float *row = x + i * n, sum = 0;
+        int32_t highest = INT32_MIN, most = 0;
+        for (int64_t j = 0; j < n; j++) {
+            const int32_t here = valid && !valid[j] ? INT32_MIN : order(row[j]);
+            const int32_t size = valid && !valid[j] ? 0 : magnitude(row[j]);
+            highest = here > highest ? here : highest;
+            most = size > most ? size : most;
+        }
+        const float largest = most >= INFINITE ? NAN : value_of(highest);
         for (int64_t j = 0; j < n; j++) {
             row[j] = !valid || valid[j] ? exponential((row[j] - largest) * factor) : 0;
             sum += row[j];
         }
-        for (int64_t j = 0; j < n; j++) row[j] /= sum;
+        const float inverse = 1 / sum;
+        for (int64_t j = 0; j < n; j++) row[j] *= inverse;
     }
 }
 
@@ -105,8 +152,8 @@ void softmax(int64_t rows, int64_t n, float factor, const uint8_t *valid, float 
 #define TILE 4   /* blocks that are computed together */
 #define HEIGHT 6 /* rows that are computed together */
 
-/* weight [n, k] into blocks [n / BLOCK, k / 4, BLOCK, 4], and what the 128 in every activation adds
-   to a product, with its sign turned. n is a multiple of BLOCK, k of 4. */
+/* weight [n, k] into blocks [n / BLOCK, k / 4, BLOCK, 4], and what a 128 in every activation adds to
+   a product, with its sign turned. n is a multiple of BLOCK, k of 4. */
 void pack(int64_t n, int64_t k, const int8_t *weight, int8_t *packed, int32_t *offset) {
     ROWS_OF(n) {
         int8_t *out = packed + i / BLOCK * BLOCK * k + i % BLOCK * 4;
@@ -127,12 +174,14 @@ void pack_float(int64_t n, int64_t k, const float *weight, float *packed) {
     }
 }
 
-/* Products of `height` rows by `blocks` blocks, the first half of them at `first`, the others at
-   `second`. Inlined for every size, so that sums stay in registers. Meanwhile a block of those that
-   follow, `ahead`, comes from memory. */
 #define EACH(i, n) _Pragma("GCC unroll 6") for (int i = 0; i < n; i++)
 #define INLINED static inline __attribute__((always_inline)) void
 
+#ifdef __AVX512VNNI__
+
+/* Products of `height` rows by `blocks` blocks, the first half of them at `first`, the others at
+   `second`. Inlined for every size, so that sums stay in registers. Meanwhile a block of those that
+   follow, `ahead`, comes from memory. */
 INLINED integer_sums(const int height, const int blocks, int64_t k, const uint8_t *x,
                      const int8_t *first, const int8_t *second, const int32_t *first_offset,
                      const int32_t *second_offset, const int8_t *ahead, int32_t *out) {
@@ -202,6 +251,84 @@ static __attribute__((noinline)) void float_tile(
     switch (height * 8 + blocks) { ALL_CASES }
 #undef CASE
 }
+
+#else /* AVX2 and FMA */
+
+/* As above, block by block: two vectors of sums for each row are all that registers hold. Sums of
+   two products of bytes, at most 127 each, fit 16 bits; the sign of a weight goes to the value. */
+INLINED integer_sums(const int height, int64_t k, const int8_t *x, const int8_t *w,
+                     const int8_t *ahead, int32_t *out) {
+    const __m256i one = _mm256_set1_epi16(1);
+    __m256i sum[HEIGHT][2];
+    EACH(r, height)
+        EACH(h, 2) sum[r][h] = _mm256_setzero_si256();
+    for (int64_t j = 0; j < k; j += 4) {
+        _mm_prefetch(ahead + j * BLOCK, _MM_HINT_T1);
+        EACH(h, 2) {
+            const __m256i weight = _mm256_loadu_si256((const void *)(w + j * BLOCK + h * 32));
+            const __m256i size = _mm256_abs_epi8(weight);
+            EACH(r, height) {
+                __m256i v = _mm256_set1_epi32(*(const int32_t *)(x + r * k + j));
+                v = _mm256_maddubs_epi16(size, _mm256_sign_epi8(v, weight));
+                sum[r][h] = _mm256_add_epi32(sum[r][h], _mm256_madd_epi16(v, one));
+            }
+        }
+    }
+    EACH(r, height)
+        EACH(h, 2) _mm256_storeu_si256((void *)(out + r * TILE * BLOCK + h * 8), sum[r][h]);
+}
+
+INLINED float_sums(const int height, int64_t k, const float *x, const float *w, const float *ahead,
+                   float *out) {
+    __m256 sum[HEIGHT][2];
+    EACH(r, height)
+        EACH(h, 2) sum[r][h] = _mm256_setzero_ps();
+    for (int64_t j = 0; j < k; j++) {
+        _mm_prefetch((const char *)(ahead + j * BLOCK), _MM_HINT_T1);
+        const __m256 first = _mm256_loadu_ps(w + j * BLOCK);
+        const __m256 second = _mm256_loadu_ps(w + j * BLOCK + 8);
+        EACH(r, height) {
+            const __m256 v = _mm256_set1_ps(x[r * k + j]);
+            sum[r][0] = _mm256_fmadd_ps(v, first, sum[r][0]);
+            sum[r][1] = _mm256_fmadd_ps(v, second, sum[r][1]);
+        }
+    }
+    EACH(r, height)
+        EACH(h, 2) _mm256_storeu_ps(out + r * TILE * BLOCK + h * 8, sum[r][h]);
+}
+
+#define ALL_HEIGHTS CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+
+static __attribute__((noinline)) void integer_tile(
+    int height, int blocks, int64_t k, const uint8_t *x, const int8_t *first, const int8_t *second,
+    const int32_t *o1, const int32_t *o2, const int8_t *ahead, float *sum) {
+    const int half = (blocks + 1) / 2;
+    int32_t out[HEIGHT * TILE * BLOCK];
+    (void)o1, (void)o2; /* ZERO is 0 */
+    for (int b = 0; b < blocks; b++) {
+        const int8_t *w = (b < half ? first + b * BLOCK * k : second + (b - half) * BLOCK * k);
+#define CASE(h) \
+    case h: integer_sums(h, k, (const int8_t *)x, w, b ? w : ahead, out + b * BLOCK); break;
+        switch (height) { ALL_HEIGHTS }
+#undef CASE
+    }
+    for (int j = 0; j < height * TILE * BLOCK; j++) sum[j] = out[j];
+}
+
+static __attribute__((noinline)) void float_tile(
+    int height, int blocks, int64_t k, const float *x, const float *first, const float *second,
+    const float *ahead, float *out) {
+    const int half = (blocks + 1) / 2;
+    for (int b = 0; b < blocks; b++) {
+        const float *w = (b < half ? first + b * BLOCK * k : second + (b - half) * BLOCK * k);
+#define CASE(h) \
+    case h: float_sums(h, k, x, w, b ? w : ahead, out + b * BLOCK); break;
+        switch (height) { ALL_HEIGHTS }
+#undef CASE
+    }
+}
+
+#endif
 
 enum { LINEAR, GELU, GEGLU };
 

@@ -18,9 +18,12 @@ from torch import Tensor
 from pi0.checkpoint.files import replacing
 
 SOURCE = Path(__file__).with_name("native.c")
-NEEDED = "avx512_vnni"
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-std=c11")
-
+# Flags in /proc/cpuinfo; one of these sets is needed.
+INSTRUCTIONS = ({"avx512_vnni"}, {"avx2", "fma"})
+FLAGS = (
+    *("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=c11"),
+    *("-ffast-math", "-fno-finite-math-only"),  # NaN and infinity survive
+)
 
 Argument = Tensor | int | float | None
 
@@ -32,12 +35,16 @@ class NativeUnavailable(Exception):
 class Native:
     """The functions of `native.c`; see there. Arguments are tensors, numbers and None.
 
+    Attributes:
+        zero: what is added to quantised values: 128 where bytes have no sign, else 0.
+
     Raises:
         NativeUnavailable: this machine cannot compile or run them.
     """
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(str(_compile()))
+        self.zero = ctypes.c_int32.in_dll(self._library, "zero").value
 
     def __call__(self, name: str, *arguments: Argument) -> None:
         self._library[name](*map(_word, arguments))
@@ -61,14 +68,14 @@ def _compile() -> Path:
         NativeUnavailable: another processor, no compiler, no OpenMP, or the compiler fails.
     """
     processor = _processor()
-    if NEEDED not in processor.split():
-        raise NativeUnavailable(f"the processor has no {NEEDED}")
+    if not any(needed <= set(processor.split()) for needed in INSTRUCTIONS):
+        raise NativeUnavailable("the processor has neither AVX512-VNNI nor AVX2 with FMA")
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise NativeUnavailable("no C compiler was found (cc, or what CC names)")
     openmp = _openmp()
-    told = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    parts = [SOURCE.read_text(), " ".join(FLAGS), told, str(openmp), processor]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    parts = [SOURCE.read_text(), " ".join(FLAGS), version, str(openmp), processor]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     library = home / "pi0" / f"native-{key}.so"
@@ -87,8 +94,8 @@ def _compile() -> Path:
 def _run(*words: str) -> None:
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
-        said = done.stderr.strip().splitlines()
-        raise NativeUnavailable(f"{words[0]} failed: {said[0] if said else 'without a word'}")
+        output = done.stderr.strip().splitlines()
+        raise NativeUnavailable(f"{words[0]} failed: {output[0] if output else 'without output'}")
 
 
 def _openmp() -> Path:

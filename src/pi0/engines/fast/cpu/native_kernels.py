@@ -22,7 +22,7 @@ class NativeKernels(Int8Kernels):
     """Plain PyTorch remains for matrices that do not come in whole blocks."""
 
     def __init__(self, native: Native) -> None:
-        self._native = native
+        self.native = native
 
     def prepare(self, weights: PackedWeights) -> None:
         for matrix in weights.matrices.values():
@@ -31,11 +31,11 @@ class NativeKernels(Int8Kernels):
                 continue
             if matrix.scale is None:
                 packed = torch.empty(n // BLOCK, k, BLOCK)
-                self._native("pack_float", n, k, matrix.weight, packed)
+                self.native("pack_float", n, k, matrix.weight, packed)
             else:
                 packed = torch.empty(n // BLOCK, k // 4, BLOCK, 4, dtype=torch.int8)
                 matrix.offset = torch.empty(n, dtype=torch.int32)
-                self._native("pack", n, k, matrix.weight, packed, matrix.offset)
+                self.native("pack", n, k, matrix.weight, packed, matrix.offset)
             matrix.weight = packed
 
     def operand(self, x: Tensor, into: Matrix) -> Any:
@@ -75,7 +75,7 @@ class NativeKernels(Int8Kernels):
         q = qkv.new_empty(batch, tokens, qkv.shape[2] // width - 2 * kv_heads, width)
         sizes = tokens, q.shape[2], kv_heads, width // 2
         for row, cos, sin, *places in zip(qkv, *rotation, q, k, v, strict=True):
-            self._native("split", *sizes, row, cos.contiguous(), sin.contiguous(), *places)
+            self.native("split", *sizes, row, cos.contiguous(), sin.contiguous(), *places)
         return q
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -87,7 +87,7 @@ class NativeKernels(Int8Kernels):
             queries, keys, values = q[i].flatten(0, 1), k[i, :, 0], v[i, :, 0]
             logits = queries @ keys.t()
             seen = None if valid is None else valid[i].contiguous()
-            self._native("softmax", *logits.shape, q.shape[3] ** -0.5, seen, logits)
+            self.native("softmax", *logits.shape, q.shape[3] ** -0.5, seen, logits)
             torch.mm(logits, values, out=out[i].view(queries.shape))
         return out.view(len(q) * q.shape[1], -1)
 
@@ -99,12 +99,13 @@ class NativeKernels(Int8Kernels):
         columns = len(matrix.weight) * BLOCK // (2 if kind == GEGLU else 1)
         out = torch.empty(len(x), columns)
         weights = matrix.weight, matrix.offset, matrix.scale, matrix.bias
-        self._native("multiply", kind, *out.shape, x.shape[1], x, scale, *weights, residual, out)
+        self.native("multiply", kind, *out.shape, x.shape[1], x, scale, *weights, residual, out)
         return out
 
     def _quantise(self, name: str, x: Tensor, *arguments: Argument) -> Quantised:
-        out = Quantised(torch.empty_like(x, dtype=torch.uint8), x.new_empty(len(x)))
-        self._native(name, *x.shape, x, *arguments, *out)
+        dtype = torch.uint8 if self.native.zero else torch.int8
+        out = Quantised(torch.empty_like(x, dtype=dtype), x.new_empty(len(x)))
+        self.native(name, *x.shape, x, *arguments, *out)
         return out
 
 

@@ -7,8 +7,8 @@ and why.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 
 import torch
@@ -114,14 +114,9 @@ def guard(tap: Tap) -> Tap:
     return tap if tap is no_tap else lambda name, x: tap(name, x).clone()
 
 
-@contextmanager
-def on_device(device: torch.device) -> Iterator[None]:
-    """Kernels go to this device; convolutions are exact (by default cuDNN's are TF32)."""
-    exact = torch.backends.cudnn.flags(
-        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-    )
-    with torch.cuda.device(device), exact:
-        yield
+def on_device(device: torch.device) -> AbstractContextManager[None]:
+    """Kernels go to this device."""
+    return torch.cuda.device(device)
 
 
 def find_device(name: str) -> torch.device:

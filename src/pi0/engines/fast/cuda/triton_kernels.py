@@ -148,7 +148,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
 
 @triton.jit
 def _put(value, out, scale, row, width, at, inside):
-    """Stores a row, or part of it; quantised if there is a scale."""
+    """Stores a row, or part of it; quantised if there is a scale.
+
+    NaN stays NaN, though `tl.max` may overlook it; infinity makes the scale infinite, and itself
+    becomes infinity times 0.
+    """
     if scale is not None:
         largest = tl.maximum(tl.max(tl.abs(value), 0), SMALLEST)
         tl.store(scale + row, largest / LIMIT)

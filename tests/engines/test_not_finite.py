@@ -158,7 +158,7 @@ def test_damaged_files_give_no_actions(
     tensors[damaged].view(-1)[3] = value
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(Pi0Error, match="expected finite"):
-        make_engine("cpu", open_checkpoint(tmp_path), None, dtype).sample(INPUTS, NOISE, 2)
+        make_engine(f"cpu:{dtype}", open_checkpoint(tmp_path)).sample(INPUTS, NOISE, 2)
 
 
 @needs_native

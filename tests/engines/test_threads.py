@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pi0.checkpoint.load import open_checkpoint
 from pi0.config import PRESETS
-from pi0.engines.base import Engine, make_engine
+from pi0.engines.base import Engine, EngineOptions, make_engine
 from pi0.engines.fast.cuda import engine as cuda
 from pi0.engines.fast.cuda.engine import CudaEngine
 from pi0.engines.fast.cuda.fp8 import Fp8Kernels
@@ -38,13 +38,12 @@ def engine(
     tiny_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Engine:
     checkpoint = open_checkpoint(tiny_path)
-    name, _, dtype = request.param.partition(":")
-    if name != "cuda":
-        return make_engine(name, checkpoint, None, dtype or None)
+    if request.param != "cuda":
+        return make_engine(request.param, checkpoint)
     monkeypatch.setattr(cuda, "find_device", lambda name: torch.device("cpu"))
     monkeypatch.setattr(cuda, "on_device", lambda device: nullcontext())
     monkeypatch.setattr(cuda, "choose_kernels", lambda device, scheme: (Fp8Kernels(), []))
-    return CudaEngine(checkpoint, dtype="float32")
+    return CudaEngine(checkpoint, EngineOptions("float32"))
 
 
 def calls(groups: int) -> list[tuple[ModelInputs, Tensor]]:

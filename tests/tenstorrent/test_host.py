@@ -262,7 +262,7 @@ def test_one_damaged_weight_gives_no_actions(
             return model
 
         monkeypatch.setattr(engine_module, "load_model", damaged)
-        engine = make_engine("ttnn-host", checkpoint, dtype=precision)
+        engine = make_engine(f"ttnn-host:{precision}", checkpoint)
         try:
             engine.sample(inputs, noise, 1)
         except EngineError:

@@ -6,6 +6,7 @@ Heavy imports are inside the verbs, so that `pi0 --help` costs milliseconds.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import warnings
@@ -79,6 +80,7 @@ def main() -> None:
     Exit codes: 0 done; 1 engines do not agree, or one of several failed; 2 bad input, one sentence
     on stderr; 130 Ctrl-C; 141 nobody reads stdout any more.
     """
+    logging.basicConfig(format="pi0: warning: %(message)s")  # to stderr, from warnings upwards
     with warnings.catch_warnings():
         warnings.showwarning = _warn
         try:

@@ -7,6 +7,7 @@ below any planted bug.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -213,6 +214,7 @@ def test_not_installed(tiny_path: Path, tmp_path: Path) -> None:
             capture_output=True,
             text=True,
             cwd=tmp_path,
+            env={k: v for k, v in os.environ.items() if k != "PI0_LEROBOT_PYTHON"},
         )
         assert done.returncode == 2
         assert f"engine {engine}: expected it installed, found none. Install it" in done.stderr

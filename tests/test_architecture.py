@@ -50,6 +50,7 @@ ARROWS = {
     "policy": {"errors", "plugins", "findings", "config", "inputs", "checkpoint", "engines"},
     "cli": {
         "errors",
+        "plugins",
         "findings",
         "figures",
         "config",

@@ -136,7 +136,18 @@ def test_full_device_is_named_and_stays(tiny_path: Path, npz: Path, tmp_path: Pa
 def act(checkpoint: Path, folder: Path) -> list[str | Path]:
     image = folder / "base.png"
     Image.fromarray(np.zeros((28, 28, 3), np.uint8)).save(image)
-    return ["act", checkpoint, "--image", f"base={image}", "--prompt", "go", "--state", "0"]
+    return [
+        "act",
+        checkpoint,
+        "--image",
+        f"base={image}",
+        "--prompt",
+        "go",
+        "--state",
+        "0",
+        "--robot",
+        "generic",
+    ]
 
 
 def test_home_directory(folder: Path, npz: Path, monkeypatch) -> None:
@@ -150,7 +161,7 @@ def test_home_directory(folder: Path, npz: Path, monkeypatch) -> None:
     act(folder, home)
     np.save(home / "state.npy", np.zeros(3))
     done = pi0(
-        "act", "~/ckpt", "--image", "base=~/base.png", "--prompt", "go", "--state", "~/state.npy",
+        "act", "~/ckpt", "--robot", "generic", "--image", "base=~/base.png", "--prompt", "go", "--state", "~/state.npy",
         "--out", "~/a/actions.npy",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -35,7 +35,7 @@ def resident_bytes() -> int:
 @pytest.mark.filterwarnings("ignore:engine cpu. slower")
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_memory_does_not_grow(tiny_path: Path, dtype: str, calls: int) -> None:
-    policy = Policy.from_checkpoint(tiny_path, engine="cpu", dtype=dtype, steps=1)
+    policy = Policy.from_checkpoint(tiny_path, robot="generic", engine="cpu", dtype=dtype, steps=1)
     # Pictures change from call to call: the engine keeps the prefix of the last.
     observations = [
         {

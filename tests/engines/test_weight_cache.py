@@ -97,7 +97,7 @@ def test_actions_are_the_same_bits(folder: Path, dtype: str) -> None:
 def test_policy_hands_it_on(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        Policy.from_checkpoint(folder, engine="cpu", dtype="int8", cache=True)
+        Policy.from_checkpoint(folder, robot="generic", engine="cpu:int8", weight_cache=True)
     assert kept(folder).exists()
 
 

@@ -17,6 +17,7 @@ from pi0.config import Pi0Config
 from pi0.errors import Pi0Error
 from pi0.findings import Finding, enforce, error, warning
 from pi0.policy import lerobot
+from pi0.policy.fit import image_findings, width_findings
 from pi0.policy.images import RESIZE
 from pi0.policy.lerobot import LerobotProgram
 from pi0.policy.normalize import (
@@ -140,7 +141,7 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
     if robot and stats:
         setup.findings += width_findings(config, robot, *stats[:2])
     if program and program.images and robot and conventions:
-        setup.findings += _image_findings(program, robot, conventions)
+        setup.findings += image_findings(program.images, robot, conventions[0])
     if any(finding.severity == "error" for finding in setup.findings):
         return setup
     assert robot is not None
@@ -160,54 +161,6 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
         default_prompt=options.default_prompt,
     )
     return setup
-
-
-def width_findings(
-    config: Pi0Config, robot: Robot, state: Normalizer, actions: Normalizer
-) -> list[Finding]:
-    """What does not fit between the model, a robot's table and statistics; flat statistics."""
-    found = []
-    for what, stats, table, model in (
-        ("state", state, robot.state_dim, config.state_dim),
-        ("actions", actions, robot.action_dim, config.action_dim),
-    ):
-        widest = max(stats.width, table or 0)
-        if widest > model:
-            found.append(
-                error(
-                    f"{what}-too-wide",
-                    f"{what}: expected at most the {model} of the model, found "
-                    f"{stats.width} in the statistics and {table or stats.width} of robot "
-                    f"{robot.name}.",
-                )
-            )
-        elif table is not None and stats.width < table:
-            found.append(
-                error(
-                    f"{what}-statistics-narrow",
-                    f"statistics of {what}: expected {table} values for robot {robot.name}, found "
-                    f"{stats.width}. They are another robot's: name the right ones with "
-                    "--norm-stats, or the robot with --robot.",
-                )
-            )
-        elif table is not None and table < stats.width < model:
-            found.append(
-                warning(
-                    f"{what}-statistics-wide",
-                    f"statistics of {what}: expected {table} values for robot {robot.name}, found "
-                    f"{stats.width}; the first {table} are used. Another robot's statistics?",
-                )
-            )
-        flat = stats.flat(table or stats.width)
-        if flat:
-            found.append(
-                warning(
-                    f"{what}-statistics-flat",
-                    f"statistics of {what}: no spread in {', '.join(map(str, flat))}: any "
-                    "deviation there becomes huge. Were these joints still in the training data?",
-                )
-            )
-    return found
 
 
 def _program(
@@ -322,23 +275,6 @@ def _robot(
         )
     )
     return ROBOTS["generic"]
-
-
-def _image_findings(
-    program: LerobotProgram, robot: Robot, conventions: Conventions
-) -> list[Finding]:
-    """Whether statistics of images can be applied."""
-    unknown = sorted(program.images.keys() - {camera.key for camera in robot.cameras})
-    if not unknown and conventions[0] == "lerobot":
-        return []
-    found = f"robot {robot.name} without {', '.join(unknown)}" if unknown else "openpi's resizing"
-    return [
-        error(
-            "image-statistics",
-            "images: the checkpoint normalises them by statistics of its own cameras before "
-            f"LeRobot's resizing; found {found}. Leave out --robot, --resize and --preprocessing.",
-        )
-    ]
 
 
 def _statistics(

@@ -1,0 +1,73 @@
+"""What does not fit between a model, a robot's table and the statistics of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pi0.config import Pi0Config
+from pi0.findings import Finding, error, warning
+from pi0.policy.normalize import Normalizer
+from pi0.policy.robot import Robot
+
+
+def width_findings(
+    config: Pi0Config, robot: Robot, state: Normalizer, actions: Normalizer
+) -> list[Finding]:
+    """What does not fit between the model, a robot's table and statistics; flat statistics."""
+    found = []
+    for what, stats, table, model in (
+        ("state", state, robot.state_dim, config.state_dim),
+        ("actions", actions, robot.action_dim, config.action_dim),
+    ):
+        widest = max(stats.width, table or 0)
+        if widest > model:
+            found.append(
+                error(
+                    f"{what}-too-wide",
+                    f"{what}: expected at most the {model} of the model, found "
+                    f"{stats.width} in the statistics and {table or stats.width} of robot "
+                    f"{robot.name}.",
+                )
+            )
+        elif table is not None and stats.width < table:
+            found.append(
+                error(
+                    f"{what}-statistics-narrow",
+                    f"statistics of {what}: expected {table} values for robot {robot.name}, found "
+                    f"{stats.width}. They are another robot's: name the right ones with "
+                    "--norm-stats, or the robot with --robot.",
+                )
+            )
+        elif table is not None and table < stats.width < model:
+            found.append(
+                warning(
+                    f"{what}-statistics-wide",
+                    f"statistics of {what}: expected {table} values for robot {robot.name}, found "
+                    f"{stats.width}; the first {table} are used. Another robot's statistics?",
+                )
+            )
+        flat = stats.flat(table or stats.width)
+        if flat:
+            found.append(
+                warning(
+                    f"{what}-statistics-flat",
+                    f"statistics of {what}: no spread in {', '.join(map(str, flat))}: any "
+                    "deviation there becomes huge. Were these joints still in the training data?",
+                )
+            )
+    return found
+
+
+def image_findings(stats: Mapping[str, Normalizer], robot: Robot, resize: str) -> list[Finding]:
+    """Whether statistics of images, by camera, can be applied."""
+    unknown = sorted(stats.keys() - {camera.key for camera in robot.cameras})
+    if not unknown and resize == "lerobot":
+        return []
+    found = f"robot {robot.name} without {', '.join(unknown)}" if unknown else "openpi's resizing"
+    return [
+        error(
+            "image-statistics",
+            "images: the checkpoint normalises them by statistics of its own cameras before "
+            f"LeRobot's resizing; found {found}. Leave out --robot, --resize and --preprocessing.",
+        )
+    ]

@@ -161,8 +161,8 @@ def test_home_directory(folder: Path, npz: Path, monkeypatch) -> None:
     act(folder, home)
     np.save(home / "state.npy", np.zeros(3))
     done = pi0(
-        "act", "~/ckpt", "--robot", "generic", "--image", "base=~/base.png", "--prompt", "go", "--state", "~/state.npy",
-        "--out", "~/a/actions.npy",
+        "act", "~/ckpt", "--robot", "generic", "--image", "base=~/base.png", "--prompt", "go",
+        "--state", "~/state.npy", "--out", "~/a/actions.npy",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (home / "a" / "actions.npy").exists()

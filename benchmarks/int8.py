@@ -87,7 +87,7 @@ def actions(weights: PackedWeights, seeds: int) -> Tensor:
         for i in range(seeds)
     )
     times = network.step_time_biases(10)
-    return torch.stack([network.denoise(noise, times, inputs.state, cache) for noise in noises])
+    return torch.stack([network.denoise(noise, times, cache) for noise in noises])
 
 
 def main() -> None:

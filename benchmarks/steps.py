@@ -39,17 +39,15 @@ class TorchRotation(NativeKernels):
 
 
 class StateInEveryStep(Network):
-    def velocity(self, x_t: Tensor, t: Tensor, state: Tensor, cache: Cache, *_: object) -> Tensor:
-        cache.state = None
-        return super().velocity(x_t, t, state, cache)
+    def velocity(self, x_t: Tensor, t: Tensor, cache: Cache, *_: object) -> Tensor:
+        cache.has_state_token = False
+        return super().velocity(x_t, t, cache)
 
 
 class TimeInEveryStep(Network):
-    def denoise(
-        self, noise: Tensor, times: Tensor, state: Tensor, cache: Cache, *_: object
-    ) -> Tensor:
+    def denoise(self, noise: Tensor, times: Tensor, cache: Cache, *_: object) -> Tensor:
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return self.velocity(x, self.time_bias(t), state, cache)
+            return self.velocity(x, self.time_bias(t), cache)
 
         return integrate(velocity, noise, len(times))
 
@@ -94,7 +92,7 @@ def variants(path: Path, dtype: str) -> dict[str, Callable[[ModelInputs, Tensor]
     }
     if dtype == "int8":  # three models of it fit in memory
         scheme = cpu.SCHEMES[dtype]
-        cpu.SCHEMES[dtype] = dataclasses.replace(scheme, part=UNSPLIT)
+        cpu.SCHEMES[dtype] = dataclasses.replace(scheme, mlp_chunk=UNSPLIT)
         whole = CpuEngine(checkpoint, EngineOptions(dtype))
         cpu.SCHEMES[dtype] = scheme
         found["MLPs not in parts"] = lambda inputs, noise: sample(whole, inputs, noise)

@@ -27,9 +27,8 @@ class FakeEngine(Engine):
 
     def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> PrefixCache:
         self.seen.append(inputs)
-        return PrefixCache([], torch.ones(inputs.batch_size, 1, dtype=torch.bool))
+        valid = torch.ones(inputs.batch_size, 1, dtype=torch.bool)
+        return PrefixCache([], valid, inputs.state)
 
-    def velocity(
-        self, x_t: Tensor, t: Tensor, state: Tensor, cache: PrefixCache, tap: Tap = no_tap
-    ) -> Tensor:
+    def velocity(self, x_t: Tensor, t: Tensor, cache: PrefixCache, tap: Tap = no_tap) -> Tensor:
         return (x_t - self.answer) / t[:, None, None]

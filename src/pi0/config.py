@@ -104,9 +104,14 @@ class Pi0Config:
             )
 
     @property
+    def state_tokens(self) -> int:
+        """Suffix tokens of the state, before those of the actions: one in π0, none in π0.5."""
+        return 0 if self.adaptive_norm else 1
+
+    @property
     def suffix_len(self) -> int:
-        """Suffix tokens: one for the state (π0 only) and one for each action."""
-        return self.horizon + (0 if self.adaptive_norm else 1)
+        """Suffix tokens: those of the state, and one for each action."""
+        return self.state_tokens + self.horizon
 
     def prefix_len(self, cameras: int, tokens: int | None = None) -> int:
         """Prefix tokens for a number of cameras and text tokens (default: max_tokens)."""

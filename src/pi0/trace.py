@@ -100,7 +100,7 @@ def trace(engine: Engine, inputs: ModelInputs, noise: Tensor, t: float = 1.0) ->
     """
     recorder = _Recorder()
     cache = engine.prefill(inputs, recorder)
-    engine.velocity(noise, torch.full((len(noise),), t), inputs.state, cache, recorder)
+    engine.velocity(noise, torch.full((len(noise),), t), cache, recorder)
     x = engine.config.prefix_len(inputs.image_mask.shape[1], inputs.tokens.shape[1])
     suffix = engine.config.suffix_len
     return Trace(

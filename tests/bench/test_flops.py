@@ -73,7 +73,7 @@ def test_is_what_the_model_computes(tiny: Pi0) -> None:
         cache = tiny.prefill(inputs)
     assert counter.get_total_flops() == count.prefill.flop
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        tiny.velocity(noise, torch.ones(1), inputs.state, cache)
+        tiny.velocity(noise, torch.ones(1), cache)
     assert counter.get_total_flops() == count.step.flop
 
 

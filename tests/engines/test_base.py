@@ -63,7 +63,7 @@ def test_close(tiny_path: Path, spec: str) -> None:
     with pytest.raises(EngineError, match=sentence):
         engine.prefill(inputs)
     with pytest.raises(EngineError, match=sentence):
-        engine.velocity(noise, torch.ones(1), inputs.state, cache)
+        engine.velocity(noise, torch.ones(1), cache)
 
 
 class OneAtATime(ReferenceEngine):

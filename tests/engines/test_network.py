@@ -69,17 +69,16 @@ def test_other_image_size(tiny_path: Path) -> None:
 
 
 def test_another_state_is_seen(engine: Engine, tiny: Pi0) -> None:
-    """The state token is kept from step to step, but not for another state."""
+    """A cache has the state that it was made from, whatever its owner does with it afterwards."""
     inputs, noise = batch([([True, True], 6)])
-    cache, t = engine.prefill(inputs), torch.ones(1)
-    other = inputs.state + 1
-    expected = tiny.prefill(inputs)
-    for state in (inputs.state, other, inputs.state, inputs.state):
-        mine = engine.velocity(noise, t, state, cache)
-        assert close(mine, tiny.velocity(noise, t, state, expected))
-    inputs.state.mul_(2)  # in place, by whoever owns it
-    mine = engine.velocity(noise, t, inputs.state, cache)
-    assert close(mine, tiny.velocity(noise, t, inputs.state, expected))
+    other = replace(inputs, state=inputs.state + 1)
+    t, first = torch.ones(1), inputs.state.clone()
+    mine, theirs = engine.prefill(inputs), engine.prefill(other)
+    inputs.state.mul_(2)
+    other.state.mul_(2)
+    for cache, state in ((mine, first), (theirs, first + 1), (mine, first), (theirs, first + 1)):
+        expected = tiny.velocity(noise, t, tiny.prefill(replace(inputs, state=state)))
+        assert close(engine.velocity(noise, t, cache), expected)
 
 
 def test_steps_after_the_first_do_without_the_state_token(engine: Engine) -> None:
@@ -135,9 +134,9 @@ def test_stages_have_the_models_shapes(engine: Engine, tiny: Pi0) -> None:
         return note
 
     t = torch.ones(2)
-    tiny.velocity(noise, t, inputs.state, tiny.prefill(inputs, tap("model")), tap("model"))
+    tiny.velocity(noise, t, tiny.prefill(inputs, tap("model")), tap("model"))
     cache = engine.prefill(inputs, tap("engine"))
-    engine.velocity(noise, t, inputs.state, cache, tap("engine"))
+    engine.velocity(noise, t, cache, tap("engine"))
     last = f"vlm_transformer.block.{CONFIG.vlm.depth - 1}"
     left_out = {"vlm_transformer", "sequence", last}
     assert set(STAGES) - left_out <= set(seen["engine"])
@@ -175,7 +174,7 @@ def test_bucket_changes_nothing(engine: Engine) -> None:
         plan = make_token_plan(inputs, CONFIG.vision.num_patches, CONFIG.suffix_len, bucket)
         with torch.inference_mode():
             cache = network.prefill(inputs, plan)
-            velocities.append(network.velocity(noise, t, inputs.state, cache))
+            velocities.append(network.velocity(noise, t, cache))
     assert close(*velocities)
 
 

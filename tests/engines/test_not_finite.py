@@ -63,7 +63,7 @@ def actions(weights: PackedWeights, kernels: Kernels) -> Tensor:
     with torch.inference_mode():
         cache = network.prefill(INPUTS, plan)
         times = network.step_time_biases(2)
-        return require_finite(network.denoise(NOISE, times, INPUTS.state, cache))
+        return require_finite(network.denoise(NOISE, times, cache))
 
 
 @pytest.fixture(scope="module")

@@ -75,7 +75,7 @@ def test_sampling(engine: Engine, groups: int) -> None:
 def test_prefill_and_velocity(engine: Engine) -> None:
     def answer(inputs: ModelInputs, noise: Tensor) -> Tensor:
         cache = engine.prefill(inputs)
-        return engine.velocity(noise, torch.ones(1), inputs.state, cache)
+        return engine.velocity(noise, torch.ones(1), cache)
 
     work = calls(2)
     serial = [answer(*call) for call in work]

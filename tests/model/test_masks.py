@@ -95,7 +95,7 @@ def test_joint_pass_equals_cached_pass(
     inputs, x = observation
     time = torch.tensor([t])
     with torch.no_grad():
-        cached = tiny.velocity(x, time, inputs.state, tiny.prefill(inputs))
+        cached = tiny.velocity(x, time, tiny.prefill(inputs))
         joint = tiny(inputs, x, time)
     assert cached.shape == (1, 50, 32)
     assert cached.std() > 0.1

@@ -76,7 +76,7 @@ def test_agree(ours: Engine, theirs: PeerEngine, masked: bool, text: int) -> Non
     inputs.token_mask[0, text:] = False
     cache, their_cache = ours.prefill(inputs), theirs.prefill(inputs)
     for t in (1.0, 0.5, 0.1):
-        given = noise, torch.tensor([t]), inputs.state
+        given = noise, torch.tensor([t])
         wanted = ours.velocity(*given, cache)
         got = theirs.velocity(*given, their_cache)
         torch.testing.assert_close(got, wanted, atol=TOLERANCE, rtol=0)

@@ -100,7 +100,7 @@ def part_times(
         steps_ms: list[float] = []
 
         def velocity(x: Tensor, t: Tensor, cache: Any = cache, into: list[float] = steps_ms) -> Any:
-            ms, v = timed(engine, engine.velocity, x, t, inputs.state, cache)
+            ms, v = timed(engine, engine.velocity, x, t, cache)
             into.append(ms)
             return v
 
@@ -141,7 +141,7 @@ def actions_of_seeds(
     cache = engine.prefill(inputs)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
-        return engine.velocity(x, t, inputs.state, cache)
+        return engine.velocity(x, t, cache)
 
     others = [require_finite(integrate(velocity, noise, steps)) for noise in noises[1:]]
     return torch.stack([first, *others])

@@ -195,13 +195,11 @@ class Engine(ABC):
     def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> Any:
         """Runs the prefix, once for all denoising steps.
 
-        Returns what `velocity` takes as `cache`; its type is engine-specific.
+        Returns what `velocity` takes as `cache`, the state included; its type is engine-specific.
         """
 
     @abstractmethod
-    def velocity(
-        self, x_t: Tensor, t: Tensor, state: Tensor, cache: Any, tap: Tap = no_tap
-    ) -> Tensor:
+    def velocity(self, x_t: Tensor, t: Tensor, cache: Any, tap: Tap = no_tap) -> Tensor:
         """dx/dt [B, horizon, action_dim] of noisy actions x_t of that shape at t [B]."""
 
     @exclusive
@@ -231,7 +229,7 @@ class Engine(ABC):
         cache = self.prefill(inputs)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            v = self.velocity(x, t, inputs.state, cache)
+            v = self.velocity(x, t, cache)
             on_step()
             return v
 

@@ -44,11 +44,8 @@ class ReferenceEngine(Engine):
 
     @exclusive
     @torch.inference_mode()
-    def velocity(
-        self, x_t: Tensor, t: Tensor, state: Tensor, cache: PrefixCache, tap: Tap = no_tap
-    ) -> Tensor:
-        x_t, t, state = (tensor.to(self.device) for tensor in (x_t, t, state))
-        return self.model.velocity(x_t, t, state, cache, tap).cpu()
+    def velocity(self, x_t: Tensor, t: Tensor, cache: PrefixCache, tap: Tap = no_tap) -> Tensor:
+        return self.model.velocity(x_t.to(self.device), t.to(self.device), cache, tap).cpu()
 
     def _close(self) -> None:
         del self.model

@@ -46,17 +46,25 @@ class RMSNorm(Float32):
         return x * torch.rsqrt(square + EPS) * (1 + self.weight)
 
 
+def rotary_angles(positions: Tensor, head_dim: int) -> Tensor:
+    """Angles of rotary embedding at positions [...]: [..., D/2] float32 (arXiv 2104.09864)."""
+    half = head_dim // 2
+    return positions[..., None] * ROPE_BASE ** (-torch.arange(half, device=positions.device) / half)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates x [..., D], whose pairs are one of each half, given cos and sin [..., D/2]."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
 class Rope(Float32):
-    """Rotary position embedding, first half of D with second half (arXiv 2104.09864)."""
+    """Rotary position embedding."""
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [B, T, H, D], positions [B, T] → [B, T, H, D]."""
-        half = x.shape[-1] // 2
-        frequency = ROPE_BASE ** (-torch.arange(half, device=x.device) / half)
-        angle = positions[:, :, None, None] * frequency  # [B, T, 1, D/2]
-        sin, cos = angle.sin(), angle.cos()
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+        angle = rotary_angles(positions, x.shape[-1])[:, :, None]  # [B, T, 1, D/2]
+        return rotate(x, angle.cos(), angle.sin())
 
 
 class MaskedSoftmax(Float32):

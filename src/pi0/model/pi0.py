@@ -5,7 +5,7 @@ The model is eleven stages, named in `STAGES`. Two ways lead through them and ag
 (the whole sequence at once; what training uses).
 
 Axes: B batch, V views, P patches, L prompt tokens, X prefix tokens (V·P + L), A suffix tokens
-(1 + horizon), T queries, S keys, E width of the trunk at hand.
+(state and actions), T queries, S keys, E width of the trunk at hand.
 
 Knows nothing of files, cameras, robots or devices; dtypes are in `precision.py`.
 
@@ -15,6 +15,7 @@ Source: openpi `pi0.py`; arXiv 2410.24164.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,8 @@ from pi0.model.flow import embed_time, integrate
 from pi0.model.gemma import GemmaTrunk, KeyValue, Tap, TokenStream, run_layers
 from pi0.model.precision import Float32Linear
 from pi0.model.siglip import SiglipTower
+
+Linear = tuple[Tensor, Tensor]  # weight [out, in] and bias [out]
 
 STAGES = (
     "vision_tower",
@@ -42,16 +45,15 @@ STAGES = (
     "velocity",
 )
 
-# Blocks of the attention mask: a token sees its own and earlier blocks.
-PREFIX_BLOCK, STATE_BLOCK, ACTION_BLOCK = 0, 1, 2
-
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """What denoising needs of the prefix: keys and values a layer, and which tokens are valid."""
+    """What denoising needs of an observation: keys and values of each layer, which tokens of the
+    prefix are valid, and the state."""
 
     layers: list[KeyValue]  # each [B, X, K, D]
     valid: Tensor  # [B, X] bool
+    state: Tensor  # [B, state_dim]
 
 
 def no_tap(name: str, value: Tensor) -> Tensor:
@@ -70,9 +72,41 @@ def attention_mask(valid: Tensor, blocks: Tensor) -> Tensor:
     return visible & valid[:, None, :] & valid[:, :, None]
 
 
+def token_blocks(prefix: int, state: int, actions: int) -> Tensor:
+    """Blocks of the attention mask: of the prefix's tokens, the state's, then the actions'."""
+    return torch.cat([torch.full((n,), i) for i, n in enumerate((prefix, state, actions))])
+
+
+def prefix_valid(inputs: ModelInputs, patches: int) -> Tensor:
+    """Which tokens of the prefix are valid, with so many patches of an image: [B, X] bool."""
+    views = inputs.image_mask.repeat_interleave(patches, dim=1)
+    return torch.cat([views, inputs.token_mask], dim=1)
+
+
 def token_positions(valid: Tensor) -> Tensor:
     """[B, S]: the place of each token among the valid ones; padding takes no place."""
     return valid.cumsum(dim=1) - 1
+
+
+class FoldedActions(NamedTuple):
+    """`action_in_proj` and `action_time_mlp_in`, with nothing between them, as one linear layer:
+    actions · actionsᵀ + embedded time · timeᵀ + bias. All float32."""
+
+    actions: Tensor  # [E, action_dim]
+    time: Tensor  # [E, E]
+    bias: Tensor  # [E]
+
+
+def fold_actions(first: Linear, second: Linear) -> FoldedActions:
+    """Folds weight and bias of `action_in_proj` into those of `action_time_mlp_in`, in float64."""
+    (weight, bias), (mix, offset) = first, second
+    width = len(mix)
+    of_actions = mix[:, :width].double()
+    return FoldedActions(
+        (of_actions @ weight.double()).float(),
+        mix[:, width:].float().contiguous(),
+        (of_actions @ bias.double() + offset.double()).float(),
+    )
 
 
 class Pi0(nn.Module):
@@ -108,21 +142,19 @@ class Pi0(nn.Module):
     def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> PrefixCache:
         """Runs the prefix through the VLM, once for all denoising steps."""
         prefix, valid = self.embed_prefix(inputs, tap)
-        blocks = torch.full_like(valid[0], PREFIX_BLOCK, dtype=torch.long)
+        blocks = token_blocks(valid.shape[1], 0, 0).to(valid.device)
         stream = TokenStream("vlm_transformer", self.vlm, prefix, token_positions(valid))
         (hidden,), layers = run_layers([stream], attention_mask(valid, blocks), tap)
         tap("vlm_transformer", hidden)
-        return PrefixCache(layers, valid)
+        return PrefixCache(layers, valid, inputs.state.clone())
 
-    def velocity(
-        self, x_t: Tensor, t: Tensor, state: Tensor, cache: PrefixCache, tap: Tap = no_tap
-    ) -> Tensor:
-        """dx/dt of noisy actions: x_t [B, horizon, 32], t [B], state [B, 32] → [B, horizon, 32].
+    def velocity(self, x_t: Tensor, t: Tensor, cache: PrefixCache, tap: Tap = no_tap) -> Tensor:
+        """dx/dt of noisy actions: x_t [B, horizon, 32], t [B] → [B, horizon, 32].
 
         All float32. The expert's queries see the keys of the whole prefix and of the suffix: the
         mask is cut to the suffix in its rows, not in its columns.
         """
-        suffix = self.embed_suffix(x_t, t, state, tap)
+        suffix = self.embed_suffix(x_t, t, cache.state, tap)
         mask, positions = self.mask_and_positions(cache.valid, tap)
         x_len = cache.valid.shape[1]
         stream = TokenStream("expert_transformer", self.expert, suffix, positions[:, x_len:])
@@ -147,7 +179,7 @@ class Pi0(nn.Module):
     def sample_actions(self, inputs: ModelInputs, noise: Tensor, steps: int = 10) -> Tensor:
         """Actions [B, horizon, 32] float32 from noise of that shape."""
         cache = self.prefill(inputs)
-        return integrate(lambda x, t: self.velocity(x, t, inputs.state, cache), noise, steps)
+        return integrate(lambda x, t: self.velocity(x, t, cache), noise, steps)
 
     def embed_prefix(self, inputs: ModelInputs, tap: Tap) -> tuple[Tensor, Tensor]:
         """Image patches, then text: [B, X, E], and which tokens are valid [B, X].
@@ -162,24 +194,23 @@ class Pi0(nn.Module):
         scale = self.config.vlm.width**0.5
         text = tap("token_embedding", self.token_embedding(inputs.tokens) * scale)
         prefix = tap("prefix", torch.cat([patches.flatten(1, 2), text], dim=1))
-        patch_valid = inputs.image_mask.repeat_interleave(patches.shape[2], dim=1)
-        return prefix, torch.cat([patch_valid, inputs.token_mask], dim=1)
+        return prefix, prefix_valid(inputs, patches.shape[2])
 
     def embed_suffix(self, x_t: Tensor, t: Tensor, state: Tensor, tap: Tap) -> Tensor:
-        """The state token, then one token an action, mixed with the timestep: [B, A, E]."""
+        """The state token, if the model has one, then one token for each action, mixed with the
+        timestep: [B, A, E]."""
         actions = self.action_in_proj(x_t)
         time = embed_time(t, actions.shape[-1])[:, None].expand_as(actions)
         h = self.action_time_mlp_in(torch.cat([actions, time], dim=-1))
         actions = self.action_time_mlp_out(F.silu(h))
-        suffix = torch.cat([self.state_proj(state)[:, None], actions], dim=1)
-        return tap("suffix", suffix.to(self.dtype))
+        if self.config.state_tokens:
+            actions = torch.cat([self.state_proj(state)[:, None], actions], dim=1)
+        return tap("suffix", actions.to(self.dtype))
 
     def mask_and_positions(self, prefix_valid: Tensor, tap: Tap) -> tuple[Tensor, Tensor]:
         """Mask [B, X + A, X + A] and positions [B, X + A] of prefix and suffix together."""
         batch, x_len = prefix_valid.shape
-        blocks = torch.full((x_len + self.config.suffix_len,), ACTION_BLOCK)
-        blocks[:x_len] = PREFIX_BLOCK
-        blocks[x_len] = STATE_BLOCK
+        blocks = token_blocks(x_len, self.config.state_tokens, self.config.horizon)
         suffix_valid = prefix_valid.new_ones(batch, self.config.suffix_len)
         valid = torch.cat([prefix_valid, suffix_valid], dim=1)
         mask = tap("sequence", attention_mask(valid, blocks.to(valid.device)))

@@ -109,14 +109,12 @@ class PeerEngine(Engine):
         return self._prefixes
 
     @exclusive
-    def velocity(
-        self, x_t: Tensor, t: Tensor, state: Tensor, cache: int, tap: Tap = no_tap
-    ) -> Tensor:
+    def velocity(self, x_t: Tensor, t: Tensor, cache: int, tap: Tap = no_tap) -> Tensor:
         if cache != self._prefixes:
             raise EngineError(
                 f"engine {self.name}: expected the prefix of the last prefill, found an older."
             )
-        answer = self._ask("velocity", x_t=x_t.numpy(), t=t.numpy(), state=state.numpy())
+        answer = self._ask("velocity", x_t=x_t.numpy(), t=t.numpy())
         v = torch.from_numpy(answer["velocity"])
         tap("velocity", v)
         return v

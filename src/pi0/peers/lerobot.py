@@ -71,8 +71,8 @@ class Model:
         self.prefix = prefix
         return stages
 
-    def velocity(self, x_t: Tensor, t: Tensor, state: Tensor) -> Tensor:
-        given = {**self.prefix, "x_t": x_t, "timestep": t, "state": state}
+    def velocity(self, x_t: Tensor, t: Tensor) -> Tensor:
+        given = {**self.prefix, "x_t": x_t, "timestep": t}
         v: Tensor = self.model.denoise_step(**given)
         return v
 

@@ -84,8 +84,8 @@ class Model:
         self.prefix = prefix
         return {}
 
-    def velocity(self, x_t: Tensor, t: Tensor, state: Tensor) -> Tensor:
-        given = {"noise": self._cast(x_t), "timestep": t, "state": self._cast(state)}
+    def velocity(self, x_t: Tensor, t: Tensor) -> Tensor:
+        given = {"noise": self._cast(x_t), "timestep": t}
         (past,) = (self.prefix[name] for name in CACHES if name in self.prefix)
         length = past.get_seq_length()
         v: Tensor = self.model(**{**self.prefix, **given}).logits

@@ -55,7 +55,7 @@ def answer(model: Any, message: dict[str, Any], device: torch.device) -> dict[st
     if command == "prefill":
         result = model.prefill(arrays)
     elif command == "velocity":
-        result = {"velocity": model.velocity(arrays["x_t"], arrays["t"], arrays["state"])}
+        result = {"velocity": model.velocity(arrays["x_t"], arrays["t"])}
     else:
         noise = arrays.pop("noise")
         result = {"actions": model.sample(arrays, noise, steps)}

@@ -29,6 +29,7 @@ from pi0.errors import CheckpointError
 from pi0.inputs import ModelInputs, random_inputs
 from pi0.model import STAGES
 from pi0.model.flow import schedule
+from pi0.model.pi0 import prefix_valid
 from pi0.verify.compare import Comparison, compare
 from pi0.verify.thresholds import Limits, limits_of, looser, threshold
 
@@ -258,9 +259,8 @@ def record(
         last = time.perf_counter()
         return result
 
-    state, noise = case.inputs.state, case.noise
     cache = engine.prefill(case.inputs, tap)
-    engine.velocity(noise, torch.ones(len(noise)), state, cache, tap)
+    engine.velocity(case.noise, torch.ones(len(case.noise)), cache, tap)
     taken, x = _denoise(engine, case, cache, steps, feed)
     patches = engine.config.vision.num_patches
     return Recording(patches, tensors, ms, taken, x, _move_masked_content(engine, case))
@@ -276,7 +276,7 @@ def _denoise(
         t = torch.full((len(x),), moment)
         if feed is not None:
             x = feed.steps[i][0]
-        v = engine.velocity(x, t, case.inputs.state, cache)
+        v = engine.velocity(x, t, cache)
         taken.append((x, v))
         x = x - v / steps
     return taken, x
@@ -312,7 +312,7 @@ def _move_masked_content(engine: Engine, case: Case) -> Comparison | None:
     tokens[~inputs.token_mask] = (tokens[~inputs.token_mask] + 1) % engine.config.vocab_size
     t = torch.ones(len(case.noise))
     before, after = (
-        engine.velocity(case.noise, t, inputs.state, engine.prefill(these))
+        engine.velocity(case.noise, t, engine.prefill(these))
         for these in (inputs, replace(inputs, images=images, tokens=tokens))
     )
     return compare(before, after)
@@ -321,8 +321,7 @@ def _move_masked_content(engine: Engine, case: Case) -> Comparison | None:
 def _seen(inputs: ModelInputs, patches: int) -> dict[str, Tensor]:
     """By stage, which of its images or tokens are attended to; `patches` are those of one view."""
     views = inputs.image_mask.flatten()
-    images = inputs.image_mask.repeat_interleave(patches, dim=1)
-    prefix = torch.cat([images, inputs.token_mask], dim=1)
+    prefix = prefix_valid(inputs, patches)
     return {
         "vision_tower": views,
         "projector": views,

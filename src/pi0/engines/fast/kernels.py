@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pi0.engines.fast.weights import Matrix, PackedWeights
 from pi0.model.gemma import EPS as RMS_EPS
+from pi0.model.gemma import rotate
 from pi0.model.siglip import EPS as LAYER_EPS
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [B, T, 1, D/2] float32
@@ -67,9 +68,9 @@ class Kernels:
         heads = qkv.view(*qkv.shape[:2], -1, width)
         sizes = [heads.shape[2] - 2 * kv_heads, kv_heads, kv_heads]
         q, keys, values = torch.split(heads, sizes, dim=2)
-        k.copy_(rotate(keys, rotation))
+        k.copy_(rotate(keys.float(), *rotation))
         v.copy_(values)
-        return rotate(q, rotation)
+        return rotate(q.float(), *rotation).to(q.dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
         """Attention: q [B, T, H, D], k and v [B, S, K, D], valid [B, S] bool → [B·T, H·D].
@@ -90,10 +91,3 @@ class Kernels:
         out = out.view(batch, kv_heads, t, heads // kv_heads, width).transpose(1, 2)
         out = out.reshape(batch * t, heads * width)
         return out if largest is None else out.add_(0 * largest)
-
-
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotary embedding of x [B, T, H, D], in float32; see `pi0.model.gemma.Rope`."""
-    cos, sin = rotation
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)

@@ -5,7 +5,7 @@ query, key and value are one matrix, and so are gate and up; prefix keys and val
 once, into buffers with room for the suffix; of the VLM's last layer only keys and values are
 computed; the state token, which sees neither actions nor time, is computed in the first step and
 stays; the two linear layers on the actions are one, and what time adds to it comes from outside
-(`time_terms`).
+(`Network.time_bias`).
 
 Axes as in `pi0.model`; X' is what the plan leaves of X. Tokens of all rows lie one after the other:
 x is [B·X', E] or [B·A, E].
@@ -14,7 +14,7 @@ x is [B·X', E] or [B·A, E].
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from pi0.inputs import ModelInputs
 from pi0.model import Tap
 from pi0.model.flow import embed_time, integrate, schedule
 from pi0.model.gemma import EPS as RMS_EPS
-from pi0.model.gemma import ROPE_BASE
+from pi0.model.gemma import rotary_angles
 from pi0.model.pi0 import no_tap
 from pi0.model.precision import refuse_overflow
 from pi0.model.siglip import EPS as LAYER_EPS
@@ -41,12 +41,14 @@ VLM_OUTPUT = (
 
 @dataclass
 class Cache:
-    """Keys and values of prefix and suffix, each [B, X' + A, K, D] a layer.
+    """Keys and values of prefix and suffix, for each layer [B, X' + A, K, D], and the state.
 
     Attributes:
         valid: [B, X' + A] bool, or None if every key is seen.
         rotation: of the suffix.
-        state: whose keys and values of the state token these are; None: not computed yet.
+        state: [B, state_dim] float32.
+        has_state_token: whether keys and values are there of the state's token, too. They are
+            computed in the first step.
     """
 
     plan: TokenPlan
@@ -54,12 +56,12 @@ class Cache:
     values: list[Tensor]
     valid: Tensor | None
     rotation: Rotation
-    state: Tensor | None = None
+    state: Tensor
+    has_state_token: bool = False
 
-    def invalidate_if_state_changed(self, state: Tensor) -> None:
-        """Has the state token computed anew if what is kept is another state's."""
-        if self.state is not None and not torch.equal(self.state, state):
-            self.state = None
+    def with_state(self, state: Tensor) -> Cache:
+        """The same prefix with another state; this one must not be used any more."""
+        return replace(self, state=state.clone(), has_state_token=False)
 
 
 class Network:
@@ -79,7 +81,8 @@ class Network:
         valid = plan.valid
         if valid is not None:
             valid = F.pad(valid, (0, self.config.suffix_len), value=True)
-        cache = Cache(plan, [], [], valid, slice_rotation(rotation, slice(tokens, None)))
+        suffix_rotation = slice_rotation(rotation, slice(tokens, None))
+        cache = Cache(plan, [], [], valid, suffix_rotation, inputs.state.clone())
         rotation = slice_rotation(rotation, slice(0, tokens))
         shape = (batch, plan.positions.shape[1], config.num_kv_heads, config.head_dim)
         for i in range(config.depth):
@@ -101,19 +104,19 @@ class Network:
                 x = self._show(tap, name, tokens_of, plan.scatter, plan.gather).flatten(0, 1)
         return cache
 
-    def velocity(
-        self, x_t: Tensor, time: Tensor, state: Tensor, cache: Cache, tap: Tap = no_tap
-    ) -> Tensor:
+    def velocity(self, x_t: Tensor, time: Tensor, cache: Cache, tap: Tap = no_tap) -> Tensor:
         """dx/dt [B, horizon, action_dim] float32; see `Pi0.velocity`. Tensors are on the device.
 
         Args:
-            time: [B, E] or [E], of `time_terms`.
-            cache: with `state` None, keys and values of the state token are computed and kept. With
-                a tap they are computed in any case, to be shown.
+            time: [B, E] or [E], of `time_bias`.
+            cache: keys and values of the state token are computed if they are not there; with a
+                tap they are computed in any case, to be shown.
         """
         config = self.config.expert
-        with_state = tap is not no_tap or cache.state is None
-        x = tap("suffix", self._embed_suffix(x_t, time, state if with_state else None))
+        with_state = self.config.state_tokens > 0 and (
+            tap is not no_tap or not cache.has_state_token
+        )
+        x = tap("suffix", self._embed_suffix(x_t, time, cache.state if with_state else None))
         batch, tokens = x.shape[:2]
         x = x.flatten(0, 1)
         skipped = self.config.suffix_len - tokens  # the state token, or nothing
@@ -130,7 +133,7 @@ class Network:
             attended = self._attend_suffix(q, cache, i, with_state)
             x = self._post_attention(block, x, attended)
             x = self._show(tap, name, x.view(batch, tokens, -1)).flatten(0, 1)
-        cache.state = state.clone()  # the caller's may change
+        cache.has_state_token = True
         norm, x = self.weights["expert.norm.weight"], refuse_overflow(x)
         hidden = F.rms_norm(x.float(), x.shape[-1:], norm, RMS_EPS).to(x.dtype)
         hidden = tap("expert_transformer", hidden.view(batch, tokens, -1))
@@ -142,26 +145,26 @@ class Network:
         self,
         noise: Tensor,
         times: Tensor,
-        state: Tensor,
         cache: Cache,
         on_step: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """Actions from noise, both [B, horizon, action_dim] float32, on the device.
 
         Args:
-            times: [steps, E], of `times_of_steps`.
+            times: [steps, E], of `step_time_biases`.
+            on_step: called once per step.
         """
-        terms = iter(times)
+        biases = iter(times)
 
         def velocity(x: Tensor, _: Tensor) -> Tensor:
-            v = self.velocity(x, next(terms), state, cache)
+            v = self.velocity(x, next(biases), cache)
             on_step()
             return v
 
         return integrate(velocity, noise, len(times))
 
     def step_time_biases(self, steps: int) -> Tensor:
-        """`time_terms` of all steps at once: [steps, E] float32."""
+        """`time_bias` of all steps at once: [steps, E] float32."""
         return self.time_bias(torch.tensor(schedule(steps)))
 
     def time_bias(self, t: Tensor) -> Tensor:
@@ -215,7 +218,7 @@ class Network:
         return self._show(tap, "vision_tower", features, plan.scatter_views, plan.gather_views)
 
     def _embed_suffix(self, x_t: Tensor, time: Tensor, state: Tensor | None) -> Tensor:
-        """The state token, if there is a state, then one token an action."""
+        """The state token, if there is a state, then one token for each action."""
         weights = self.weights
         hidden = F.linear(x_t, weights["actions.weight"]) + time.unsqueeze(-2)
         last = weights["action_time_mlp_out.weight"], weights["action_time_mlp_out.bias"]
@@ -226,16 +229,16 @@ class Network:
         return suffix.to(weights.scheme.dtype)
 
     def _attend_suffix(self, q: Tensor, cache: Cache, layer: int, with_state: bool) -> Tensor:
-        """The actions see everything; the state, the first query if it is there, the prefix and
-        itself."""
+        """The actions see everything; the state, whose query comes first if it is there, sees the
+        prefix and itself."""
         k, v, valid = cache.keys[layer], cache.values[layer], cache.valid
         batch, actions = len(q), self.config.horizon
         attended = self.kernels.attend(q[:, -actions:], k, v, valid)
         if not with_state:
             return attended
-        seen = cache.plan.tokens + 1
+        seen = cache.plan.tokens + self.config.state_tokens
         known = None if valid is None else valid[:, :seen]
-        state = self.kernels.attend(q[:, :1], k[:, :seen], v[:, :seen], known)
+        state = self.kernels.attend(q[:, :-actions], k[:, :seen], v[:, :seen], known)
         rows = state.view(batch, 1, -1), attended.view(batch, actions, -1)
         return torch.cat(rows, dim=1).flatten(0, 1)
 
@@ -262,7 +265,7 @@ class Network:
         scatter: Callable[[Tensor], Tensor] = lambda x: x,
         gather: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> None:
-        """Shows keys and values, and keeps what the tap hands on."""
+        """Shows keys and values, and keeps what the tap returns."""
         if tap is not no_tap:
             k.copy_(self._show(tap, f"{name}.keys", k, scatter, gather))
             v.copy_(self._show(tap, f"{name}.values", v, scatter, gather))
@@ -275,7 +278,7 @@ class Network:
         scatter: Callable[[Tensor], Tensor] = lambda x: x,
         gather: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> Tensor:
-        """Shows a tap what the model has there, and goes on with what it hands on."""
+        """Shows a tap what the model has there, and goes on with what it returns."""
         return x if tap is no_tap else gather(tap(name, scatter(x)))
 
 
@@ -293,9 +296,7 @@ def cut_patches(images: Tensor, size: int) -> Tensor:
 
 def make_rotation(positions: Tensor, head_dim: int) -> Rotation:
     """Cosines and sines of rotary embedding at positions [B, T]; see `pi0.model.gemma.Rope`."""
-    half = head_dim // 2
-    frequency = ROPE_BASE ** (-torch.arange(half, device=positions.device) / half)
-    angle = positions[:, :, None, None] * frequency
+    angle = rotary_angles(positions, head_dim)[:, :, None]
     return angle.cos(), angle.sin()
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pi0.inputs import ModelInputs
-from pi0.model.pi0 import token_positions
+from pi0.model.pi0 import prefix_valid, token_positions
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class TokenPlan:
         return x.gather(1, index.expand(-1, -1, *x.shape[2:]))
 
     def scatter(self, x: Tensor) -> Tensor:
-        """The mirror of `take`; zeros elsewhere: [B, X', ...] → [B, X, ...]."""
+        """The mirror of `gather`; zeros elsewhere: [B, X', ...] → [B, X, ...]."""
         whole = x.new_zeros(len(x), self.length, *x.shape[2:])
         for row in range(len(x)):
             count = self.tokens if self.valid is None else int(self.valid[row].sum())
@@ -61,7 +61,7 @@ class TokenPlan:
         return x[self.views]
 
     def scatter_views(self, x: Tensor) -> Tensor:
-        """The mirror of `take_views`; zeros elsewhere: [n, ...] → [B·V, ...]."""
+        """The mirror of `gather_views`; zeros elsewhere: [n, ...] → [B·V, ...]."""
         return x.new_zeros(self.images, *x.shape[1:]).index_copy_(0, self.views, x)
 
 
@@ -76,8 +76,7 @@ def make_token_plan(
         bucket: X' is rounded up to a multiple of this, as far as there are tokens; with more than
             1 `valid` is always there, so that equal shapes make equal plans.
     """
-    images = inputs.image_mask.repeat_interleave(patches, dim=1)
-    seen = torch.cat([images, inputs.token_mask], dim=1)  # [B, X]
+    seen = prefix_valid(inputs, patches)
     counts = seen.sum(dim=1)
     tokens = min(-(-int(counts.max()) // bucket) * bucket, seen.shape[1])
     # A stable sort brings the tokens that are seen to the front, in their order.

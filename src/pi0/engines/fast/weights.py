@@ -1,7 +1,7 @@
 """Weights as fast engines want them: fused, in parts that fit a cache, perhaps quantised.
 
 A checkpoint is streamed into place slab by slab, so that packing needs little memory beyond the
-result. What is packed can be kept in a file and mapped at the next start (`keep.py`).
+result. What is packed can be kept in a file and mapped at the next start (`weight_cache.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pi0.checkpoint.files import TORCH_DTYPES, stream
 from pi0.checkpoint.load import POSITION, Checkpoint, Progress, check, empty_model
 from pi0.config import GemmaConfig, Pi0Config
 from pi0.errors import CheckpointError
+from pi0.model.pi0 import fold_actions
 from pi0.model.siglip import resize_positions
 
 BLOCK = re.compile(r"(vision_tower|vlm|expert)\.blocks\.(\d+)\.(\w+)\.(weight|bias)")
@@ -286,18 +287,18 @@ def _put(weights: PackedWeights, target: Target, rows: slice, values: Tensor, bi
 
 
 def _fold(weights: PackedWeights) -> None:
-    """1 + w of Gemma's norms; both linear layers on the actions in one, in float64."""
+    """1 + w of Gemma's norms; both linear layers on the actions in one."""
     tensors = weights.tensors
     for name in tensors:
         if name.startswith(("vlm.", "expert.")) and name.endswith("weight"):
             tensors[name] += 1
-    first = tensors.pop("action_time_mlp_in.weight").double()
-    actions = tensors.pop("action_in_proj.weight").double()
-    width = len(first)
-    tensors["actions.weight"] = (first[:, :width] @ actions).float()
-    tensors["time.weight"] = first[:, width:].float().contiguous()
-    offset = first[:, :width] @ tensors.pop("action_in_proj.bias").double()
-    tensors["time.bias"] = (offset + tensors.pop("action_time_mlp_in.bias")).float()
+    first, second = (
+        (tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.bias"))
+        for name in ("action_in_proj", "action_time_mlp_in")
+    )
+    folded = fold_actions(first, second)
+    tensors["actions.weight"] = folded.actions
+    tensors["time.weight"], tensors["time.bias"] = folded.time, folded.bias
 
 
 def _stored_dtype(checkpoint: Checkpoint, ours: str) -> torch.dtype:

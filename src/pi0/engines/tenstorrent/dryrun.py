@@ -132,8 +132,7 @@ def upload_inputs(
     with torch.device("meta") as meta:
         inputs, noise = inputs.to(meta), noise.to(meta)
         on = upload_constants(layout, backend)
-        uploads = layout.uploads(inputs, precision)
-        uploads |= {"state": layout.state(inputs.state, F32), "x_t": layout.actions(noise)}
+        uploads = layout.uploads(inputs, precision) | {"x_t": layout.actions(noise)}
     return on, {name: backend.put(upload) for name, upload in uploads.items()}
 
 

@@ -40,11 +40,13 @@ HOST_NOTE = "ttnn-host: a card's arithmetic and rounding computed on the host; n
 
 @dataclass(frozen=True)
 class DevicePrefix:
-    """A prefix on the device: keys and values a layer, and what the suffix needs beside them."""
+    """A prefix on the device: keys and values of each layer, the state token, and what else the
+    suffix needs."""
 
     on: Constants
     given: dict[str, Handle]
     layers: list[KeyValue]
+    state: Handle
 
 
 class TtnnEngine(Engine):
@@ -107,20 +109,17 @@ class TtnnEngine(Engine):
         self.backend.stage = "inputs"
         given = self._put(on.layout.uploads(inputs, self.network.ops.precision))
         layers = self.network.prefill(on, given, self._adapt(tap, on.layout), tap is not no_tap)
-        return DevicePrefix(on, given, layers)
+        return DevicePrefix(on, given, layers, self.network.embed_state(on, given["state"]))
 
     @exclusive
-    def velocity(
-        self, x_t: Tensor, t: Tensor, state: Tensor, cache: DevicePrefix, tap: Tap = no_tap
-    ) -> Tensor:
+    def velocity(self, x_t: Tensor, t: Tensor, cache: DevicePrefix, tap: Tap = no_tap) -> Tensor:
         on, layout = cache.on, cache.on.layout
         given = self._tap_mask(cache, tap)
-        token = self.network.embed_state(on, self.backend.put(layout.state(state, F32)))
         v = self.network.velocity(
             on,
             given,
             cache.layers,
-            token,
+            cache.state,
             self.backend.put(layout.actions(x_t)),
             self._embed_times(t),
             self._adapt(tap, layout),
@@ -174,7 +173,7 @@ class TtnnEngine(Engine):
             self._times[steps] = self._embed_times(torch.tensor(schedule(steps)))
         times = self._times[steps]
         uploads = layout.uploads(inputs, self.network.ops.precision)
-        uploads |= {"state": layout.state(inputs.state, F32), "x_t": layout.actions(noise)}
+        uploads["x_t"] = layout.actions(noise)
 
         def call(given: dict[str, Handle], on_step: Callable[[], None] = lambda: None) -> Handle:
             return self.network.sample(on, given, times, steps, on_step)
@@ -260,7 +259,7 @@ def build_network(model: Pi0, backend: Backend, precision: Precision) -> TtnnNet
 def upload_constants(layout: TileLayout, backend: Backend) -> Constants:
     """What depends on the layout only."""
     state, actions = torch.zeros(2, 1, 1, layout.suffix, 1)
-    state[0, 0, 0] = 1
+    state[0, 0, : layout.config.state_tokens] = 1
     actions[0, 0, layout.view["actions"].rows] = 1
     mask = layout.vision_mask()
     return Constants(

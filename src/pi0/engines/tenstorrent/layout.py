@@ -17,14 +17,8 @@ from pi0.config import Pi0Config
 from pi0.engines.tenstorrent.backend import Upload
 from pi0.engines.tenstorrent.precision import BF16, F32, U32, Precision
 from pi0.inputs import ModelInputs
-from pi0.model.gemma import ROPE_BASE
-from pi0.model.pi0 import (
-    ACTION_BLOCK,
-    PREFIX_BLOCK,
-    STATE_BLOCK,
-    attention_mask,
-    token_positions,
-)
+from pi0.model.gemma import rotary_angles
+from pi0.model.pi0 import attention_mask, prefix_valid, token_blocks, token_positions
 
 TILE = 32
 # Added to logits that the mask excludes. Finite, because a padding row may see nothing; exp() of it
@@ -69,7 +63,7 @@ class View:
 
 @dataclass(frozen=True)
 class TileLayout:
-    """The layout of one observation: so many views and text tokens."""
+    """The layout of one observation with these numbers of views and text tokens."""
 
     config: Pi0Config
     views: int
@@ -113,11 +107,11 @@ class TileLayout:
             "prefix_heads": View(prefix_rows, (1, x, *kv), head),
             "suffix": View(suffix_rows, (1, a)),
             "suffix_heads": View(suffix_rows, (1, a, *kv), head),
-            "actions": View(1 + torch.arange(config.horizon), (1, config.horizon)),
+            "actions": View(suffix_rows[config.state_tokens :], (1, config.horizon)),
         }
 
     def uploads(self, inputs: ModelInputs, precision: Precision) -> dict[str, Upload]:
-        """What the prefix of one observation needs on the device."""
+        """What one observation needs on the device."""
         mask, positions = self._sequence(inputs)
         x = self.prefix
         tokens = torch.nn.functional.pad(inputs.tokens, (0, self.text - self.tokens))
@@ -128,6 +122,7 @@ class TileLayout:
             "tokens": Upload(tokens.int(), U32, tiled=False),
             "prefix_mask": Upload(additive(mask[:, :x, :x]), BF16),
             "suffix_mask": Upload(additive(mask[:, x:]), BF16),
+            "state": self.state(inputs.state),
         }
         for part, where in (("prefix", positions[:x]), ("suffix", positions[x:])):
             cos, sin = rope_tables(where, self.config.vlm.head_dim)
@@ -140,11 +135,11 @@ class TileLayout:
         width = x_t.shape[-1]
         return Upload(self.view["actions"].fill(x_t, (1, 1, self.suffix, width)), F32)
 
-    def state(self, state: Tensor, dtype: str) -> Upload:
-        """A state [1, state_dim] in the suffix's first row."""
+    def state(self, state: Tensor) -> Upload:
+        """A state [1, state_dim] in the row of the suffix's state token, if there is one."""
         rows = torch.zeros(1, 1, self.suffix, state.shape[-1])
-        rows[0, 0, 0] = state[0]
-        return Upload(rows, dtype)
+        rows[0, 0, : self.config.state_tokens] = state
+        return Upload(rows, F32)
 
     def vision_mask(self) -> Upload | None:
         """What hides a view's padding from its patches; None where there is none."""
@@ -158,12 +153,9 @@ class TileLayout:
         """Mask [1, S, S] and positions [S] of the padded sequence: the model's own, spread out."""
         config, x = self.config, self.prefix
         valid = torch.zeros(1, x + self.suffix, dtype=torch.bool)
-        patches = inputs.image_mask.repeat_interleave(config.vision.num_patches, dim=1)
-        valid[:, self.view["prefix"].rows] = torch.cat([patches, inputs.token_mask], dim=1)
+        valid[:, self.view["prefix"].rows] = prefix_valid(inputs, config.vision.num_patches)
         valid[:, x : x + config.suffix_len] = True
-        blocks = torch.full((x + self.suffix,), ACTION_BLOCK)
-        blocks[:x] = PREFIX_BLOCK
-        blocks[x] = STATE_BLOCK
+        blocks = token_blocks(x, config.state_tokens, self.suffix - config.state_tokens)
         return attention_mask(valid, blocks), token_positions(valid)[0]
 
 
@@ -174,10 +166,7 @@ def additive(mask: Tensor) -> Tensor:
 
 def rope_tables(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine [1, 1, S, tiled head_dim] at positions [S], laid out by `padded_head`."""
-    half = head_dim // 2
-    frequency = ROPE_BASE ** (-torch.arange(half) / half)
-    angle = positions[:, None] * frequency
-    columns = padded_head(head_dim)
+    angle, columns = rotary_angles(positions, head_dim), padded_head(head_dim)
     tables = torch.zeros(2, len(positions), tiled(head_dim))
     tables[0][:, columns] = angle.cos().repeat(1, 2)
     tables[1][:, columns] = angle.sin().repeat(1, 2)

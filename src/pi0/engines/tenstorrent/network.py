@@ -2,8 +2,8 @@
 
 Written for one observation. Nothing here moves data to or from the host except through a tap.
 
-Axes as in `pi0.model.pi0`, but rows are those of `layout.Layout`, and every tensor has four axes:
-[1, 1, rows, width], heads [1, H, rows, D].
+Axes as in `pi0.model.pi0`, but rows are those of `layout.TileLayout`, and every tensor has four
+axes: [1, 1, rows, width], heads [1, H, rows, D].
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pi0.engines.tenstorrent.precision import F32
 from pi0.engines.tenstorrent.weights import Trunk, TtnnGemmaBlock, TtnnVisionBlock, TtnnWeights
 from pi0.model import gemma, siglip
 
-# Sees a handle by its name in `pi0.model` and the kind of its rows (`Layout.view`), and hands on
-# what the network goes on with.
+# Sees a handle by its name in `pi0.model` and the kind of its rows (`TileLayout.view`); its
+# return value replaces the handle.
 HandleTap = Callable[[str, Handle, str], Handle]
 KeyValue = tuple[Handle, Handle]
 
@@ -37,7 +37,7 @@ class Constants:
     Attributes:
         vision_mask: [1, 1, patches, patches], or None if a view has no padding.
         action_rows: [1, 1, suffix, 1] float32, 1 in the rows of actions, else 0.
-        state_row: the same for the row of the state.
+        state_row: the same for the row of the state token, if there is one.
     """
 
     layout: TileLayout
@@ -62,7 +62,7 @@ class TtnnNetwork:
         """Keys and values [1, K, prefix, D] of every layer.
 
         Args:
-            given: what `Layout.uploads` names.
+            given: what `TileLayout.uploads` names.
             whole: also compute what nobody reads: the last block's output.
         """
         ops, config = self.ops, self.config
@@ -148,7 +148,7 @@ class TtnnNetwork:
         """Actions [1, 1, horizon, action_dim] float32: the prefix once, then Euler's method.
 
         Args:
-            given: what `Layout.uploads` names, `state` and `x_t`.
+            given: what `TileLayout.uploads` names, and `x_t`.
             times: [1, 1, steps, width], what `embed_times` made.
         """
         ops = self.ops
@@ -160,7 +160,7 @@ class TtnnNetwork:
             # Only the rows of actions move: what the others would gather never meets them.
             x = ops.add(x, ops.multiply(ops.multiply(v, on.action_rows), -1 / steps))
             on_step()
-        return ops.rows(x, 1, 1 + self.config.horizon)
+        return ops.rows(x, self.config.state_tokens, self.config.suffix_len)
 
     @property
     def _residual(self) -> str:

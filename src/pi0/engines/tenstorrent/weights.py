@@ -19,6 +19,7 @@ from pi0.engines.tenstorrent.layout import padded_head, tiled
 from pi0.engines.tenstorrent.precision import BF16, BFP8, Precision
 from pi0.model import Pi0
 from pi0.model.gemma import GemmaTrunk
+from pi0.model.pi0 import fold_actions
 from pi0.model.siglip import SiglipTower
 
 Put = Callable[[Upload], Handle]
@@ -84,9 +85,8 @@ class Packer:
 
     def pack(self, model: Pi0) -> TtnnWeights:
         vision, norm = self._tower(model.vision_tower)
-        width = model.config.expert.width
-        actions, time = model.action_in_proj, model.action_time_mlp_in
-        w_action, w_time = time.weight[:, :width], time.weight[:, width:]
+        first, second = model.action_in_proj, model.action_time_mlp_in
+        folded = fold_actions((first.weight, first.bias), (second.weight, second.bias))
         conv = model.vision_tower.patch_embedding.conv
         patch = conv.weight.permute(0, 2, 3, 1).flatten(1)  # [E, 14·14·3], channels last
         weights = TtnnWeights(
@@ -101,12 +101,8 @@ class Packer:
             vlm=self._trunk("vlm", model.vlm),
             expert=self._trunk("expert", model.expert),
             state=self._layer("action", model.state_proj),
-            actions=self._linear(
-                "action",
-                (w_action.double() @ actions.weight.double()).float(),
-                (w_action.double() @ actions.bias.double() + time.bias.double()).float(),
-            ),
-            time=self._linear("action", w_time),
+            actions=self._linear("action", folded.actions, folded.bias),
+            time=self._linear("action", folded.time),
             suffix=self._layer("action", model.action_time_mlp_out),
             velocity=self._layer("action", model.action_out_proj),
         )

@@ -75,11 +75,8 @@ class CpuEngine(Engine):
 
     @exclusive
     @torch.inference_mode()
-    def velocity(
-        self, x_t: Tensor, t: Tensor, state: Tensor, cache: Cache, tap: Tap = no_tap
-    ) -> Tensor:
-        cache.invalidate_if_state_changed(state)
-        return self.network.velocity(x_t, self.network.time_bias(t), state, cache, tap)
+    def velocity(self, x_t: Tensor, t: Tensor, cache: Cache, tap: Tap = no_tap) -> Tensor:
+        return self.network.velocity(x_t, self.network.time_bias(t), cache, tap)
 
     @torch.inference_mode()
     def _sample(
@@ -89,7 +86,7 @@ class CpuEngine(Engine):
         computed."""
         cache = self._prefix(inputs)
         times = self.network.step_time_biases(steps)
-        return self.network.denoise(noise, times, inputs.state, cache, on_step)
+        return self.network.denoise(noise, times, cache, on_step)
 
     def _close(self) -> None:
         del self.network, self._last
@@ -97,8 +94,8 @@ class CpuEngine(Engine):
     def _prefix(self, inputs: ModelInputs) -> Cache:
         """The last call's, if it is the same, else a new one."""
         if self._last and self._last[0].same_prefix(inputs):
-            cache = self._last[1]
-            cache.state = None  # computed anew, so that the same call gives the same bits
+            # The state token is computed anew, so that the same call gives the same bits.
+            cache = self._last[1].with_state(inputs.state)
         else:
             self._last = None  # its memory is free for the next
             cache = self.prefill(inputs)

@@ -81,14 +81,10 @@ class CudaEngine(Engine):
 
     @exclusive
     @torch.inference_mode()
-    def velocity(
-        self, x_t: Tensor, t: Tensor, state: Tensor, cache: Cache, tap: Tap = no_tap
-    ) -> Tensor:
-        x_t, state = x_t.to(self.device), state.to(self.device)
-        cache.invalidate_if_state_changed(state)
+    def velocity(self, x_t: Tensor, t: Tensor, cache: Cache, tap: Tap = no_tap) -> Tensor:
         with on_device(self.device):
-            terms = self.network.time_bias(t)
-            return self.network.velocity(x_t, terms, state, cache, guard(tap)).cpu()
+            time = self.network.time_bias(t)
+            return self.network.velocity(x_t.to(self.device), time, cache, guard(tap)).cpu()
 
     @torch.inference_mode()
     def _sample(

@@ -68,7 +68,7 @@ class Graph:
         """Actions from what is in the buffers. This is what is captured."""
         call = self.call
         cache = self.network.prefill(call.inputs, call.plan)
-        self.actions.copy_(self.network.denoise(call.noise, self.times, call.inputs.state, cache))
+        self.actions.copy_(self.network.denoise(call.noise, self.times, cache))
 
     def capture(self, pool: Any) -> None:
         """Records `run` on the current CUDA device, with memory from a pool of

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pi0.config import Pi0Config
@@ -40,7 +40,7 @@ class ModelInputs:
 
     @classmethod
     def validated(
-        cls, config: Pi0Config, *, max_pixel: float = MAX_PIXEL, **arrays: np.ndarray | Tensor
+        cls, config: Pi0Config, *, max_pixel: float = MAX_PIXEL, **arrays: NDArray[Any] | Tensor
     ) -> ModelInputs:
         """Inputs from arrays or tensors, checked against a model's configuration.
 
@@ -123,7 +123,7 @@ NPZ_NAMES = {
 }
 
 
-def from_npz(config: Pi0Config, arrays: Mapping[str, np.ndarray]) -> tuple[ModelInputs, Tensor]:
+def from_npz(config: Pi0Config, arrays: Mapping[str, NDArray[Any]]) -> tuple[ModelInputs, Tensor]:
     """Inputs and noise [B, horizon, action_dim] from the arrays of an exchange file.
 
     The names are those that π0 oracles use: images, img_masks, tokens, token_masks, state, noise.
@@ -143,7 +143,7 @@ def from_npz(config: Pi0Config, arrays: Mapping[str, np.ndarray]) -> tuple[Model
     return inputs, check_noise(config, inputs.batch_size, noise)
 
 
-def to_npz(inputs: ModelInputs, noise: Tensor) -> dict[str, np.ndarray]:
+def to_npz(inputs: ModelInputs, noise: Tensor) -> dict[str, NDArray[Any]]:
     """The arrays of an exchange file, as `from_npz` reads them."""
     arrays = {theirs: getattr(inputs, ours).numpy() for theirs, ours in NPZ_NAMES.items()}
     return {**arrays, "noise": noise.numpy()}
@@ -160,7 +160,7 @@ def check_noise(config: Pi0Config, batch: int, noise: Tensor) -> Tensor:
     return noise
 
 
-def to_tensor(name: str, value: np.ndarray | Tensor) -> Tensor:
+def to_tensor(name: str, value: NDArray[Any] | Tensor) -> Tensor:
     """Raises ObservationError if the value is no array of numbers."""
     try:
         return torch.as_tensor(value)

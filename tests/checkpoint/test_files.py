@@ -188,17 +188,19 @@ def test_read_only_place() -> None:
         require_writable(path)
 
 
+def fail_half_way(path: Path, stop: BaseException | type[BaseException]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+        raise stop
+
+
 def test_failure_leaves_nothing(tmp_path: Path) -> None:
     before = tmp_path / "there.npy"
     before.write_text("before")
     for stop in (KeyboardInterrupt, ValueError, OSError(errno.EIO, "I/O error")):
         for path in (tmp_path / "a" / "b" / "new.npy", before):
-            with (  # noqa: PT012
-                pytest.raises((KeyboardInterrupt, ValueError, Pi0Error)),
-                replacing(path) as part,
-            ):
-                part.write_text("half")
-                raise stop
+            with pytest.raises((KeyboardInterrupt, ValueError, Pi0Error)):
+                fail_half_way(path, stop)
     assert list(tmp_path.rglob("*")) == [before]
     assert before.read_text() == "before"
 

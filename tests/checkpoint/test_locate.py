@@ -61,7 +61,7 @@ def test_step_of_a_lerobot_run(folder: Path, tmp_path: Path, link: bool) -> None
         ("https://huggingface.co/lerobot/pi0_base/tree/main", "hf download lerobot/pi0_base "),
         ("https://example.org/pi0.safetensors", "found an address. Download it first."),
         ("gs://openpi-assets/checkpoints/pi0_base", "gsutil -m cp -r gs://openpi-assets/check"),
-        ("gs://openpi-assets/checkpoints/pi0_base", "JAX, to be converted to PyTorch"),
+        ("gs://openpi-assets/checkpoints/pi0_base", "JAX checkpoint: convert it to PyTorch"),
         (Path("s3://bucket/run/pi0"), "s3://bucket/run/pi0: expected"),
         ("s3://bucket/run/pi0", "aws s3 cp --recursive s3://bucket/run/pi0 pi0"),
     ],
@@ -93,7 +93,7 @@ def test_jax(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("{}")
     for path in ("a", "a/params", "a/params/_METADATA", "b", "c"):
-        assert "JAX, to be converted to PyTorch" in refused(tmp_path / path)
+        assert "JAX checkpoint: convert it to PyTorch" in refused(tmp_path / path)
 
 
 def test_adapters(folder: Path) -> None:

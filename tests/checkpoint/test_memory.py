@@ -108,7 +108,7 @@ from pi0.inputs import random_inputs
 engine, precision, cameras, tokens, size = sys.argv[2], sys.argv[3], *map(int, sys.argv[4:])
 checkpoint = open_checkpoint(sys.argv[1])
 held = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-made = make_engine(engine, checkpoint, None, precision, size)
+made = make_engine(f"{engine}:{precision}", checkpoint, image_size=size)
 inputs, noise = random_inputs(made.config, cameras, tokens, 0)
 made.prefill(inputs)
 print(

@@ -22,7 +22,8 @@ PRETRAINED = "pretrained_model"  # the folder inside each checkpoint of a LeRobo
 JAX_FILES = ("_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 CONVERT = (
-    "JAX, to be converted to PyTorch first with openpi's examples/convert_jax_model_to_pytorch.py"
+    "JAX checkpoint: convert it to PyTorch first, with openpi's "
+    "examples/convert_jax_model_to_pytorch.py"
 )
 TOKENIZER = (
     "The tokenizer is a file of its own: paligemma_tokenizer.model from gs://big_vision, or "
@@ -120,7 +121,7 @@ def _single(path: Path) -> Sources:
     if path.name in ADAPTER_FILES:
         raise CheckpointError(f"{path}: {EXPECTED}, {_adapter(path.parent)}")
     if path.name in JAX_FILES:
-        raise CheckpointError(f"{path}: {EXPECTED}, found a part of a checkpoint of {CONVERT}.")
+        raise CheckpointError(f"{path}: {EXPECTED}, found a part of a {CONVERT}.")
     if path.suffix in PICKLES:
         raise CheckpointError(f"{path}: {EXPECTED}, {_pickle(path)}")
     return Sources(path, [path])
@@ -158,7 +159,7 @@ def _download(scheme: str, rest: str) -> str:
         "s3": f"aws s3 cp --recursive s3://{rest} {local}",
     }.get(scheme)
     how = f": {command}" if command else ""
-    jax = f" openpi's published checkpoints are of {CONVERT}." if scheme == "gs" else ""
+    jax = f" Each that openpi has published is a {CONVERT}." if scheme == "gs" else ""
     return f"{EXPECTED} on this machine, found an address. Download it first{how}.{jax}"
 
 
@@ -183,8 +184,8 @@ def _nothing_there(path: Path) -> str:
         else f"Is it a model of the Hugging Face hub? {_hub_download(str(path))}"
     )
     return (
-        f"{found} {how} openpi's own checkpoints, such as "
-        f"gs://openpi-assets/checkpoints/pi0_base, are of {CONVERT}. {TOKENIZER}"
+        f"{found} {how} Each of openpi's own, such as "
+        f"gs://openpi-assets/checkpoints/pi0_base, is a {CONVERT}. {TOKENIZER}"
     )
 
 
@@ -204,7 +205,7 @@ def _other_contents(path: Path) -> str:
         any((path / sub / name).exists() for sub in (".", "params") for name in JAX_FILES)
         or (path / "params").is_dir()
     ):
-        return f"found none. This is a checkpoint of {CONVERT}."
+        return f"found none. This is a {CONVERT}."
     if has_adapter(path):
         return _adapter(path)
     inner = list(_checkpoints_in(path))

@@ -13,7 +13,7 @@ from torch import Tensor
 from pi0.config import PRESETS
 from pi0.inputs import ModelInputs, random_inputs
 from pi0.model import Pi0
-from pi0.model.pi0 import attention_mask, no_tap, token_positions
+from pi0.model.pi0 import attention_mask, no_tap, token_blocks, token_positions
 
 # Cached and joint passes sum in another order over 4 float32 layers; seen: 1e-6.
 SAME = 1e-5
@@ -79,6 +79,11 @@ def test_sequence_slices(tiny: Pi0) -> None:
     assert mask[0, 20, 20:].tolist() == [True] + [False] * 50, "the state sees no action"
     assert mask[0, 21:, 20:].all(), "actions see the state and each other"
     assert positions[0, 20:].tolist() == list(range(15, 66)), "continue after the last valid"
+
+
+def test_blocks() -> None:
+    assert token_blocks(3, 1, 2).tolist() == [0, 0, 0, 1, 2, 2]
+    assert token_blocks(2, 0, 2).tolist() == [0, 0, 2, 2], "no state token, as in π0.5"
 
 
 def test_brief_case_lengths() -> None:

@@ -90,6 +90,21 @@ def test_masks_are_the_models(cameras: list[bool], words: int) -> None:
     assert torch.equal(ours[:, :, rows][:, :, valid_rows(valid)], cos[:, :, valid_rows(valid)])
 
 
+def test_without_a_state_token() -> None:
+    """As in π0.5: actions begin in the suffix's first row, and no row is the state's."""
+    config = replace(TINY, adaptive_norm=True)
+    inputs, _ = random_inputs(config, 2, 9, 0)
+    layout = TileLayout(config, 2, 9)
+    given = layout.uploads(inputs, PRECISIONS["accurate"])
+    actions = torch.randn(1, config.horizon, config.action_dim)
+    uploaded = layout.actions(actions).value[0, 0]
+    assert torch.equal(uploaded[: config.horizon], actions[0])
+    assert not uploaded[config.horizon :].any()
+    assert not given["state"].value.any()
+    rows = given["suffix_mask"].value[0, 0, : config.horizon] == 0
+    assert rows[:, layout.prefix :].sum(dim=1).eq(config.horizon).all()
+
+
 def valid_rows(valid: torch.Tensor) -> torch.Tensor:
     """Positions of padding mean nothing."""
     return torch.cat([valid[0], torch.ones(51, dtype=torch.bool)])

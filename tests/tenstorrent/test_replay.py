@@ -9,6 +9,7 @@ import pytest
 from torch import Tensor
 
 from pi0.checkpoint.load import open_checkpoint
+from pi0.engines.base import EngineOptions
 from pi0.engines.tenstorrent.backend import Upload
 from pi0.engines.tenstorrent.device import DeviceBackend
 from pi0.engines.tenstorrent.engine import TtnnEngine, TtnnHostEngine
@@ -78,7 +79,7 @@ class Engine(TtnnEngine):
 
 
 def test_nothing_is_put_beside_a_capture(tiny_path: Path) -> None:
-    engine = Engine(open_checkpoint(tiny_path))
+    engine = Engine(open_checkpoint(tiny_path), EngineOptions("accurate"))
     library = engine.backend.ttnn
     two, noise = random_inputs(engine.config, 2, 10, 0)
     one, _ = random_inputs(engine.config, 1, 10, 0)

@@ -41,7 +41,7 @@ def has(name: str) -> bool:
 
 
 needs_transformers = pytest.mark.skipif(
-    not has("transformers"), reason="needs transformers >= 5.5 (pip install 'pi0[test]')"
+    not has("transformers"), reason="needs transformers >= 5.5 (pip install '.[test]')"
 )
 needs_lerobot = pytest.mark.skipif(
     not has("lerobot"), reason="needs LeRobot in .venv-lerobot (make .venv-lerobot/installed)"

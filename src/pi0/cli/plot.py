@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pi0.errors import Pi0Error
+from pi0.errors import Pi0Error, install_hint
 from pi0.figures import BLUE, INK, MUTED, RED, VERBATIM, bare, lettering, new_figure, wrapped
 
 if TYPE_CHECKING:
@@ -26,9 +26,7 @@ def require_matplotlib() -> None:
     import importlib.util
 
     if importlib.util.find_spec("matplotlib") is None:
-        raise Pi0Error(
-            "--plot: expected matplotlib, found none. Install it: pip install 'pi0[plot]'."
-        )
+        raise Pi0Error(f"--plot: expected matplotlib, found none. {install_hint('plot')}")
 
 
 def plot_chunk(

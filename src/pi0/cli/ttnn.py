@@ -52,7 +52,7 @@ def dry_run(
     Kernels are not compiled and nothing is computed: of numbers it says nothing, `pi0 verify
     --engines reference ttnn-host` does.
 
-    Needs `pip install 'pi0[ttnn]'` and, as a stand-in for Tenstorrent's compiler,
+    Needs `pip install '.[ttnn]'` and, as a stand-in for Tenstorrent's compiler,
     `apt install gcc-riscv64-unknown-elf`.
 
     **Examples**

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pi0.errors import Pi0Error
+from pi0.errors import Pi0Error, install_hint
 from pi0.verify import plots
 from pi0.verify.run import Row, VerifyResult
 
@@ -97,8 +97,8 @@ def require_report_libraries() -> None:
 
     if not all(importlib.util.find_spec(name) for name in ("jinja2", "matplotlib")):
         raise Pi0Error(
-            "--report: expected jinja2 and matplotlib, found one of them missing. Install them: "
-            "pip install 'pi0[report]'."
+            "--report: expected jinja2 and matplotlib, found one of them missing. "
+            + install_hint("report")
         )
 
 

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pi0.errors import EngineError
+from pi0.errors import EngineError, install_hint
 
 VERSION = "0.81.1"
 MOCK = "TT_METAL_MOCK_CLUSTER_DESC_PATH"
@@ -30,8 +30,8 @@ def require_ttnn() -> None:
         found = version("ttnn")
     except PackageNotFoundError as error:
         raise EngineError(
-            f"ttnn: expected ttnn {VERSION}, found none. Install it into an environment of Python "
-            "3.10 or 3.12: pip install 'pi0[ttnn]'."
+            f"ttnn: expected ttnn {VERSION}, found none. It needs an environment of Python 3.10 or "
+            f"3.12. {install_hint('ttnn')}"
         ) from error
     if found != VERSION:
         raise EngineError(

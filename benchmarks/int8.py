@@ -53,7 +53,7 @@ def packed(
     if late and pattern is not None:
         weights.scheme = Scheme(torch.float32, {pattern: torch.int8})
         for name, matrix in weights.matrices.items():
-            if weights.scheme.kind(name) == torch.int8:
+            if weights.scheme.dtype_of(name) == torch.int8:
                 values, scale = quantise_rows(matrix.weight, torch.int8)
                 weights.matrices[name] = Matrix(values, matrix.bias, scale)
     return weights
@@ -63,9 +63,9 @@ def fold_norms(weights: PackedWeights) -> None:
     for name, norm in weights.tensors.items():
         block, _, which = name.removesuffix(".weight").rpartition(".")
         if which in ("norm1", "norm2") and "vision" not in name:
-            dtype_by_pattern = ("qkv", "kv") if which == "norm1" else ("gate_up",)
+            readers = ("qkv", "kv") if which == "norm1" else ("gate_up",)
             for matrix, value in weights.matrices.items():
-                if matrix.startswith(block + ".") and matrix.split(".")[3] in dtype_by_pattern:
+                if matrix.startswith(block + ".") and matrix.split(".")[3] in readers:
                     value.weight *= norm
             norm.fill_(1)
 

@@ -258,8 +258,8 @@ def test_sizes_that_fp8_cannot_have() -> None:
     tiny = PRESETS["tiny"]
     odd = replace(tiny, vision=replace(tiny.vision, mlp_dim=100))
     scheme, (note,) = fp8.make_scheme(odd, 64)
-    assert scheme.kind("vision_tower.blocks.1.fc1") == torch.bfloat16
-    assert scheme.kind("vlm.blocks.1.qkv") == fp8.FP8
+    assert scheme.dtype_of("vision_tower.blocks.1.fc1") == torch.bfloat16
+    assert scheme.dtype_of("vlm.blocks.1.qkv") == fp8.FP8
     assert "multiples of 16 in vision_tower, found 100." in note
     for preset in PRESETS.values():
         assert fp8.make_scheme(preset, 64)[1] == []

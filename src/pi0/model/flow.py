@@ -49,7 +49,7 @@ def integrate(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps
 
 
 def schedule(steps: int) -> list[float]:
-    """The time t of each of so many equal steps.
+    """The time t of each of `steps` equal steps.
 
     Raises:
         ConfigError: fewer than one step.

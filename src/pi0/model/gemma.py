@@ -27,8 +27,8 @@ ROPE_BASE = 10_000.0
 # What openpi gives to logits that the mask excludes; exp() of it is exactly 0.
 MASKED = -2.3819763e38
 
-# Sees every named intermediate and hands on what the model goes on with: the same, for a recorder
-# or a clock; another one, to feed a stage with somebody else's input.
+# Called with every named intermediate; its return value replaces the tensor: the same one, from a
+# recorder or a clock; another one, to feed a stage with somebody else's input.
 Tap = Callable[[str, Tensor], Tensor]
 KeyValue = tuple[Tensor, Tensor]  # each [B, S, K, D]
 
@@ -68,24 +68,30 @@ class Rope(Float32):
 
 
 class MaskedSoftmax(Float32):
-    """Softmax over the keys that the mask allows; NaN for a query with a logit whose square leaves
-    float32, also where PyTorch's own would make NaN a weight of 0."""
+    """Softmax over the keys that the mask allows."""
 
     def forward(self, logits: Tensor, mask: Tensor | None) -> Tensor:
-        masked = logits if mask is None else logits.masked_fill(~mask, MASKED)
-        return masked.softmax(dim=-1) + 0 * logits.square().sum(dim=-1, keepdim=True)
+        return (logits if mask is None else logits.masked_fill(~mask, MASKED)).softmax(dim=-1)
 
 
 _softmax = MaskedSoftmax()
+
+
+def logit_bound(q: Tensor, k: Tensor) -> Tensor:
+    """A bound of the logits of queries and keys [..., D], float32: infinite or NaN where they may
+    leave float32. PyTorch's softmax may turn such a logit into a weight of 0."""
+    return q.shape[-1] * q.abs().amax().float() * k.abs().amax()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention: q [B, T, H, D], k and v [B, S, K, D], mask [B, T, S] bool → [B, T, H·D].
 
     Every K-th part of the heads shares one key/value head. Written out rather than handed to
-    `scaled_dot_product_attention`, which returns NaN for a padding row that may see nothing.
+    `scaled_dot_product_attention`, which returns NaN for a padding row that may see nothing. NaN
+    throughout where logits may leave float32.
     """
     b, t, h, d = q.shape
+    check = 0 * logit_bound(q, k)
     s, kv_heads = k.shape[1:3]
     q = q.view(b, t, kv_heads, h // kv_heads, d).permute(0, 2, 3, 1, 4)  # [B, K, H/K, T, D]
     q = q.reshape(b, kv_heads, -1, d)  # [B, K, H/K·T, D]
@@ -93,7 +99,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     logits = logits.view(b, kv_heads, -1, t, s)
     weights = _softmax(logits, None if mask is None else mask[:, None, None])
     out = weights.view(b, kv_heads, -1, s) @ v.transpose(1, 2)  # [B, K, H/K·T, D]
-    return out.view(b, h, t, d).transpose(1, 2).reshape(b, t, h * d)
+    return out.view(b, h, t, d).transpose(1, 2).reshape(b, t, h * d) + check
 
 
 class GemmaBlock(nn.Module):
@@ -162,10 +168,11 @@ def run_layers(
         mask: [B, T, S] bool: which of the T tokens of all streams sees which of the S keys
             (those of `past`, then their own).
         tap: sees keys, values and output of every block.
-        past: keys and values a layer that come before the streams' own.
+        past: keys and values of each layer that come before the streams' own.
 
     Returns:
-        The normed output of each stream [B, T_i, E_i], and keys and values [B, T, K, D] a layer.
+        The normed output of each stream [B, T_i, E_i], and of each layer keys and values
+        [B, T, K, D].
     """
     xs = [stream.x for stream in streams]
     lengths = [x.shape[1] for x in xs]

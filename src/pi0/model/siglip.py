@@ -1,4 +1,4 @@
-"""The SigLIP vision tower of π0: images in, one feature vector a patch out.
+"""The SigLIP vision tower of π0: images in, one feature vector per patch out.
 
 Notable: patches are cut without padding, so pixels beyond the last whole patch are not read; the
 position embedding is learned, for one grid of patches (see `resize_positions`); every linear layer

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pi0.engines.fast.weights import Matrix, PackedWeights
 from pi0.model.gemma import EPS as RMS_EPS
-from pi0.model.gemma import rotate
+from pi0.model.gemma import logit_bound, rotate
 from pi0.model.siglip import EPS as LAYER_EPS
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [B, T, 1, D/2] float32
@@ -81,13 +81,11 @@ class Kernels:
         """
         batch, t, heads, width = q.shape
         kv_heads = k.shape[2]
-        largest = None
-        if q.numel() and q.device.type == "cpu":
-            largest = width * q.abs().amax().float() * k.abs().amax()
+        check = 0 * logit_bound(q, k) if q.numel() and q.device.type == "cpu" else None
         q = q.view(batch, t, kv_heads, heads // kv_heads, width).transpose(1, 2).flatten(2, 3)
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         mask = None if valid is None else valid[:, None, None]
         out = F.scaled_dot_product_attention(q, k, v, mask)
         out = out.view(batch, kv_heads, t, heads // kv_heads, width).transpose(1, 2)
         out = out.reshape(batch * t, heads * width)
-        return out if largest is None else out.add_(0 * largest)
+        return out if check is None else out.add_(check)

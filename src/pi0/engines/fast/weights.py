@@ -28,8 +28,8 @@ QUANTISED_AT_A_TIME = 128  # rows: what lies between stays in a cache
 
 @dataclass
 class Matrix:
-    """weight [N, K], perhaps quantised a row; bias [N]; scale [N] float32 of a quantised weight;
-    offset: what kernels with a form of their own keep beside it (`Kernels.prepare`)."""
+    """weight [N, K], perhaps quantised by rows; bias [N]; scale [N] float32 of a quantised weight;
+    offset: what kernels with a form of their own need besides (`Kernels.prepare`)."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -92,7 +92,7 @@ class Scheme:
     dtype_by_pattern: dict[str, torch.dtype] = field(default_factory=dict)
     mlp_chunk: int = 4096
 
-    def kind(self, matrix: str) -> torch.dtype:
+    def dtype_of(self, matrix: str) -> torch.dtype:
         found = (d for pattern, d in self.dtype_by_pattern.items() if re.fullmatch(pattern, matrix))
         return next(found, self.dtype)
 
@@ -257,7 +257,7 @@ def _allocate(weights: PackedWeights, shapes: dict[str, torch.Size]) -> None:
         if not found and name != EMBEDDING and (not block or "norm" in block[3]):
             weights.tensors[name] = torch.empty(shape)
     for name, n in outputs.items():
-        dtype = weights.scheme.kind(name)
+        dtype = weights.scheme.dtype_of(name)
         weights.matrices[name] = Matrix(
             torch.empty(n, inputs[name], dtype=dtype),
             # A quantised product is finished in float32.

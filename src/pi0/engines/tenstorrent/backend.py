@@ -73,7 +73,7 @@ class Backend(ABC):
 
     def option(self, path: str) -> Any:
         """A constant or class of the library by its name, e.g. `GeluVariant.Tanh`."""
-        found = self.ttnn
+        value = self.ttnn
         for part in path.split("."):
-            found = getattr(found, part)
-        return found
+            value = getattr(value, part)
+        return value

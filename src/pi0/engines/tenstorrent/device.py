@@ -16,7 +16,7 @@ from pi0.engines.tenstorrent.precision import BF16, F32, U32
 from pi0.engines.tenstorrent.ttnn_import import MOCK
 from pi0.errors import EngineError
 
-TRACE_REGION = 64 << 20  # bytes of DRAM for captured commands
+CAPTURE_REGION = 64 << 20  # bytes of DRAM for captured commands
 L1_SMALL = 32 << 10  # bytes of each core for the bookkeeping of operations
 TORCH_DTYPES = {BF16: torch.bfloat16, F32: torch.float32, U32: torch.int32}
 
@@ -32,7 +32,7 @@ class DeviceBackend(Backend):
             self.device = ttnn.open_device(
                 device_id=device_id,
                 l1_small_size=L1_SMALL,
-                trace_region_size=TRACE_REGION if self.can_replay else 0,
+                trace_region_size=CAPTURE_REGION if self.can_replay else 0,
                 num_command_queues=2 if self.can_replay else 1,
             )
         self.arch = self.device.arch()
@@ -99,8 +99,8 @@ def translate_errors(what: str) -> Iterator[None]:
 def reason(error: RuntimeError) -> str:
     """What TTNN says is wrong, without where in its sources and without the stack."""
     lines = [line.strip() for line in re.split("backtrace:|Location:", str(error))[0].splitlines()]
-    told = [line for line in lines if line and line != "info:"]
-    return " ".join(told[1:] or told)
+    lines = [line for line in lines if line and line != "info:"]
+    return " ".join(lines[1:] or lines)
 
 
 class Replay:
@@ -118,12 +118,12 @@ class Replay:
         self.backend, ttnn = backend, backend.ttnn
         self.given = {name: backend.put(upload) for name, upload in uploads.items()}
         call(self.given)  # builds the programs: a capture may not
-        self.trace = ttnn.begin_trace_capture(backend.device, cq_id=0)
+        self.capture = ttnn.begin_trace_capture(backend.device, cq_id=0)
         self.result = call(self.given)
-        ttnn.end_trace_capture(backend.device, self.trace, cq_id=0)
+        ttnn.end_trace_capture(backend.device, self.capture, cq_id=0)
 
     def release(self) -> None:
-        self.backend.ttnn.release_trace(self.backend.device, self.trace)
+        self.backend.ttnn.release_trace(self.backend.device, self.capture)
 
     def __call__(self, uploads: dict[str, Upload]) -> Tensor:
         backend, ttnn = self.backend, self.backend.ttnn
@@ -131,5 +131,5 @@ class Replay:
             host = backend.stage_upload(upload)
             ttnn.copy_host_to_device_tensor(host, self.given[name], cq_id=1)
         ttnn.wait_for_event(0, ttnn.record_event(backend.device, 1))
-        ttnn.execute_trace(backend.device, self.trace, cq_id=0, blocking=False)
+        ttnn.execute_trace(backend.device, self.capture, cq_id=0, blocking=False)
         return backend.get(self.result)

@@ -200,10 +200,10 @@ class TtnnEngine(Engine):
         def adapted(name: str, handle: Handle, kind: str) -> Handle:
             view = layout.view[kind]
             seen = view.cut(backend.get(handle))
-            handed_on = tap(name, seen)
-            if handed_on is seen:
+            returned = tap(name, seen)
+            if returned is seen:
                 return handle
-            padded = view.fill(handed_on, tuple(handle.shape))
+            padded = view.fill(returned, tuple(handle.shape))
             return backend.put(Upload(padded, backend.dtype(handle)))
 
         return adapted
@@ -219,10 +219,10 @@ class TtnnEngine(Engine):
         masks = [self.backend.get(cache.given[f"{name}_mask"]) for name in ("prefix", "suffix")]
         top, bottom = upper.cut(masks[0]) == 0, lower.cut(masks[1]) == 0
         seen = torch.cat([torch.nn.functional.pad(top, (0, len(suffix.rows))), bottom], dim=1)
-        handed_on = tap("sequence", seen)
-        if torch.equal(handed_on, seen):
+        returned = tap("sequence", seen)
+        if torch.equal(returned, seen):
             return cache.given
-        visible = lower.fill(handed_on[:, len(prefix.rows) :], masks[1].shape)[0] > 0
+        visible = lower.fill(returned[:, len(prefix.rows) :], masks[1].shape)[0] > 0
         return cache.given | {"suffix_mask": self.backend.put(Upload(additive(visible), BF16))}
 
 
@@ -281,7 +281,7 @@ def require_tile_widths(config: Pi0Config) -> None:
 
 
 def require_dram(config: Pi0Config, precision: Precision, dram: int) -> None:
-    """Raises EngineError if the weights do not fit into so many bytes of DRAM."""
+    """Raises EngineError if the weights do not fit into `dram` bytes."""
     needed = packed_bytes(config, precision)
     if needed > dram:
         raise EngineError(

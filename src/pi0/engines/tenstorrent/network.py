@@ -16,7 +16,7 @@ from pi0.engines.tenstorrent.backend import Handle
 from pi0.engines.tenstorrent.layout import TileLayout
 from pi0.engines.tenstorrent.ops import Ops
 from pi0.engines.tenstorrent.precision import F32
-from pi0.engines.tenstorrent.weights import Trunk, TtnnGemmaBlock, TtnnVisionBlock, TtnnWeights
+from pi0.engines.tenstorrent.weights import TtnnGemmaBlock, TtnnTrunk, TtnnVisionBlock, TtnnWeights
 from pi0.model import gemma, siglip
 
 # Sees a handle by its name in `pi0.model` and the kind of its rows (`TileLayout.view`); its
@@ -84,7 +84,7 @@ class TtnnNetwork:
             cache.append((k, v))
             if whole or i + 1 < config.vlm.depth:
                 attended = self._attend(config.vlm, q, k, v, given["prefix_mask"])
-                x = tap(name, self._finish(block, x, attended), "prefix")
+                x = tap(name, self._post_attention(block, x, attended), "prefix")
         if whole:
             tap("vlm_transformer", self._norm(self.weights.vlm, x), "prefix")
         return cache
@@ -128,7 +128,7 @@ class TtnnNetwork:
             own = self._tap_cache(name, kv, "suffix", tap)
             k, v = (ops.concat([a, b], dim=2) for a, b in zip(past, own, strict=True))
             attended = self._attend(expert, q, k, v, given["suffix_mask"])
-            x = tap(name, self._finish(block, x, attended), "suffix")
+            x = tap(name, self._post_attention(block, x, attended), "suffix")
         x = tap("expert_transformer", self._norm(self.weights.expert, x), "suffix")
         ops.backend.stage = "action_tokens"
         x = tap("action_tokens", ops.cast(x, F32), "actions")
@@ -214,7 +214,7 @@ class TtnnNetwork:
     def _attend(self, config: GemmaConfig, q: Handle, k: Handle, v: Handle, mask: Handle) -> Handle:
         return self.ops.attention(q, k, v, mask, config.head_dim**-0.5)
 
-    def _finish(self, block: TtnnGemmaBlock, x: Handle, attended: Handle) -> Handle:
+    def _post_attention(self, block: TtnnGemmaBlock, x: Handle, attended: Handle) -> Handle:
         ops, hidden = self.ops, self.ops.precision.hidden
         x = ops.add(x, ops.linear(attended, block.out, self._residual))
         h = ops.rms_norm(x, block.norm2, gemma.EPS)
@@ -222,5 +222,5 @@ class TtnnNetwork:
         h = ops.multiply(gate, ops.linear(h, block.up, hidden))
         return ops.add(x, ops.linear(h, block.down, self._residual))
 
-    def _norm(self, trunk: Trunk, x: Handle) -> Handle:
+    def _norm(self, trunk: TtnnTrunk, x: Handle) -> Handle:
         return self.ops.rms_norm(x, trunk.norm, gemma.EPS)

@@ -1,4 +1,4 @@
-"""The operations of the network, with everything that TTNN wants to be told beside the operands."""
+"""The operations of the network, with all the options that TTNN takes besides the operands."""
 
 from __future__ import annotations
 
@@ -134,14 +134,14 @@ class Ops:
 
     def embed(self, tokens: Handle, table: Handle) -> Handle:
         """[1, L] → [1, 1, L, E]."""
-        found = self.backend.run(
+        rows = self.backend.run(
             "embedding",
             tokens,
             table,
             layout=self.backend.option("TILE_LAYOUT"),
             dtype=self.precision.residual,
         )
-        return self.reshape(found, (1, *found.shape))
+        return self.reshape(rows, (1, *rows.shape))
 
     def cut_patches(self, pixels: Handle, patch: int, rows: int) -> Handle:
         """[V, S, S, 3] → [V, 1, rows, tiled 3·patch²]: whole patches, padded to tiles."""

@@ -13,7 +13,7 @@ from pi0.engines.tenstorrent.backend import Grid
 # matrix product may take; the rest is left to tensors that stay there.
 BUDGET = 1_000_000
 TILE_BYTES = {"bfloat16": 2048, "bfloat8_b": 1088, "float32": 4096}
-ROWS_IN_L1 = 4  # activations of at most so many tile rows stay in the cores' memory
+ROWS_IN_L1 = 4  # activations of at most this many tile rows stay in the cores' memory
 K_BLOCK = 8  # tiles of the inner dimension taken at a time, at most
 
 
@@ -79,7 +79,7 @@ def matmul_blocks(
 
 
 def attention_chunks(queries: int, keys: int) -> tuple[int, int]:
-    """Tokens of queries and keys taken at a time: the largest that fit beside heads of 256."""
+    """Tokens of queries and keys taken at a time: the largest that fit with heads of 256."""
     return min(queries * 32, 128), min(keys * 32, 128)
 
 

@@ -66,8 +66,8 @@ def version_line(root: Path) -> str:
     """What the real compiler would say: the firmware in the wheel is filed under it."""
     lines = (root / "tt_metal" / "sfpi-version").read_text(encoding="utf-8").splitlines()
     pairs = (line.partition("=") for line in lines)
-    told = {name.strip(): value.strip(" '\"") for name, _, value in pairs}
-    return f"{NAME} (tenstorrent/sfpi:{told['sfpi_version']}[{told['sfpi_build']}]) 15.1.0"
+    versions = {name.strip(): value.strip(" '\"") for name, _, value in pairs}
+    return f"{NAME} (tenstorrent/sfpi:{versions['sfpi_version']}[{versions['sfpi_build']}]) 15.1.0"
 
 
 def link(arguments: list[str], cache: Path) -> bytes:

@@ -55,7 +55,7 @@ class TtnnGemmaBlock:
 
 
 @dataclass(frozen=True)
-class Trunk:
+class TtnnTrunk:
     blocks: list[TtnnGemmaBlock]
     norm: Handle
 
@@ -68,8 +68,8 @@ class TtnnWeights:
     vision_norm: Linear
     projector: Linear
     embedding: Handle
-    vlm: Trunk
-    expert: Trunk
+    vlm: TtnnTrunk
+    expert: TtnnTrunk
     state: Linear
     actions: Linear
     time: Linear
@@ -115,8 +115,8 @@ class Packer:
         matrix = self._put(Upload(weight.t(), dtype))
         if bias is None:
             return Linear(matrix)
-        beside = BF16 if dtype == BFP8 else dtype
-        return Linear(matrix, self._put(Upload(bias[None, None, None], beside)))
+        bias_dtype = BF16 if dtype == BFP8 else dtype
+        return Linear(matrix, self._put(Upload(bias[None, None, None], bias_dtype)))
 
     def _layer(self, kind: str, layer: nn.Linear) -> Linear:
         return self._linear(kind, layer.weight, layer.bias)
@@ -139,9 +139,9 @@ class Packer:
             d = block.q_proj.out_features // block.num_heads
             head, hidden = torch.arange(d), tiled(block.fc1.out_features)
             projections = (block.q_proj, block.k_proj, block.v_proj)
-            qkv = torch.cat([spread(p.weight, d, head) for p in projections])
-            bias = torch.cat([spread(p.bias[:, None], d, head)[:, 0] for p in projections])
-            out = spread(block.out_proj.weight.t(), d, head).t()
+            qkv = torch.cat([pad_heads(p.weight, d, head) for p in projections])
+            bias = torch.cat([pad_heads(p.bias[:, None], d, head)[:, 0] for p in projections])
+            out = pad_heads(block.out_proj.weight.t(), d, head).t()
             packed = TtnnVisionBlock(
                 norm1=self._layer_norm(block.norm1),
                 qkv=self._linear("vision_attention", qkv, bias),
@@ -160,14 +160,14 @@ class Packer:
             free(block)
         return blocks, self._layer_norm(tower.norm)
 
-    def _trunk(self, name: str, trunk: GemmaTrunk) -> Trunk:
+    def _trunk(self, name: str, trunk: GemmaTrunk) -> TtnnTrunk:
         blocks = []
         modules: Any = trunk.blocks
         for block in modules:
             d, head = block.head_dim, padded_head(block.head_dim)
             projections = (block.q_proj, block.k_proj, block.v_proj)
-            qkv = torch.cat([spread(p.weight, d, head) for p in projections])
-            out = spread(block.o_proj.weight.t(), d, head).t()
+            qkv = torch.cat([pad_heads(p.weight, d, head) for p in projections])
+            out = pad_heads(block.o_proj.weight.t(), d, head).t()
             packed = TtnnGemmaBlock(
                 norm1=self._norm(1 + block.norm1.weight),
                 qkv=self._linear(f"{name}_attention", qkv),
@@ -179,10 +179,10 @@ class Packer:
             )
             blocks.append(packed)
             free(block)
-        return Trunk(blocks, self._norm(1 + trunk.norm.weight))
+        return TtnnTrunk(blocks, self._norm(1 + trunk.norm.weight))
 
 
-def spread(weight: Tensor, head_dim: int, places: Tensor) -> Tensor:
+def pad_heads(weight: Tensor, head_dim: int, places: Tensor) -> Tensor:
     """Rows [heads · head_dim, in] of heads, padded to [heads · tiled head_dim, in]."""
     heads = weight.view(-1, head_dim, weight.shape[1])
     padded = heads.new_zeros(len(heads), tiled(head_dim), weight.shape[1])

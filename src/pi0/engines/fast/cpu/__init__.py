@@ -1,1 +1,2 @@
-"""Engine `cpu`: the fast network in native code, float32 or eight bits."""
+"""Engine `cpu`: `engine.py`; its kernels in PyTorch (`int8.py`) and in C (`native.c`, compiled by
+`native.py` and called by `native_kernels.py`)."""

@@ -1,4 +1,4 @@
-"""Engine `cpu`: exact (float32) or close (int8) actions, as fast as the processor can.
+"""Engine `cpu`: accurate (float32) or close (int8) actions, as fast as the processor can.
 
 bfloat16 is for processors that multiply it faster than float32, which is measured, not looked up:
 some have the instructions and are slower all the same.
@@ -114,7 +114,7 @@ def require_fast_bfloat16() -> None:
 
 
 def product_seconds(dtype: torch.dtype) -> float:
-    """The best of a few matrix products, after one that does not count."""
+    """The best of a few matrix products, after a warm-up."""
     rows, inputs, outputs = PROBE
     x, weight = torch.ones(rows, inputs, dtype=dtype), torch.ones(outputs, inputs, dtype=dtype)
     times = []

@@ -1,6 +1,6 @@
 """Compiles `native.c` with the machine's C compiler, once, and loads it.
 
-Threads are those of PyTorch's own OpenMP: a second one beside it would fight over the cores.
+Threads are those of PyTorch's own OpenMP: those of a second one would compete for the cores.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from pi0.model.siglip import EPS as LAYER_EPS
 
 BLOCK = 16  # outputs that lie together
 LINEAR, GELU, GEGLU = range(3)  # kinds of products
+QUERIES = 768  # rows of logits that are computed at a time
 
 
 class NativeKernels(Int8Kernels):
@@ -79,16 +80,21 @@ class NativeKernels(Int8Kernels):
         return q
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
-        """With one key/value head, as in the trunks, three calls beat PyTorch's fused one."""
+        """With one key/value head, as in the trunks, some queries at a time: their logits stay in
+        a cache between two products."""
         if k.shape[2] != 1:
             return super().attend(q, k, v, valid)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        factor, rows = q.shape[3] ** -0.5, q.shape[1] * q.shape[2]
+        buffer = q.new_empty(min(QUERIES, rows), k.shape[1])
         for i in range(len(q)):
-            queries, keys, values = q[i].flatten(0, 1), k[i, :, 0], v[i, :, 0]
-            logits = queries @ keys.t()
+            keys, values = k[i, :, 0], v[i, :, 0]
             seen = None if valid is None else valid[i].contiguous()
-            self.native("softmax", *logits.shape, q.shape[3] ** -0.5, seen, logits)
-            torch.mm(logits, values, out=out[i].view(queries.shape))
+            parts = (torch.split(x[i].flatten(0, 1), QUERIES) for x in (q, out))
+            for queries, results in zip(*parts, strict=True):
+                logits = torch.mm(queries, keys.t(), out=buffer[: len(queries)])
+                self.native("softmax", *logits.shape, factor, seen, logits)
+                torch.mm(logits, values, out=results)
         return out.view(len(q) * q.shape[1], -1)
 
     def _multiply(

@@ -1,4 +1,4 @@
-"""Eight-bit floating point matrices (e4m3): a scale an output of a weight, a scale a token.
+"""Eight-bit floating point matrices (e4m3): one scale per output of a weight, one per token.
 
 Products are `torch._scaled_mm` with both scales, which sums in float32 and answers in bfloat16.
 """

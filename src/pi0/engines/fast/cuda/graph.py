@@ -1,4 +1,4 @@
-"""The whole sampling call, prefill and every step, as one CUDA graph a shape.
+"""The whole sampling call, prefill and every step, as one CUDA graph per shape.
 
 A graph knows of the world only buffers: its inputs are copied in before a replay, the actions are
 copied out after it. What is captured launches the same kernels at the same addresses whatever the

@@ -1,4 +1,4 @@
-"""Whether Triton works here: its kernels beside plain PyTorch's, on small random tensors.
+"""Whether Triton works here: its kernels against plain PyTorch's, on small random tensors.
 
 A kernel that a device, driver or version of Triton gets wrong is found before it moves a robot.
 """
@@ -30,7 +30,7 @@ def check(device: torch.device, dtype: torch.dtype, quantised: bool) -> None:
     """Runs every kernel in a dtype on a device (the current one) and compares.
 
     Raises:
-        Unavailable: one does not compile, does not run or gives other numbers.
+        TritonUnavailable: one does not compile, does not run or gives other numbers.
     """
     try:
         wanted = _run(Fp8Kernels(), device, dtype, quantised)

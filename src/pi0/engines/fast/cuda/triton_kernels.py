@@ -28,7 +28,7 @@ SMALLEST = tl.constexpr(448.0 * 1.1754944e-38)  # as in `quantise_rows`
 # GELU's tanh form: x (1 + tanh(u / 2)) / 2 = x / (1 + exp(-u)), with 2 √(2 / π) in u.
 GELU_SCALE = tl.constexpr(1.5957691216057308)
 GELU_CUBE = tl.constexpr(0.044715)
-UNSEEN = tl.constexpr(-1e30)  # a logit that no key reaches
+UNSEEN = tl.constexpr(-1e30)  # the logit of a masked key
 
 # a·b + c rounded once: Triton's default up to 3.9, which warns if it is not asked for.
 FUSED = {"enable_fp_fusion": True}

@@ -81,3 +81,15 @@ def test_prefill_and_velocity(engine: Engine) -> None:
     serial = [answer(*call) for call in work]
     found = in_threads(answer, work)
     assert [torch.equal(a, b) for a, b in zip(serial, found, strict=True)].count(False) == 0
+
+
+def test_native_products_in_engines_of_their_own(tiny_path: Path) -> None:
+    """Several engines at once, whose threads are OpenMP's."""
+    checkpoint = open_checkpoint(tiny_path)
+    engines = [make_engine("cpu:int8", checkpoint) for _ in range(THREADS)]
+    work = calls(2)[:THREADS]
+    serial = [engines[0].sample(*call, STEPS) for call in work]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in range(CALLS):
+            found = pool.map(lambda engine, call: engine.sample(*call, STEPS), engines, work)
+            assert all(torch.equal(a, b) for a, b in zip(serial, found, strict=True))

@@ -47,7 +47,7 @@ def load_plugin(entry: EntryPoint) -> Any:
     """
     try:
         return entry.load()
-    except Exception as error:  # code of somebody else, which may raise anything
+    except (Exception, SystemExit) as error:  # code of somebody else, which may raise anything
         raise Pi0Error(
             f"plug-in {describe(entry)}: expected {entry.value} to be importable, found "
             f"{type(error).__name__}: {error}."

@@ -54,6 +54,18 @@ def test_the_first_step_is_from_the_state() -> None:
     assert (out[0, 2], violations) == (0.9, [])
 
 
+def test_a_range_further_away_than_a_step() -> None:
+    with pytest.raises(LimitError, match="They cannot be clamped: action 0 starts further"):
+        apply_limits(LIMITS, chunk((0, 0, 0)), np.array([5.0, 0, 0]), "clamp")
+
+
+def test_the_last_action_stands_before_the_first() -> None:
+    last = np.array([np.nan, np.nan, 0.5])
+    out, violations = apply_limits(LIMITS, chunk((0, 0, 0.9)), np.zeros(3), "clamp", last=last)
+    assert out[0, 2] == pytest.approx(0.6)
+    assert [violation.kind for violation in violations] == ["step"]
+
+
 @given(
     arrays(np.float64, (6, 3), elements=st.floats(-10, 10)),
     arrays(np.float64, 3, elements=st.floats(-1, 1)),

@@ -74,7 +74,7 @@ def test_rounding_beyond_the_range_is_clipped() -> None:
         (torch.empty(4, 4, 3, device="meta"), "found a tensor on the meta device"),
         (np.zeros((4, 4, 3), np.int64), "expected uint8 or floating point"),
         (np.zeros((2, 4, 4, 3), np.uint8), r"expected shape .* found \[2, 4, 4, 3\]"),
-        (Image.new("L", (4, 4)), r"expected shape .* found \[4, 4\]"),
+        (Image.new("HSV", (4, 4)), "8 bits a channel, found mode HSV"),
         ("photo.png", "expected an array of pixels, found 'photo.png'"),
         ({"a": 1}, "expected an array of pixels, found a dict"),
         ([[1, 2], [3]], "expected an array of pixels"),
@@ -112,8 +112,12 @@ def test_forms_of_a_state(value: Any) -> None:
         (torch.empty(3, device="meta"), "meta device"),
         (np.zeros((2, 3)), r"expected 3 values .* found shape \[2, 3\]"),
         ([1, 2, float("inf")], "expected finite values, found inf at index 2"),
-        ([1 + 2j, 0, 0], "state: expected numbers"),
+        ([1 + 2j, 0, 0], "state: expected real numbers"),
         (torch.zeros(3, dtype=torch.complex64), "expected real numbers"),
+        (np.ones(3) * 1j, "expected real numbers, found complex128"),
+        ({1.0, 2.0, 3.0}, "expected numbers, found a set"),
+        (np.ma.masked_array([1, 2, 3], [0, 1, 0]), "found a MaskedArray"),
+        ([10**400, 0, 0], "state: expected numbers"),
     ],
 )
 def test_what_is_no_state(value: Any, message: str) -> None:

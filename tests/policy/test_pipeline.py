@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 
 from pi0.checkpoint.synth import byte_tokenizer
 from pi0.config import PRESETS
-from pi0.errors import ObservationError
+from pi0.errors import ConfigError, ObservationError
 from pi0.policy import ROBOTS, Camera, Pipeline, Robot
 from pi0.policy.normalize import Normalizer, make_normalizer
 from pi0.policy.tokenizer import PromptFormat, Tokenizer
@@ -134,8 +134,32 @@ def test_a_batch_is_its_rows() -> None:
 
 @pytest.mark.parametrize("shape", [(50, 13), (14,), (50, 15)])
 def test_actions_of_another_width(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ObservationError, match=r"actions: expected \[..., H, 14\] for robot aloha"):
+    with pytest.raises(ObservationError, match="expected .* for robot aloha"):
         openpi("aloha", "mean_std").encode_actions(np.zeros(shape), np.zeros(14))
+
+
+@pytest.mark.parametrize(
+    ("actions", "state"),
+    [((2, 50, 32), (2, 3)), ((2, 50, 32), (3, 14)), ((2, 50, 14), (2, 14)), ((50, 32), ())],
+)
+def test_decode_of_another_width(actions: tuple[int, ...], state: tuple[int, ...]) -> None:
+    with pytest.raises(ObservationError, match="expected .* robot aloha, found shape"):
+        openpi("aloha", "mean_std").decode(np.zeros(actions), np.zeros(state))
+
+
+def test_functions_of_a_robot_get_a_copy() -> None:
+    def in_place(state: np.ndarray) -> np.ndarray:
+        state *= 2
+        return state
+
+    made = openpi("libero", "mean_std")
+    robot = replace(made.robot, encode_state=in_place)
+    given = {**values(("libero", "mean_std", "0"), "obs."), "prompt": "go"}
+    _, state = replace(made, robot=robot).encode(given)
+    np.testing.assert_array_equal(state, given["observation/state"])
+    cut = replace(made, robot=replace(made.robot, encode_state=lambda state: state[..., :3]))
+    with pytest.raises(ConfigError, match=r"encode_state: expected shape \[8\], .* found \[3\]"):
+        cut.encode(given)
 
 
 def test_renamed_observations() -> None:

@@ -179,6 +179,7 @@ def test_noise_as_an_argument(tiny_path: Path) -> None:
         ({"engine": "cpu:int8", "dtype": "float32"}, ConfigError, "dtype: expected int8"),
         ({"steps": 2.5}, ConfigError, "steps: expected a whole number from 1 .* found 2.5"),
         ({"seed": 2**64}, ConfigError, "seed: expected a whole number from 0"),
+        ({"n_action_steps": 0}, ConfigError, "n_action_steps: expected .* found 0"),
         ({"n_action_steps": 51}, ConfigError, "n_action_steps: expected .* from 1 to 50, found 51"),
         ({"on_limit": "ignore"}, ConfigError, "on_limit: expected one of error, clamp, warn"),
         ({"preprocessing": "ours"}, Pi0Error, "preprocessing: expected openpi or lerobot"),
@@ -270,6 +271,32 @@ def test_limits(caplog: pytest.LogCaptureFixture) -> None:
         LIMITED, limits=ActionLimits((-1e3,) * 14, (1e3,) * 14, (None,) * 14, (None,) * 14)
     )
     assert policy(low, ANSWER).infer(GIVEN)["limits"]["violations"] == []
+
+
+def test_steps_are_limited_between_chunks() -> None:
+    limits = ActionLimits((None,) * 14, (None,) * 14, (0.05,) * 14, (None,) * 14)
+    answer = torch.linspace(-1, 1, 50 * 32).view(50, 32).flip(0)[None] * 1e-3
+    made = policy(replace(LIMITED, limits=limits), answer, on_limit="clamp", n_action_steps=3)
+    taken = np.array([made.select_action(GIVEN) for _ in range(9)])
+    assert np.abs(np.diff(taken, axis=0)).max() <= 0.05 + 1e-5
+    made.reset()
+
+
+def test_actions_that_are_not_finite_in_the_robots_units() -> None:
+    robot = replace(
+        ROBOTS["generic"], decode_actions=lambda x: x * np.nan, encode_actions=lambda x: x
+    )
+    with pytest.raises(EngineError, match="expected finite values in the robot's units"):
+        policy(robot, ANSWER).infer(GIVEN)
+
+
+def test_an_answer_of_another_shape() -> None:
+    class Short(FakeEngine):
+        def _sample(self, inputs, noise, steps, on_step):
+            return noise[:, :10, :7]
+
+    with pytest.raises(EngineError, match=r"expected actions of shape \[1, 50, 32\], found"):
+        Policy(pipeline(ROBOTS["generic"]), Short(ANSWER)).infer(GIVEN)
 
 
 def test_no_limits_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lerobot_folder import LerobotFolder
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
@@ -18,7 +20,7 @@ from pi0.checkpoint.load import open_checkpoint
 from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
 from pi0.errors import Pi0Error
-from pi0.policy import PolicyOptions, PolicySetup, prepare
+from pi0.policy import ROBOTS, PolicyOptions, PolicySetup, prepare
 
 Edit = Callable[[Path], object]
 
@@ -245,3 +247,75 @@ def test_other_forms_of_statistics(folder: Path, wrapped: bool, key: str) -> Non
     path = folder / "stats.json"
     path.write_text(json.dumps({"norm_stats": stats} if wrapped else stats))
     assert made(folder, robot="generic", norm_stats=path).require().action_dim == 3
+
+
+@pytest.mark.parametrize(
+    ("asset", "code"),
+    [
+        ("assets/physical-intelligence/libero", "robot-unknown"),
+        ("trossen", "robot-unknown"),
+        ("assets/mine", "robot-assumed"),
+    ],
+)
+def test_a_known_robot_anywhere_in_the_path(folder: Path, asset: str, code: str) -> None:
+    shutil.rmtree(folder / "assets")
+    path = write_stats(folder / asset / "norm_stats.json", 14, 14)
+    assert code in codes(made(folder, preprocessing="openpi"))
+    assert code in codes(made(folder, preprocessing="openpi", norm_stats=path))
+
+
+@pytest.mark.parametrize(
+    ("mode", "table"),
+    [
+        ("mean_std", {"mean": [0.0] * 3, "std": [1.0, -1.0, 1.0]}),
+        ("mean_std", {"mean": [0.0] * 3, "std": [1.0, 1e300, 1.0]}),
+        ("quantiles", {"q01": [1.0] * 3, "q99": [0.0] * 3}),
+    ],
+)
+def test_statistics_turned_round(folder: Path, mode: str, table: dict) -> None:
+    path = folder / "stats.json"
+    path.write_text(json.dumps({"state": table, "actions": table}))
+    setup = made(folder, robot="generic", norm_stats=path, norm_mode=mode)
+    assert codes(setup) == {"statistics-unusable": "error"}
+    assert "with a spread of 0 or more" in setup.findings[0].sentence
+
+
+@pytest.fixture
+def lerobot(tmp_path: Path) -> LerobotFolder:
+    synthesise(tmp_path, PRESETS["tiny"], LAYOUTS["lerobot"], 0, torch.float32)
+    folder = LerobotFolder(tmp_path)
+    folder.config = json.loads((tmp_path / "config.json").read_text()) | folder.config
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fits"),
+    [
+        ("num_inference_steps", 3, True),
+        ("num_inference_steps", "x", False),
+        ("n_obs_steps", 2, False),
+        ("min_period", 0.1, False),
+        ("image_resolution", [28, 28], True),
+        ("image_resolution", [56, 56], False),
+    ],
+)
+def test_settings_are_carried_out_or_refused(
+    lerobot: LerobotFolder, key: str, value: Any, fits: bool
+) -> None:
+    lerobot.config[key] = value
+    setup = made(lerobot.write())
+    assert ("setting-not-carried-out" not in codes(setup)) == fits
+    if key == "num_inference_steps" and fits:
+        assert setup.steps == 3
+    elif not fits:
+        assert f"config.json {key}: expected" in setup.findings[-1].sentence
+
+
+def test_a_robot_without_the_checkpoints_relative_actions(lerobot: LerobotFolder) -> None:
+    lerobot.set_relative(exclude_joints=["gripper"], action_names=["a", "b", "c", "d", "Gripper"])
+    folder = lerobot.write()
+    assert codes(made(folder)) == {}
+    setup = made(folder, robot="generic")
+    assert codes(setup)["relative-differs"] == "error"
+    table = replace(ROBOTS["generic"], action_dim=5, delta=(4, -1))
+    assert "relative-differs" not in codes(made(folder, robot=table))

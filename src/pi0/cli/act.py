@@ -94,11 +94,15 @@ def act(
     from pi0.cli.forward import print_trace
     from pi0.cli.plot import plot_chunk, require_matplotlib
     from pi0.cli.show import print_json, print_line, step_progress
+    from pi0.errors import ConfigError
     from pi0.inputs import to_npz
     from pi0.policy import Policy, PolicyOptions, choose_engine, prepare
     from pi0.trace import trace
 
     require_writable(out, plot, save_inputs)
+    places = [path.expanduser().absolute() for path in (out, plot, save_inputs) if path]
+    if len(set(places)) < len(places):
+        raise ConfigError("--out, --plot, --save-inputs: expected different files, found the same.")
     if plot:
         require_matplotlib()
     given = _split(image)
@@ -221,7 +225,7 @@ def _read_images(robot: Robot, given: list[tuple[str, Path]]) -> dict[str, Any]:
 
 def _read_image(name: str, path: Path) -> Any:
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     from pi0.errors import ObservationError
 
@@ -233,7 +237,7 @@ def _read_image(name: str, path: Path) -> Any:
                     f"{image.mode}."
                 )
             return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "no such file" if not path.exists() else str(error)
         raise ObservationError(
             f"image {name}: expected a picture in {path}, found none ({reason})."
@@ -241,6 +245,8 @@ def _read_image(name: str, path: Path) -> Any:
 
 
 def _read_state(text: str) -> NDArray[np.float64]:
+    import zipfile
+
     import numpy as np
 
     from pi0.checkpoint.files import expand_user
@@ -248,12 +254,15 @@ def _read_state(text: str) -> NDArray[np.float64]:
 
     try:
         if text.endswith(".npy"):
-            return np.asarray(np.load(expand_user(text), allow_pickle=False), np.float64)
+            array = np.load(expand_user(text), allow_pickle=False)
+            if not isinstance(array, np.ndarray) or array.dtype.kind not in "uif":
+                raise ValueError("no array of real numbers")
+            return np.atleast_1d(array.astype(np.float64))
         words = text.replace(",", " ").split()
         if not words:
             raise ValueError("no number")
         return np.array([float(word) for word in words])
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise ObservationError(
             f'--state: expected numbers as in "0.1,0.2" or a .npy file, found {text!r} ({error}).'
         ) from error

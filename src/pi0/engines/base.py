@@ -220,7 +220,13 @@ class Engine(ABC):
         Raises:
             EngineError: the result is not finite, or the engine is closed.
         """
-        return require_finite(self._sample(inputs, noise, steps, on_step))
+        actions = self._sample(inputs, noise, steps, on_step)
+        if actions.shape != noise.shape:
+            raise EngineError(
+                f"engine {self.name}: expected actions of shape {list(noise.shape)}, found "
+                f"{list(actions.shape)}."
+            )
+        return require_finite(actions)
 
     def _sample(
         self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: Callable[[], None]

@@ -3,11 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from pi0.config import Pi0Config
 from pi0.findings import Finding, error, warning
+from pi0.model.flow import MAX_PERIOD, MIN_PERIOD
 from pi0.policy.normalize import Normalizer
 from pi0.policy.robot import Robot
+
+STEPS_KEYS = ("num_inference_steps", "num_steps")  # of LeRobot's config.json, newest first
+
+
+def settings_findings(settings: Mapping[str, Any], config: Pi0Config) -> list[Finding]:
+    """Fields of LeRobot's config.json that would change the result and are not carried out."""
+    side = config.vision.image_size
+    only: dict[str, tuple[Any, ...]] = {
+        "n_obs_steps": (1,),
+        "min_period": (MIN_PERIOD,),
+        "max_period": (MAX_PERIOD,),
+        "image_resolution": ([side, side],),
+        "resize_imgs_with_padding": ([side, side],),
+    }
+    found = [
+        (key, f"expected {values[0]}, as this model has it", settings[key])
+        for key, values in only.items()
+        if settings.get(key) is not None and settings[key] not in values
+    ]
+    found += [
+        (key, "expected a count of denoising steps", settings[key])
+        for key in STEPS_KEYS
+        if settings.get(key) is not None
+        and (type(settings[key]) is not int or not 1 <= settings[key] <= 10_000)
+    ]
+    return [
+        error("setting-not-carried-out", f"config.json {key}: {expected}, found {value!r}.")
+        for key, expected, value in found
+    ]
+
+
+def relative_findings(relative: tuple[bool, ...] | None, robot: Robot) -> list[Finding]:
+    """Whether a robot's table has the relative actions that LeRobot's processors have."""
+    ours = robot.relative(len(relative or ()) or sum(map(abs, robot.delta))).tolist()
+    if ours == list(relative or [False] * len(ours)):
+        return []
+    return [
+        error(
+            "relative-differs",
+            f"robot {robot.name}: expected the relative actions of the checkpoint's processors, "
+            f"{list(relative or [])}, found {ours}: the state would be added wrongly. Leave out "
+            "--robot, or give the robot's table the same `relative` (`delta`).",
+        )
+    ]
 
 
 def width_findings(

@@ -16,6 +16,7 @@ from pi0.errors import ConfigError, LimitError
 
 Floats = NDArray[np.float64]
 ON_LIMIT = ("error", "clamp", "warn")
+HUGE = 1e30  # no limit of a robot
 SHOWN = 4  # of several violations, in a message
 
 
@@ -44,7 +45,7 @@ class ActionLimits:
             raise ConfigError(f"limits: expected columns of one length, found {sorted(lengths)}.")
         for i, (low, high, step) in enumerate(zip(self.low, self.high, self.step, strict=True)):
             numbers = [value for value in (low, high, step) if value is not None]
-            if not all(np.isfinite(number) for number in numbers):
+            if not all(isinstance(n, (int, float)) and abs(n) < HUGE for n in numbers):
                 raise ConfigError(
                     f"limits of action {i}: expected finite numbers, found {numbers}."
                 )
@@ -87,17 +88,24 @@ def apply_limits(
     state: Floats,
     on_limit: str,
     names: tuple[str, ...] = (),
+    last: Floats | None = None,
 ) -> tuple[Floats, list[Violation]]:
     """Actions [H, D] that a robot may execute, and where the given ones were beyond its limits.
 
-    With "clamp", values are brought into [low, high] and then to within `step` of the tick before
-    (of the state, for the first), tick by tick; with "warn" they are handed out as they are.
+    With "clamp", values are brought into [low, high] and then to within `step` of the tick before,
+    tick by tick; with "warn" they are handed out as they are. Before the first tick is the state,
+    where the limits say which value of it an action commands, else `last`.
+
+    Args:
+        last: the action [D] that the robot executed last, if it is known.
 
     Raises:
-        LimitError: `on_limit` is "error", and an action is beyond a limit.
+        LimitError: `on_limit` is "error", and an action is beyond a limit; or "clamp", and the
+            range is further away than a step.
     """
     low, high, step = (_column(limits, name) for name in ("low", "high", "step"))
-    start = np.array([np.nan if i is None else state[i] for i in limits.state])
+    unknown = np.full(actions.shape[1], np.nan) if last is None else last
+    start = np.array([unknown[j] if i is None else state[i] for j, i in enumerate(limits.state)])
     before = np.vstack([start, actions[:-1]])
     with np.errstate(invalid="ignore"):
         change = np.abs(actions - before)
@@ -116,6 +124,12 @@ def apply_limits(
         )
     if violations and on_limit == "clamp":
         actions = _clamp(actions, start, low, high, step)
+        outside = np.flatnonzero(((actions < low) | (actions > high)).any(axis=0))
+        if outside.size:
+            raise LimitError(
+                f"{summary(violations)}. They cannot be clamped: action {outside[0]} starts "
+                "further from its range than a step. Move the robot into its range first."
+            )
     return actions, violations
 
 

@@ -97,6 +97,7 @@ def make_normalizer(what: str, mode: str, convention: str, stats: Statistics) ->
             f"{NEEDED[mode][0]} {list(low.shape)} and {NEEDED[mode][1]} {list(high.shape)}."
         )
     spread = high if mode == "mean_std" else high - low
+    require_spread(what, NEEDED[mode], spread)
     if mode == "mean_std":
         eps = OPENPI_EPS if convention == "openpi" else LEROBOT_EPS
         return Normalizer(what, low, high + eps, high + eps if convention == "openpi" else high)
@@ -106,6 +107,16 @@ def make_normalizer(what: str, mode: str, convention: str, stats: Statistics) ->
     else:
         spread = np.where(spread == 0, LEROBOT_EPS, spread)
     return Normalizer(what, low + spread / 2, spread / 2, spread / 2)
+
+
+def require_spread(what: str, names: tuple[str, ...], spread: Floats) -> None:
+    """Raises Pi0Error if a standard deviation or a range is negative or absurdly large."""
+    bad = np.flatnonzero((spread < 0) | (spread > 1e30))
+    if bad.size:
+        raise Pi0Error(
+            f"statistics of {what}: expected {' and '.join(names)} with a spread of 0 or more, "
+            f"found {spread[bad[0]]:.6g} in dimension {bad[0]}. The file is damaged, or another's."
+        )
 
 
 def identity(what: str, width: int) -> Normalizer:

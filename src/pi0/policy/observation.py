@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from pi0.errors import ObservationError
@@ -20,6 +21,8 @@ from pi0.policy.robot import Robot
 Floats = NDArray[np.float64]
 Observation = Mapping[str, Any]
 
+EIGHT_BIT_MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr")  # others PIL would clip
+NO_VECTORS = (Mapping, str, bytes, bytearray, set, frozenset, np.ma.MaskedArray)
 PROMPT_KEYS = ("prompt", "task")  # openpi's and LeRobot's
 # What openpi's and LeRobot's own loops put beside an observation, and no policy reads.
 BOOKKEEPING = {
@@ -81,7 +84,8 @@ def read_prompt(observation: Observation, default: str | None) -> str:
             f"prompt: expected one sentence, found {found['prompt']!r} under prompt and "
             f"{found['task']!r} under task."
         )
-    text = next(iter(found.values()), default)
+    fallback = None if default is None else _text("default_prompt", default)
+    text = next(iter(found.values()), fallback)
     if text is None or not text.strip():
         raise ObservationError(f"prompt: expected a sentence, found {text!r}.")
     return text
@@ -129,6 +133,12 @@ def read_image(key: str, image: Any) -> NDArray[np.generic]:
     """
     if isinstance(image, Tensor):
         image = _from_torch(key, image)
+    elif isinstance(image, Image.Image) and image.mode != "RGB":
+        if image.mode not in EIGHT_BIT_MODES:
+            raise ObservationError(
+                f"image {key}: expected a picture of 8 bits a channel, found mode {image.mode}."
+            )
+        image = image.convert("RGB")
     try:
         array = np.asarray(image)
     except (TypeError, ValueError) as error:
@@ -189,15 +199,18 @@ def _text(key: str, value: Any) -> str:
 
 
 def _vector(key: str, value: Any) -> Floats:
+    if isinstance(value, NO_VECTORS):
+        raise ObservationError(f"{key}: expected numbers, found {_kind(value)}.")
     if isinstance(value, Tensor):
         value = _from_torch(key, value)
-    elif isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, np.ndarray)):
+    elif isinstance(value, Iterable) and not isinstance(value, np.ndarray):
         value = [_from_torch(key, v) if isinstance(v, Tensor) else v for v in value]
-    if isinstance(value, (Mapping, str, bytes)):
-        raise ObservationError(f"{key}: expected numbers, found {_kind(value)}.")
     try:
-        array = np.atleast_1d(np.asarray(value, np.float64))
-    except (TypeError, ValueError) as error:
+        given = np.asarray(value)
+        if given.dtype.kind in "cmMV":
+            raise ObservationError(f"{key}: expected real numbers, found {given.dtype}.")
+        array = np.atleast_1d(given.astype(np.float64))
+    except (TypeError, ValueError, OverflowError) as error:
         raise ObservationError(f"{key}: expected numbers, found {error}.") from error
     return array[0] if array.ndim == 2 and len(array) == 1 else array
 
@@ -206,7 +219,7 @@ def _from_torch(key: str, tensor: Tensor) -> NDArray[np.generic]:
     if tensor.is_meta:
         raise ObservationError(f"{key}: expected values, found a tensor on the meta device.")
     tensor = tensor.detach().to("cpu").resolve_conj().resolve_neg()
-    if tensor.is_complex() or tensor.layout is not torch.strided:
+    if tensor.is_complex() or tensor.is_quantized or tensor.layout is not torch.strided:
         raise ObservationError(f"{key}: expected real numbers, found {tensor.dtype}.")
     # numpy has no bfloat16 and no eight-bit floats.
     plain = tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pi0.config import Pi0Config
-from pi0.errors import ObservationError
+from pi0.errors import ConfigError, ObservationError
 from pi0.inputs import MAX_PIXEL, ModelInputs
 from pi0.policy import images
 from pi0.policy.normalize import OUTLIER_SIGMA, Normalizer
@@ -110,10 +110,14 @@ class Pipeline:
         Returns:
             [..., H, `action_dim`] float64 in the robot's units.
         """
-        out = self.action_stats.unnormalize(np.asarray(actions, np.float64))
+        actions = np.asarray(actions, np.float64)
+        self._check(actions, state, self.config.action_dim)
+        out = self.action_stats.unnormalize(actions)
         self._add_state(out, state, sign=1)
         out = out[..., : self.action_dim]
-        return self.robot.decode_actions(out) if self.robot.decode_actions else out
+        if self.robot.decode_actions:
+            out = self._converted("decode_actions", out)
+        return out
 
     def encode_actions(self, actions: Floats, state: Floats) -> Floats:
         """Recorded actions as training targets; the inverse of `decode`.
@@ -129,13 +133,9 @@ class Pipeline:
             ObservationError: not as many actions as the robot has.
         """
         out = np.array(actions, np.float64)  # a copy, which is changed below
-        if out.ndim < 2 or out.shape[-1] != self.action_dim:
-            raise ObservationError(
-                f"actions: expected [..., H, {self.action_dim}] for robot {self.robot.name}, found "
-                f"shape {list(out.shape)}."
-            )
+        self._check(out, state, self.action_dim)
         if self.robot.encode_actions:
-            out = self.robot.encode_actions(out)
+            out = self._converted("encode_actions", out)
         self._add_state(out, state, sign=-1)
         return _pad(self.target_stats.normalize(out), self.config.action_dim)
 
@@ -146,7 +146,39 @@ class Pipeline:
         return range(1 if width == self.config.state_dim else width, width + 1)
 
     def _model_convention(self, state: Floats) -> Floats:
-        return self.robot.encode_state(state) if self.robot.encode_state else state
+        return self._converted("encode_state", state) if self.robot.encode_state else state
+
+    def _converted(self, name: str, values: Floats) -> Floats:
+        """Values through one of the robot's functions, which may be somebody else's."""
+        out = np.asarray(getattr(self.robot, name)(values.copy()), np.float64)
+        if out.shape != values.shape:
+            raise ConfigError(
+                f"robot {self.robot.name}: {name}: expected shape {list(values.shape)}, as it was "
+                f"given, found {list(out.shape)}."
+            )
+        return out
+
+    def _check(self, actions: Floats, state: Floats, width: int) -> None:
+        """Raises ObservationError unless actions are [..., H, width] and the state fits them."""
+        name, state = self.robot.name, np.asarray(state)
+        if actions.ndim < 2 or actions.shape[-1] != width:
+            raise ObservationError(
+                f"actions: expected [..., H, {width}] for robot {name}, found shape "
+                f"{list(actions.shape)}."
+            )
+        length = self.robot.state_dim
+        widths = self._state_widths() if length is None else range(length, length + 1)
+        if (
+            state.shape[:-1] != actions.shape[:-2]
+            or not state.ndim
+            or state.shape[-1] not in widths
+        ):
+            raise ObservationError(
+                f"state: expected {[*actions.shape[:-2], widths[-1]]} beside actions "
+                f"{list(actions.shape)} for robot {name}, found shape {list(state.shape)}."
+            )
+        if not (np.isfinite(actions).all() and np.isfinite(state).all()):
+            raise ObservationError("actions and state: expected finite values, found others.")
 
     def _add_state(self, actions: Floats, state: Floats, sign: int) -> None:
         """Adds the state to relative actions [..., H, D], or takes it away, in place."""

@@ -24,7 +24,7 @@ from pi0.checkpoint.load import Checkpoint, open_checkpoint
 from pi0.config import Pi0Config
 from pi0.engines.base import Engine, fastest_engine, make_engine
 from pi0.engines.spec import EngineSpec
-from pi0.errors import ConfigError
+from pi0.errors import ConfigError, EngineError
 from pi0.inputs import check_noise, to_tensor
 from pi0.policy.limits import ON_LIMIT, apply_limits, as_data, summary
 from pi0.policy.observation import Observation
@@ -71,7 +71,9 @@ class Policy:
         self.pipeline = pipeline
         self.engine = engine
         self.steps = _count("steps", steps, 1, 2**31)
-        self.n_action_steps = _count("n_action_steps", n_action_steps or horizon, 1, horizon)
+        self.n_action_steps = _count(
+            "n_action_steps", horizon if n_action_steps is None else n_action_steps, 1, horizon
+        )
         if on_limit not in ON_LIMIT:
             raise ConfigError(
                 f"on_limit: expected one of {', '.join(ON_LIMIT)}, found {on_limit!r}."
@@ -86,6 +88,7 @@ class Policy:
         }
         self._generator = torch.Generator().manual_seed(_count("seed", seed, 0, 2**63 - 1))
         self._queue: deque[NDArray[np.float32]] = deque()
+        self._last: NDArray[np.float64] | None = None  # what `select_action` handed out last
         self._lock = threading.Lock()  # of the generator
         self._queue_lock = threading.Lock()
         _say_once_without_limits(pipeline.robot)
@@ -109,7 +112,7 @@ class Policy:
         image_size: int | None = None,
         horizon: int | None = None,
         max_tokens: int | None = None,
-        steps: int = 10,
+        steps: int | None = None,
         seed: int = 0,
         n_action_steps: int | None = None,
         on_limit: str = "error",
@@ -128,7 +131,7 @@ class Policy:
                 fastest on this machine that is exact to float32.
             device, dtype: complete the name of the engine.
             horizon, max_tokens: of a checkpoint whose files do not say.
-            steps: denoising steps.
+            steps: denoising steps; None: what a LeRobot checkpoint says, else 10.
             seed: of the noise.
             n_action_steps, on_limit: see the attributes.
             weight_cache: keep packed weights in a file beside the checkpoint, for the next start.
@@ -164,9 +167,9 @@ class Policy:
         return cls(
             pipeline,
             engine,
-            steps=steps,
+            steps=setup.steps if steps is None else steps,
             seed=seed,
-            n_action_steps=n_action_steps or setup.n_action_steps,
+            n_action_steps=setup.n_action_steps if n_action_steps is None else n_action_steps,
             on_limit=on_limit,
             metadata=setup.describe(),
         )
@@ -195,6 +198,16 @@ class Policy:
             LimitError: an action is beyond the robot's limits, and `on_limit` is "error".
             EngineError: the engine's answer is not finite.
         """
+        return self._infer(observation, noise, on_step, before=None)
+
+    def _infer(
+        self,
+        observation: Observation,
+        noise: NDArray[np.floating] | Tensor | None,
+        on_step: Callable[[], None],
+        before: NDArray[np.float64] | None,
+    ) -> dict[str, Any]:
+        """See `infer`; `before` is the action [D] that the robot executed last, if it is known."""
         start = time.perf_counter()
         inputs, state = self.pipeline.encode(observation)
         x = self._noise(noise)
@@ -202,9 +215,15 @@ class Policy:
         sampled = self.engine.sample(inputs, x, self.steps, on_step)[0].numpy()
         done = time.perf_counter()
         actions = self.pipeline.decode(sampled, state)
+        with np.errstate(over="ignore"):
+            if not np.isfinite(actions.astype(np.float32)).all():
+                raise EngineError(
+                    "actions: expected finite values in the robot's units, found NaN or infinite "
+                    "ones. The statistics or the robot's conventions are damaged."
+                )
         limits: dict[str, Any] = {}
         if self.pipeline.robot.limits is not None:
-            actions, limits = self._guard(actions, state)
+            actions, limits = self._guard(actions, state, before)
         end = time.perf_counter()
         return {
             "actions": actions.astype(np.float32),
@@ -226,13 +245,17 @@ class Policy:
         """
         with self._queue_lock:
             if not self._queue:
-                self._queue.extend(self.infer(observation)["actions"][: self.n_action_steps])
-            return self._queue.popleft()
+                result = self._infer(observation, None, lambda: None, self._last)
+                self._queue.extend(result["actions"][: self.n_action_steps])
+            action = self._queue.popleft()
+            self._last = action.astype(np.float64)
+            return action
 
     def reset(self) -> None:
         """Forgets the actions that `select_action` has not handed out: a new episode begins."""
         with self._queue_lock:
             self._queue.clear()
+            self._last = None
 
     def close(self) -> None:
         """Frees the engine; the policy cannot be used afterwards."""
@@ -264,12 +287,15 @@ class Policy:
         return check_noise(self.engine.config, 1, given if given.ndim == 3 else given[None])
 
     def _guard(
-        self, actions: NDArray[np.float64], state: NDArray[np.float64]
+        self,
+        actions: NDArray[np.float64],
+        state: NDArray[np.float64],
+        before: NDArray[np.float64] | None,
     ) -> tuple[NDArray[np.float64], dict[str, Any]]:
         robot = self.pipeline.robot
         assert robot.limits is not None
         actions, violations = apply_limits(
-            robot.limits, actions, state, self.on_limit, robot.action_names
+            robot.limits, actions, state, self.on_limit, robot.action_names, before
         )
         if violations:
             done = "clamped" if self.on_limit == "clamp" else "handed out as they are"

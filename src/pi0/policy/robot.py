@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0.errors import ConfigError
+from pi0.errors import ConfigError, ObservationError
 from pi0.policy.limits import ActionLimits
 
 Floats = NDArray[np.float64]
@@ -80,7 +80,8 @@ class Robot:
     limits: ActionLimits | None = None
 
     def __post_init__(self) -> None:
-        problems = [*self._camera_problems(), *self._vector_problems()]
+        problems = [] if self.name else ["name: expected a text, found none"]
+        problems += [*self._camera_problems(), *self._vector_problems()]
         if problems:
             raise ConfigError(f"robot {self.name!r}: " + "; ".join(problems) + ".")
 
@@ -108,7 +109,17 @@ class Robot:
         return None
 
     def observation(self, images: Mapping[str, Any], state: Floats, prompt: str) -> dict[str, Any]:
-        """An observation in this robot's own keys, from images by camera key and a flat state."""
+        """An observation in this robot's own keys, from images by camera key and a flat state.
+
+        Raises:
+            ObservationError: the state has not as many values as the robot's.
+        """
+        state = state[0] if state.ndim == 2 and len(state) == 1 else state
+        if state.ndim != 1 or self.state_dim not in (None, len(state)):
+            raise ObservationError(
+                f"state: expected {self.state_dim or 'a list of'} values for robot {self.name}, "
+                f"found shape {list(state.shape)}."
+            )
         ends = np.cumsum([length or len(state) for _, length in self.state])[:-1]
         parts = np.split(state, ends)
         return {
@@ -169,6 +180,11 @@ class Robot:
                 for name, length in lengths.items()
                 if length and length != self.action_dim
             ]
+        elif self.action_names or self.action_units or self.limits:
+            problems.append("action_names, action_units, limits: expected action_dim beside them")
+        indices = [i for i in (self.limits.state if self.limits else ()) if i is not None]
+        if any(not 0 <= i < (self.state_dim or 0) for i in indices):
+            problems.append(f"limits.state: expected indices of state values, found {indices}")
         if (self.decode_actions is None) != (self.encode_actions is None):
             problems.append("decode_actions and encode_actions: expected both or neither")
         return problems

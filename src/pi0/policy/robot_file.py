@@ -54,7 +54,7 @@ def read_robot_file(path: Path) -> Robot:
         ConfigError: no such file, no TOML, or a key that is missing, unknown or of a wrong type.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"robot {path}: expected a TOML file, found {reason}.") from error
@@ -84,8 +84,6 @@ def read_robot_file(path: Path) -> Robot:
 
 
 def _limits(actions: list[dict[str, Any]], state_dim: int) -> ActionLimits | None:
-    if not any(key in action for action in actions for key in ("low", "high", "step")):
-        return None
     state = [
         action.get("state", i if action.get("relative") else None)
         for i, action in enumerate(actions)
@@ -96,6 +94,8 @@ def _limits(actions: list[dict[str, Any]], state_dim: int) -> ActionLimits | Non
                 f"actions[{i}].state: expected an index of one of the {state_dim} "
                 f"state values, found {index}."
             )
+    if not any(key in action for action in actions for key in ("low", "high", "step")):
+        return None
     low, high, step = (tuple(a.get(key) for a in actions) for key in ("low", "high", "step"))
     return ActionLimits(low, high, step, tuple(state))
 

@@ -121,7 +121,12 @@ ROBOTS = {
 }
 # openpi's names for the statistics of its base checkpoints (docs/norm_stats.md) whose robots need
 # another table than `generic`; handed out as they are, their actions would be taken for targets.
-ROBOT_OF_ASSETS = {"trossen": "aloha", "trossen_mobile": "aloha", "droid": "droid"}
+ROBOT_OF_ASSETS = {
+    "trossen": "aloha",
+    "trossen_mobile": "aloha",
+    "droid": "droid",
+    "libero": "libero",
+}
 
 
 def robot_names() -> list[str]:
@@ -138,7 +143,7 @@ def find_robot(robot: str | Path | Robot) -> Robot:
     if isinstance(robot, Robot):
         return robot
     name = str(robot)
-    if name.endswith(".toml"):
+    if name.lower().endswith(".toml"):
         return read_robot_file(Path(name).expanduser())
     if name in ROBOTS:
         return ROBOTS[name]

@@ -17,7 +17,13 @@ from pi0.config import Pi0Config
 from pi0.errors import Pi0Error
 from pi0.findings import Finding, enforce, error, warning
 from pi0.policy import lerobot
-from pi0.policy.fit import image_findings, width_findings
+from pi0.policy.fit import (
+    STEPS_KEYS,
+    image_findings,
+    relative_findings,
+    settings_findings,
+    width_findings,
+)
 from pi0.policy.images import RESIZE
 from pi0.policy.lerobot import LerobotProgram
 from pi0.policy.normalize import (
@@ -76,6 +82,7 @@ class PolicySetup:
         pipeline: None if one of the findings is an error.
         sources: where robot, statistics, tokenizer and preprocessing come from, in words.
         n_action_steps: how many actions of a chunk are executed by default; None: all.
+        steps: denoising steps by default.
     """
 
     checkpoint: Checkpoint
@@ -84,6 +91,7 @@ class PolicySetup:
     findings: list[Finding] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
     n_action_steps: int | None = None
+    steps: int = 10
 
     def require(self) -> Pipeline:
         """The pipeline, after warning of what was assumed.
@@ -127,6 +135,8 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
     if options.image_size is not None:
         config = config.with_image_size(options.image_size)
     program = _program(checkpoint, options, setup)
+    if any(finding.severity == "error" for finding in setup.findings):
+        return setup  # what follows would only repeat it
     conventions = setup.attempt(
         "preprocessing-unknown", lambda: _conventions(checkpoint, options, program, setup)
     )
@@ -140,6 +150,8 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
     )
     if robot and stats:
         setup.findings += width_findings(config, robot, *stats[:2])
+    if program and robot:
+        setup.findings += relative_findings(program.relative, robot)
     if program and program.images and robot and conventions:
         setup.findings += image_findings(program.images, robot, conventions[0])
     if any(finding.severity == "error" for finding in setup.findings):
@@ -186,7 +198,11 @@ def _program(
     if program:
         stated = {"processors-assumed"} if options.preprocessing == "lerobot" else set()
         setup.findings += [f for f in program.findings if f.code not in stated]
+        setup.findings += settings_findings(checkpoint.settings, checkpoint.config)
         setup.n_action_steps = program.n_action_steps
+        setup.steps = next(
+            (n for key in STEPS_KEYS if isinstance(n := checkpoint.settings.get(key), int)), 10
+        )
     return program
 
 
@@ -259,7 +275,7 @@ def _robot(
     if program:
         setup.sources["robot"] = "config.json and LeRobot's processors"
         return lerobot.robot_of(program, checkpoint.settings)
-    assets = _assets(checkpoint.folder)
+    assets = _assets(checkpoint.folder, options)
     if assets in ROBOT_OF_ASSETS:
         raise Pi0Error(
             f"robot: the statistics are those of {assets}, whose actions are not joint targets as "
@@ -336,10 +352,16 @@ def _has_openpi_files(folder: Path) -> bool:
     return any(folder.glob("assets/**/norm_stats.json"))
 
 
-def _assets(folder: Path) -> str | None:
-    """The name under assets/ whose statistics are read, if there is only one."""
-    found = list(folder.glob("assets/**/norm_stats.json"))
-    return found[0].parent.name if len(found) == 1 else None
+def _assets(folder: Path, options: PolicyOptions) -> str | None:
+    """The name of a folder above the statistics that is one of a known robot."""
+    if options.norm_stats == "none":
+        return None
+    try:
+        path = Path(options.norm_stats) if options.norm_stats else find_norm_stats(folder)
+    except Pi0Error:  # said where the statistics are read
+        return None
+    places = path.parts[-4:] if options.norm_stats else path.relative_to(folder).parts
+    return next((part for part in places if part in ROBOT_OF_ASSETS), None)
 
 
 def _describe_robot(robot: Robot, pipeline: Pipeline | None) -> dict[str, Any]:

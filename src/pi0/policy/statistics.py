@@ -73,7 +73,7 @@ def _vectors(path: Path, what: str, table: dict[str, object]) -> Statistics:
             continue
         try:
             vector = np.asarray(values, np.float64)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise Pi0Error(
                 f"statistics {path}: {what}.{name}: expected a list of numbers, found {error}."
             ) from error

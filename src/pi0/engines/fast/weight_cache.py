@@ -122,6 +122,7 @@ def _read(path: Path, made_from: dict[str, str]) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as handle:
             metadata = handle.metadata() or {}
             found = json.loads(metadata.get(MADE_FROM, "{}"))
+            found = found if isinstance(found, dict) else {}
             changed = [name for name, value in made_from.items() if found.get(name) != value]
             if changed:
                 raise Stale(f"those of another {', another '.join(changed)}")

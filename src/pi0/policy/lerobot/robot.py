@@ -16,6 +16,9 @@ def robot_of(program: LerobotProgram, settings: Mapping[str, Any]) -> Robot:
     for source, key in program.rename.items():
         if key in names:
             names[key] += [source, _short(source)]
+    # A short name that two cameras would have is nobody's.
+    every = [name for key, own in names.items() for name in {key, *own}]
+    names = {k: [n for n in own if n == k or every.count(n) == 1] for k, own in names.items()}
     actions = settings.get("action_feature_names")
     known = isinstance(actions, list) and len(actions) == program.action_dim
     return Robot(

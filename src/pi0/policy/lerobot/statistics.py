@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from pi0.checkpoint.files import read_headers
 from pi0.errors import Pi0Error
-from pi0.policy.normalize import Normalizer
+from pi0.policy.normalize import Normalizer, require_spread
 
 Floats = NDArray[np.float64]
 
@@ -70,6 +70,7 @@ def lerobot_normalizer(
             f"statistics of {what}: expected vectors of one length, found {names[0]} "
             f"[{len(low)}] and {names[1]} [{len(high)}]."
         )
+    require_spread(what, names, high if mode == "MEAN_STD" else high - low)
     if mode == "MEAN_STD":
         normalizer = Normalizer(what, low, high + eps, high)
     else:

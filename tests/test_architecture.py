@@ -47,7 +47,16 @@ ARROWS = {
         "policy",
         "verify",
     },
-    "policy": {"errors", "plugins", "findings", "config", "inputs", "checkpoint", "engines"},
+    "policy": {
+        "errors",
+        "plugins",
+        "findings",
+        "config",
+        "inputs",
+        "model",
+        "checkpoint",
+        "engines",
+    },
     "cli": {
         "errors",
         "plugins",

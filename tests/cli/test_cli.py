@@ -369,7 +369,7 @@ def test_verify_refuses_before_the_work(
     monkeypatch.setattr("pi0.engines.tenstorrent.ttnn_import.version", version)
     monkeypatch.delattr("pi0.engines.reference.load_model")
     said = refused("verify", tiny_path, "--engines", "reference", "ttnn-host:fast")
-    assert f"pi0: ttnn: expected ttnn 0.81.1, found {found or 'none'}. I" in said
+    assert f"pi0: ttnn: expected ttnn 0.81.1, found {found or 'none'}." in said
     assert len(said.splitlines()) == 1
 
 

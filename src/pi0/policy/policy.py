@@ -257,6 +257,11 @@ class Policy:
             self._queue.clear()
             self._last = None
 
+    @property
+    def robot(self) -> Robot:
+        """The robot's table."""
+        return self.pipeline.robot
+
     def close(self) -> None:
         """Frees the engine; the policy cannot be used afterwards."""
         self.engine.close()

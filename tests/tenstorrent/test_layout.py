@@ -16,7 +16,7 @@ from pi0.engines.tenstorrent.backend import Grid
 from pi0.engines.tenstorrent.engine import packed_bytes, require_dram, require_tile_widths
 from pi0.engines.tenstorrent.layout import TileLayout, padded_head, rope_tables, tiled
 from pi0.engines.tenstorrent.precision import PRESETS as PRECISIONS
-from pi0.engines.tenstorrent.weights import spread
+from pi0.engines.tenstorrent.weights import pad_heads
 from pi0.errors import EngineError
 from pi0.inputs import random_inputs
 from pi0.model.gemma import Rope
@@ -127,7 +127,7 @@ def test_rope_in_padded_heads(position: int) -> None:
 
 def test_padded_heads_keep_products() -> None:
     weight, x = torch.randn(3 * 12, 20), torch.randn(20)
-    padded = spread(weight, 12, torch.arange(12)) @ x
+    padded = pad_heads(weight, 12, torch.arange(12)) @ x
     assert torch.equal(padded.view(3, 32)[:, :12].flatten(), weight @ x) or torch.allclose(
         padded.view(3, 32)[:, :12].flatten(), weight @ x, atol=1e-6
     )

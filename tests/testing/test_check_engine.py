@@ -79,6 +79,11 @@ class Shape(Float32):
         return super()._sample(inputs, noise, steps, on_step)[0]
 
 
+class Double(Float32):
+    def _sample(self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: OnStep) -> Tensor:
+        return super()._sample(inputs, noise, steps, on_step).double()
+
+
 class Noisy(Float32):
     def _sample(self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: OnStep) -> Tensor:
         actions = super()._sample(inputs, noise, steps, on_step)
@@ -162,7 +167,8 @@ class OtherStages(Float32):
         (BadName, "BadName.name: expected a word without colon and at sign, found 'my:engine'"),
         (NoLimits, "precision int3: expected limits for `pi0 verify`, found none. Declare them on"),
         (NoLimitForTheRest, "precision int3: expected limits"),
-        (Shape, r"expected actions as float32 \[1, 50, 32\] on the CPU, found float32 \[50, 32\]"),
+        (Shape, r"expected actions of shape \[1, 50, 32\], found \[50, 32\]"),
+        (Double, "expected actions as float32 on the CPU, found float64 on cpu"),
         (Noisy, "expected the same bits from the same call, found a difference of"),
         (Stale, "expected other actions for other images, found the same"),
         (StalePrompt, "expected other actions for other tokens, found the same"),

@@ -190,3 +190,6 @@ PRESETS = {
         adaptive_norm=False,
     ),
 }
+for _name in list(PRESETS):  # π0.5: the same towers, a longer prompt, which holds the state
+    _pi05 = replace(PRESETS[_name], max_tokens=200, adaptive_norm=True)
+    PRESETS[f"pi05_{_name.removeprefix('pi0_')}"] = _pi05

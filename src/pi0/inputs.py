@@ -29,7 +29,8 @@ class ModelInputs:
         image_mask: [B, V] bool, False for an absent view.
         tokens: [B, L] int64, the tokenised prompt.
         token_mask: [B, L] bool, False for padding.
-        state: [B, state_dim] float32, normalised and zero-padded.
+        state: [B, state_dim] float32, normalised and zero-padded; π0.5 reads it from the prompt
+            instead.
     """
 
     images: Tensor
@@ -127,17 +128,21 @@ def from_npz(config: Pi0Config, arrays: Mapping[str, NDArray[Any]]) -> tuple[Mod
     """Inputs and noise [B, horizon, action_dim] from the arrays of an exchange file.
 
     The names are those that π0 oracles use: images, img_masks, tokens, token_masks, state, noise.
+    A state is not read for π0.5, whose state is in the prompt.
 
     Raises:
         ObservationError: an array is missing or is not what the model reads.
     """
-    missing = [name for name in (*NPZ_NAMES, "noise") if name not in arrays]
+    needed = [name for name in NPZ_NAMES if name != "state" or config.state_tokens]
+    missing = [name for name in (*needed, "noise") if name not in arrays]
     if missing:
         raise ObservationError(
-            f"inputs: expected the arrays {', '.join(NPZ_NAMES)} and noise, found no "
+            f"inputs: expected the arrays {', '.join(needed)} and noise, found no "
             f"{', '.join(missing)}."
         )
-    given: dict[str, Any] = {ours: arrays[theirs] for theirs, ours in NPZ_NAMES.items()}
+    given: dict[str, Any] = {NPZ_NAMES[theirs]: arrays[theirs] for theirs in needed}
+    if not config.state_tokens:
+        given["state"] = torch.zeros(len(arrays["tokens"]), config.state_dim)
     inputs = ModelInputs.validated(config, **given)
     noise = to_tensor("noise", arrays["noise"])
     return inputs, check_noise(config, inputs.batch_size, noise)

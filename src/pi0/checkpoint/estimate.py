@@ -92,8 +92,6 @@ def require_memory_for(
         ConfigError: less memory is free than is needed at least; an image size that cannot be.
     """
     config = checkpoint.config
-    if config.adaptive_norm:
-        return  # π0.5, which loading refuses
     if image_size is not None:
         config = config.with_image_size(image_size)
     pixels = config.vision.image_size

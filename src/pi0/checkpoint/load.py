@@ -197,7 +197,7 @@ def load_model(
 
     Raises:
         CheckpointError: the checkpoint does not fit in every tensor, or holds NaN or infinities.
-        ConfigError: a π0.5 checkpoint, an image size that cannot be, or too little memory.
+        ConfigError: an image size that cannot be, or too little memory.
     """
     check(checkpoint)
     config = checkpoint.config

@@ -29,11 +29,10 @@ def report(checkpoint: Checkpoint, cameras: int, tokens: int, image_size: int) -
     """Everything that `pi0 inspect` prints, as plain data.
 
     Raises:
-        CheckpointError: a π0 checkpoint that does not fit in every tensor.
+        CheckpointError: the checkpoint does not fit in every tensor.
     """
     config = checkpoint.config.with_image_size(image_size)
-    if not config.adaptive_norm:
-        check(checkpoint)
+    check(checkpoint)
     names = checkpoint.names
     prefix = config.prefix_len(cameras, tokens)
     return {
@@ -55,7 +54,7 @@ def report(checkpoint: Checkpoint, cameras: int, tokens: int, image_size: int) -
             "suffix": config.suffix_len,
             "total": prefix + config.suffix_len,
         },
-        "memory": [] if config.adaptive_norm else _memory(config, cameras, tokens),
+        "memory": _memory(config, cameras, tokens),
     }
 
 

@@ -114,7 +114,8 @@ def random_tensor(name: str, shape: tuple[int, ...], config: Pi0Config, seed: in
     module, _, kind = name.rpartition(".")
     vision_norm = name.startswith("vision_tower") and "norm" in module
     mean = 1.0 if vision_norm and kind == "weight" else 0.0
-    if "norm" in module and kind == "weight":
+    conditioned = module.endswith(".dense")  # the linear layer of an adaptive norm
+    if "norm" in module and kind == "weight" and not conditioned:
         std = NORM_STD
     elif kind in ("bias", "position"):
         std = BIAS_STD
@@ -123,7 +124,10 @@ def random_tensor(name: str, shape: tuple[int, ...], config: Pi0Config, seed: in
     if module.endswith(RESIDUAL_ENDS):
         depth = config.vision.depth if name.startswith("vision_tower") else config.vlm.depth
         std *= (2 * depth) ** -0.5
-    return torch.empty(shape).normal_(mean, std, generator=generator)
+    values = torch.empty(shape).normal_(mean, std, generator=generator)
+    if conditioned and kind == "bias":
+        values.chunk(3)[2].add_(1)  # gates near 1, as branches have without them
+    return values
 
 
 def _unit_statistics(config: Pi0Config) -> dict[str, Any]:

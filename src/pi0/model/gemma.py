@@ -2,7 +2,9 @@
 
 Notable: RMSNorm multiplies by 1 + w; all query heads share one key/value head; GELU is the tanh
 form; no biases. Two trunks of equal depth can run in lockstep: `run_layers` lets the queries of
-every stream see the keys and values of all streams.
+every stream see the keys and values of all streams. In π0.5 the expert's norms are adaptive: a
+condition, which depends on the timestep, scales and shifts what they hand on and gates the branch
+that follows.
 
 Knows nothing of images, prompts or time.
 
@@ -14,13 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pi0.config import GemmaConfig
-from pi0.model.precision import Float32
+from pi0.model.precision import Float32, Float32Linear
 
 EPS = 1e-6
 ROPE_BASE = 10_000.0
@@ -33,17 +36,47 @@ Tap = Callable[[str, Tensor], Tensor]
 KeyValue = tuple[Tensor, Tensor]  # each [B, S, K, D]
 
 
+class Modulation(NamedTuple):
+    """What an adaptive norm makes of a condition: each [B, 1, E] float32."""
+
+    scale: Tensor
+    shift: Tensor
+    gate: Tensor
+
+
 class RMSNorm(Float32):
-    """x / rms(x) · (1 + w); NaN, rather than 0, where the squares of x leave float32."""
+    """x / rms(x) · (1 + scale) + shift; NaN, rather than 0, where the squares of x leave float32.
 
-    def __init__(self, width: int) -> None:
+    The scale is a weight, without a shift; if adaptive, both come from `modulate`.
+    """
+
+    def __init__(self, width: int, adaptive: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
+        if adaptive:
+            self.dense = Float32Linear(width, 3 * width)
+        else:
+            self.weight = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def modulate(self, condition: Tensor | None) -> Modulation | None:
+        """Scale, shift and gate for a condition [B, E]; None without one."""
+        if condition is None:
+            return None
+        return Modulation(*self.dense(condition)[:, None].chunk(3, dim=-1))
+
+    def forward(self, x: Tensor, modulation: Modulation | None = None) -> Tensor:
         square = x.square().mean(-1, keepdim=True)
         square = square.masked_fill(square.isinf(), torch.nan)
-        return x * torch.rsqrt(square + EPS) * (1 + self.weight)
+        x = x * torch.rsqrt(square + EPS)
+        if modulation is None:
+            return x * (1 + self.weight)
+        return x * (1 + modulation.scale) + modulation.shift
+
+
+def add_branch(x: Tensor, branch: Tensor, modulation: Modulation | None) -> Tensor:
+    """The residual sum, the branch gated if the norm before it is adaptive."""
+    if modulation is None:
+        return x + branch
+    return (x + modulation.gate * branch).to(x.dtype)
 
 
 def rotary_angles(positions: Tensor, head_dim: int) -> Tensor:
@@ -105,57 +138,62 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 class GemmaBlock(nn.Module):
     """One layer, in two halves, so that attention between them can span several streams."""
 
-    def __init__(self, config: GemmaConfig) -> None:
+    def __init__(self, config: GemmaConfig, adaptive: bool) -> None:
         super().__init__()
         width, head_dim = config.width, config.head_dim
         self.head_dim = head_dim
-        self.norm1 = RMSNorm(width)
+        self.norm1 = RMSNorm(width, adaptive)
         self.q_proj = nn.Linear(width, config.num_heads * head_dim, bias=False)
         self.k_proj = nn.Linear(width, config.num_kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(width, config.num_kv_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_heads * head_dim, width, bias=False)
-        self.norm2 = RMSNorm(width)
+        self.norm2 = RMSNorm(width, adaptive)
         self.gate_proj = nn.Linear(width, config.mlp_dim, bias=False)
         self.up_proj = nn.Linear(width, config.mlp_dim, bias=False)
         self.down_proj = nn.Linear(config.mlp_dim, width, bias=False)
         self.rope = Rope()
 
-    def qkv(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(
+        self, x: Tensor, positions: Tensor, modulation: Modulation | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, E] → q [B, T, H, D], k and v [B, T, K, D]; q and k rotated."""
-        h = self.norm1(x)
+        h = self.norm1(x, modulation)
         heads = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = (proj(h).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return self.rope(q, positions), self.rope(k, positions), v
 
-    def post_attention(self, x: Tensor, attended: Tensor) -> Tensor:
-        """x [B, T, E] and what its queries attended to [B, T, H·D] → [B, T, E]."""
-        x = x + self.o_proj(attended)
-        h = self.norm2(x)
+    def post_attention(
+        self, x: Tensor, attended: Tensor, first: Modulation | None, second: Modulation | None
+    ) -> Tensor:
+        """x [B, T, E] and what its queries attended to [B, T, H·D] → [B, T, E], with the
+        modulations of both norms."""
+        x = add_branch(x, self.o_proj(attended), first)
+        h = self.norm2(x, second)
         gate = F.gelu(self.gate_proj(h), approximate="tanh")
-        out: Tensor = x + self.down_proj(gate * self.up_proj(h))
-        return out
+        return add_branch(x, self.down_proj(gate * self.up_proj(h)), second)
 
 
 class GemmaTrunk(nn.Module):
     """The blocks of a trunk and its final norm."""
 
-    def __init__(self, config: GemmaConfig) -> None:
+    def __init__(self, config: GemmaConfig, adaptive: bool = False) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(GemmaBlock(config) for _ in range(config.depth))
-        self.norm = RMSNorm(config.width)
+        self.blocks = nn.ModuleList(GemmaBlock(config, adaptive) for _ in range(config.depth))
+        self.norm = RMSNorm(config.width, adaptive)
 
 
 @dataclass(frozen=True)
 class TokenStream:
     """Tokens on their way through a trunk: x [B, T, E] at positions [B, T].
 
-    `name` is what its blocks are called in taps.
+    `name` is what its blocks are called in taps, `condition` [B, E] what adaptive norms get.
     """
 
     name: str
     trunk: GemmaTrunk
     x: Tensor
     positions: Tensor
+    condition: Tensor | None = None
 
 
 def run_layers(
@@ -178,9 +216,11 @@ def run_layers(
     lengths = [x.shape[1] for x in xs]
     cache: list[KeyValue] = []
     for i, blocks in enumerate(zip(*(s.trunk.blocks for s in streams), strict=True)):
-        parts = []
+        parts, modulations = [], []
         for stream, block, x in zip(streams, blocks, xs, strict=True):
-            q, k, v = block.qkv(x, stream.positions)
+            first, second = (n.modulate(stream.condition) for n in (block.norm1, block.norm2))
+            modulations.append((first, second))
+            q, k, v = block.qkv(x, stream.positions, first)
             name = f"{stream.name}.block.{i}"
             parts.append((q, tap(f"{name}.keys", k), tap(f"{name}.values", v)))
         q, k, v = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
@@ -189,7 +229,11 @@ def run_layers(
             k, v = torch.cat([past[i][0], k], dim=1), torch.cat([past[i][1], v], dim=1)
         attended = torch.split(attend(q, k, v, mask), lengths, dim=1)
         xs = [
-            tap(f"{s.name}.block.{i}", b.post_attention(x, a))
-            for s, b, x, a in zip(streams, blocks, xs, attended, strict=True)
+            tap(f"{s.name}.block.{i}", b.post_attention(x, a, *m))
+            for s, b, x, a, m in zip(streams, blocks, xs, attended, modulations, strict=True)
         ]
-    return [s.trunk.norm(x) for s, x in zip(streams, xs, strict=True)], cache
+    norms = [s.trunk.norm for s in streams]
+    hidden = [
+        norm(x, norm.modulate(s.condition)) for s, norm, x in zip(streams, norms, xs, strict=True)
+    ]
+    return hidden, cache

@@ -1,15 +1,18 @@
-"""π0: images, a prompt and a state in, the velocity of a chunk of actions out.
+"""π0 and π0.5: images, a prompt and a state in, the velocity of a chunk of actions out.
 
 The model is eleven stages, named in `STAGES`. Two ways lead through them and agree: `prefill` and
 `velocity` (the prefix once, the expert at every denoising step; what inference uses) and `forward`
 (the whole sequence at once; what training uses).
+
+π0.5 differs in the expert alone: its state is part of the prompt, so the suffix has no token of it,
+and the timestep is not mixed into the tokens but conditions the norms.
 
 Axes: B batch, V views, P patches, L prompt tokens, X prefix tokens (V·P + L), A suffix tokens
 (state and actions), T queries, S keys, E width of the trunk at hand.
 
 Knows nothing of files, cameras, robots or devices; dtypes are in `precision.py`.
 
-Source: openpi `pi0.py`; arXiv 2410.24164.
+Source: openpi `pi0.py`; arXiv 2410.24164, 2504.16054.
 """
 
 from __future__ import annotations
@@ -22,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pi0.config import Pi0Config
-from pi0.errors import ConfigError
 from pi0.inputs import ModelInputs
 from pi0.model.flow import embed_time, integrate
 from pi0.model.gemma import GemmaTrunk, KeyValue, Tap, TokenStream, run_layers
@@ -114,11 +116,6 @@ class Pi0(nn.Module):
 
     def __init__(self, config: Pi0Config) -> None:
         super().__init__()
-        if config.adaptive_norm:
-            raise ConfigError(
-                "model: expected π0, found π0.5 (adaptive norms in the expert), which this version "
-                "can inspect but not run."
-            )
         self.config = config
         width = config.expert.width
         self.vision_tower = SiglipTower(config.vision)
@@ -127,11 +124,15 @@ class Pi0(nn.Module):
         table = torch.empty(config.vocab_size, config.vlm.width)
         self.token_embedding = nn.Embedding(config.vocab_size, config.vlm.width, _weight=table)
         self.vlm = GemmaTrunk(config.vlm)
-        self.expert = GemmaTrunk(config.expert)
-        self.state_proj = Float32Linear(config.state_dim, width)
+        self.expert = GemmaTrunk(config.expert, config.adaptive_norm)
         self.action_in_proj = Float32Linear(config.action_dim, width)
-        self.action_time_mlp_in = Float32Linear(2 * width, width)
-        self.action_time_mlp_out = Float32Linear(width, width)
+        if config.adaptive_norm:
+            self.time_mlp_in = Float32Linear(width, width)
+            self.time_mlp_out = Float32Linear(width, width)
+        else:
+            self.state_proj = Float32Linear(config.state_dim, width)
+            self.action_time_mlp_in = Float32Linear(2 * width, width)
+            self.action_time_mlp_out = Float32Linear(width, width)
         self.action_out_proj = Float32Linear(width, config.action_dim)
 
     @property
@@ -154,22 +155,25 @@ class Pi0(nn.Module):
         All float32. The expert's queries see the keys of the whole prefix and of the suffix: the
         mask is cut to the suffix in its rows, not in its columns.
         """
-        suffix = self.embed_suffix(x_t, t, cache.state, tap)
+        suffix, condition = self.embed_suffix(x_t, t, cache.state, tap)
         mask, positions = self.mask_and_positions(cache.valid, tap)
         x_len = cache.valid.shape[1]
-        stream = TokenStream("expert_transformer", self.expert, suffix, positions[:, x_len:])
+        positions = positions[:, x_len:]
+        stream = TokenStream("expert_transformer", self.expert, suffix, positions, condition)
         (hidden,), _ = run_layers([stream], mask[:, x_len:], tap, past=cache.layers)
         return self.project_actions(hidden, tap)
 
     def forward(self, inputs: ModelInputs, x_t: Tensor, t: Tensor, tap: Tap = no_tap) -> Tensor:
         """The velocity in one pass over the joined sequence [X + A]; arguments as `velocity`'s."""
         prefix, valid = self.embed_prefix(inputs, tap)
-        suffix = self.embed_suffix(x_t, t, inputs.state, tap)
+        suffix, condition = self.embed_suffix(x_t, t, inputs.state, tap)
         mask, positions = self.mask_and_positions(valid, tap)
         x_len = valid.shape[1]
         streams = [
             TokenStream("vlm_transformer", self.vlm, prefix, positions[:, :x_len]),
-            TokenStream("expert_transformer", self.expert, suffix, positions[:, x_len:]),
+            TokenStream(
+                "expert_transformer", self.expert, suffix, positions[:, x_len:], condition
+            ),
         ]
         (vlm_hidden, expert_hidden), _ = run_layers(streams, mask, tap)
         tap("vlm_transformer", vlm_hidden)
@@ -196,16 +200,23 @@ class Pi0(nn.Module):
         prefix = tap("prefix", torch.cat([patches.flatten(1, 2), text], dim=1))
         return prefix, prefix_valid(inputs, patches.shape[2])
 
-    def embed_suffix(self, x_t: Tensor, t: Tensor, state: Tensor, tap: Tap) -> Tensor:
-        """The state token, if the model has one, then one token for each action, mixed with the
-        timestep: [B, A, E]."""
+    def embed_suffix(
+        self, x_t: Tensor, t: Tensor, state: Tensor, tap: Tap
+    ) -> tuple[Tensor, Tensor | None]:
+        """The tokens of the suffix [B, A, E], and what conditions the expert's norms [B, E].
+
+        π0: the state's token, then one for each action, mixed with the timestep; no condition.
+        π0.5: one for each action; the condition is the timestep.
+        """
         actions = self.action_in_proj(x_t)
-        time = embed_time(t, actions.shape[-1])[:, None].expand_as(actions)
-        h = self.action_time_mlp_in(torch.cat([actions, time], dim=-1))
-        actions = self.action_time_mlp_out(F.silu(h))
-        if self.config.state_tokens:
-            actions = torch.cat([self.state_proj(state)[:, None], actions], dim=1)
-        return tap("suffix", actions.to(self.dtype))
+        time = embed_time(t, actions.shape[-1])
+        if self.config.adaptive_norm:
+            condition = F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time))))
+            return tap("suffix", actions.to(self.dtype)), tap("suffix.condition", condition)
+        mixed = torch.cat([actions, time[:, None].expand_as(actions)], dim=-1)
+        actions = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(mixed)))
+        tokens = torch.cat([self.state_proj(state)[:, None], actions], dim=1)
+        return tap("suffix", tokens.to(self.dtype)), None
 
     def mask_and_positions(self, prefix_valid: Tensor, tap: Tap) -> tuple[Tensor, Tensor]:
         """Mask [B, X + A, X + A] and positions [B, X + A] of prefix and suffix together."""

@@ -8,7 +8,7 @@ dtype is one error that lists what is wrong.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,18 @@ class Checkpoint:
     def read_bytes(self) -> int:
         """Bytes of the tensors that the model reads."""
         return sum(self.tensors[name].bytes for name in self.names.ours)
+
+    def stream(self) -> Iterator[tuple[str, slice, Tensor]]:
+        """Yields (our name, rows, values) of every tensor that the model reads, in slabs of rows.
+
+        The values may be a view of the file: copy them before asking for the next slab.
+
+        Raises:
+            CheckpointError: a tensor holds NaN or infinite values.
+        """
+        wanted = {theirs: self.tensors[theirs] for theirs in self.names.ours}
+        for theirs, rows, values in stream(wanted):
+            yield self.names.ours[theirs], rows, values
 
     @property
     def findings(self) -> list[Finding]:
@@ -210,9 +222,7 @@ def load_model(
         require_memory(size, f"the weights in {str(dtype).removeprefix('torch.')}")
     model = model.to_empty(device=device)
     parameters = dict(model.named_parameters())
-    wanted = {theirs: checkpoint.tensors[theirs] for theirs in checkpoint.names.ours}
-    for theirs, rows, values in stream(wanted):
-        ours = checkpoint.names.ours[theirs]
+    for ours, rows, values in checkpoint.stream():
         if ours == POSITION and config.vision.grid != native:
             # One slab: even So400m's table is far smaller.
             parameters[ours].copy_(resize_positions(values, config.vision.grid))

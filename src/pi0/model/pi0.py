@@ -171,9 +171,7 @@ class Pi0(nn.Module):
         x_len = valid.shape[1]
         streams = [
             TokenStream("vlm_transformer", self.vlm, prefix, positions[:, :x_len]),
-            TokenStream(
-                "expert_transformer", self.expert, suffix, positions[:, x_len:], condition
-            ),
+            TokenStream("expert_transformer", self.expert, suffix, positions[:, x_len:], condition),
         ]
         (vlm_hidden, expert_hidden), _ = run_layers(streams, mask, tap)
         tap("vlm_transformer", vlm_hidden)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pi0.checkpoint.files import stream
 from pi0.checkpoint.layouts import OPENPI, their_names
 from pi0.checkpoint.load import Checkpoint, check
 from pi0.errors import CheckpointError
@@ -31,10 +30,9 @@ def fill(
         CheckpointError: the checkpoint does not fit, or leaves a place empty.
     """
     check(checkpoint)
-    names = checkpoint.names.ours
     left = set(places)
-    for theirs, rows, values in stream({name: checkpoint.tensors[name] for name in names}):
-        (openpi,) = their_names(OPENPI, names[theirs])
+    for ours, rows, values in checkpoint.stream():
+        (openpi,) = their_names(OPENPI, ours)
         for place in places_of(openpi):
             places[place][rows].copy_(values)
             left.discard(place)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pi0.checkpoint.files import TORCH_DTYPES, stream
+from pi0.checkpoint.files import TORCH_DTYPES
 from pi0.checkpoint.load import POSITION, Checkpoint, Progress, check, empty_model
 from pi0.config import GemmaConfig, Pi0Config
 from pi0.errors import CheckpointError
@@ -163,12 +163,10 @@ def pack(
     weights = PackedWeights(config, scheme)
     shapes = {name: p.shape for name, p in empty_model(config, scheme.dtype).named_parameters()}
     _allocate(weights, shapes)
-    wanted = {theirs: checkpoint.tensors[theirs] for theirs in checkpoint.names.ours}
     weights.tensors[EMBEDDING] = torch.empty(
         shapes[EMBEDDING], dtype=_stored_dtype(checkpoint, EMBEDDING)
     )
-    for theirs, rows, values in stream(wanted):
-        ours = checkpoint.names.ours[theirs]
+    for ours, rows, values in checkpoint.stream():
         if ours == POSITION and config.vision.grid != native.vision.grid:
             weights.tensors[ours].copy_(resize_positions(values, config.vision.grid))
         elif found := targets(config, scheme, ours):

@@ -72,6 +72,7 @@ def inspect(
     norm_stats: options.NormStats = None,
     norm_mode: options.NormMode = None,
     preprocessing: options.Preprocessing = None,
+    state_in_prompt: options.StateInPrompt = None,
     as_json: options.Json = False,
 ) -> None:
     """Say what is in a checkpoint, and what `pi0 act` would use, without loading it.
@@ -105,6 +106,7 @@ def inspect(
             norm_stats=norm_stats,
             norm_mode=norm_mode,
             preprocessing=preprocessing,
+            state_in_prompt=state_in_prompt,
         ),
     )
     data["policy"] = setup.describe()

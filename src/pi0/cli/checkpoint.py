@@ -195,5 +195,7 @@ def _print_policy(policy: dict[str, Any]) -> None:
     for name in ("statistics", "tokenizer", "preprocessing"):
         if name in sources:
             print_line(f"  {name}: {sources[name]}")
+    if policy["state_in_prompt"]:
+        print_line("  the prompt holds the state")
     for finding in policy["findings"]:
         print_line(f"{finding['severity']} {finding['code']}: {finding['sentence']}")

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pi0.checkpoint.files import LFS_HINT, LFS_POINTER
 from pi0.errors import ObservationError, Pi0Error
 from pi0.policy.normalize import Floats
 
@@ -139,9 +140,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
         load = _load_json if path.suffix == ".json" else _load_sentencepiece
         encode, bos, size = load(path)
     except Exception as error:  # both libraries raise bare RuntimeError or Exception
+        with open(path, "rb") as file:
+            pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+        found = LFS_HINT if pointer else f"a file that cannot be read as one ({error})."
         raise Pi0Error(
-            f"tokenizer {path}: expected a SentencePiece model or a tokenizer.json, found a file "
-            f"that cannot be read as one ({error})."
+            f"tokenizer {path}: expected a SentencePiece model or a tokenizer.json, found {found}"
         ) from error
     if bos is None or bos < 0:
         raise Pi0Error(f"tokenizer {path}: expected a {BOS_PIECE} piece, found none.")

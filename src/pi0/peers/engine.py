@@ -49,9 +49,10 @@ class PeerEngine(Engine):
         source = Path(pi0.__file__).parents[1]
         command = [self.python(), "-m", "pi0.peers.worker", self.name]
         where = str(checkpoint.path.absolute())
+        base = str(checkpoint.base.absolute()) if checkpoint.base else ""
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the engine
         self._worker = subprocess.Popen(
-            [*command, where, options.precision, options.device or "cpu"],
+            [*command, where, base, options.precision, options.device or "cpu"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -19,7 +19,7 @@ from pi0.engines.tenstorrent import engine as engine_module
 from pi0.engines.tenstorrent.backend import Upload
 from pi0.engines.tenstorrent.engine import TtnnHostEngine
 from pi0.engines.tenstorrent.host import HostBackend, HostTensor
-from pi0.errors import EngineError
+from pi0.errors import ConfigError, EngineError
 from pi0.inputs import random_inputs
 from pi0.model import Pi0
 from pi0.model.gemma import attend
@@ -29,13 +29,13 @@ pytestmark = pytest.mark.ttnn
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_path: Path) -> Checkpoint:
-    return open_checkpoint(tiny_path)
+def checkpoint(either_path: Path) -> Checkpoint:
+    return open_checkpoint(either_path)
 
 
 @pytest.fixture(scope="module")
-def backend(checkpoint: Checkpoint) -> HostBackend:
-    made = TtnnHostEngine(checkpoint, EngineOptions("accurate")).backend
+def backend(tiny_path: Path) -> HostBackend:
+    made = TtnnHostEngine(open_checkpoint(tiny_path), EngineOptions("accurate")).backend
     assert isinstance(made, HostBackend)
     return made
 
@@ -62,7 +62,8 @@ def test_agrees_with_the_reference(checkpoint: Checkpoint, mode: str, precision:
     result = run(checkpoint, precision, mode=mode, layers=True)
     assert result.first_failure is None
     names = [row.name for row in result.rows if row.case == "masked"]
-    wanted = 11 + 6 + 2 * 4 + 2 + 2 + 1 + (mode == "chained")
+    condition = checkpoint.config.adaptive_norm
+    wanted = 11 + condition + 6 + 2 * 4 + 2 + 2 + 1 + (mode == "chained")
     assert len(names) == wanted, "every stage and block is compared"
 
 
@@ -166,6 +167,26 @@ def test_sampling_is_the_loop_of_velocities(
     base = Engine.sample(engine, inputs, noise, steps)
     assert (ours - base).norm() <= tolerance * base.norm()
     assert len(calls) == steps
+    with pytest.raises(ConfigError, match="steps: expected at least 1, found 0"):
+        make_engine("ttnn-host", checkpoint).sample(inputs, noise, 0)
+
+
+@pytest.mark.parametrize("t", [0.013, 0.5, 1.0])
+def test_velocity_at_any_time(checkpoint: Checkpoint, t: float) -> None:
+    """Of a schedule or not; in float32 but for the trunks, so the limit is theirs."""
+    inputs, noise = random_inputs(checkpoint.config, 2, 10, 0)
+    engines = make_engine("reference", checkpoint), make_engine("ttnn-host", checkpoint)
+    wanted, found = (e.velocity(noise, torch.tensor([t]), e.prefill(inputs)) for e in engines)
+    assert (found - wanted).norm() <= 0.03 * wanted.norm()
+
+
+def test_other_numbers_of_steps(checkpoint: Checkpoint) -> None:
+    """What is uploaded for one schedule is not taken for another."""
+    engine = make_engine("ttnn-host", checkpoint)
+    inputs, noise = random_inputs(engine.config, 1, 6, 0)
+    first, other, again = (engine.sample(inputs, noise, steps) for steps in (2, 3, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 finite = st.floats(-(2.0**100), 2.0**100, width=32)
@@ -232,6 +253,8 @@ def test_golden_functions_of_the_library(backend: HostBackend) -> None:
     norm = backend.run("rms_norm", f32(x), epsilon=1e-6, weight=f32(scale))
     wanted = F.rms_norm(x, (64,), scale.flatten(), 1e-6)
     assert torch.allclose(norm.value, wanted, atol=1e-5)
+    norm = backend.run("rms_norm", f32(x), epsilon=1e-6, weight=f32(scale), bias=f32(shift))
+    assert torch.allclose(norm.value, wanted + shift, atol=1e-5)
     norm = backend.run("layer_norm", f32(x), epsilon=1e-6, weight=f32(scale), bias=f32(shift))
     wanted = F.layer_norm(x, (64,), scale.flatten(), shift.flatten(), 1e-6)
     assert torch.allclose(norm.value, wanted, atol=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +14,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import Checkpoint, load_model, open_checkpoint
+from pi0.checkpoint.synth import synthesise
 from pi0.cli.main import main
+from pi0.config import PRESETS
 from pi0.engines.base import Engine, EngineOptions, make_engine
 from pi0.engines.tenstorrent import engine as engine_module
+from pi0.engines.tenstorrent import timestep
 from pi0.engines.tenstorrent.backend import Upload
 from pi0.engines.tenstorrent.engine import TtnnHostEngine
 from pi0.engines.tenstorrent.host import HostBackend, HostTensor
+from pi0.engines.tenstorrent.weights import RmsNorm
 from pi0.errors import ConfigError, EngineError
 from pi0.inputs import random_inputs
 from pi0.model import Pi0
@@ -31,6 +38,13 @@ pytestmark = pytest.mark.ttnn
 @pytest.fixture(scope="module")
 def checkpoint(either_path: Path) -> Checkpoint:
     return open_checkpoint(either_path)
+
+
+@pytest.fixture(scope="module")
+def pi05(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("pi05")
+    synthesise(folder, PRESETS["pi05_tiny"], LAYOUTS["openpi"], seed=0, dtype=torch.float32)
+    return open_checkpoint(folder)
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +152,38 @@ def test_planted_bug(checkpoint: Checkpoint, plant, stage: str) -> None:
     failure = run(checkpoint, "accurate", plant, mode="isolated").first_failure
     assert failure is not None
     assert failure.name == stage
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda norm: replace(norm, gate=None),
+        lambda norm: replace(norm, shift=None),
+        lambda norm: replace(norm, weight=norm.gate, gate=norm.weight),
+        lambda norm: replace(norm, weight=norm.shift, shift=norm.weight),
+    ],
+    ids=["ungated", "unshifted", "gate-scales", "scale-shifts"],
+)
+def test_planted_bug_in_adaptive_norms(
+    pi05: Checkpoint, monkeypatch: pytest.MonkeyPatch, mistake: Callable[[RmsNorm], RmsNorm]
+) -> None:
+    right = timestep._put_norm
+    monkeypatch.setattr(timestep, "_put_norm", lambda *args: mistake(right(*args)))
+    failure = run(pi05, "accurate", mode="isolated", layers=True).first_failure
+    assert failure is not None
+    assert failure.name.startswith("expert_transformer.block.0")
+
+
+def test_timestep_of_another_step(pi05: Checkpoint) -> None:
+    """The expert's norms stay at the first step's time."""
+
+    def plant(engine: TtnnHostEngine) -> None:
+        put = engine._put_timesteps
+        engine._put_timesteps = lambda t, *tap: put(torch.ones_like(t), *tap)
+
+    failure = run(pi05, "accurate", plant, mode="isolated").first_failure
+    assert failure is not None
+    assert failure.name == "velocity.1"
 
 
 def test_batches_row_by_row(checkpoint: Checkpoint) -> None:
@@ -292,3 +338,31 @@ def test_one_damaged_weight_gives_no_actions(
             continue
         finite.append(name)
     assert not finite
+
+
+@pytest.mark.parametrize("precision", ["accurate", "fast"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["scale", "shift", "gate"])
+def test_a_modulation_that_is_not_finite_gives_no_actions(
+    pi05: Checkpoint, monkeypatch: pytest.MonkeyPatch, part: int, value: float, precision: str
+) -> None:
+    """The dense layers of adaptive norms are finite and what they make of a time overflows."""
+    width = pi05.config.expert.width
+    right = timestep._put_norm
+    inputs, noise = random_inputs(pi05.config, 1, 6, 0)
+    engine = make_engine(f"ttnn-host:{precision}", pi05)
+    for damaged in range(5):  # both norms of both layers, and the final one, whose gate is not used
+        if (damaged, part) == (4, 2):
+            continue
+        count = itertools.count()
+
+        def put_norm(rows: torch.Tensor, *args: object, damaged=damaged, count=count) -> RmsNorm:
+            rows = rows.clone()
+            if next(count) == damaged:
+                rows[0, part * width + 3] = value
+            return right(rows, *args)
+
+        monkeypatch.setattr(timestep, "_put_norm", put_norm)
+        engine._timesteps = []
+        with pytest.raises(EngineError, match="actions: expected finite values"):
+            engine.sample(inputs, noise, 1)

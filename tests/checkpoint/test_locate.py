@@ -97,25 +97,21 @@ def test_jax(tmp_path: Path) -> None:
 
 
 def test_adapters(folder: Path) -> None:
-    weights = {"base_model.model.x.lora_A.weight": load_file(folder / "model.safetensors")}
-    assert weights
     shutil.copy(folder / "model.safetensors", folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": "lerobot/pi0_base"})
+        json.dumps({"base_model_name_or_path": "lerobot/pi0_base", "peft_type": "LORA"})
     )
     (found,) = open_checkpoint(folder).findings
     assert (found.severity, found.code) == ("warning", "adapter-ignored")
     (folder / "model.safetensors").unlink()
     for path in (folder, folder / "adapter_model.safetensors"):
-        assert "Adapters are not loaded yet: merge it into its base model (lerobot/pi0_base)" in (
-            refused(path)
-        )
+        assert "not an adapter of this model" in refused(path)
 
 
 def test_adapter_under_another_name(folder: Path) -> None:
     values = load_file(folder / "model.safetensors")["action_out_proj.bias"]
     save_file({"base_model.model.x.lora_A.weight": values}, folder / "model.safetensors")
-    assert "of an adapter: merge it" in refused(folder)
+    assert "of an adapter: call the file adapter_model.safetensors" in refused(folder)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "pi0.pth", "last.ckpt"])

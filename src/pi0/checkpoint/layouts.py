@@ -86,7 +86,7 @@ _EXPERT_HEAD = _P + "gemma_expert.lm_head.weight"
 
 OPENPI = Layout(
     name="openpi",
-    origin="openpi's PyTorch port and the hub's pi0_base (777 tensors)",
+    origin="openpi's PyTorch port, pi0_base (777 tensors) and pi05_base (812)",
     root="",
     vision=_P + "paligemma.model.vision_tower.vision_model.",
     projector=_P + "paligemma.model.multi_modal_projector.",
@@ -97,7 +97,7 @@ OPENPI = Layout(
 )
 LEROBOT = Layout(
     name="lerobot",
-    origin="LeRobot's save_pretrained (778 tensors)",
+    origin="LeRobot's save_pretrained (778 tensors, 813 in π0.5)",
     root="model.",
     vision=OPENPI.vision,
     projector=OPENPI.projector,
@@ -186,7 +186,11 @@ def map_names(names: Iterable[str]) -> NameMap:
             f"tensor names: expected a π0 checkpoint in one of the layouts {', '.join(LAYOUTS)}, "
             f"found {len(names)} tensors without a known {' or '.join(missing)} part"
             + (f", such as {', '.join(sorted(names)[:3])}." if names else ".")
-            + (" They are of an adapter: merge it into its base model first." if lora else "")
+            + (
+                " They are of an adapter: call the file adapter_model.safetensors, as peft does."
+                if lora
+                else ""
+            )
         )
     language = prefixes["language"] or ""
     ours: dict[str, str] = {}
@@ -224,6 +228,23 @@ def their_names(layout: Layout, our_name: str) -> tuple[str, ...]:
             if theirs is not None:
                 return (layout.root + getattr(layout, part) + theirs,)
     return (layout.root + our_name,)  # a projection
+
+
+def our_name(name: str) -> str | None:
+    """Our name of a tensor that is spelled as in any of the layouts; None: it is in none."""
+    bare = name.removeprefix(LEROBOT.root)
+    for layout in LAYOUTS.values():
+        if bare == f"{layout.language}embed_tokens.weight":
+            return EMBEDDING
+        found = _rename(bare, {part: getattr(layout, part) for part in PARTS})
+        if found is not None:
+            return found
+    return None
+
+
+def is_unread(name: str) -> bool:
+    """Whether a name is one of a head, which LeRobot's π0 has and never reads."""
+    return name.removeprefix(LEROBOT.root) in UNREAD | LM_HEADS
 
 
 def _find_prefix(part: str, names: Iterable[str]) -> str | None:

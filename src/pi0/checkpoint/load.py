@@ -8,7 +8,7 @@ dtype is one error that lists what is wrong.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from pi0.checkpoint.files import TORCH_DTYPES, TensorInfo, read_headers, read_js
 from pi0.checkpoint.infer import Inferred, MissingTensorError, infer_config
 from pi0.checkpoint.layouts import LAYOUTS, NameMap, map_names, their_names
 from pi0.checkpoint.locate import find_files, has_adapter
+from pi0.checkpoint.lora import Adapter, open_adapter
 from pi0.checkpoint.memory import require_memory
 from pi0.config import Pi0Config
 from pi0.errors import CheckpointError
@@ -47,10 +48,12 @@ class Checkpoint:
 
     Attributes:
         path: a folder or a file: what was asked for, or `pretrained_model` in it.
-        tensors: every tensor of its files, by their names.
+        tensors: every tensor of its files, by their names; with an adapter, those of the base, but
+            for the ones that the adapter replaces.
         names: whose layout it is and which tensor is which.
         inferred: the configuration.
         settings: the content of config.json; empty if there is none.
+        adapter: the LoRA adapter at `path`, merged into its base as the weights are read.
     """
 
     path: Path
@@ -58,6 +61,7 @@ class Checkpoint:
     names: NameMap
     inferred: Inferred
     settings: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Adapter | None = None
 
     @property
     def config(self) -> Pi0Config:
@@ -68,21 +72,55 @@ class Checkpoint:
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
-    def read_bytes(self) -> int:
-        """Bytes of the tensors that the model reads."""
-        return sum(self.tensors[name].bytes for name in self.names.ours)
+    def base(self) -> Path | None:
+        """The full model that the adapter changes; None: there is no adapter."""
+        return self.adapter.base if self.adapter else None
 
-    def stream(self) -> Iterator[tuple[str, slice, Tensor]]:
+    def folder_of(self, *patterns: str) -> Path:
+        """The folder whose files count: the adapter's if it has one that matches, else its base's
+        if that has, else `folder`."""
+        base = [self.base if self.base.is_dir() else self.base.parent] if self.base else []
+        folders = [self.folder, *base]
+        return next((f for f in folders if any(any(f.glob(p)) for p in patterns)), self.folder)
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that the weights depend on, an adapter's first."""
+        weights = dict.fromkeys(info.file for info in self.tensors.values())
+        return list(dict.fromkeys([*(self.adapter.files if self.adapter else ()), *weights]))
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the tensors that the model reads, as `stream` yields them."""
+        merged = self.adapter.pairs if self.adapter else {}
+        return sum(
+            info.parameters * torch.float32.itemsize if ours in merged else info.bytes
+            for theirs, ours in self.names.ours.items()
+            for info in (self.tensors[theirs],)
+        )
+
+    def stream(self, names: Container[str] | None = None) -> Iterator[tuple[str, slice, Tensor]]:
         """Yields (our name, rows, values) of every tensor that the model reads, in slabs of rows.
 
-        The values may be a view of the file: copy them before asking for the next slab.
+        The values are as they are stored, or float32 where an adapter is merged into them; they may
+        be a view of the file: copy them before asking for the next slab.
+
+        Args:
+            names: ours, of the tensors to be read; None: all.
 
         Raises:
             CheckpointError: a tensor holds NaN or infinite values.
         """
-        wanted = {theirs: self.tensors[theirs] for theirs in self.names.ours}
+        wanted = {
+            theirs: self.tensors[theirs]
+            for theirs, ours in self.names.ours.items()
+            if names is None or ours in names
+        }
+        read = {self.names.ours[theirs] for theirs in wanted}
+        added = self.adapter.read(read) if self.adapter else {}
         for theirs, rows, values in stream(wanted):
-            yield self.names.ours[theirs], rows, values
+            ours = self.names.ours[theirs]
+            yield ours, rows, added[ours].add_to(rows, values) if ours in added else values
 
     @property
     def findings(self) -> list[Finding]:
@@ -92,12 +130,12 @@ class Checkpoint:
             what = ASSUMPTIONS[name].format(value=getattr(self.config, name))
             sentence = f"{name}: neither the tensors nor config.json say {what}"
             found.append(warning(f"{name.replace('_', '-')}-assumed", sentence))
-        if has_adapter(self.folder):
+        if self.adapter is None and has_adapter(self.folder):
             found.append(
                 warning(
                     "adapter-ignored",
                     f"{self.folder}: a PEFT adapter lies beside the full model and is not read. "
-                    "If the model lacks it, merge it first with peft's merge_and_unload.",
+                    f"If the model lacks it, name the model as its base: --base {self.folder}.",
                 )
             )
         return found
@@ -114,23 +152,34 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: Path | str, horizon: int | None = None, max_tokens: int | None = None
+    path: Path | str,
+    horizon: int | None = None,
+    max_tokens: int | None = None,
+    base: Path | str | None = None,
 ) -> Checkpoint:
-    """Reads the headers of a checkpoint: a folder, a .safetensors file or a shard index.
+    """Reads the headers of a checkpoint: a folder, a .safetensors file, a shard index, or the
+    folder of a PEFT adapter.
 
     Args:
         path: `~` is the home directory.
         horizon, max_tokens: of a checkpoint that does not declare them; None: as declared, else
             assumed, which `Checkpoint.findings` says.
+        base: the full model of an adapter; None: the one that adapter_config.json names, beside it.
 
     Raises:
-        CheckpointError: no such files, a damaged file, names of no known layout.
+        CheckpointError: no such files, a damaged file, names of no known layout, an adapter that
+            does not fit its base.
         ConfigError: config.json contradicts the tensors or the arguments.
     """
-    sources = find_files(path)
+    adapter = open_adapter(path, base)
+    sources = find_files(adapter.base if adapter else path)
     tensors = read_headers(sources.files, sources.shards)
     names = map_names(tensors)
     config_json = sources.folder / "config.json"
+    if adapter:
+        tensors, names = adapter.apply(tensors, names)
+        if os.path.lexists(adapter.folder / config_json.name):
+            config_json = adapter.folder / config_json.name
     settings = read_json(config_json) if os.path.lexists(config_json) else {}
     shapes = {ours: tensors[theirs].shape for theirs, ours in names.ours.items()}
     try:
@@ -142,7 +191,8 @@ def open_checkpoint(
             "the configuration is read, found it missing. The file is incomplete: copy or "
             "download it again."
         ) from error
-    return Checkpoint(sources.path, tensors, names, inferred, settings)
+    where = adapter.folder if adapter else sources.path
+    return Checkpoint(where, tensors, names, inferred, settings, adapter)
 
 
 def empty_model(config: Pi0Config, dtype: torch.dtype) -> Pi0:

@@ -59,9 +59,11 @@ def act(
     preprocessing: options.Preprocessing = None,
     resize: options.Resize = None,
     prompt_mode: options.PromptMode = None,
+    state_in_prompt: options.StateInPrompt = None,
     image_size: options.ImageSize = None,
     horizon: options.Horizon = None,
     max_tokens: options.MaxTokens = None,
+    base: options.Base = None,
     stages: Annotated[
         bool, typer.Option("--stages", help="Print the eleven stages, too (one more pass).")
     ] = False,
@@ -107,7 +109,7 @@ def act(
         require_matplotlib()
     given = _split(image)
     values = _read_state(state)
-    opened = open_checkpoint(checkpoint, horizon=horizon, max_tokens=max_tokens)
+    opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
     setup = prepare(
         opened,
         PolicyOptions(
@@ -118,6 +120,7 @@ def act(
             preprocessing=preprocessing,
             resize=resize,
             prompt=prompt_mode,
+            state_in_prompt=state_in_prompt,
             image_size=image_size,
         ),
     )

@@ -67,11 +67,13 @@ def inspect(
     tokens: options.Tokens = None,
     horizon: options.Horizon = None,
     max_tokens: options.MaxTokens = None,
+    base: options.Base = None,
     robot: options.RobotName = None,
     tokenizer: options.TokenizerFile = None,
     norm_stats: options.NormStats = None,
     norm_mode: options.NormMode = None,
     preprocessing: options.Preprocessing = None,
+    state_in_prompt: options.StateInPrompt = None,
     as_json: options.Json = False,
 ) -> None:
     """Say what is in a checkpoint, and what `pi0 act` would use, without loading it.
@@ -92,7 +94,7 @@ def inspect(
     from pi0.cli.show import print_json
     from pi0.policy import PolicyOptions, prepare
 
-    opened = open_checkpoint(checkpoint, horizon, max_tokens)
+    opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
     config = opened.config
     data = report(
         opened, cameras, tokens or config.max_tokens, image_size or config.vision.image_size
@@ -105,6 +107,7 @@ def inspect(
             norm_stats=norm_stats,
             norm_mode=norm_mode,
             preprocessing=preprocessing,
+            state_in_prompt=state_in_prompt,
         ),
     )
     data["policy"] = setup.describe()
@@ -119,6 +122,12 @@ def _print_report(data: dict[str, Any]) -> None:
 
     print_line(f"{data['path']}: {data['model']}, {data['tensors']} tensors")
     print_line(f"layout {data['layout']}: {data['layout_explanation']}")
+    if adapter := data["adapter"]:
+        print_line(
+            f"LoRA of rank {', '.join(map(str, adapter['ranks']))} merged into "
+            f"{len(adapter['merged'])} tensors of {adapter['base']}, {len(adapter['replaced'])} "
+            "replaced"
+        )
     print_line(f"token embedding {data['embedding']}\n")
     table(
         "Modules",
@@ -193,5 +202,7 @@ def _print_policy(policy: dict[str, Any]) -> None:
     for name in ("statistics", "tokenizer", "preprocessing"):
         if name in sources:
             print_line(f"  {name}: {sources[name]}")
+    if policy["state_in_prompt"]:
+        print_line("  the prompt holds the state")
     for finding in policy["findings"]:
         print_line(f"{finding['severity']} {finding['code']}: {finding['sentence']}")

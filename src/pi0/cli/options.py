@@ -12,7 +12,16 @@ Checkpoint = Annotated[
     Path,
     typer.Argument(
         metavar="CKPT",
-        help="Checkpoint folder, .safetensors file or shard index.",
+        help="Checkpoint folder, .safetensors file, shard index or adapter folder.",
+        show_default=False,
+    ),
+]
+Base = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="The full model of a checkpoint that is a PEFT (LoRA) adapter; default: the one that "
+        "adapter_config.json names, beside it.",
         show_default=False,
     ),
 ]
@@ -120,7 +129,7 @@ NormMode = Annotated[
     str | None,
     typer.Option(
         help="mean_std, quantiles or min_max; default: what a LeRobot checkpoint says, else "
-        "mean_std.",
+        "mean_std for π0 and quantiles for π0.5.",
         show_default=False,
     ),
 ]
@@ -137,6 +146,14 @@ Resize = Annotated[
 ]
 PromptMode = Annotated[
     str | None, typer.Option(help="--preprocessing of the prompt only.", show_default=False)
+]
+StateInPrompt = Annotated[
+    bool | None,
+    typer.Option(
+        help="Whether the prompt of a π0.5 holds the state; default: as the checkpoint's files or "
+        "the robot say.",
+        show_default=False,
+    ),
 ]
 ENGINE_OPTIONS = ("engine", "engines", "against")
 

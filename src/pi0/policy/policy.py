@@ -29,8 +29,9 @@ from pi0.inputs import check_noise, to_tensor
 from pi0.policy.limits import ON_LIMIT, apply_limits, as_data, summary
 from pi0.policy.observation import Observation
 from pi0.policy.pipeline import Pipeline
+from pi0.policy.resolve import prepare
 from pi0.policy.robot import Robot
-from pi0.policy.setup import PolicyOptions, prepare
+from pi0.policy.setup import PolicyOptions
 
 logger = logging.getLogger("pi0")
 _without_limits: set[str] = set()  # robots of which it was said that they state no limits
@@ -108,10 +109,12 @@ class Policy:
         preprocessing: str | None = None,
         resize: str | None = None,
         prompt: str | None = None,
+        state_in_prompt: bool | None = None,
         default_prompt: str | None = None,
         image_size: int | None = None,
         horizon: int | None = None,
         max_tokens: int | None = None,
+        base: Path | str | None = None,
         steps: int | None = None,
         seed: int = 0,
         n_action_steps: int | None = None,
@@ -119,18 +122,19 @@ class Policy:
         weight_cache: bool = False,
         progress: Callable[[int], None] = lambda _: None,
     ) -> Policy:
-        """A policy from a checkpoint: a folder, a file or an opened one.
+        """A policy from a checkpoint: a folder, a file, an adapter or an opened one.
 
         Whatever the checkpoint's own files do not say, and neither does an argument, is a warning
         or an error; `metadata["findings"]` keeps them.
 
         Args:
-            robot, tokenizer, norm_stats, norm_mode, preprocessing, resize, prompt, default_prompt,
-                image_size: see `PolicyOptions`.
+            robot, tokenizer, norm_stats, norm_mode, preprocessing, resize, prompt,
+                state_in_prompt, default_prompt, image_size: see `PolicyOptions`.
             engine: ENGINE[:PRECISION][@DEVICE], an engine that is made already, or "auto": the
                 fastest on this machine that is exact to float32.
             device, dtype: complete the name of the engine.
             horizon, max_tokens: of a checkpoint whose files do not say.
+            base: the full model of an adapter; None: the one that the adapter names.
             steps: denoising steps; None: what a LeRobot checkpoint says, else 10.
             seed: of the noise.
             n_action_steps, on_limit: see the attributes.
@@ -141,7 +145,7 @@ class Policy:
             Pi0Error: something that the policy needs is missing or does not fit.
         """
         if not isinstance(checkpoint, Checkpoint):
-            checkpoint = open_checkpoint(checkpoint, horizon=horizon, max_tokens=max_tokens)
+            checkpoint = open_checkpoint(checkpoint, horizon, max_tokens, base)
         options = PolicyOptions(
             robot=robot,
             tokenizer=tokenizer,
@@ -152,6 +156,7 @@ class Policy:
             prompt=prompt,
             image_size=image_size,
             default_prompt=default_prompt,
+            state_in_prompt=state_in_prompt,
         )
         setup = prepare(checkpoint, options)
         pipeline = setup.require()

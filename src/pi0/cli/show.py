@@ -23,6 +23,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from pi0.errors import Pi0Error
 from pi0.errors import human_bytes as human_bytes
@@ -94,7 +95,7 @@ def table(title: str, columns: list[str], rows: list[list[str]], left: int = 1) 
     for i, column in enumerate(columns):
         grid.add_column(column, justify="left" if i < left else "right", no_wrap=i >= left)
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(Text, row))  # as they are: [x] is no markup
     unlimited = out.options.update(width=UNLIMITED)
     least = Measurement.get(out, unlimited, grid).minimum
     with _printing():

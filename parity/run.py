@@ -1,15 +1,17 @@
-"""Runs other implementations of π0 and ours on the same numbers, and writes docs/parity.md.
+"""Runs other implementations of π0 and π0.5 and ours on the same numbers; writes docs/parity.md.
 
-    python parity/run.py                  # tiny and full: minutes, 17 GiB of memory, 7 GB of disk
-    python parity/run.py --sizes tiny     # seconds
+    python parity/run.py                          # minutes, 17 GiB of memory, 7.3 GB of disk
+    python parity/run.py --sizes tiny pi05_tiny   # seconds
 
-One process at a time. Exits 1 if an implementation is further from ours than its tolerance.
+One process at a time; a full-size checkpoint that was made here is removed when it is done. Exits 1
+if an implementation is further from ours than its tolerance.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -33,7 +35,8 @@ from pi0.inputs import ModelInputs, random_inputs
 from pi0.model.precision import parse_dtype
 
 ROOT = Path(__file__).parents[1]
-CAMERAS, MASKED, TEXT = 3, 1, 9  # the second camera is masked, 9 of 48 tokens are text
+CAMERAS, MASKED = 3, 1  # the second camera is masked
+TEXT = {"π0": 9, "π0.5": 60}  # valid tokens, of 48 and of 200
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Size:
     """A checkpoint, the dtypes ours runs in, and how far apart float32 results may be."""
 
     name: str
+    model: str
     preset: str
     weights: str
     dtypes: tuple[str, ...]
@@ -48,8 +52,10 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size("tiny", "tiny", "float32", ("float32",), 1e-4),
-    "full": Size("full", "pi0_base", "bfloat16", ("float32", "bfloat16"), 1e-5),
+    "tiny": Size("tiny", "π0", "tiny", "float32", ("float32",), 1e-4),
+    "full": Size("full", "π0", "pi0_base", "bfloat16", ("float32", "bfloat16"), 1e-5),
+    "pi05_tiny": Size("tiny", "π0.5", "pi05_tiny", "float32", ("float32",), 1e-4),
+    "pi05_full": Size("full", "π0.5", "pi05_base", "bfloat16", ("float32", "bfloat16"), 1e-5),
 }
 
 
@@ -84,6 +90,7 @@ class Row:
     def cells(self) -> list[str]:
         a, b = self.ours.actions, self.theirs.actions
         return [
+            self.size.model,
             self.size.name,
             self.theirs.implementation,
             self.dtype,
@@ -98,8 +105,8 @@ class Row:
         ]
 
 
-HEADINGS = ["size", "implementation", "ours in", "largest Δ", "relative L2", "PCC", "σ of actions",
-            "s, theirs", "s, ours", "GiB, theirs", "GiB, ours"]  # fmt: skip
+HEADINGS = ["model", "size", "implementation", "ours in", "largest Δ", "relative L2", "PCC",
+            "σ of actions", "s, theirs", "s, ours", "GiB, theirs", "GiB, ours"]  # fmt: skip
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -112,7 +119,8 @@ def observation(config: Pi0Config) -> tuple[ModelInputs, torch.Tensor]:
     """Noise; what is masked holds noise too, so that reading it would show."""
     inputs, noise = random_inputs(config, CAMERAS, config.max_tokens, seed=0)
     image_mask = torch.arange(CAMERAS)[None] != MASKED
-    token_mask = torch.arange(config.max_tokens)[None] < TEXT
+    valid = TEXT["π0.5" if config.adaptive_norm else "π0"]
+    token_mask = torch.arange(config.max_tokens)[None] < valid
     return replace(inputs, image_mask=image_mask, token_mask=token_mask), noise
 
 
@@ -135,7 +143,7 @@ def run(engine: str, checkpoint: Path, dtype: str) -> Run | str:
 
 def run_alone(engine: str, size: Size, checkpoint: Path, dtype: str) -> Run | str:
     """`run` in a fresh process, whose peak of memory is its own."""
-    print(f"parity: {engine} {size.name} {dtype} ...", file=sys.stderr)
+    print(f"parity: {size.model} {engine} {size.name} {dtype} ...", file=sys.stderr)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(run, engine, checkpoint, dtype).result()
 
@@ -176,14 +184,13 @@ def machine() -> str:
 
 def page(rows: list[Row], skipped: dict[str, str]) -> str:
     """docs/parity.md."""
-    table = [HEADINGS, ["---"] * 3 + ["---:"] * (len(HEADINGS) - 3), *(row.cells() for row in rows)]
+    table = [HEADINGS, ["---"] * 4 + ["---:"] * (len(HEADINGS) - 4), *(row.cells() for row in rows)]
     runs = {run.implementation: run.torch for row in rows for run in (row.ours, row.theirs)}
-    sizes = {row.size.name: row.size for row in rows}.values()
+    sizes = {row.size.name: row.size for row in rows}.values()  # the same for both models
     tolerances = ", ".join(f"{size.tolerance:.0e} at size {size.name}" for size in sizes)
     return TEMPLATE.format(
         version=__version__,
         cameras=CAMERAS,
-        text=TEXT,
         tolerances=tolerances,
         table="\n".join(f"| {' | '.join(cells)} |" for cells in table),
         skipped="".join(f"\nSkipped: {name}: {reason}\n" for name, reason in skipped.items()),
@@ -195,18 +202,19 @@ def page(rows: list[Row], skipped: dict[str, str]) -> str:
 TEMPLATE = """\
 # Parity with other implementations
 
-Two implementations of π0 that we did not write get the same weights, the same inputs and the same
-noise as pi0 {version}; the table says how far the actions are apart after ten denoising steps.
+Two implementations of π0, one of them also of π0.5, that we did not write get the same weights, the
+same inputs and the same noise as pi0 {version}; the table says how far the actions are apart after
+ten denoising steps.
 This page is written by
 
     make parity
 
 **What is compared.** The checkpoint is one of `pi0 synth`: random values in exactly the published
-names and shapes. At size tiny it is the preset `tiny` in float32, at full size `pi0_base` (the
-published sizes) in bfloat16, which every implementation reads into float32 without loss. There are
-{cameras} cameras, the second of them masked, and {text} valid tokens of 48; what is masked holds
-noise too. All of it is model-level, as for `pi0 sample`: no tokenizer, no image resizing, no
-normalisation.
+names and shapes. At size tiny it is the preset `tiny` or `pi05_tiny` in float32, at full size
+`pi0_base` or `pi05_base` (the published sizes) in bfloat16, which every implementation reads into
+float32 without loss. There are {cameras} cameras, the second of them masked, and 9 valid tokens of
+48, in π0.5 60 of 200; what is masked holds noise too. All of it is model-level, as for `pi0
+sample`: no tokenizer, no image resizing, no normalisation.
 
 **How.** The others compute in float32, ours in float32 and, at full size, in bfloat16 too.
 Largest Δ is the largest absolute difference of any of the 50 × 32 actions, relative L2 the norm of
@@ -247,15 +255,21 @@ def main() -> None:
     rows: list[Row] = []
     skipped: dict[str, str] = {}
     for size in (SIZES[name] for name in options.sizes):
-        given = options.full_checkpoint if size.name == "full" else None
+        given = options.full_checkpoint if size.preset == "pi0_base" else None
         checkpoint = given or made(size, options.workdir / size.preset)
         more, why = compare(size, checkpoint)
+        if size.name == "full" and not given:
+            shutil.rmtree(checkpoint)
         rows, skipped = rows + more, skipped | why
     temporary = options.out.with_suffix(".tmp")
     temporary.write_text(page(rows, skipped), encoding="utf-8")
     temporary.replace(options.out)
     print(options.out.read_text(encoding="utf-8"))
-    far = [f"{row.theirs.implementation} ({row.size.name})" for row in rows if row.too_far]
+    far = [
+        f"{row.theirs.implementation} ({row.size.model}, {row.size.name})"
+        for row in rows
+        if row.too_far
+    ]
     if far or not rows:
         sys.exit(f"parity: beyond the tolerance: {', '.join(far)}." if far else "parity: no rows.")
 

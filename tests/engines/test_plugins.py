@@ -99,12 +99,22 @@ def test_unknown_names_list_it(installed: Path, tiny_path: Path) -> None:
     assert "lerobot, broken, mine, found 'warp'." in done.stderr
 
 
+FAILS = """
+class Other(MyEngine):
+    name = "other"
+
+    def __init__(self, checkpoint, options):
+        raise OSError("no such card")
+"""
+
+
 @pytest.mark.parametrize(
     ("entry", "source", "sentence"),
     [
         ("m:Engine", "Engine = 3", "expected a subclass of pi0.engines.base.Engine from plug-in"),
         ("m:MyEngine", ENGINE, "expected name = 'other' on MyEngine, found 'mine'."),
         ("m:Engine", "raise RuntimeError('no card')", "found RuntimeError: no card."),
+        ("m:Other", ENGINE + FAILS, "to make an engine, found OSError: no such card."),
     ],
 )
 def test_what_is_no_engine(

@@ -1,14 +1,17 @@
-"""The full-size model, as `make test-full` runs it: 777 tensors, 2 × 384 px, 3 × 224 px.
+"""The full-size models, as `make test-full` runs them: π0 with its 777 tensors, π0.5 with its 812.
 
-Each command is a process of its own, so that its peak memory can be told.
+Each command is a process of its own, so that its peak memory can be told. The files of π0 are
+removed before those of π0.5 are written.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,8 @@ pytestmark = pytest.mark.full
 ROOT = Path(__file__).parents[2]
 CAMERAS = ROOT / "examples" / "cameras"
 TOKENIZER = ROOT / ".cache" / "gemma" / "tokenizer.json"
-# Measured 13.9 GB for 13.0 GB of float32 weights; a second copy of anything large would show.
+# Measured 13.9 GB for 13.0 GB of float32 weights; a second copy of anything large would show. π0.5
+# has 13.4 GB.
 PEAK_BYTES = 16e9
 MEASURED = (
     "import json, resource, sys\n"
@@ -41,17 +45,33 @@ def pi0(*words: str | Path) -> tuple[str, float]:
     return done.stdout, json.loads(done.stderr.splitlines()[-1])["peak"]
 
 
-@pytest.fixture(scope="session")
-def base() -> Path:
-    folder = Path(os.environ.get("PI0_FULL", "out/full"))
-    if not (folder / "model.safetensors").exists():
-        _, peak = pi0("synth", "--preset", "pi0_base", "--dtype", "bfloat16", folder)
+def synthesised(preset: str) -> Iterator[Path]:
+    """A checkpoint, which is removed afterwards if it was not there before."""
+    folder = Path(os.environ.get("PI0_FULL", "out/full")) / preset
+    made = not (folder / "model.safetensors").exists()
+    if made:
+        _, peak = pi0("synth", "--preset", preset, "--dtype", "bfloat16", folder)
         assert peak < 5e9, "synthesis streams"
-    return folder
+    yield folder
+    if made:
+        shutil.rmtree(folder)
 
 
-def test_inspect(base: Path) -> None:
-    out, peak = pi0("inspect", base, "--json", "--cameras", 2, "--image-size", 384, "--tokens", 32)
+@pytest.fixture(scope="module")
+def folder(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """Of the preset that a test names; one at a time."""
+    yield from synthesised(request.param)
+
+
+pi0_base = pytest.mark.parametrize("folder", ["pi0_base"], indirect=True)
+pi05_base = pytest.mark.parametrize("folder", ["pi05_base"], indirect=True)
+
+
+@pi0_base
+def test_inspect(folder: Path) -> None:
+    out, peak = pi0(
+        "inspect", folder, "--json", "--cameras", 2, "--image-size", 384, "--tokens", 32
+    )
     data = json.loads(out)
     assert data["tensors"] == 777
     assert (data["layout"], data["model"]) == ("openpi", "pi0")
@@ -61,10 +81,11 @@ def test_inspect(base: Path) -> None:
     assert peak < 1e9, "only headers are read"
 
 
-def test_trace(base: Path) -> None:
+@pi0_base
+def test_trace(folder: Path) -> None:
     """The brief's case: two cameras of 384 px and 32 tokens."""
     words = ("--image-size", 384, "--cameras", 2, "--tokens", 32, "--json")
-    out, peak = pi0("trace", base, *words)
+    out, peak = pi0("trace", folder, *words)
     data = json.loads(out)
     shapes = {row["stage"]: row["shape"] for row in data["stages"]}
     assert shapes == {
@@ -92,14 +113,18 @@ def test_trace(base: Path) -> None:
     assert peak < PEAK_BYTES
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_act(base: Path, tmp_path: Path, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("folder", "dtype"),
+    [("pi0_base", "float32"), ("pi0_base", "bfloat16"), ("pi05_base", "float32")],
+    indirect=["folder"],
+)
+def test_act(folder: Path, tmp_path: Path, dtype: str) -> None:
     """Three cameras of 640 × 480, resized to 224."""
     if not TOKENIZER.exists():
         pytest.skip(f"Gemma's tokenizer.json is not in {TOKENIZER} (make tokenizer, needs npm)")
     out = tmp_path / "actions.npy"
     _, peak = pi0(
-        "act", base, "--prompt", "put the red cube into the blue bowl", "--state", "0.1,0.2,0.3",
+        "act", folder, "--prompt", "put the red cube into the blue bowl", "--state", "0.1,0.2,0.3",
         "--image", f"base={CAMERAS / 'base.png'}", "--image", f"wrist={CAMERAS / 'wrist.png'}",
         "--image", f"right_wrist={CAMERAS / 'wrist.png'}", "--tokenizer", TOKENIZER,
         "--dtype", dtype, "--out", out,
@@ -111,7 +136,8 @@ def test_act(base: Path, tmp_path: Path, dtype: str) -> None:
     assert peak < (PEAK_BYTES if dtype == "float32" else PEAK_BYTES / 2)
 
 
-def test_loading_memory(base: Path) -> None:
+@pi0_base
+def test_loading_memory(folder: Path) -> None:
     """Peak while loading: at most the parameters as held + 10 %."""
     script = (
         "import resource, sys, torch\n"
@@ -122,8 +148,37 @@ def test_loading_memory(base: Path) -> None:
         "model = load_model(checkpoint, torch.bfloat16)\n"
         "print(sum(p.nbytes for p in model.parameters()), peak() - before)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, base], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     held, grown = map(int, done.stdout.split())
     assert held == pytest.approx(6.48e9, rel=0.01)
     assert grown < 1.10 * held
+
+
+@pi05_base
+def test_inspect_pi05(folder: Path) -> None:
+    out, peak = pi0("inspect", folder, "--json")
+    data = json.loads(out)
+    assert data["tensors"] == 812
+    assert (data["layout"], data["model"]) == ("openpi", "pi05")
+    assert sum(row["parameters"] for row in data["modules"]) == 3_616_757_520
+    sequence = data["sequence"]
+    assert (sequence["prefix"], sequence["suffix"], sequence["total"]) == (968, 50, 1018)
+    assert peak < 1e9, "only headers are read"
+
+
+@pi05_base
+def test_trace_pi05(folder: Path) -> None:
+    """As openpi feeds it: three cameras, 200 tokens, no token of the state."""
+    out, peak = pi0("trace", folder, "--cameras", 3, "--json")
+    data = json.loads(out)
+    shapes = {row["stage"]: row["shape"] for row in data["stages"]}
+    assert shapes["prefix"] == [1, 968, 2048]
+    assert shapes["suffix"] == [1, 50, 1024]
+    assert shapes["sequence"] == [1, 1018, 1018]
+    assert shapes["velocity"] == [1, 50, 32]
+    for row in data["stages"]:
+        numbers = [row[key] for key in ("min", "max", "mean", "std")]
+        assert np.isfinite(numbers).all(), row
+        assert 0.1 < row["std"] < 10, row
+    assert peak < PEAK_BYTES

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,34 @@ def test_agree(ours: Engine, theirs: PeerEngine, masked: bool, text: int) -> Non
     torch.testing.assert_close(theirs.sample(inputs, noise), wanted, atol=TOLERANCE, rtol=0)
     assert theirs.own_seconds > 0
     assert theirs.peak_memory()[0] > 1e8
+
+
+@needs_lerobot
+@pytest.mark.parametrize(("masked", "text"), [(False, 200), (True, 60)])
+def test_pi05(tmp_path: Path, masked: bool, text: int) -> None:
+    """A prompt of 200 tokens; LeRobot alone has a π0.5. A state is not read by either."""
+    config = replace(PRESETS["pi05_tiny"], horizon=10)
+    synthesise(tmp_path, config, LAYOUTS["openpi"], 0, torch.float32)
+    checkpoint = open_checkpoint(tmp_path)
+    ours, theirs = (make_engine(name, checkpoint) for name in ("reference", "lerobot"))
+    inputs, noise = random_inputs(config, cameras=3, tokens=200, seed=1)
+    inputs.image_mask[0, 1] = not masked
+    inputs.token_mask[0, text:] = False
+    cache, their_cache = ours.prefill(inputs), theirs.prefill(inputs)
+    for t in (1.0, 0.5, 0.1):
+        given = noise, torch.tensor([t])
+        wanted, got = ours.velocity(*given, cache), theirs.velocity(*given, their_cache)
+        torch.testing.assert_close(got, wanted, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(
+        theirs.sample(inputs, noise), ours.sample(inputs, noise), atol=TOLERANCE, rtol=0
+    )
+
+
+@needs_transformers
+def test_transformers_has_no_pi05(tmp_path: Path) -> None:
+    synthesise(tmp_path, PRESETS["pi05_tiny"], LAYOUTS["openpi"], 0, torch.float32)
+    with pytest.raises(EngineError, match="expected a π0, found a π0.5"):
+        make_engine("transformers", open_checkpoint(tmp_path))
 
 
 @needs_lerobot

@@ -1,12 +1,13 @@
-"""A whole LeRobot folder: raw observations in, LeRobot 0.6.1's own actions out.
+"""Whole LeRobot folders of π0 and π0.5: raw observations in, LeRobot 0.6.1's own actions out.
 
 1e-4 of the actions' scale: two implementations in float32 differ by 2e-6 through the model, and
-LeRobot normalises in float32. Zero padding in place of a camera or a missing line break moves them
-by more than 1e-2.
+LeRobot normalises in float32. Zero padding in place of a camera, a missing line break or another
+state in the prompt moves them by more than 1e-2.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -16,25 +17,29 @@ import pytest
 
 from pi0.policy import Policy
 
-ORACLE = Path(__file__).parents[1] / "oracles" / "lerobot_e2e_pi0"
-CASES = sorted(ORACLE.glob("case*.npz"))
+ORACLES = Path(__file__).parents[1] / "oracles"
+CASES = sorted(ORACLES.glob("lerobot_e2e_*/case*.npz"))
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
+@functools.cache
+def make_policy(oracle: Path, folder: Path) -> Policy:
     """Its config.json names variants of the published size, which this model does not have."""
-    folder = shutil.copytree(
-        ORACLE / "pretrained_model", tmp_path_factory.mktemp("lerobot") / "pretrained_model"
-    )
+    shutil.copytree(oracle / "pretrained_model", folder)
     config = json.loads((folder / "config.json").read_text())
     del config["paligemma_variant"], config["action_expert_variant"]
-    config |= json.loads((ORACLE / "config_heads.json").read_text())
+    config |= json.loads((oracle / "config_heads.json").read_text())
     (folder / "config.json").write_text(json.dumps(config))
     return Policy.from_checkpoint(folder, engine="reference")
 
 
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_actions_are_lerobots(policy: Policy, path: Path) -> None:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lerobot")
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_actions_are_lerobots(folder: Path, path: Path) -> None:
+    policy = make_policy(path.parent, folder / path.parent.name)
     case = np.load(path, allow_pickle=False)
     observation = {
         f"observation.images.{name.removeprefix('image_')}": case[name]

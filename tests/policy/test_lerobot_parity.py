@@ -47,7 +47,7 @@ def close(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 
 def normalized(normalizer: Normalizer, x: Floats) -> Floats:
-    return (x - normalizer.offset) / normalizer.scale
+    return normalizer.normalize(x)
 
 
 Edit = Callable[[LerobotFolder], object]

@@ -111,6 +111,7 @@ def relative(folder: LerobotFolder) -> None:
 
 NORMALIZE, UNNORMALIZE = "normalizer_processor", "unnormalizer_processor"
 RELATIVE, ABSOLUTE = "relative_actions_processor", "absolute_actions_processor"
+ADD_STATE = "pi05_prepare_state_tokenizer_processor_step"
 RENAME, TOKENIZE = "rename_observations_processor", "tokenizer_processor"
 VISUAL = {"VISUAL": "MEAN_STD", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
 BOTH = (NORMALIZE, UNNORMALIZE)
@@ -127,10 +128,10 @@ REFUSED: dict[str, tuple[Edit, str, str]] = {
     ),
     "class": (insert({"class": "x.Y"}), "step-unknown", f"{PRE}: .* found x.Y"),
     "class after": (insert({"class": "x.Y"}, before=False), "step-unknown", f"{POST}: .* x.Y"),
-    "pi05": (
-        insert({"registry_name": "pi05_prepare_state_tokenizer_processor_step"}),
-        "step-unknown",
-        "pi05_prepare_state_tokenizer_processor_step: π0.5 is not run yet",
+    "state in the prompt before it is normalised": (
+        lambda folder: folder.before.insert(0, {"registry_name": ADD_STATE}),
+        "step-order",
+        f"expected {NORMALIZE} before {ADD_STATE}",
     ),
     "out of place": (
         insert({"registry_name": TOKENIZE}, before=False), "step-unknown", f"{POST}: .* {TOKENIZE}"
@@ -572,7 +573,7 @@ def test_modes(mode: str, eps: float, low: float, span: float) -> None:
     else:
         width = width if width[0] else eps
         expected, back = 2 * (x - low) / width - 1, (x + 1) * width / 2 + low
-    ours = (x - normalizer.offset) / normalizer.scale
+    ours = normalizer.normalize(x)
     np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(normalizer.unnormalize(x), back, rtol=1e-9, atol=1e-9)
 

@@ -132,3 +132,10 @@ def test_bad_files(tmp_path: Path) -> None:
         path.write_bytes(b"{}")
         with pytest.raises(Pi0Error, match="cannot be read as one"):
             load_tokenizer(path)
+
+
+def test_a_pointer_of_git_lfs(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(Pi0Error, match="found a Git LFS pointer"):
+        load_tokenizer(path)

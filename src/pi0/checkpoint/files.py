@@ -255,12 +255,12 @@ def _translate_write_errors(path: Path, size: int | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        expected = "a place where a file can be written"
+        expected, remedy = "a place where a file can be written", "Name another place."
         if error.errno in FULL:
             expected = f"room for {human_bytes(size) if size else 'the file'}"
+            remedy = "Make room, or name another place."
         raise Pi0Error(
-            f"{path}: expected {expected}, found: {error.strerror or error}. Make room, or name "
-            "another place."
+            f"{path}: expected {expected}, found: {error.strerror or error}. {remedy}"
         ) from error
 
 

@@ -86,7 +86,7 @@ _EXPERT_HEAD = _P + "gemma_expert.lm_head.weight"
 
 OPENPI = Layout(
     name="openpi",
-    origin="openpi's PyTorch port and the hub's pi0_base (777 tensors)",
+    origin="openpi's PyTorch port, pi0_base (777 tensors) and pi05_base (812)",
     root="",
     vision=_P + "paligemma.model.vision_tower.vision_model.",
     projector=_P + "paligemma.model.multi_modal_projector.",
@@ -97,7 +97,7 @@ OPENPI = Layout(
 )
 LEROBOT = Layout(
     name="lerobot",
-    origin="LeRobot's save_pretrained (778 tensors)",
+    origin="LeRobot's save_pretrained (778 tensors, 813 in π0.5)",
     root="model.",
     vision=OPENPI.vision,
     projector=OPENPI.projector,

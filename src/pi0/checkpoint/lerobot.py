@@ -1,6 +1,7 @@
-"""The files that LeRobot keeps beside a π0 model: config.json, two processors, their statistics.
+"""The files that LeRobot keeps beside a model: config.json, two processors, their statistics.
 
-`make_processors` is what LeRobot 0.6.1 builds for a config.json (`policies/pi0/processor_pi0.py`);
+`make_processors` is what LeRobot 0.6.1 builds for a config.json (`policies/pi0/processor_pi0.py`,
+`policies/pi05/processor_pi05.py`);
 `pi0 synth` writes it, and a folder without processor files is read as if it held it. Step names and
 fields are those of LeRobot's `processor/` modules.
 
@@ -26,7 +27,9 @@ STATE, ACTION = "observation.state", "action"
 IMAGES, EMPTY_CAMERA = "observation.images.", "observation.images.empty_camera_"
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")  # as in lerobot/pi0_base
 NORM_MAP = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
-MAX_DIM, MAX_LENGTH = 32, 48  # LeRobot's defaults of max_state_dim, max_action_dim and prompt
+NORM_MAPS = {"pi0": NORM_MAP, "pi05": NORM_MAP | {"STATE": "QUANTILES", "ACTION": "QUANTILES"}}
+MAX_DIM = 32  # LeRobot's default of max_state_dim and max_action_dim
+MAX_LENGTHS = {"pi0": 48, "pi05": 200}  # and of tokenizer_max_length
 EPS = 1e-8
 TOKENIZER_NAME = "google/paligemma-3b-pt-224"
 # Statistics under which every mode of normalisation leaves values as they are.
@@ -34,6 +37,7 @@ UNIT_STATISTICS = {"mean": 0.0, "std": 1.0, "min": -1.0, "max": 1.0,
                    "q01": -1.0, "q10": -1.0, "q50": 0.0, "q90": 1.0, "q99": 1.0}  # fmt: skip
 
 Features = dict[str, dict[str, Any]]
+Steps = dict[str, dict[str, Any]]  # config by registered name, in order
 
 
 def make_config_json(config: Pi0Config) -> dict[str, Any]:
@@ -43,9 +47,10 @@ def make_config_json(config: Pi0Config) -> dict[str, Any]:
     sizes are added in our own words, without which nobody knows their heads.
     """
     size = config.vision.image_size
+    kind = "pi05" if config.adaptive_norm else "pi0"
     published = (config.vision, config.vlm, config.expert) == (SO400M, GEMMA_2B, GEMMA_300M)
     return {
-        "type": "pi05" if config.adaptive_norm else "pi0",
+        "type": kind,
         "n_obs_steps": 1,
         "input_features": {
             **{IMAGES + name: _feature("VISUAL", 3, size, size) for name in CAMERAS},
@@ -64,7 +69,7 @@ def make_config_json(config: Pi0Config) -> dict[str, Any]:
         "action_feature_names": None,
         "image_resolution": [size, size],
         "empty_cameras": 0,
-        "normalization_mapping": dict(NORM_MAP),
+        "normalization_mapping": dict(NORM_MAPS[kind]),
         "tokenizer_max_length": config.max_tokens,
         **(
             {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
@@ -95,10 +100,11 @@ def make_processors(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
         settings: the content of config.json; nothing in it is checked here.
     """
     inputs, outputs = complete_features(settings)
+    kind = "pi05" if settings.get("type") == "pi05" else "pi0"
     relative = settings.get("use_relative_actions", False)
-    norm_map = settings.get("normalization_mapping", NORM_MAP)
+    norm_map = settings.get("normalization_mapping", NORM_MAPS[kind])
     tokenizer = {
-        "max_length": settings.get("tokenizer_max_length", MAX_LENGTH),
+        "max_length": settings.get("tokenizer_max_length", MAX_LENGTHS[kind]),
         "task_key": "task",
         "padding_side": "right",
         "padding": "max_length",
@@ -113,15 +119,18 @@ def make_processors(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
     device = {"device": "cpu", "float_dtype": None}
     normalize = {"eps": EPS, "features": inputs | outputs, "norm_map": norm_map}
     unnormalize = {"eps": EPS, "features": outputs, "norm_map": norm_map}
-    preprocessor = {
-        "rename_observations_processor": {"rename_map": {}},
-        "to_batch_processor": {},
-        "pi0_new_line_processor": {},
-        "tokenizer_processor": tokenizer,
-        "device_processor": device,
+    first: Steps = {"rename_observations_processor": {"rename_map": {}}, "to_batch_processor": {}}
+    of_values = {
         "relative_actions_processor": relative_actions,
         "normalizer_processor": normalize,
     }
+    if kind == "pi05":  # normalised first: the prompt holds the state
+        of_prompt: Steps = {"pi05_prepare_state_tokenizer_processor_step": {}}
+        last = {"tokenizer_processor": tokenizer, "device_processor": device}
+        preprocessor = first | of_values | of_prompt | last
+    else:
+        of_prompt = {"pi0_new_line_processor": {}, "tokenizer_processor": tokenizer}
+        preprocessor = first | of_prompt | {"device_processor": device} | of_values
     postprocessor = {
         "unnormalizer_processor": unnormalize,
         "absolute_actions_processor": {"enabled": relative},

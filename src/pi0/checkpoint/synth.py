@@ -71,13 +71,15 @@ def synthesise(
             progress(headers[theirs].parameters)
 
     settings = make_config_json(config) if layout.name == "lerobot" else to_config_json(config)
+    if config.adaptive_norm and layout.name != "lerobot":  # where a processor step says it
+        settings["discrete_state_input"] = True
     with contextlib.ExitStack() as files:  # all take their places together, or none does
 
         def beside(*names: str) -> Path:
             return files.enter_context(replacing(folder.joinpath(*names)))
 
         _write_json(beside("config.json"), settings)
-        if layout.name == "lerobot" and not config.adaptive_norm:  # π0.5 has other processors
+        if layout.name == "lerobot":
             write_processors(beside, settings)
         else:
             _write_json(beside("assets", "synthetic", "norm_stats.json"), _unit_statistics(config))

@@ -59,6 +59,7 @@ def act(
     preprocessing: options.Preprocessing = None,
     resize: options.Resize = None,
     prompt_mode: options.PromptMode = None,
+    state_in_prompt: options.StateInPrompt = None,
     image_size: options.ImageSize = None,
     horizon: options.Horizon = None,
     max_tokens: options.MaxTokens = None,
@@ -119,6 +120,7 @@ def act(
             preprocessing=preprocessing,
             resize=resize,
             prompt=prompt_mode,
+            state_in_prompt=state_in_prompt,
             image_size=image_size,
         ),
     )

@@ -84,6 +84,7 @@ def inspect(
     norm_stats: options.NormStats = None,
     norm_mode: options.NormMode = None,
     preprocessing: options.Preprocessing = None,
+    state_in_prompt: options.StateInPrompt = None,
     as_json: options.Json = False,
 ) -> None:
     """Say what is in a checkpoint, and what `pi0 act` would use, without loading it.
@@ -119,6 +120,7 @@ def inspect(
             norm_stats=norm_stats,
             norm_mode=norm_mode,
             preprocessing=preprocessing,
+            state_in_prompt=state_in_prompt,
         ),
     )
     data["policy"] = setup.describe()
@@ -250,5 +252,7 @@ def _print_policy(policy: dict[str, Any]) -> None:
     for name in ("statistics", "tokenizer", "preprocessing"):
         if name in sources:
             print_line(f"  {name}: {sources[name]}")
+    if policy["state_in_prompt"]:
+        print_line("  the prompt holds the state")
     for finding in policy["findings"]:
         print_line(f"{finding['severity']} {finding['code']}: {finding['sentence']}")

@@ -129,7 +129,7 @@ NormMode = Annotated[
     str | None,
     typer.Option(
         help="mean_std, quantiles or min_max; default: what a LeRobot checkpoint says, else "
-        "mean_std.",
+        "mean_std for π0 and quantiles for π0.5.",
         show_default=False,
     ),
 ]
@@ -146,6 +146,14 @@ Resize = Annotated[
 ]
 PromptMode = Annotated[
     str | None, typer.Option(help="--preprocessing of the prompt only.", show_default=False)
+]
+StateInPrompt = Annotated[
+    bool | None,
+    typer.Option(
+        help="Whether the prompt of a π0.5 holds the state; default: as the checkpoint's files or "
+        "the robot say.",
+        show_default=False,
+    ),
 ]
 ENGINE_OPTIONS = ("engine", "engines", "against")
 

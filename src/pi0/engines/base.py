@@ -19,9 +19,9 @@ from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint, Progress, empty_model
 from pi0.config import Pi0Config
-from pi0.engines.registry import find_engine
+from pi0.engines.registry import find_engine, plugin_origin
 from pi0.engines.spec import EngineSpec, canonical_precision
-from pi0.errors import EngineError
+from pi0.errors import EngineError, Pi0Error
 from pi0.inputs import ModelInputs
 from pi0.model import Tap
 from pi0.model.flow import integrate
@@ -327,12 +327,22 @@ def make_engine(
 
     Raises:
         EngineError: no such engine, precision or device; one that keeps no packed weights, or no
-            room to write, if these are to be kept.
+            room to write, if these are to be kept; a plug-in that fails.
         CheckpointError, ConfigError: see `load_model`.
     """
     spec = EngineSpec.parse(spec) if isinstance(spec, str) else spec
     options = EngineOptions(spec.precision, spec.device, image_size, weight_cache, progress)
-    return find_engine(spec.name).from_checkpoint(checkpoint, options)
+    engine = find_engine(spec.name)
+    try:
+        return engine.from_checkpoint(checkpoint, options)
+    except Exception as error:
+        origin = plugin_origin(spec.name)
+        if origin is None or isinstance(error, Pi0Error):
+            raise
+        raise EngineError(
+            f"engine {spec.name}: expected plug-in {origin} to make an engine, found "
+            f"{type(error).__name__}: {error}."
+        ) from error
 
 
 def fastest_engine(

@@ -64,6 +64,12 @@ def find_engine(name: str) -> type[Engine]:
     return engine
 
 
+def plugin_origin(name: str) -> str | None:
+    """The distribution that an engine comes from; None for a built-in one."""
+    entry = find_plugins(ENGINES, frozenset(BUILT_IN)).get(name)
+    return None if entry is None else describe(entry)
+
+
 def find_peers() -> list[str]:
     """The names of the engines that are other implementations of π0, installed or not.
 

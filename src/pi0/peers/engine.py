@@ -48,11 +48,12 @@ class PeerEngine(Engine):
         super().__init__(checkpoint, options)
         source = Path(pi0.__file__).parents[1]
         command = [self.python(), "-m", "pi0.peers.worker", self.name]
+        sizes = str(checkpoint.config.horizon), str(checkpoint.config.max_tokens)
         where = str(checkpoint.path.absolute())
         base = str(checkpoint.base.absolute()) if checkpoint.base else ""
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the engine
         self._worker = subprocess.Popen(
-            [*command, where, base, options.precision, options.device or "cpu"],
+            [*command, where, base, *sizes, options.precision, options.device or "cpu"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -162,9 +163,19 @@ class TransformersEngine(PeerEngine):
     name = "transformers"
     install = "Install it: pip install 'transformers>=5.5'."
 
+    @classmethod
+    def check_available(cls, config: Pi0Config, options: EngineOptions) -> None:
+        """See `Engine`."""
+        if config.adaptive_norm:
+            raise EngineError(
+                "engine transformers: expected a π0, found a π0.5, which transformers does not "
+                "have. Use engine lerobot."
+            )
+        super().check_available(config, options)
+
 
 class LerobotEngine(PeerEngine):
-    """LeRobot's π0."""
+    """LeRobot's π0 and π0.5."""
 
     name = "lerobot"
     install = (

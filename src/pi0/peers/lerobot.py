@@ -1,8 +1,9 @@
-"""LeRobot's PI0Policy, without its processors: the inputs are the model's."""
+"""LeRobot's PI0Policy or PI05Policy, without its processors: the inputs are the model's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint
-from pi0.config import PRESETS, Pi0Config
+from pi0.config import GEMMA_2B, GEMMA_300M, SO400M, Pi0Config
 from pi0.peers.weights import EMBEDDING_HEAD, fill
 
 PACKAGE = "lerobot"
@@ -22,20 +23,25 @@ class Model:
     """LeRobot's model with a checkpoint's weights."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: str, device: str) -> None:
-        from lerobot.policies.pi0 import modeling_pi0
-        from lerobot.policies.pi0.configuration_pi0 import PI0Config
         from transformers.initialization import no_init_weights
 
-        config = checkpoint.config
+        config = self.config = checkpoint.config
         self.name = f"LeRobot {version(PACKAGE)}"
-        if config != PRESETS["pi0_base"]:
-            shrink(modeling_pi0, config)
+        kind = "pi05" if config.adaptive_norm else "pi0"
+        modeling = import_module(f"lerobot.policies.{kind}.modeling_{kind}")
+        configuration = import_module(f"lerobot.policies.{kind}.configuration_{kind}")
+        if (config.vision, config.vlm, config.expert) != (SO400M, GEMMA_2B, GEMMA_300M):
+            shrink(modeling, config)
         side = config.vision.image_size
-        theirs = PI0Config(
-            device=device, dtype=dtype, image_resolution=(side, side), chunk_size=config.horizon
+        theirs = getattr(configuration, f"{kind.upper()}Config")(
+            device=device,
+            dtype=dtype,
+            image_resolution=(side, side),
+            chunk_size=config.horizon,
+            n_action_steps=config.horizon,
         )
         with no_init_weights():  # every tensor that is read is filled below
-            policy = modeling_pi0.PI0Policy(theirs).eval()
+            policy = getattr(modeling, f"{kind.upper()}Policy")(theirs).eval()
         places = policy.state_dict()
         places.pop(EXPERT_HEAD).zero_()
         # The embedding is stored once, as the VLM's head.
@@ -63,8 +69,9 @@ class Model:
 
         self.model.embed_prefix, self.model.denoise_step = embed_prefix, denoise_step
         try:
-            state = arrays["state"]
-            noise = state.new_zeros(len(state), self.model.config.chunk_size, state.shape[1])
+            batch = len(arrays["tokens"])
+            shape = batch, self.config.horizon, self.config.action_dim
+            noise = torch.zeros(shape, device=arrays["tokens"].device)
             self.sample(arrays, noise, 1)
         finally:
             self.model.embed_prefix, self.model.denoise_step = embed, denoise
@@ -82,7 +89,7 @@ class Model:
             list(arrays["image_mask"].unbind(1)),
             arrays["tokens"],
             arrays["token_mask"],
-            arrays["state"],
+            *([arrays["state"]] if self.config.state_tokens else []),
             noise=noise,
             num_steps=steps,
         )

@@ -3,9 +3,10 @@
 from pi0.policy.limits import ActionLimits
 from pi0.policy.pipeline import Pipeline
 from pi0.policy.policy import Policy, choose_engine
+from pi0.policy.resolve import prepare
 from pi0.policy.robot import Camera, Robot
 from pi0.policy.robots import ROBOTS, find_robot
-from pi0.policy.setup import PolicyOptions, PolicySetup, prepare
+from pi0.policy.setup import PolicyOptions, PolicySetup
 
 __all__ = [
     "ROBOTS",

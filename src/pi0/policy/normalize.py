@@ -30,17 +30,22 @@ OUTLIER_SIGMA = 100.0
 
 @dataclass(frozen=True)
 class Normalizer:
-    """x → (x - offset) / scale, and back as y · inverse_scale + offset.
+    """x → (x - offset) / scale - shift, and back as (y + shift) · inverse_scale + offset.
+
+    A range's end is met exactly, for a gripper that is closed must not be just outside: in π0.5 the
+    state is cut into bins.
 
     Attributes:
         what: "state" or "actions", for messages.
         offset, scale, inverse_scale: [D] float64; the last two differ where LeRobot's do.
+        shift: 1 if a range becomes [-1, 1], else 0.
     """
 
     what: str
     offset: Floats
     scale: Floats
     inverse_scale: Floats
+    shift: float = 0.0
 
     @property
     def width(self) -> int:
@@ -63,13 +68,13 @@ class Normalizer:
                 f"{self.what}: expected at most {self.width} values, for which the checkpoint has "
                 f"statistics, found {n}."
             )
-        out: Floats = (x - self.offset[:n]) / self.scale[:n]
+        out: Floats = (x - self.offset[:n]) / self.scale[:n] - self.shift
         return out
 
     def unnormalize(self, y: Floats) -> Floats:
         """y [..., D] in the model's units, cut to the width of the statistics."""
         n = min(y.shape[-1], self.width)
-        out: Floats = y[..., :n] * self.inverse_scale[:n] + self.offset[:n]
+        out: Floats = (y[..., :n] + self.shift) * self.inverse_scale[:n] + self.offset[:n]
         return out
 
 
@@ -101,12 +106,12 @@ def make_normalizer(what: str, mode: str, convention: str, stats: Statistics) ->
     if mode == "mean_std":
         eps = OPENPI_EPS if convention == "openpi" else LEROBOT_EPS
         return Normalizer(what, low, high + eps, high + eps if convention == "openpi" else high)
-    # [low, high] → [-1, 1]: (x - low) / range · 2 - 1, about the middle of the range.
+    # [low, high] → [-1, 1]: (x - low) / range · 2 - 1.
     if convention == "openpi":
         spread = spread + OPENPI_EPS
     else:
         spread = np.where(spread == 0, LEROBOT_EPS, spread)
-    return Normalizer(what, low + spread / 2, spread / 2, spread / 2)
+    return Normalizer(what, low, spread / 2, spread / 2, shift=1.0)
 
 
 def require_spread(what: str, names: tuple[str, ...], spread: Floats) -> None:

@@ -4,7 +4,8 @@
 robot's, and `encode_actions`, the inverse of `decode`, recorded actions into training targets.
 Inference, training, evaluation and serving all use these three.
 
-    encode           robot → model convention, normalise, pad; images and prompt beside it
+    encode           robot → model convention, normalise, pad; images and prompt beside it (in
+                     π0.5 the prompt holds the normalised state)
     decode           unnormalise, relative → absolute, model → robot convention, cut to the robot
     encode_actions   robot → model convention, absolute → relative, normalise, pad
 
@@ -86,9 +87,9 @@ class Pipeline:
         state = read_state(observation, self.robot, self._state_widths())
         pixels = self._images(observation)
         prompt = read_prompt(observation, self.default_prompt)
-        tokens, token_mask = self.tokenizer.tokenize(prompt, self.prompt)
         normalized = self.state_stats.normalize(self._model_convention(state))
         self._warn_of_outliers(state, normalized)
+        tokens, token_mask = self.tokenizer.tokenize(prompt, self.prompt, normalized)
         inputs = ModelInputs.validated(
             self.config,
             max_pixel=np.inf if self.image_stats else MAX_PIXEL,

@@ -29,8 +29,9 @@ from pi0.inputs import check_noise, to_tensor
 from pi0.policy.limits import ON_LIMIT, apply_limits, as_data, summary
 from pi0.policy.observation import Observation
 from pi0.policy.pipeline import Pipeline
+from pi0.policy.resolve import prepare
 from pi0.policy.robot import Robot
-from pi0.policy.setup import PolicyOptions, prepare
+from pi0.policy.setup import PolicyOptions
 
 logger = logging.getLogger("pi0")
 _without_limits: set[str] = set()  # robots of which it was said that they state no limits
@@ -108,6 +109,7 @@ class Policy:
         preprocessing: str | None = None,
         resize: str | None = None,
         prompt: str | None = None,
+        state_in_prompt: bool | None = None,
         default_prompt: str | None = None,
         image_size: int | None = None,
         horizon: int | None = None,
@@ -126,8 +128,8 @@ class Policy:
         or an error; `metadata["findings"]` keeps them.
 
         Args:
-            robot, tokenizer, norm_stats, norm_mode, preprocessing, resize, prompt, default_prompt,
-                image_size: see `PolicyOptions`.
+            robot, tokenizer, norm_stats, norm_mode, preprocessing, resize, prompt,
+                state_in_prompt, default_prompt, image_size: see `PolicyOptions`.
             engine: ENGINE[:PRECISION][@DEVICE], an engine that is made already, or "auto": the
                 fastest on this machine that is exact to float32.
             device, dtype: complete the name of the engine.
@@ -154,6 +156,7 @@ class Policy:
             prompt=prompt,
             image_size=image_size,
             default_prompt=default_prompt,
+            state_in_prompt=state_in_prompt,
         )
         setup = prepare(checkpoint, options)
         pipeline = setup.require()

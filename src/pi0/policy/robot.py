@@ -60,6 +60,8 @@ class Robot:
         action_names, action_units: one for each action, for plots and messages; may be empty.
         control_hz: how many actions the robot executes a second, if that is known.
         limits: see `ActionLimits`; None: the robot states none.
+        state_in_prompt: whether π0.5 was trained on this robot with the state in its prompt; None:
+            the checkpoint's files decide. π0 has a token of the state and does not read this.
 
     Raises:
         ConfigError: the table contradicts itself.
@@ -78,6 +80,7 @@ class Robot:
     action_units: tuple[str, ...] = ()
     control_hz: float | None = None
     limits: ActionLimits | None = None
+    state_in_prompt: bool | None = None
 
     def __post_init__(self) -> None:
         problems = [] if self.name else ["name: expected a text, found none"]

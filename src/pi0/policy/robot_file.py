@@ -22,6 +22,7 @@ ROBOT_KEYS: dict[str, tuple[type, bool]] = {
     "name": (str, True),
     "control_hz": (float, False),
     "ignored": (list, False),
+    "state_in_prompt": (bool, False),
     "cameras": (list, True),
     "state": (list, True),
     "actions": (list, True),
@@ -77,6 +78,7 @@ def read_robot_file(path: Path) -> Robot:
             action_names=tuple(action["name"] for action in actions),
             action_units=tuple(action.get("unit", "") for action in actions),
             control_hz=table.get("control_hz"),
+            state_in_prompt=table.get("state_in_prompt"),
         )
         return replace(robot, limits=_limits(actions, robot.state_dim or 0))
     except ConfigError as error:

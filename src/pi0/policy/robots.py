@@ -6,6 +6,7 @@ Camera slots, keys, joint signs and gripper constants are those of openpi's `alo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -119,6 +120,12 @@ ROBOTS = {
         control_hz=15,
     ),
 }
+# Where openpi's configurations for π0.5 differ from those for π0 of the same robot: pi05_libero has
+# absolute actions and does not read the state.
+PI05 = {
+    "libero": replace(ROBOTS["libero"], name="pi05_libero", delta=(), state_in_prompt=False),
+}
+ROBOTS |= {robot.name: robot for robot in PI05.values()}
 # openpi's names for the statistics of its base checkpoints (docs/norm_stats.md) whose robots need
 # another table than `generic`; handed out as they are, their actions would be taken for targets.
 ROBOT_OF_ASSETS = {
@@ -134,8 +141,11 @@ def robot_names() -> list[str]:
     return [*ROBOTS, *_plugins()]
 
 
-def find_robot(robot: str | Path | Robot) -> Robot:
+def find_robot(robot: str | Path | Robot, pi05: bool = False) -> Robot:
     """A robot by its name, the path of its TOML file, or itself.
+
+    Args:
+        pi05: the model is a π0.5, for which a built-in robot may have another table.
 
     Raises:
         Pi0Error: there is none of that name, or the file or distribution has none.
@@ -146,7 +156,7 @@ def find_robot(robot: str | Path | Robot) -> Robot:
     if name.lower().endswith(".toml"):
         return read_robot_file(Path(name).expanduser())
     if name in ROBOTS:
-        return ROBOTS[name]
+        return PI05.get(name, ROBOTS[name]) if pi05 else ROBOTS[name]
     entry = _plugins().get(name)
     if entry is None:
         raise Pi0Error(

@@ -1,58 +1,22 @@
-"""From a checkpoint's files and a user's wishes to a pipeline, with everything that was assumed.
+"""What a user may say about a policy, and what a policy uses for a checkpoint.
 
-A policy moves a robot only by what its checkpoint's files or its user said. What neither of them
-said is a finding: a warning where a default is harmless, an error that names the option where it
-would move a robot wrongly. `Policy` and `pi0 inspect` read the same findings.
+`prepare` (`resolve.py`) makes the second from the first and from the checkpoint's files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from pi0.checkpoint.lerobot import POSTPROCESSOR, PREPROCESSOR
 from pi0.checkpoint.load import Checkpoint
-from pi0.config import Pi0Config
 from pi0.errors import Pi0Error
-from pi0.findings import Finding, enforce, error, warning
-from pi0.policy import lerobot
-from pi0.policy.fit import (
-    STEPS_KEYS,
-    image_findings,
-    of_base,
-    relative_findings,
-    settings_findings,
-    width_findings,
-)
-from pi0.policy.images import RESIZE
-from pi0.policy.lerobot import LerobotProgram
-from pi0.policy.normalize import (
-    NEEDED,
-    Floats,
-    Normalizer,
-    Statistics,
-    identity,
-    make_normalizer,
-)
+from pi0.findings import Finding, enforce, error
 from pi0.policy.pipeline import Pipeline
 from pi0.policy.robot import Robot
-from pi0.policy.robots import ROBOT_OF_ASSETS, ROBOTS, find_robot
-from pi0.policy.statistics import find_norm_stats, read_norm_stats, statistics_folder
-from pi0.policy.tokenizer import (
-    FILE_NAMES,
-    PromptFormat,
-    Tokenizer,
-    find_tokenizer,
-    load_tokenizer,
-)
 
 T = TypeVar("T")
-Conventions = tuple[str, str]  # of resizing and of prompts
-LEROBOT_KEYS = {"observation.state": "state", "action": "actions"}
-# Of LeRobot before 0.4: transforms that were part of the policy.
-ALOHA_FLAGS = ("adapt_to_pi_aloha", "use_delta_joint_actions_aloha")
 
 
 @dataclass(frozen=True)
@@ -68,6 +32,8 @@ class PolicyOptions:
         resize, prompt: the same, each for itself.
         image_size: pixels that the model runs at.
         default_prompt: what to do if an observation does not say.
+        state_in_prompt: whether the prompt of a π0.5 holds the state (openpi's
+            discrete_state_input).
     """
 
     robot: str | Path | Robot | None = None
@@ -79,6 +45,7 @@ class PolicyOptions:
     prompt: str | None = None
     image_size: int | None = None
     default_prompt: str | None = None
+    state_in_prompt: bool | None = None
 
 
 @dataclass
@@ -123,6 +90,7 @@ class PolicySetup:
             "robot": self.robot and _describe_robot(self.robot, pipeline),
             "resize": pipeline and pipeline.resize,
             "prompt": pipeline and pipeline.prompt.convention,
+            "state_in_prompt": pipeline and pipeline.prompt.state,
             "default_prompt": pipeline and pipeline.default_prompt,
             "sources": self.sources,
             "findings": [asdict(finding) for finding in self.findings],
@@ -135,244 +103,6 @@ class PolicySetup:
         except Pi0Error as failure:
             self.findings.append(error(code, str(failure)))
             return None
-
-
-def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
-    """Everything around the model for a checkpoint; reads its small files only."""
-    setup = PolicySetup(checkpoint, findings=list(checkpoint.findings))
-    config = checkpoint.config
-    if options.image_size is not None:
-        config = config.with_image_size(options.image_size)
-    program = _program(checkpoint, options, setup)
-    if any(finding.severity == "error" for finding in setup.findings):
-        return setup  # what follows would only repeat it
-    conventions = setup.attempt(
-        "preprocessing-unknown", lambda: _conventions(checkpoint, options, program, setup)
-    )
-    robot = setup.attempt("robot-unknown", lambda: _robot(checkpoint, options, program, setup))
-    setup.robot = robot
-    stats = setup.attempt(
-        "statistics-unusable", lambda: _statistics(checkpoint, options, program, setup)
-    )
-    tokenizer = setup.attempt(
-        "tokenizer-unusable", lambda: _tokenizer(checkpoint, options, config, setup)
-    )
-    if robot and stats:
-        setup.findings += width_findings(config, robot, *stats[:2])
-    if program and robot:
-        setup.findings += relative_findings(program.relative, robot)
-    if program and program.images and robot and conventions:
-        setup.findings += image_findings(program.images, robot, conventions[0])
-    if any(finding.severity == "error" for finding in setup.findings):
-        return setup
-    assert robot is not None
-    assert conventions and stats  # noqa: PT018
-    assert tokenizer is not None
-    setup.pipeline = Pipeline(
-        config=config,
-        robot=robot,
-        tokenizer=tokenizer,
-        resize=conventions[0],
-        prompt=_prompt_format(conventions[1], config, program),
-        state_stats=stats[0],
-        action_stats=stats[1],
-        target_stats=stats[2],
-        image_stats=program.images if program else {},
-        rename=program.rename if program else {},
-        default_prompt=options.default_prompt,
-    )
-    return setup
-
-
-def _program(
-    checkpoint: Checkpoint, options: PolicyOptions, setup: PolicySetup
-) -> LerobotProgram | None:
-    """What a LeRobot folder's own files say, if it is one."""
-    folder = checkpoint.folder_of(PREPROCESSOR, POSTPROCESSOR)
-    openpi = options.preprocessing == "openpi" and options.norm_stats is not None
-    if openpi or not lerobot.is_lerobot(folder, checkpoint.settings):
-        return None
-
-    def read() -> LerobotProgram:
-        return lerobot.read_program(
-            folder,
-            checkpoint.settings,
-            statistics=_given_statistics(checkpoint, folder, options),
-            norm_mode=options.norm_mode,
-            robot_given=options.robot is not None,
-            tokenizer_given=options.tokenizer is not None,
-        )
-
-    program = setup.attempt("processors-unusable", read)
-    if program:
-        if options.norm_stats is None and folder != checkpoint.folder:
-            setup.findings.append(of_base("processors", folder))
-        stated = {"processors-assumed"} if options.preprocessing == "lerobot" else set()
-        setup.findings += [f for f in program.findings if f.code not in stated]
-        setup.findings += settings_findings(checkpoint.settings, checkpoint.config)
-        setup.n_action_steps = program.n_action_steps
-        setup.steps = next(
-            (n for key in STEPS_KEYS if isinstance(n := checkpoint.settings.get(key), int)), 10
-        )
-    return program
-
-
-def _given_statistics(
-    checkpoint: Checkpoint, folder: Path, options: PolicyOptions
-) -> Mapping[str, Statistics] | Literal["none"] | None:
-    """Statistics in place of a LeRobot folder's own files: named ones, or, where there are no
-    files, those that older versions of LeRobot kept among the weights."""
-    if options.norm_stats == "none":
-        return "none"
-    if options.norm_stats is not None:
-        return read_norm_stats(Path(options.norm_stats))
-    buffers = {} if lerobot.has_processors(folder) else checkpoint.statistics_buffers
-    if not buffers:
-        return None
-    tables: dict[str, dict[str, Floats]] = {"state": {}, "actions": {}}
-    for name, values in buffers.items():
-        key, _, kind = name.rpartition(".")
-        if key in LEROBOT_KEYS:
-            tables[LEROBOT_KEYS[key]][kind] = values.numpy()
-    return tables
-
-
-def _conventions(
-    checkpoint: Checkpoint,
-    options: PolicyOptions,
-    program: LerobotProgram | None,
-    setup: PolicySetup,
-) -> Conventions:
-    for name in ("preprocessing", "resize", "prompt"):
-        value = getattr(options, name)
-        if value is not None and value not in RESIZE:
-            raise Pi0Error(f"{name}: expected openpi or lerobot, found {value!r}.")
-    base = options.preprocessing
-    if base is None:
-        base = "lerobot" if program else "openpi"
-        theirs = checkpoint.names.layout == "lerobot"
-        known = program or (_has_openpi_files(statistics_folder(checkpoint)) and not theirs)
-        if not known and not (options.resize and options.prompt):
-            sentence = (
-                f"preprocessing: no file of {checkpoint.folder} says whose way of resizing images "
-                "and cleaning prompts it was trained with{}. Say it with --preprocessing openpi "
-                "or lerobot."
-            )
-            if theirs:
-                raise Pi0Error(sentence.format(", and its tensor names are LeRobot's"))
-            setup.findings.append(
-                warning("preprocessing-assumed", sentence.format("; openpi's is assumed"))
-            )
-    setup.sources["preprocessing"] = base
-    return options.resize or base, options.prompt or base
-
-
-def _robot(
-    checkpoint: Checkpoint,
-    options: PolicyOptions,
-    program: LerobotProgram | None,
-    setup: PolicySetup,
-) -> Robot:
-    if options.robot is not None:
-        setup.sources["robot"] = "named"
-        return find_robot(options.robot)
-    aloha = [key for key in ALOHA_FLAGS if checkpoint.settings.get(key) is True]
-    if aloha:
-        raise Pi0Error(
-            f"robot: config.json sets {' and '.join(aloha)}, which asks for ALOHA's joint signs, "
-            "gripper units or relative joints. Name the robot: --robot aloha (relative joints) or "
-            "--robot aloha_sim (absolute)."
-        )
-    if program:
-        setup.sources["robot"] = "config.json and LeRobot's processors"
-        return lerobot.robot_of(program, checkpoint.settings)
-    assets = _assets(statistics_folder(checkpoint), options)
-    if assets in ROBOT_OF_ASSETS:
-        raise Pi0Error(
-            f"robot: the statistics are those of {assets}, whose actions are not joint targets as "
-            f"they leave the model. Name the robot: --robot {ROBOT_OF_ASSETS[assets]}, or --robot "
-            "generic for the model's own actions."
-        )
-    setup.sources["robot"] = "assumed"
-    setup.findings.append(
-        warning(
-            "robot-assumed",
-            "robot: no file of the checkpoint names one; generic is assumed, without relative "
-            "joints or a robot's own conventions. Name it with --robot NAME or a file.toml.",
-        )
-    )
-    return ROBOTS["generic"]
-
-
-def _statistics(
-    checkpoint: Checkpoint,
-    options: PolicyOptions,
-    program: LerobotProgram | None,
-    setup: PolicySetup,
-) -> tuple[Normalizer, Normalizer, Normalizer]:
-    """Normalisers of the state, of actions out, and of actions in."""
-    config, mode = checkpoint.config, options.norm_mode
-    if program:
-        setup.sources["statistics"] = str(options.norm_stats or "LeRobot's processors")
-        return program.state, program.actions, program.actions_in or program.actions
-    if mode is not None and mode not in NEEDED:
-        raise Pi0Error(f"norm_mode: expected one of {', '.join(NEEDED)}, found {mode!r}.")
-    if options.norm_stats == "none":
-        setup.sources["statistics"] = "none: states and actions are in the model's units"
-        actions = identity("actions", config.action_dim)
-        return identity("state", config.state_dim), actions, actions
-    folder = statistics_folder(checkpoint)
-    path = Path(options.norm_stats).expanduser() if options.norm_stats else find_norm_stats(folder)
-    stats = read_norm_stats(path)
-    if options.norm_stats is None and folder != checkpoint.folder:
-        setup.findings.append(of_base("statistics", folder))
-    mode = mode or ("quantiles" if config.adaptive_norm else "mean_std")
-    setup.sources["statistics"] = f"{path} ({mode})"
-    state, actions = (
-        make_normalizer(what, mode, "openpi", stats[what]) for what in ("state", "actions")
-    )
-    return state, actions, actions
-
-
-def _tokenizer(
-    checkpoint: Checkpoint, options: PolicyOptions, config: Pi0Config, setup: PolicySetup
-) -> Tokenizer:
-    folder = checkpoint.folder_of(*FILE_NAMES)
-    path = Path(options.tokenizer).expanduser() if options.tokenizer else find_tokenizer(folder)
-    tokenizer = load_tokenizer(path)
-    setup.sources["tokenizer"] = str(path)
-    if tokenizer.size > config.vocab_size:
-        raise Pi0Error(
-            f"tokenizer {path}: expected at most the {config.vocab_size} pieces of the model's "
-            f"vocabulary, found {tokenizer.size}. Use the tokenizer that belongs to the checkpoint."
-        )
-    return tokenizer
-
-
-def _prompt_format(
-    convention: str, config: Pi0Config, program: LerobotProgram | None
-) -> PromptFormat:
-    if program is None:
-        return PromptFormat(convention, config.max_tokens)
-    return PromptFormat(
-        convention, program.max_tokens or config.max_tokens, program.newline, program.padding_side
-    )
-
-
-def _has_openpi_files(folder: Path) -> bool:
-    return any(folder.glob("assets/**/norm_stats.json"))
-
-
-def _assets(folder: Path, options: PolicyOptions) -> str | None:
-    """The name of a folder above the statistics that is one of a known robot."""
-    if options.norm_stats == "none":
-        return None
-    try:
-        path = Path(options.norm_stats) if options.norm_stats else find_norm_stats(folder)
-    except Pi0Error:  # said where the statistics are read
-        return None
-    places = path.parts[-4:] if options.norm_stats else path.relative_to(folder).parts
-    return next((part for part in places if part in ROBOT_OF_ASSETS), None)
 
 
 def _describe_robot(robot: Robot, pipeline: Pipeline | None) -> dict[str, Any]:

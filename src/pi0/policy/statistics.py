@@ -52,7 +52,7 @@ def read_norm_stats(path: Path) -> dict[str, Statistics]:
         Pi0Error: not a file of that form, or statistics that are no vectors of numbers.
     """
     path = path.expanduser()
-    if path.is_dir():
+    if (path / FILE_NAME).is_file():
         path = path / FILE_NAME
     if not path.is_file():
         raise Pi0Error(f"statistics {path}: expected a {FILE_NAME}, found no file.")

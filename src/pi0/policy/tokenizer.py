@@ -11,11 +11,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from pi0.checkpoint.files import LFS_HINT, LFS_POINTER
 from pi0.errors import ObservationError, Pi0Error
+from pi0.policy.normalize import Floats
 
+BINS = 256  # of a state in the prompt of π0.5
 FILE_NAMES = ("tokenizer.model", "paligemma_tokenizer.model", "tokenizer.json")
 BOS_PIECE = "<bos>"
 
@@ -26,16 +30,19 @@ class PromptFormat:
 
     Attributes:
         convention: "openpi" strips the prompt, turns "_" and line breaks into blanks and appends
-            the piece for a line break; "lerobot" appends a line break if there is none.
+            the piece for a line break; "lerobot" appends a line break if there is none. Both write
+            prompts with a state in the same way, see `with_state`.
         max_tokens: the length that prompts are padded to.
         newline: False: "lerobot" does not append one, since the checkpoint has no such step.
         padding_side: "right" or "left".
+        state: whether the prompt holds the state, as in π0.5.
     """
 
     convention: str
     max_tokens: int
     newline: bool = True
     padding_side: str = "right"
+    state: bool = False
 
 
 class Tokenizer:
@@ -56,15 +63,22 @@ class Tokenizer:
         self.size = size
         self.source = source
 
-    def tokenize(self, prompt: str, form: PromptFormat) -> tuple[Tensor, Tensor]:
+    def tokenize(
+        self, prompt: str, form: PromptFormat, state: Floats | None = None
+    ) -> tuple[Tensor, Tensor]:
         """A prompt padded with 0: ids [max_tokens] int64 and mask [max_tokens] bool.
+
+        Args:
+            state: [D] normalised and not padded, for a format that has it in the prompt.
 
         Raises:
             ObservationError: the prompt is longer than max_tokens. It is never cut.
         """
-        if form.convention == "openpi":
-            text = prompt.strip().replace("_", " ").replace("\n", " ")
-            ids = [self.bos, *self.encode(text), *self.encode("\n")]
+        if form.state:
+            assert state is not None
+            prompt = with_state(prompt, state)
+        if form.convention == "openpi" and not form.state:
+            ids = [self.bos, *self.encode(_clean(prompt)), *self.encode("\n")]
         else:
             ending = "\n" if form.newline and not prompt.endswith("\n") else ""
             ids = [self.bos, *self.encode(prompt + ending)]
@@ -78,6 +92,23 @@ class Tokenizer:
         tokens[start : start + len(ids)] = torch.tensor(ids)
         mask[start : start + len(ids)] = True
         return tokens, mask
+
+
+def with_state(prompt: str, state: Floats) -> str:
+    """The prompt of π0.5: the task, and the state as the numbers of its bins.
+
+    256 bins of equal width over [-1, 1]; values below are in bin -1, values above in bin 255.
+    Source: openpi `tokenizer.py`, LeRobot `processor_pi05.py`.
+
+    Args:
+        state: [D] normalised and not padded.
+    """
+    bins = np.digitize(state, np.linspace(-1, 1, BINS + 1)[:-1]) - 1
+    return f"Task: {_clean(prompt)}, State: {' '.join(map(str, bins))};\nAction: "
+
+
+def _clean(prompt: str) -> str:
+    return prompt.strip().replace("_", " ").replace("\n", " ")
 
 
 def find_tokenizer(folder: Path) -> Path:
@@ -109,9 +140,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
         load = _load_json if path.suffix == ".json" else _load_sentencepiece
         encode, bos, size = load(path)
     except Exception as error:  # both libraries raise bare RuntimeError or Exception
+        with open(path, "rb") as file:
+            pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+        found = LFS_HINT if pointer else f"a file that cannot be read as one ({error})."
         raise Pi0Error(
-            f"tokenizer {path}: expected a SentencePiece model or a tokenizer.json, found a file "
-            f"that cannot be read as one ({error})."
+            f"tokenizer {path}: expected a SentencePiece model or a tokenizer.json, found {found}"
         ) from error
     if bos is None or bos < 0:
         raise Pi0Error(f"tokenizer {path}: expected a {BOS_PIECE} piece, found none.")

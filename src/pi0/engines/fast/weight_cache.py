@@ -60,7 +60,7 @@ def load_weights(
     """
     if cache_name is None:
         return _pack(checkpoint, scheme, kernels, image_size, progress)
-    size = image_size or checkpoint.config.vision.image_size
+    size = checkpoint.config.vision.image_size if image_size is None else image_size
     weights = PackedWeights(checkpoint.config.with_image_size(size), scheme)
     files = checkpoint.files
     path = files[0].with_name(f"{files[0].stem}.{cache_name}-{size}.pi0")

@@ -138,6 +138,11 @@ PREPROCESSOR_STEPS: dict[str, Mapping[str, Field]] = {
     "to_batch_processor_observation": {},
     "to_batch_processor_complementary_data": {},
     "pi0_new_line_processor": {},
+    # Its max_state_dim is declared and not used, in LeRobot too.
+    "pi05_prepare_state_tokenizer_processor_step": {
+        "max_state_dim": Field(32, _where("a count", is_count)),
+        "task_key": Field("task", _one_of("task")),
+    },
     "tokenizer_processor": _TOKENIZE,
     "device_processor": _DEVICE,
     "relative_actions_processor": _RELATIVE,

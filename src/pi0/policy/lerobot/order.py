@@ -1,12 +1,14 @@
 """Renames, and orders of steps under which LeRobot would compute something else than is done here.
 
-LeRobot's own order is rename, line break, tokenizer, relative actions, normalizer; and
-unnormalizer, absolute actions. Steps that do not touch the same values may stand in any order.
+LeRobot's own order is rename, line break, tokenizer, relative actions, normalizer; in π0.5 rename,
+relative actions, normalizer, state in the prompt, tokenizer; and unnormalizer, absolute actions.
+Steps that do not touch the same values may stand in any order.
 """
 
 from __future__ import annotations
 
 from pi0.findings import Finding, error
+from pi0.policy.lerobot.prompt import ADD_STATE
 from pi0.policy.lerobot.steps import Processors, Step
 
 RENAME = "rename_observations_processor"
@@ -33,6 +35,8 @@ def check_order(processors: Processors, findings: list[Finding]) -> None:
         if step.name == RENAME and step.config["rename_map"]:
             _expect_order(step, relative, findings)
             _expect_order(step, normalize, findings)
+    # Else the prompt would hold the state as the robot gives it.
+    _expect_order(normalize, steps.get(ADD_STATE), findings)
     absolute = steps.get(ABSOLUTE)
     if relative and (relative.config["enabled"] or (absolute and absolute.config["enabled"])):
         # Else the state that is subtracted and added would be a normalised one.

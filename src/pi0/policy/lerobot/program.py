@@ -32,7 +32,8 @@ CHANNELS = 3
 class LerobotProgram:
     """What LeRobot does to an observation, to training targets and to the model's actions.
 
-    In: rename → state: normalise → images: normalise, resize, [-1, 1] → task: line break, tokens.
+    In: rename → state: normalise → images: normalise, resize, [-1, 1] → task: state or line break,
+    tokens.
     Out: cut to `actions.width` → unnormalise → add the state where `relative`. Training targets:
     subtract the state as the robot gives it where `relative` → `actions_in`.
 
@@ -53,6 +54,7 @@ class LerobotProgram:
             already. Cameras that are not listed are not normalised.
         relative: which dimensions of an action are relative to the state; None: none is. LeRobot's
             two steps for this are refused unless both are enabled or neither is.
+        state_in_prompt: whether the prompt holds the normalised state, as in π0.5.
         newline: whether a line break is appended to a task that has none.
         max_tokens: length that tasks are padded and cut to; None: no tokenizer step.
         padding_side: has no effect on actions, since padding is masked.
@@ -70,6 +72,7 @@ class LerobotProgram:
     actions_in: Normalizer | None
     images: Mapping[str, Normalizer]
     relative: tuple[bool, ...] | None
+    state_in_prompt: bool
     newline: bool
     max_tokens: int | None
     padding_side: Literal["left", "right"]
@@ -145,6 +148,7 @@ def read_program(
         actions_in=targets,
         images=_images(before, features.cameras, findings),
         relative=read_relative(processors, state.width, actions.width, findings),
+        state_in_prompt=prompt.state_in_prompt,
         newline=prompt.newline,
         max_tokens=prompt.max_tokens,
         padding_side=prompt.padding_side,

@@ -1,6 +1,8 @@
-"""What LeRobot does to a task before the model reads it: a line break and the tokenizer's settings.
+"""What LeRobot does to a task before the model reads it: a line break in π0, the state in π0.5, and
+the tokenizer's settings.
 
-Source: LeRobot 0.6.1, `policies/pi0/processor_pi0.py`, `processor/tokenizer_processor.py`.
+Source: LeRobot 0.6.1, `policies/pi0/processor_pi0.py`, `policies/pi05/processor_pi05.py`,
+`processor/tokenizer_processor.py`.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ from pi0.findings import Finding, error, warning
 from pi0.policy.lerobot.steps import Processors
 
 NEWLINE, TOKENIZE = "pi0_new_line_processor", "tokenizer_processor"
+ADD_STATE = "pi05_prepare_state_tokenizer_processor_step"
 
 
 @dataclass(frozen=True)
 class Prompt:
     """See the attributes of the same names of `LerobotProgram`."""
 
+    state_in_prompt: bool
     newline: bool
     max_tokens: int | None
     padding_side: Literal["left", "right"]
@@ -40,15 +44,17 @@ def read_prompt(
     """
     tokenizer = processors.find(TOKENIZE)
     if tokenizer is None:
+        pi05 = settings.get("type") == "pi05"
         if settings.get("type") != "pi0":
+            prompts = "hold the state" if pi05 else "end in a line break"
             findings.append(
                 warning(
                     "tokenizer-assumed",
                     f"{processors.folder}: expected a step {TOKENIZE} in the preprocessor, found "
-                    "none: prompts end in a line break, as in every π0 of LeRobot.",
+                    f"none: prompts {prompts}, as in every {'π0.5' if pi05 else 'π0'} of LeRobot.",
                 )
             )
-        return Prompt(newline=True, max_tokens=None, padding_side="right", truncation=True)
+        return Prompt(pi05, not pi05, max_tokens=None, padding_side="right", truncation=True)
     name = tokenizer.config["tokenizer_name"]
     if name is not None and "paligemma" not in name.lower() and not tokenizer_given:
         findings.append(
@@ -58,9 +64,12 @@ def read_prompt(
                 "the tokenizer that the checkpoint was trained with, with --tokenizer.",
             )
         )
-    newline = processors.find(NEWLINE)
+    newline, add_state = processors.find(NEWLINE), processors.find(ADD_STATE)
+    # The state's step strips the task, so that a line break before it has no effect.
+    first = add_state.index if add_state else -1
     return Prompt(
-        newline=newline is not None and newline.index < tokenizer.index,
+        state_in_prompt=add_state is not None and add_state.index < tokenizer.index,
+        newline=newline is not None and first < newline.index < tokenizer.index,
         max_tokens=tokenizer.config["max_length"],
         padding_side=tokenizer.config["padding_side"],
         truncation=tokenizer.config["truncation"] not in (False, "do_not_truncate"),

@@ -75,7 +75,7 @@ def lerobot_normalizer(
         normalizer = Normalizer(what, low, high + eps, high)
     else:
         span = np.where(high == low, eps, high - low)
-        normalizer = Normalizer(what, low + span / 2, span / 2, span / 2)
+        normalizer = Normalizer(what, low, span / 2, span / 2, shift=1.0)
     if not normalizer.scale.all():
         at = int(np.flatnonzero(normalizer.scale == 0)[0])
         raise Pi0Error(

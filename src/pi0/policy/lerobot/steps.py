@@ -159,8 +159,6 @@ def _step_name(entry: Any) -> str | None:
 
 
 def _unknown(path: Path, name: str) -> str:
-    if name.startswith("pi05_"):
-        return f"{path}: expected the steps of a π0, found {name}: π0.5 is not run yet."
     return (
         f"{path}: expected steps that are carried out here, found {name}. Without it the policy "
         "would not see what it was trained on (docs/lerobot.md lists the steps that are)."

@@ -99,7 +99,9 @@ class Checkpoint:
             for info in (self.tensors[theirs],)
         )
 
-    def stream(self, names: Container[str] | None = None) -> Iterator[tuple[str, slice, Tensor]]:
+    def stream(
+        self, names: Container[str] | None = None, check_finite: bool = True
+    ) -> Iterator[tuple[str, slice, Tensor]]:
         """Yields (our name, rows, values) of every tensor that the model reads, in slabs of rows.
 
         The values are as they are stored, or float32 where an adapter is merged into them; they may
@@ -109,7 +111,7 @@ class Checkpoint:
             names: ours, of the tensors to be read; None: all.
 
         Raises:
-            CheckpointError: a tensor holds NaN or infinite values.
+            CheckpointError: a tensor holds NaN or infinite values, unless `check_finite` is False.
         """
         wanted = {
             theirs: self.tensors[theirs]
@@ -118,7 +120,7 @@ class Checkpoint:
         }
         read = {self.names.ours[theirs] for theirs in wanted}
         added = self.adapter.read(read) if self.adapter else {}
-        for theirs, rows, values in stream(wanted):
+        for theirs, rows, values in stream(wanted, check_finite):
             ours = self.names.ours[theirs]
             yield ours, rows, added[ours].add_to(rows, values) if ours in added else values
 

@@ -119,7 +119,7 @@ def stream(
                     name, rows = slabs.pop(0)
                     values = handle.get_slice(name)[rows]
                     if check_finite and values.is_floating_point() and values.numel():
-                        _require_finite(file, name, values)
+                        require_finite(file, name, values)
                     yield name, rows, values
                     done += values.nbytes
 
@@ -304,7 +304,8 @@ def _slabs(info: TensorInfo) -> Iterator[slice]:
         yield slice(start, min(start + rows, info.shape[0]))
 
 
-def _require_finite(file: Path, name: str, values: Tensor) -> None:
+def require_finite(file: Path, name: str, values: Tensor) -> None:
+    """Raises CheckpointError if a tensor of a file holds NaN or infinities."""
     # Both are NaN if any value is; so two numbers tell, in one pass without a copy.
     least, greatest = values.aminmax()
     if math.isfinite(least) and math.isfinite(greatest):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from pi0.checkpoint.buffers import read_buffers
 from pi0.checkpoint.files import TORCH_DTYPES, TensorInfo, read_headers, read_json, stream
 from pi0.checkpoint.infer import Inferred, MissingTensorError, infer_config
+from pi0.checkpoint.jax import open_params
 from pi0.checkpoint.layouts import LAYOUTS, NameMap, map_names, their_names
 from pi0.checkpoint.locate import find_files, has_adapter
 from pi0.checkpoint.memory import require_memory
@@ -39,6 +40,7 @@ ASSUMPTIONS = {
 }
 
 Progress = Callable[[int], None]  # called with the bytes read since the last call
+Reader = Callable[[Mapping[str, TensorInfo]], Iterator[tuple[str, slice, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Checkpoint:
         names: whose layout it is and which tensor is which.
         inferred: the configuration.
         settings: the content of config.json; empty if there is none.
+        reader: yields (their name, rows, values) of some of the tensors, in slabs of rows.
+        assumed: what is assumed of the weights themselves.
     """
 
     path: Path
@@ -58,6 +62,8 @@ class Checkpoint:
     names: NameMap
     inferred: Inferred
     settings: Mapping[str, Any] = field(default_factory=dict)
+    reader: Reader = stream
+    assumed: list[Finding] = field(default_factory=list)
 
     @property
     def config(self) -> Pi0Config:
@@ -81,13 +87,13 @@ class Checkpoint:
             CheckpointError: a tensor holds NaN or infinite values.
         """
         wanted = {theirs: self.tensors[theirs] for theirs in self.names.ours}
-        for theirs, rows, values in stream(wanted):
+        for theirs, rows, values in self.reader(wanted):
             yield self.names.ours[theirs], rows, values
 
     @property
     def findings(self) -> list[Finding]:
         """What is assumed about this checkpoint, and what lies beside it and is not read."""
-        found = []
+        found = list(self.assumed)
         for name in self.inferred.assumed:
             what = ASSUMPTIONS[name].format(value=getattr(self.config, name))
             sentence = f"{name}: neither the tensors nor config.json say {what}"
@@ -116,7 +122,8 @@ class Checkpoint:
 def open_checkpoint(
     path: Path | str, horizon: int | None = None, max_tokens: int | None = None
 ) -> Checkpoint:
-    """Reads the headers of a checkpoint: a folder, a .safetensors file or a shard index.
+    """Reads the headers of a checkpoint: a folder, a .safetensors file, a shard index, or a folder
+    with openpi's JAX parameters.
 
     Args:
         path: `~` is the home directory.
@@ -128,13 +135,15 @@ def open_checkpoint(
         ConfigError: config.json contradicts the tensors or the arguments.
     """
     sources = find_files(path)
-    tensors = read_headers(sources.files, sources.shards)
-    names = map_names(tensors)
     config_json = sources.folder / "config.json"
     settings = read_json(config_json) if os.path.lexists(config_json) else {}
+    params = open_params(sources.params, settings) if sources.params else None
+    tensors = params.tensors if params else read_headers(sources.files, sources.shards)
+    names = params.names if params else map_names(tensors)
     shapes = {ours: tensors[theirs].shape for theirs, ours in names.ours.items()}
     try:
-        inferred = infer_config(shapes, settings, {"horizon": horizon, "max_tokens": max_tokens})
+        stated = {"horizon": horizon, "max_tokens": max_tokens}
+        inferred = infer_config(shapes, settings, stated, params.heads if params else {})
     except MissingTensorError as error:
         layout = LAYOUTS.get(names.layout, LAYOUTS["openpi"])
         raise CheckpointError(
@@ -142,7 +151,8 @@ def open_checkpoint(
             "the configuration is read, found it missing. The file is incomplete: copy or "
             "download it again."
         ) from error
-    return Checkpoint(sources.path, tensors, names, inferred, settings)
+    found = Checkpoint(sources.path, tensors, names, inferred, settings)
+    return replace(found, reader=params.stream, assumed=params.findings) if params else found
 
 
 def empty_model(config: Pi0Config, dtype: torch.dtype) -> Pi0:

@@ -72,6 +72,7 @@ tokenizer: .cache/gemma/tokenizer.json ## Gemma's vocabulary, which some tests r
 
 # Other people's π0 on the same weights; LeRobot wants Python 3.12 and a torch of its own.
 parity: .venv/test .venv-lerobot/installed ## against LeRobot and transformers, at full size too
+	$(BIN)/pytest tests/peers tests/policy/test_lerobot_parity.py tests/checkpoint/test_lerobot_loads.py
 	$(BIN)/python parity/run.py
 
 # setuptools comes first and builds pi0 without isolation, so that its version is pinned as well.

@@ -34,6 +34,7 @@ import numpy as np
 import pytest
 import typer.main
 from markdown import Block, Command, anchors, blocks, commands, inline_commands, links, prose
+from peft_folder import write_adapter
 from PIL import Image
 
 from pi0.cli.main import app, main
@@ -195,6 +196,7 @@ def workspace(tmp_path: Path, tiny_path: Path, monkeypatch: pytest.MonkeyPatch) 
         shutil.copytree(tiny_path, tmp_path / name)
         (statistics,) = (tmp_path / name).glob("assets/*/norm_stats.json")
         statistics.write_text(json.dumps({"norm_stats": unit_statistics(state, actions)}))
+    write_adapter(tmp_path / "my_adapter", base="pi0_base")
     shutil.copytree(ROOT / "examples" / "cameras", tmp_path / "examples" / "cameras")
     for picture in (ROOT / "examples" / "cameras").glob("*.png"):
         shutil.copy(picture, tmp_path)

@@ -56,12 +56,11 @@ def test_step_of_a_lerobot_run(folder: Path, tmp_path: Path, link: bool) -> None
     [
         ("lerobot/pi0_base", "hf download lerobot/pi0_base --local-dir pi0_base"),
         ("lerobot/pi0_base", "google/paligemma-3b-pt-224"),
-        ("lerobot/pi0_base", "examples/convert_jax_model_to_pytorch.py"),
+        ("lerobot/pi0_base", "gsutil -m cp -r gs://openpi-assets/checkpoints/pi0_base ."),
         ("hf://lerobot/pi0_base", "hf download lerobot/pi0_base"),
         ("https://huggingface.co/lerobot/pi0_base/tree/main", "hf download lerobot/pi0_base "),
         ("https://example.org/pi0.safetensors", "found an address. Download it first."),
         ("gs://openpi-assets/checkpoints/pi0_base", "gsutil -m cp -r gs://openpi-assets/check"),
-        ("gs://openpi-assets/checkpoints/pi0_base", "JAX checkpoint: convert it to PyTorch"),
         (Path("s3://bucket/run/pi0"), "s3://bucket/run/pi0: expected"),
         ("s3://bucket/run/pi0", "aws s3 cp --recursive s3://bucket/run/pi0 pi0"),
     ],
@@ -92,30 +91,28 @@ def test_jax(tmp_path: Path) -> None:
     for name in ("a/params/_METADATA", "b/manifest.ocdbt", "c/params/ocdbt.process_0/d"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("{}")
-    for path in ("a", "a/params", "a/params/_METADATA", "b", "c"):
-        assert "JAX checkpoint: convert it to PyTorch" in refused(tmp_path / path)
+    for path in ("a", "a/params", "c"):
+        assert "expected a JAX checkpoint with manifest.ocdbt" in refused(tmp_path / path)
+    assert "a truncated or damaged one" in refused(tmp_path / "b")
+    assert f"Name its folder: {tmp_path}/a/params." in refused(tmp_path / "a/params/_METADATA")
 
 
 def test_adapters(folder: Path) -> None:
-    weights = {"base_model.model.x.lora_A.weight": load_file(folder / "model.safetensors")}
-    assert weights
     shutil.copy(folder / "model.safetensors", folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": "lerobot/pi0_base"})
+        json.dumps({"base_model_name_or_path": "lerobot/pi0_base", "peft_type": "LORA"})
     )
     (found,) = open_checkpoint(folder).findings
     assert (found.severity, found.code) == ("warning", "adapter-ignored")
     (folder / "model.safetensors").unlink()
     for path in (folder, folder / "adapter_model.safetensors"):
-        assert "Adapters are not loaded yet: merge it into its base model (lerobot/pi0_base)" in (
-            refused(path)
-        )
+        assert "not an adapter of this model" in refused(path)
 
 
 def test_adapter_under_another_name(folder: Path) -> None:
     values = load_file(folder / "model.safetensors")["action_out_proj.bias"]
     save_file({"base_model.model.x.lora_A.weight": values}, folder / "model.safetensors")
-    assert "of an adapter: merge it" in refused(folder)
+    assert "of an adapter: call the file adapter_model.safetensors" in refused(folder)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "pi0.pth", "last.ckpt"])

@@ -35,6 +35,7 @@ class BenchPlan:
         repeat: timed calls of each engine, in all rounds together.
         seeds: of noise, over which accuracy is the worst.
         scaling: also sweep cameras, text, steps and batch.
+        base: an adapter's full model; None: the one that the adapter names.
     """
 
     checkpoint: Path
@@ -46,21 +47,27 @@ class BenchPlan:
     seeds: int
     seed: int
     scaling: bool
+    base: Path | None = None
 
     def job(self, spec: EngineSpec, first: bool) -> WorkerTask:
         """The task of a visit; accuracy is measured in the first."""
         repeat = math.ceil(self.repeat / self.rounds)
         seeds = self.seeds if first else 0
-        return WorkerTask(str(self.checkpoint), spec, self.point, repeat, seeds, self.seed)
+        return self._task(spec, repeat, seeds)
 
     def sweep(self, spec: EngineSpec) -> WorkerTask:
         """The task of timing an engine on all workloads around `point`."""
         points = dict.fromkeys(
             p for around in workloads_around(self.point).values() for p in around
         )
-        return WorkerTask(
-            str(self.checkpoint), spec, self.point, SWEEP_REPEAT, 0, self.seed, tuple(points)
-        )
+        return self._task(spec, SWEEP_REPEAT, 0, tuple(points))
+
+    def _task(
+        self, spec: EngineSpec, repeat: int, seeds: int, points: tuple[Workload, ...] = ()
+    ) -> WorkerTask:
+        base = None if self.base is None else str(self.base)
+        place = str(self.checkpoint)
+        return WorkerTask(place, spec, self.point, repeat, seeds, self.seed, points, base)
 
 
 @dataclass

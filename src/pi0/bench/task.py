@@ -50,6 +50,7 @@ class WorkerTask:
     """What one worker does.
 
     Attributes:
+        checkpoint, base: paths; the second is an adapter's full model, if it is named.
         repeat: timed calls at each point.
         seeds: of noise, for accuracy; 0: no accuracy.
         sweep: workloads to time instead of a visit to `point`.
@@ -62,6 +63,7 @@ class WorkerTask:
     seeds: int
     seed: int
     sweep: tuple[Workload, ...] = ()
+    base: str | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -75,7 +75,7 @@ def sweep(job: WorkerTask) -> dict[str, Any]:
 
 
 def load(job: WorkerTask) -> Engine:
-    return make_engine(job.spec, open_checkpoint(Path(job.checkpoint)))
+    return make_engine(job.spec, open_checkpoint(job.checkpoint, base=job.base))
 
 
 def sample_times(

@@ -186,7 +186,11 @@ def map_names(names: Iterable[str]) -> NameMap:
             f"tensor names: expected a π0 checkpoint in one of the layouts {', '.join(LAYOUTS)}, "
             f"found {len(names)} tensors without a known {' or '.join(missing)} part"
             + (f", such as {', '.join(sorted(names)[:3])}." if names else ".")
-            + (" They are of an adapter: merge it into its base model first." if lora else "")
+            + (
+                " They are of an adapter: call the file adapter_model.safetensors, as peft does."
+                if lora
+                else ""
+            )
         )
     language = prefixes["language"] or ""
     ours: dict[str, str] = {}
@@ -224,6 +228,23 @@ def their_names(layout: Layout, our_name: str) -> tuple[str, ...]:
             if theirs is not None:
                 return (layout.root + getattr(layout, part) + theirs,)
     return (layout.root + our_name,)  # a projection
+
+
+def our_name(name: str) -> str | None:
+    """Our name of a tensor that is spelled as in any of the layouts; None: it is in none."""
+    bare = name.removeprefix(LEROBOT.root)
+    for layout in LAYOUTS.values():
+        if bare == f"{layout.language}embed_tokens.weight":
+            return EMBEDDING
+        found = _rename(bare, {part: getattr(layout, part) for part in PARTS})
+        if found is not None:
+            return found
+    return None
+
+
+def is_unread(name: str) -> bool:
+    """Whether a name is one of a head, which LeRobot's π0 has and never reads."""
+    return name.removeprefix(LEROBOT.root) in UNREAD | LM_HEADS
 
 
 def _find_prefix(part: str, names: Iterable[str]) -> str | None:

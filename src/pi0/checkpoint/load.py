@@ -8,8 +8,8 @@ dtype is one error that lists what is wrong.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from torch import Tensor
 from pi0.checkpoint.buffers import read_buffers
 from pi0.checkpoint.files import TORCH_DTYPES, TensorInfo, read_headers, read_json, stream
 from pi0.checkpoint.infer import Inferred, MissingTensorError, infer_config
-from pi0.checkpoint.jax import open_params
+from pi0.checkpoint.jax import JaxParams, open_params
 from pi0.checkpoint.layouts import LAYOUTS, NameMap, map_names, their_names
 from pi0.checkpoint.locate import find_files, has_adapter
+from pi0.checkpoint.lora import Adapter, open_adapter
 from pi0.checkpoint.memory import require_memory
 from pi0.config import Pi0Config
 from pi0.errors import CheckpointError
@@ -32,6 +33,7 @@ from pi0.model.siglip import resize_positions
 
 POSITION = "vision_tower.patch_embedding.position"
 LISTED = 20
+CONFIG = "config.json"
 ASSUMPTIONS = {
     "horizon": "how long a chunk of actions is; {value} is assumed, but fine-tunes with 10, 15 and "
     "16 exist. Name it with --horizon N.",
@@ -40,7 +42,6 @@ ASSUMPTIONS = {
 }
 
 Progress = Callable[[int], None]  # called with the bytes read since the last call
-Reader = Callable[[Mapping[str, TensorInfo]], Iterator[tuple[str, slice, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,13 @@ class Checkpoint:
 
     Attributes:
         path: a folder or a file: what was asked for, or `pretrained_model` in it.
-        tensors: every tensor of its files, by their names.
+        tensors: every tensor of its files, by their names; with an adapter, those of the base, but
+            for the ones that the adapter replaces.
         names: whose layout it is and which tensor is which.
         inferred: the configuration.
         settings: the content of config.json; empty if there is none.
-        reader: yields (their name, rows, values) of some of the tensors, in slabs of rows.
-        assumed: what is assumed of the weights themselves.
+        adapter: the LoRA adapter at `path`, merged into its base as the weights are read.
+        params: the JAX parameters that the tensors are parts of; None: they lie in safetensors.
     """
 
     path: Path
@@ -62,8 +64,8 @@ class Checkpoint:
     names: NameMap
     inferred: Inferred
     settings: Mapping[str, Any] = field(default_factory=dict)
-    reader: Reader = stream
-    assumed: list[Finding] = field(default_factory=list)
+    adapter: Adapter | None = None
+    params: JaxParams | None = None
 
     @property
     def config(self) -> Pi0Config:
@@ -74,36 +76,80 @@ class Checkpoint:
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
-    def read_bytes(self) -> int:
-        """Bytes of the tensors that the model reads."""
-        return sum(self.tensors[name].bytes for name in self.names.ours)
+    def base(self) -> Path | None:
+        """The full model that the adapter changes; None: there is no adapter."""
+        return self.adapter.base if self.adapter else None
 
-    def stream(self) -> Iterator[tuple[str, slice, Tensor]]:
+    def folder_of(self, *patterns: str) -> Path:
+        """The folder whose files count: the adapter's if it has one that matches, else its base's
+        if that has, else `folder`."""
+        base = [self.base if self.base.is_dir() else self.base.parent] if self.base else []
+        folders = [self.folder, *base]
+        return next((f for f in folders if any(any(f.glob(p)) for p in patterns)), self.folder)
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that the weights depend on, an adapter's first."""
+        weights = dict.fromkeys(info.file for info in self.tensors.values())
+        files = [*(self.adapter.files if self.adapter else ()), *weights]
+        if self.params and self.params.lora and (self.folder / CONFIG).exists():
+            files.append(self.folder / CONFIG)  # it may state LoRA's alpha
+        return list(dict.fromkeys(files))
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of the tensors that the model reads, as `stream` yields them."""
+        merged = self.adapter.pairs if self.adapter else {}
+        return sum(
+            info.parameters * torch.float32.itemsize if ours in merged else info.bytes
+            for theirs, ours in self.names.ours.items()
+            for info in (self.tensors[theirs],)
+        )
+
+    def stream(self, names: Container[str] | None = None) -> Iterator[tuple[str, slice, Tensor]]:
         """Yields (our name, rows, values) of every tensor that the model reads, in slabs of rows.
 
-        The values may be a view of the file: copy them before asking for the next slab.
+        The values are as they are stored, or float32 where an adapter is merged into them; they may
+        be a view of the file: copy them before asking for the next slab.
+
+        Args:
+            names: ours, of the tensors to be read; None: all.
 
         Raises:
             CheckpointError: a tensor holds NaN or infinite values.
         """
-        wanted = {theirs: self.tensors[theirs] for theirs in self.names.ours}
-        for theirs, rows, values in self.reader(wanted):
-            yield self.names.ours[theirs], rows, values
+        wanted = {
+            theirs: self.tensors[theirs]
+            for theirs, ours in self.names.ours.items()
+            if names is None or ours in names
+        }
+        read = {self.names.ours[theirs] for theirs in wanted}
+        added = self.adapter.read(read) if self.adapter else {}
+        for theirs, rows, values in self._read(wanted):
+            ours = self.names.ours[theirs]
+            yield ours, rows, added[ours].add_to(rows, values) if ours in added else values
+
+    def _read(self, wanted: Mapping[str, TensorInfo]) -> Iterator[tuple[str, slice, Tensor]]:
+        if self.params:
+            yield from self.params.stream(wanted)
+            manifest = self.params.source.manifest
+            wanted = {name: info for name, info in wanted.items() if info.file != manifest}
+        yield from stream(wanted)
 
     @property
     def findings(self) -> list[Finding]:
         """What is assumed about this checkpoint, and what lies beside it and is not read."""
-        found = list(self.assumed)
+        found = list(self.params.findings) if self.params else []
         for name in self.inferred.assumed:
             what = ASSUMPTIONS[name].format(value=getattr(self.config, name))
             sentence = f"{name}: neither the tensors nor config.json say {what}"
             found.append(warning(f"{name.replace('_', '-')}-assumed", sentence))
-        if has_adapter(self.folder):
+        if self.adapter is None and has_adapter(self.folder):
             found.append(
                 warning(
                     "adapter-ignored",
                     f"{self.folder}: a PEFT adapter lies beside the full model and is not read. "
-                    "If the model lacks it, merge it first with peft's merge_and_unload.",
+                    f"If the model lacks it, name the model as its base: --base {self.folder}.",
                 )
             )
         return found
@@ -120,26 +166,36 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: Path | str, horizon: int | None = None, max_tokens: int | None = None
+    path: Path | str,
+    horizon: int | None = None,
+    max_tokens: int | None = None,
+    base: Path | str | None = None,
 ) -> Checkpoint:
-    """Reads the headers of a checkpoint: a folder, a .safetensors file, a shard index, or a folder
-    with openpi's JAX parameters.
+    """Reads the headers of a checkpoint: a folder, a .safetensors file, a shard index, a folder of
+    openpi's JAX parameters, or one of a PEFT adapter.
 
     Args:
         path: `~` is the home directory.
         horizon, max_tokens: of a checkpoint that does not declare them; None: as declared, else
             assumed, which `Checkpoint.findings` says.
+        base: the full model of an adapter; None: the one that adapter_config.json names, beside it.
 
     Raises:
-        CheckpointError: no such files, a damaged file, names of no known layout.
+        CheckpointError: no such files, a damaged file, names of no known layout, an adapter that
+            does not fit its base.
         ConfigError: config.json contradicts the tensors or the arguments.
     """
-    sources = find_files(path)
-    config_json = sources.folder / "config.json"
+    adapter = open_adapter(path, base)
+    sources = find_files(adapter.base if adapter else path)
+    config_json = sources.folder / CONFIG
+    if adapter and os.path.lexists(adapter.folder / CONFIG):
+        config_json = adapter.folder / CONFIG
     settings = read_json(config_json) if os.path.lexists(config_json) else {}
     params = open_params(sources.params, settings) if sources.params else None
     tensors = params.tensors if params else read_headers(sources.files, sources.shards)
     names = params.names if params else map_names(tensors)
+    if adapter:
+        tensors, names = adapter.apply(tensors, names)
     shapes = {ours: tensors[theirs].shape for theirs, ours in names.ours.items()}
     try:
         stated = {"horizon": horizon, "max_tokens": max_tokens}
@@ -151,8 +207,8 @@ def open_checkpoint(
             "the configuration is read, found it missing. The file is incomplete: copy or "
             "download it again."
         ) from error
-    found = Checkpoint(sources.path, tensors, names, inferred, settings)
-    return replace(found, reader=params.stream, assumed=params.findings) if params else found
+    where = adapter.folder if adapter else sources.path
+    return Checkpoint(where, tensors, names, inferred, settings, adapter, params)
 
 
 def empty_model(config: Pi0Config, dtype: torch.dtype) -> Pi0:

@@ -17,7 +17,8 @@ from pi0.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json", "adapter_model.bin")
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, "adapter_model.bin")
 PRETRAINED = "pretrained_model"  # the folder inside each checkpoint of a LeRobot training run
 PARAMS = "params"  # the folder with the weights in a JAX checkpoint of openpi
 JAX_FILES = ("_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA")
@@ -26,6 +27,7 @@ TOKENIZER = (
     "The tokenizer is a file of its own: paligemma_tokenizer.model from gs://big_vision, or "
     "google/paligemma-3b-pt-224 on the hub, where Gemma's licence has to be accepted."
 )
+ADAPTER = "found a PEFT adapter. Name the full model that it changes."
 EXPECTED = "expected a checkpoint folder or a .safetensors file"
 ADDRESS = re.compile(r"(gs|s3|hf|https?):/+(.+)")  # a Path has only one slash there
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -79,6 +81,79 @@ def has_adapter(folder: Path) -> bool:
     return any((folder / name).exists() for name in ADAPTER_FILES)
 
 
+def find_adapter(path: Path | str, named: bool) -> Path | None:
+    """The folder of the PEFT adapter that a path means; None: it means something else.
+
+    Args:
+        named: its base is named; else an adapter beside a full model is not meant.
+
+    Raises:
+        CheckpointError: a file of the adapter is missing, or is one that is not read.
+    """
+    path = expand_user(path)
+    place = path.parent if path.name in ADAPTER_FILES else path
+    try:
+        for folder in (place, place / PRETRAINED):
+            if has_adapter(folder) and (named or not _has_weights(folder)):
+                _require_adapter(folder)
+                return folder
+    except OSError:
+        return None  # `find_files` says why
+    return None
+
+
+def find_base(folder: Path, declared: object, named: Path | str | None) -> Path:
+    """The full model of an adapter.
+
+    Args:
+        folder: the adapter's.
+        declared: base_model_name_or_path in adapter_config.json: a folder as it was called where
+            the adapter was trained, or a hub id.
+        named: by the caller, in place of that.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if named is not None:
+        return find_files(named).path
+    remedy = "Name it with --base DIR."
+    if not isinstance(declared, str) or not declared:
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: expected base_model_name_or_path, the model that the "
+            f"adapter changes, found none. {remedy}"
+        )
+    above = folder.absolute().parent
+    for place in (folder / declared, above / declared, above / Path(declared).name):
+        if place.exists() and place.resolve() != folder.resolve():
+            return find_files(place).path
+    cached = next(_cached(declared), None) if HUB_ID.fullmatch(declared) else None
+    raise CheckpointError(
+        f"{folder}: expected its base model {declared} beside it, found none. "
+        + (f"The hub's cache has it: --base {cached}." if cached else remedy)
+    )
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(os.path.lexists(folder / name) for name in (WEIGHTS, INDEX)) or bool(_loose(folder))
+
+
+def _loose(folder: Path) -> list[Path]:
+    """Safetensors files of a folder that may be weights, whatever they are called."""
+    return sorted(
+        file
+        for file in folder.glob("*.safetensors")
+        if not file.name.startswith("policy_") and file.name not in ADAPTER_FILES
+    )
+
+
+def _require_adapter(folder: Path) -> None:
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            pickle = folder / ADAPTER_FILES[2]
+            found = _pickle(pickle) if pickle.is_file() else "found it missing. Copy both files."
+            raise CheckpointError(f"{folder}: expected {name} of a PEFT adapter, {found}")
+
+
 def _find(path: Path) -> Sources:
     if not path.exists():
         raise CheckpointError(f"{path}: {_nothing_there(path)}")
@@ -94,12 +169,7 @@ def _find(path: Path) -> Sources:
                 f"{file}: expected weights, found a link to a file that is not there. Download or "
                 "copy the file that it names."
             )
-    files = sorted(
-        file
-        for file in path.glob("*.safetensors")
-        if not file.name.startswith("policy_") and file.name not in ADAPTER_FILES
-    )
-    if files:
+    if files := _loose(path):
         return Sources(path, files)
     if (path / PARAMS).is_dir():
         return Sources(path, [], params=path / PARAMS)
@@ -122,7 +192,7 @@ def _single(path: Path) -> Sources:
             f"{path.parent}."
         )
     if path.name in ADAPTER_FILES:
-        raise CheckpointError(f"{path}: {EXPECTED}, {_adapter(path.parent)}")
+        raise CheckpointError(f"{path}: {EXPECTED}, {ADAPTER}")
     if path.name in JAX_FILES:
         raise CheckpointError(
             f"{path}: {EXPECTED}, found a part of a JAX checkpoint. Name its folder: {path.parent}."
@@ -206,7 +276,7 @@ def _other_contents(path: Path) -> str:
     """What a folder without weights holds instead, and what to do."""
     names = sorted(entry.name for entry in path.iterdir())
     if has_adapter(path):
-        return _adapter(path)
+        return ADAPTER
     inner = list(_checkpoints_in(path))
     if inner:
         return f"found none, but {len(inner)} in folders below. Name one, such as {inner[-1]}."
@@ -227,19 +297,10 @@ def _checkpoints_in(folder: Path) -> Iterator[Path]:
             yield from _checkpoints_in(inner)
 
 
-def _adapter(folder: Path) -> str:
-    config = folder / "adapter_config.json"
-    base = read_json(config).get("base_model_name_or_path") if config.is_file() else None
-    into = f" ({base})" if isinstance(base, str) and base else ""
-    return (
-        "found a PEFT adapter alone. Adapters are not loaded yet: merge it into its base model"
-        f"{into} with peft's merge_and_unload and save the whole."
-    )
-
-
 def _pickle(path: Path) -> str:
+    target = ADAPTER_WEIGHTS if path.name in ADAPTER_FILES else WEIGHTS
     return (
         f"found {path.name}. Pickled weights are not read, since they can run code: save them as "
         f"safetensors first, with safetensors.torch.save_file(torch.load({path.name!r}, "
-        "map_location='cpu', weights_only=True), 'model.safetensors')."
+        f"map_location='cpu', weights_only=True), {target!r})."
     )

@@ -43,6 +43,7 @@ def report(checkpoint: Checkpoint, cameras: int, tokens: int, image_size: int) -
         "tensors": len(checkpoint.tensors),
         "modules": _modules(checkpoint),
         "embedding": _embedding(checkpoint),
+        "adapter": _adapter(checkpoint),
         "config": asdict(config),
         "assumed": checkpoint.inferred.assumed,
         "sequence": {
@@ -82,6 +83,18 @@ def _modules(checkpoint: Checkpoint) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def _adapter(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    adapter = checkpoint.adapter
+    if adapter is None:
+        return None
+    return {
+        "base": str(adapter.base),
+        "ranks": adapter.ranks,
+        "merged": sorted(adapter.pairs),
+        "replaced": sorted(adapter.replaced),
+    }
 
 
 def _embedding(checkpoint: Checkpoint) -> str:

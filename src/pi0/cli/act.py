@@ -63,6 +63,7 @@ def act(
     image_size: options.ImageSize = None,
     horizon: options.Horizon = None,
     max_tokens: options.MaxTokens = None,
+    base: options.Base = None,
     stages: Annotated[
         bool, typer.Option("--stages", help="Print the eleven stages, too (one more pass).")
     ] = False,
@@ -108,7 +109,7 @@ def act(
         require_matplotlib()
     given = _split(image)
     values = _read_state(state)
-    opened = open_checkpoint(checkpoint, horizon=horizon, max_tokens=max_tokens)
+    opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
     setup = prepare(
         opened,
         PolicyOptions(

@@ -50,6 +50,7 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Visits to each engine, in turn.")] = 2,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of noise for accuracy.")] = 10,
     seed: options.Seed = 0,
+    base: options.Base = None,
     out: Annotated[
         Path | None,
         typer.Option(metavar="OUT.json", help="Write everything as JSON.", show_default=False),
@@ -98,11 +99,13 @@ def bench(
     if plot:
         require_matplotlib()
     specs = [EngineSpec.parse(text) for text in [*engines, *against]]
-    opened = open_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint, base=base)
     check(opened)
     tokens = tokens or opened.config.max_tokens
     point = Workload(cameras, masked, tokens, tokens if valid is None else valid, steps)
-    plan = BenchPlan(checkpoint, specs, len(against), point, repeat, rounds, seeds, seed, scaling)
+    plan = BenchPlan(
+        checkpoint, specs, len(against), point, repeat, rounds, seeds, seed, scaling, base
+    )
     _run(plan, opened.config, out, plot, as_json)
 
 

@@ -67,6 +67,7 @@ def inspect(
     tokens: options.Tokens = None,
     horizon: options.Horizon = None,
     max_tokens: options.MaxTokens = None,
+    base: options.Base = None,
     robot: options.RobotName = None,
     tokenizer: options.TokenizerFile = None,
     norm_stats: options.NormStats = None,
@@ -93,7 +94,7 @@ def inspect(
     from pi0.cli.show import print_json
     from pi0.policy import PolicyOptions, prepare
 
-    opened = open_checkpoint(checkpoint, horizon, max_tokens)
+    opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
     config = opened.config
     data = report(
         opened, cameras, tokens or config.max_tokens, image_size or config.vision.image_size
@@ -121,6 +122,12 @@ def _print_report(data: dict[str, Any]) -> None:
 
     print_line(f"{data['path']}: {data['model']}, {data['tensors']} tensors")
     print_line(f"layout {data['layout']}: {data['layout_explanation']}")
+    if adapter := data["adapter"]:
+        print_line(
+            f"LoRA of rank {', '.join(map(str, adapter['ranks']))} merged into "
+            f"{len(adapter['merged'])} tensors of {adapter['base']}, {len(adapter['replaced'])} "
+            "replaced"
+        )
     print_line(f"token embedding {data['embedding']}\n")
     table(
         "Modules",

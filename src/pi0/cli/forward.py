@@ -38,6 +38,7 @@ def trace(
     weight_cache: options.WeightCache = False,
     horizon: options.Horizon = None,
     max_tokens: options.MaxTokens = None,
+    base: options.Base = None,
     seed: options.Seed = 0,
     as_json: options.Json = False,
 ) -> None:
@@ -62,7 +63,7 @@ def trace(
 
     arrays = read_npz(inputs) if inputs else None
     size = image_side(arrays) or image_size
-    opened = open_checkpoint(checkpoint, horizon, max_tokens)
+    opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
     spec = EngineSpec.parse(engine, dtype, device)
     asked = 1, cameras, tokens or opened.config.max_tokens
     batch, cameras, length = array_sizes(arrays) or asked
@@ -93,6 +94,7 @@ def sample(
     weight_cache: options.WeightCache = False,
     horizon: options.Horizon = None,
     max_tokens: options.MaxTokens = None,
+    base: options.Base = None,
 ) -> None:
     """Sample actions from model-level inputs, without any pre-processing.
 
@@ -114,7 +116,7 @@ def sample(
 
     require_writable(out)
     arrays = read_npz(inputs)
-    opened = open_checkpoint(checkpoint, horizon, max_tokens)
+    opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
     spec = EngineSpec.parse(engine, dtype, device)
     batch, cameras, length = array_sizes(arrays) or (1, 1, 1)
     size = image_side(arrays)

@@ -12,7 +12,16 @@ Checkpoint = Annotated[
     Path,
     typer.Argument(
         metavar="CKPT",
-        help="Checkpoint folder, .safetensors file or shard index.",
+        help="Checkpoint folder, .safetensors file, shard index or adapter folder.",
+        show_default=False,
+    ),
+]
+Base = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="The full model of a checkpoint that is a PEFT (LoRA) adapter; default: the one that "
+        "adapter_config.json names, beside it.",
         show_default=False,
     ),
 ]

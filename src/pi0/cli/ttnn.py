@@ -43,6 +43,7 @@ def dry_run(
     cameras: options.Cameras = 2,
     tokens: options.Tokens = None,
     steps: options.Steps = 1,
+    base: options.Base = None,
     as_json: options.Json = False,
 ) -> None:
     """Run the whole model on TTNN's mock device, where nothing is computed.
@@ -70,7 +71,7 @@ def dry_run(
     if (checkpoint is None) == (preset is None):
         raise ConfigError("dry-run: expected a checkpoint or --preset, found both or neither.")
     if checkpoint:
-        opened = open_checkpoint(checkpoint)
+        opened = open_checkpoint(checkpoint, base=base)
         check(opened)
         config = opened.config
     elif preset in PRESETS:

@@ -52,6 +52,7 @@ def verify(
         ),
     ] = "auto",
     seed: options.Seed = 0,
+    base: options.Base = None,
     as_json: options.Json = False,
 ) -> None:
     """Test whether two engines compute the same, stage by stage.
@@ -85,7 +86,7 @@ def verify(
     _check_options(mode, min_pcc, report)
     a, b = (EngineSpec.parse(text) for text in engines)
     arrays = read_npz(inputs) if inputs else None
-    opened = open_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint, base=base)
     size = image_side(arrays) or image_size or opened.config.vision.image_size
     config = opened.config.with_image_size(size)
     cases = (

@@ -50,9 +50,10 @@ class PeerEngine(Engine):
         command = [self.python(), "-m", "pi0.peers.worker", self.name]
         sizes = str(checkpoint.config.horizon), str(checkpoint.config.max_tokens)
         where = str(checkpoint.path.absolute())
+        base = str(checkpoint.base.absolute()) if checkpoint.base else ""
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the engine
         self._worker = subprocess.Popen(
-            [*command, where, *sizes, options.precision, options.device or "cpu"],
+            [*command, where, base, *sizes, options.precision, options.device or "cpu"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -1,9 +1,9 @@
 """The process that holds another implementation's model.
 
-`python -m pi0.peers.worker NAME CKPT HORIZON MAX_TOKENS DTYPE DEVICE` answers messages on standard
-input with messages on standard output. It runs in the interpreter that has the other
-implementation. That interpreter need not have pi0 installed: torch, numpy and safetensors are
-enough.
+`python -m pi0.peers.worker NAME CKPT BASE HORIZON MAX_TOKENS DTYPE DEVICE` answers messages on
+standard input with messages on standard output; BASE is an adapter's full model, or empty. It runs
+in the interpreter that has the other implementation. That interpreter need not have pi0 installed:
+torch, numpy and safetensors are enough.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import resource
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,14 +24,14 @@ from pi0.peers.frames import receive, send
 
 def main() -> None:
     """Serves until standard input ends."""
-    name, path, horizon, max_tokens, dtype, device = sys.argv[1:]
+    name, path, base, horizon, max_tokens, dtype, device = sys.argv[1:]
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what their code prints must not be taken for an answer
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched
     try:
         module = importlib.import_module(f"pi0.peers.{name}")
         require_device(device)
-        checkpoint = open_checkpoint(Path(path), int(horizon), int(max_tokens))
+        checkpoint = open_checkpoint(path, int(horizon), int(max_tokens), base or None)
         model = module.Model(checkpoint, dtype, device)
     except (Pi0Error, ImportError) as error:
         send(answers, error=str(error))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pi0.config import Pi0Config
@@ -12,6 +13,15 @@ from pi0.policy.normalize import Normalizer
 from pi0.policy.robot import Robot
 
 STEPS_KEYS = ("num_inference_steps", "num_steps")  # of LeRobot's config.json, newest first
+
+
+def of_base(what: str, folder: Path) -> Finding:
+    """That an adapter has no statistics of its own; `what` they lie in, in the base's folder."""
+    return warning(
+        f"{what}-of-base",
+        f"{what}: expected those of the adapter beside it, found none; those of its base {folder} "
+        "are used. Copy the ones that it was trained with, or name statistics with --norm-stats.",
+    )
 
 
 def settings_findings(settings: Mapping[str, Any], config: Pi0Config) -> list[Finding]:

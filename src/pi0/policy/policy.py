@@ -114,6 +114,7 @@ class Policy:
         image_size: int | None = None,
         horizon: int | None = None,
         max_tokens: int | None = None,
+        base: Path | str | None = None,
         steps: int | None = None,
         seed: int = 0,
         n_action_steps: int | None = None,
@@ -121,7 +122,7 @@ class Policy:
         weight_cache: bool = False,
         progress: Callable[[int], None] = lambda _: None,
     ) -> Policy:
-        """A policy from a checkpoint: a folder, a file or an opened one.
+        """A policy from a checkpoint: a folder, a file, an adapter or an opened one.
 
         Whatever the checkpoint's own files do not say, and neither does an argument, is a warning
         or an error; `metadata["findings"]` keeps them.
@@ -133,6 +134,7 @@ class Policy:
                 fastest on this machine that is exact to float32.
             device, dtype: complete the name of the engine.
             horizon, max_tokens: of a checkpoint whose files do not say.
+            base: the full model of an adapter; None: the one that the adapter names.
             steps: denoising steps; None: what a LeRobot checkpoint says, else 10.
             seed: of the noise.
             n_action_steps, on_limit: see the attributes.
@@ -143,7 +145,7 @@ class Policy:
             Pi0Error: something that the policy needs is missing or does not fit.
         """
         if not isinstance(checkpoint, Checkpoint):
-            checkpoint = open_checkpoint(checkpoint, horizon=horizon, max_tokens=max_tokens)
+            checkpoint = open_checkpoint(checkpoint, horizon, max_tokens, base)
         options = PolicyOptions(
             robot=robot,
             tokenizer=tokenizer,

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from pi0.checkpoint.lerobot import POSTPROCESSOR, PREPROCESSOR
 from pi0.checkpoint.load import Checkpoint
 from pi0.config import Pi0Config
 from pi0.errors import Pi0Error
@@ -19,6 +20,7 @@ from pi0.policy import lerobot
 from pi0.policy.fit import (
     STEPS_KEYS,
     image_findings,
+    of_base,
     relative_findings,
     settings_findings,
     width_findings,
@@ -37,8 +39,14 @@ from pi0.policy.pipeline import Pipeline
 from pi0.policy.robot import Robot
 from pi0.policy.robots import ROBOT_OF_ASSETS, ROBOTS, find_robot
 from pi0.policy.setup import PolicyOptions, PolicySetup
-from pi0.policy.statistics import find_norm_stats, read_norm_stats
-from pi0.policy.tokenizer import PromptFormat, Tokenizer, find_tokenizer, load_tokenizer
+from pi0.policy.statistics import find_norm_stats, read_norm_stats, statistics_folder
+from pi0.policy.tokenizer import (
+    FILE_NAMES,
+    PromptFormat,
+    Tokenizer,
+    find_tokenizer,
+    load_tokenizer,
+)
 
 Conventions = tuple[str, str]  # of resizing and of prompts
 LEROBOT_KEYS = {"observation.state": "state", "action": "actions"}
@@ -64,7 +72,7 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
         "statistics-unusable", lambda: _statistics(checkpoint, options, program, setup)
     )
     tokenizer = setup.attempt(
-        "tokenizer-unusable", lambda: _tokenizer(checkpoint.folder, options, config, setup)
+        "tokenizer-unusable", lambda: _tokenizer(checkpoint, options, config, setup)
     )
     if robot and stats:
         setup.findings += width_findings(config, robot, *stats[:2])
@@ -101,7 +109,7 @@ def _program(
     checkpoint: Checkpoint, options: PolicyOptions, setup: PolicySetup
 ) -> LerobotProgram | None:
     """What a LeRobot folder's own files say, if it is one."""
-    folder = checkpoint.folder
+    folder = checkpoint.folder_of(PREPROCESSOR, POSTPROCESSOR)
     openpi = options.preprocessing == "openpi" and options.norm_stats is not None
     if openpi or not lerobot.is_lerobot(folder, checkpoint.settings):
         return None
@@ -110,7 +118,7 @@ def _program(
         return lerobot.read_program(
             folder,
             checkpoint.settings,
-            statistics=_given_statistics(checkpoint, options),
+            statistics=_given_statistics(checkpoint, folder, options),
             norm_mode=options.norm_mode,
             robot_given=options.robot is not None,
             tokenizer_given=options.tokenizer is not None,
@@ -118,6 +126,8 @@ def _program(
 
     program = setup.attempt("processors-unusable", read)
     if program:
+        if options.norm_stats is None and folder != checkpoint.folder:
+            setup.findings.append(of_base("processors", folder))
         stated = {"processors-assumed"} if options.preprocessing == "lerobot" else set()
         setup.findings += [f for f in program.findings if f.code not in stated]
         setup.findings += settings_findings(checkpoint.settings, checkpoint.config)
@@ -129,7 +139,7 @@ def _program(
 
 
 def _given_statistics(
-    checkpoint: Checkpoint, options: PolicyOptions
+    checkpoint: Checkpoint, folder: Path, options: PolicyOptions
 ) -> Mapping[str, Statistics] | Literal["none"] | None:
     """Statistics in place of a LeRobot folder's own files: named ones, or, where there are no
     files, those that older versions of LeRobot kept among the weights."""
@@ -137,7 +147,7 @@ def _given_statistics(
         return "none"
     if options.norm_stats is not None:
         return read_norm_stats(Path(options.norm_stats))
-    buffers = {} if lerobot.has_processors(checkpoint.folder) else checkpoint.statistics_buffers
+    buffers = {} if lerobot.has_processors(folder) else checkpoint.statistics_buffers
     if not buffers:
         return None
     tables: dict[str, dict[str, Floats]] = {"state": {}, "actions": {}}
@@ -162,7 +172,7 @@ def _conventions(
     if base is None:
         base = "lerobot" if program else "openpi"
         theirs = checkpoint.names.layout == "lerobot"
-        known = program or (_has_openpi_files(checkpoint.folder) and not theirs)
+        known = program or (_has_openpi_files(statistics_folder(checkpoint)) and not theirs)
         if not known and not (options.resize and options.prompt):
             sentence = (
                 f"preprocessing: no file of {checkpoint.folder} says whose way of resizing images "
@@ -197,7 +207,7 @@ def _robot(
     if program:
         setup.sources["robot"] = "config.json and LeRobot's processors"
         return lerobot.robot_of(program, checkpoint.settings)
-    assets = _assets(checkpoint.folder, options)
+    assets = _assets(statistics_folder(checkpoint), options)
     if assets in ROBOT_OF_ASSETS:
         raise Pi0Error(
             f"robot: the statistics are those of {assets}, whose actions are not joint targets as "
@@ -232,12 +242,11 @@ def _statistics(
         setup.sources["statistics"] = "none: states and actions are in the model's units"
         actions = identity("actions", config.action_dim)
         return identity("state", config.state_dim), actions, actions
-    path = (
-        Path(options.norm_stats).expanduser()
-        if options.norm_stats
-        else find_norm_stats(checkpoint.folder)
-    )
+    folder = statistics_folder(checkpoint)
+    path = Path(options.norm_stats).expanduser() if options.norm_stats else find_norm_stats(folder)
     stats = read_norm_stats(path)
+    if options.norm_stats is None and folder != checkpoint.folder:
+        setup.findings.append(of_base("statistics", folder))
     mode = mode or ("quantiles" if config.adaptive_norm else "mean_std")
     setup.sources["statistics"] = f"{path} ({mode})"
     state, actions = (
@@ -247,8 +256,9 @@ def _statistics(
 
 
 def _tokenizer(
-    folder: Path, options: PolicyOptions, config: Pi0Config, setup: PolicySetup
+    checkpoint: Checkpoint, options: PolicyOptions, config: Pi0Config, setup: PolicySetup
 ) -> Tokenizer:
+    folder = checkpoint.folder_of(*FILE_NAMES)
     path = Path(options.tokenizer).expanduser() if options.tokenizer else find_tokenizer(folder)
     tokenizer = load_tokenizer(path)
     setup.sources["tokenizer"] = str(path)

@@ -83,6 +83,7 @@ class PolicySetup:
         config, pipeline = self.checkpoint.config, self.pipeline
         return {
             "checkpoint": str(self.checkpoint.path),
+            "base": self.checkpoint.base and str(self.checkpoint.base),
             "layout": self.checkpoint.names.layout,
             "horizon": config.horizon,
             "max_tokens": pipeline.prompt.max_tokens if pipeline else config.max_tokens,

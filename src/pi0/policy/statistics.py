@@ -12,11 +12,18 @@ from pathlib import Path
 import numpy as np
 
 from pi0.checkpoint.files import read_json
+from pi0.checkpoint.load import Checkpoint
 from pi0.errors import Pi0Error
 from pi0.policy.normalize import Statistics
 
 FILE_NAME = "norm_stats.json"
+PLACES = ("assets/**/", "", "*/", "*/*/")  # in a checkpoint's folder, in this order
 NAMES = {"state": ("state", "observation.state"), "actions": ("actions", "action")}
+
+
+def statistics_folder(checkpoint: Checkpoint) -> Path:
+    """The folder whose norm_stats.json counts: an adapter's, or its base's if that has none."""
+    return checkpoint.folder_of(*(f"{place}{FILE_NAME}" for place in PLACES))
 
 
 def find_norm_stats(folder: Path) -> Path:
@@ -25,8 +32,7 @@ def find_norm_stats(folder: Path) -> Path:
     Raises:
         Pi0Error: there is none, or more than one.
     """
-    places = ("assets/**/", "", "*/", "*/*/")
-    found = next((hits for place in places if (hits := sorted(folder.glob(place + FILE_NAME)))), [])
+    found = next((hits for place in PLACES if (hits := sorted(folder.glob(place + FILE_NAME)))), [])
     if len(found) == 1:
         return found[0]
     expected = f"statistics: expected one assets/<robot>/{FILE_NAME} in {folder}, found "

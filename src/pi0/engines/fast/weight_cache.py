@@ -62,7 +62,7 @@ def load_weights(
         return _pack(checkpoint, scheme, kernels, image_size, progress)
     size = checkpoint.config.vision.image_size if image_size is None else image_size
     weights = PackedWeights(checkpoint.config.with_image_size(size), scheme)
-    files = list(dict.fromkeys(info.file for info in checkpoint.tensors.values()))
+    files = checkpoint.files
     path = files[0].with_name(f"{files[0].stem}.{cache_name}-{size}.pi0")
     made_from = _made_from(files, weights, kernels)
     refuse_folder(path)

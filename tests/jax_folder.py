@@ -41,7 +41,9 @@ def synthesise_jax(folder: Path, config: Pi0Config, dtype: torch.dtype) -> Path:
     openpi's PyTorch layout."""
     same = folder.with_name(folder.name + "-pytorch")
     synthesise(same, config, LAYOUTS["openpi"], 0, dtype)
-    write_params(folder / "params", config, dtype, open_checkpoint(same).stream())
+    checkpoint = open_checkpoint(same)
+    dtypes = dict.fromkeys(checkpoint.names.ours.values(), dtype)
+    write_params(folder / "params", config, dtypes, checkpoint.stream())
     shutil.copy(same / "config.json", folder)
     return same
 

@@ -110,7 +110,8 @@ def test_there_and_back(adaptive: bool, dtype: torch.dtype, tmp_path: Path) -> N
     there = open_checkpoint(tmp_path / "jax")
     assert there.config == config
     assert same(there, pytorch)
-    write_params(tmp_path / "again" / "params", config, dtype, there.stream())
+    dtypes = dict.fromkeys(there.names.ours.values(), dtype)
+    write_params(tmp_path / "again" / "params", config, dtypes, there.stream())
     a, b = (jax.open_folder(tmp_path / name / "params") for name in ("jax", "again"))
     assert a.arrays == b.arrays
     for name in a.arrays:
@@ -121,8 +122,8 @@ def test_there_and_back(adaptive: bool, dtype: torch.dtype, tmp_path: Path) -> N
 @pytest.mark.parametrize("case", ["jax_pi0", "jax_pi05"])
 def test_leaves_of_openpi_are_written_again(case: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(copy_oracle(case, tmp_path / case))
-    dtype = next(checkpoint.stream())[2].dtype
-    write_params(tmp_path / "params", checkpoint.config, dtype, checkpoint.stream())
+    dtypes = {ours: values.dtype for ours, _, values in checkpoint.stream()}
+    write_params(tmp_path / "params", checkpoint.config, dtypes, checkpoint.stream())
     a, b = (jax.open_folder(path) for path in (tmp_path / case / "params", tmp_path / "params"))
     assert list(a.arrays) == list(b.arrays)
     for name in a.arrays:

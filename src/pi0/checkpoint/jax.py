@@ -9,7 +9,7 @@ openpi's `models/lora.py` and `models/gemma.py`, where alpha is the rank in both
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,7 @@ def open_params(folder: Path, settings: Mapping[str, Any]) -> JaxParams:
 def write_params(
     folder: Path,
     config: Pi0Config,
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
     values: Iterable[tuple[str, slice, Tensor]],
 ) -> None:
     """Writes the weights of a model as openpi's JAX parameters; inverse of `open_params`.
@@ -181,7 +181,7 @@ def write_params(
 
     Args:
         folder: `params`, made here.
-        dtype: of all leaves, float32 or bfloat16.
+        dtypes: float32 or bfloat16, by our names; a leaf of several has float32.
         values: (our name, rows, values) of every tensor, each row once.
 
     Raises:
@@ -195,27 +195,29 @@ def write_params(
         for of, leaf in table.items()
         for index, target in leaf.tensors(shapes[of])
     }
-    counted = {of: len(index) for of, index in places.values()}
-    specs = {
-        of: ArraySpec(shape, (1,) * counted[of] + shape[counted[of] :], DTYPE_NAMES[dtype])
-        for of, shape in shapes.items()
-    }
-    of = places[EMBEDDING][0]
-    rows = max(1, SLAB_BYTES // (shapes[of][1] * dtype.itemsize))
-    specs[of] = replace(specs[of], chunks=(min(rows, shapes[of][0]), shapes[of][1]))
+    specs: dict[str, ArraySpec] = {}
+    stored: dict[str, torch.dtype] = {}
+    for ours, (of, index) in places.items():
+        stored[of] = max(stored.get(of, dtypes[ours]), dtypes[ours], key=lambda d: d.itemsize)
+        shape, counted = shapes[of], len(index)
+        chunks = (1,) * counted + shape[counted:]
+        if ours == EMBEDDING:
+            rows = max(1, SLAB_BYTES // (shape[1] * stored[of].itemsize))
+            chunks = (min(rows, shape[0]), shape[1])
+        specs[of] = ArraySpec(shape, chunks, DTYPE_NAMES[stored[of]])
 
     def parts() -> Iterator[tuple[str, tuple[int | slice, ...], Tensor]]:
         held: list[Tensor] = []  # of a tensor that comes in several slabs
         for ours, rows, part in values:
             of, index = places[ours]
             if ours == EMBEDDING:
-                yield of, (rows,), part.to(dtype)
+                yield of, (rows,), part.to(stored[of])
             elif rows.stop < table[of].our_shape(shapes[of])[0]:
                 held.append(part.clone())
             else:
                 whole = torch.cat([*held, part]) if held else part
                 held.clear()
-                yield of, index, table[of].to_part(whole.to(dtype), shapes[of])
+                yield of, index, table[of].to_part(whole.to(stored[of]), shapes[of])
 
     write_folder(folder, specs, parts())
 

@@ -17,6 +17,7 @@ import typer
 from pi0.cli.act import act
 from pi0.cli.bench import bench
 from pi0.cli.checkpoint import inspect, synth
+from pi0.cli.convert import convert
 from pi0.cli.forward import sample, trace
 from pi0.cli.options import PluginCommand
 from pi0.cli.ttnn import app as ttnn
@@ -53,6 +54,7 @@ for verb in (act, trace, sample, verify):
 # Left-over words are given to `bench`, which says how several engines are named.
 app.command(cls=PluginCommand, context_settings={"allow_extra_args": True})(bench)
 app.command()(inspect)
+app.command()(convert)
 app.command()(synth)
 app.add_typer(ttnn, name="ttnn")
 

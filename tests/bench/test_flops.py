@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from pi0.bench.flops import needed, published
+from pi0.checkpoint.layouts import LAYOUTS
+from pi0.checkpoint.load import load_model, open_checkpoint
+from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
 from pi0.inputs import random_inputs
 from pi0.model import Pi0
@@ -65,8 +68,17 @@ def test_last_layer_of_the_language_model(cameras: int, total: float) -> None:
     assert count.total(10).flop + saved_rows == pytest.approx(total, rel=ROUNDING)
 
 
-def test_is_what_the_model_computes(tiny: Pi0) -> None:
+@pytest.fixture(scope="module")
+def tiny_pi05(tmp_path_factory: pytest.TempPathFactory) -> Pi0:
+    folder = tmp_path_factory.mktemp("pi05")
+    synthesise(folder, PRESETS["pi05_tiny"], LAYOUTS["openpi"], 0, torch.float32)
+    return load_model(open_checkpoint(folder))
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny_pi05"])
+def test_is_what_the_model_computes(request: pytest.FixtureRequest, model: str) -> None:
     """torch counts the same when the plain model runs."""
+    tiny: Pi0 = request.getfixturevalue(model)
     inputs, noise = random_inputs(tiny.config, cameras=2, tokens=7, seed=0)
     count = published(tiny.config, cameras=2, tokens=7)
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -86,7 +86,7 @@ def actions(weights: PackedWeights, seeds: int) -> Tensor:
         )
         for i in range(seeds)
     )
-    times = network.step_time_biases(10)
+    times = network.step_times(10)
     return torch.stack([network.denoise(noise, times, cache) for noise in noises])
 
 

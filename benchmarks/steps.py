@@ -47,7 +47,7 @@ class StateInEveryStep(Network):
 class TimeInEveryStep(Network):
     def denoise(self, noise: Tensor, times: Tensor, cache: Cache, *_: object) -> Tensor:
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return self.velocity(x, self.time_bias(t), cache)
+            return self.velocity(x, self.times(t), cache)
 
         return integrate(velocity, noise, len(times))
 

@@ -25,6 +25,7 @@ from pi0.engines.fast.cpu import native
 from pi0.engines.fast.cpu.int8 import Int8Kernels
 from pi0.engines.fast.cpu.native import Native, NativeUnavailable
 from pi0.engines.fast.cpu.native_kernels import NativeKernels, is_packed
+from pi0.engines.fast.kernels import Norm
 from pi0.engines.fast.weights import Matrix, PackedWeights, Scheme, quantise_rows
 from pi0.errors import EngineError, Pi0Error
 from pi0.inputs import random_inputs
@@ -121,7 +122,8 @@ def test_norms(rows: int, width: int) -> None:
     _, into = matrices(16, 16)
     into = Matrix(into.weight, None, into.scale, into.offset)
     x, weight, bias = torch.randn(rows, width) * 5, torch.randn(width), torch.randn(width)
-    for name, arguments in (("rms_norm", (weight,)), ("layer_norm", (weight, bias))):
+    calls = [("rms_norm", (Norm(weight),)), ("rms_norm", (Norm(weight, bias),))]
+    for name, arguments in [*calls, ("layer_norm", (weight, bias))]:
         mine = getattr(native_kernels(), name)(x, *arguments, into)
         plain = getattr(Int8Kernels(), name)(x, *arguments, into)
         values = mine.values.int() - native_kernels().native.zero

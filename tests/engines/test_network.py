@@ -7,7 +7,6 @@ embedding without its scale, an exact GELU or a rotary position off by one is of
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pi0.checkpoint.load import load_model, open_checkpoint
+from pi0.checkpoint.layouts import LAYOUTS
+from pi0.checkpoint.load import Checkpoint, load_model, open_checkpoint
+from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
 from pi0.engines.base import Engine, make_engine
 from pi0.engines.fast.plan import make_token_plan
@@ -23,11 +24,27 @@ from pi0.inputs import ModelInputs, random_inputs
 from pi0.model import STAGES, Pi0
 
 CONFIG = PRESETS["tiny"]
+only_pi0 = pytest.mark.parametrize("checkpoint", ["tiny"], indirect=True)  # it has a state token
+
+
+@pytest.fixture(scope="module", params=["tiny", "pi05_tiny"])
+def checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Checkpoint:
+    """Of π0 and of π0.5, whose inputs are alike."""
+    folder = tmp_path_factory.mktemp(request.param)
+    synthesise(folder, PRESETS[request.param], LAYOUTS["openpi"], 0, torch.float32)
+    return open_checkpoint(folder)
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_path: Path) -> Engine:
-    return make_engine("cpu:float32", open_checkpoint(tiny_path))
+def engine(checkpoint: Checkpoint) -> Engine:
+    return make_engine("cpu:float32", checkpoint)
+
+
+@pytest.fixture(scope="module")
+def tiny(checkpoint: Checkpoint) -> Pi0:
+    return load_model(checkpoint)
 
 
 def close(a: Tensor, b: Tensor) -> bool:
@@ -60,14 +77,14 @@ def test_no_text_at_all(engine: Engine, tiny: Pi0) -> None:
     assert close(engine.sample(inputs, noise, 2), tiny.sample_actions(inputs, noise, 2))
 
 
-def test_other_image_size(tiny_path: Path) -> None:
-    checkpoint = open_checkpoint(tiny_path)
+def test_other_image_size(checkpoint: Checkpoint) -> None:
     inputs, noise = random_inputs(CONFIG.with_image_size(56), 1, 4, 0)
     engine = make_engine("cpu:float32", checkpoint, image_size=56)
     expected = load_model(checkpoint, image_size=56).sample_actions(inputs, noise, 2)
     assert close(engine.sample(inputs, noise, 2), expected)
 
 
+@only_pi0
 def test_another_state_is_seen(engine: Engine, tiny: Pi0) -> None:
     """A cache has the state that it was made from, whatever its owner does with it afterwards."""
     inputs, noise = batch([([True, True], 6)])
@@ -81,6 +98,7 @@ def test_another_state_is_seen(engine: Engine, tiny: Pi0) -> None:
         assert close(engine.velocity(noise, t, cache), expected)
 
 
+@only_pi0
 def test_steps_after_the_first_do_without_the_state_token(engine: Engine) -> None:
     inputs, noise = batch([([True, True], 6)])
     rows: list[int] = []
@@ -138,7 +156,7 @@ def test_stages_have_the_models_shapes(engine: Engine, tiny: Pi0) -> None:
     cache = engine.prefill(inputs, tap("engine"))
     engine.velocity(noise, t, cache, tap("engine"))
     last = f"vlm_transformer.block.{CONFIG.vlm.depth - 1}"
-    left_out = {"vlm_transformer", "sequence", last}
+    left_out = {"vlm_transformer", "sequence", "suffix.condition", last}
     assert set(STAGES) - left_out <= set(seen["engine"])
     assert seen["engine"] == {k: v for k, v in seen["model"].items() if k not in left_out}
 
@@ -168,10 +186,10 @@ def test_plan(masks: list[tuple[list[bool], int]], bucket: int) -> None:
 def test_bucket_changes_nothing(engine: Engine) -> None:
     inputs, noise = batch([([True, True], 3)])
     network = engine.network  # type: ignore[attr-defined]
-    t = network.time_bias(torch.ones(1))
+    t = network.times(torch.ones(1))
     velocities = []
     for bucket in (1, 16):
-        plan = make_token_plan(inputs, CONFIG.vision.num_patches, CONFIG.suffix_len, bucket)
+        plan = make_token_plan(inputs, CONFIG.vision.num_patches, engine.config.suffix_len, bucket)
         with torch.inference_mode():
             cache = network.prefill(inputs, plan)
             velocities.append(network.velocity(noise, t, cache))
@@ -212,3 +230,24 @@ def test_another_prefix_is_computed(engine: Engine, tiny: Pi0, name: str) -> Non
     else:
         value.copy_(value.flip(-1))
     assert close(engine.sample(inputs, noise, 2), tiny.sample_actions(inputs, noise, 2))
+
+
+def test_rows_may_have_times_of_their_own(engine: Engine, tiny: Pi0) -> None:
+    inputs, noise = batch([([True, False], 5), ([True, True], 6)])
+    t = torch.tensor([0.9, 0.2])
+    expected = tiny.velocity(noise, t, tiny.prefill(inputs))
+    assert close(engine.velocity(noise, t, engine.prefill(inputs)), expected)
+
+
+def test_what_depends_on_time_alone_is_computed_once(
+    engine: Engine, tiny: Pi0, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = engine.network  # type: ignore[attr-defined]
+    computed = []
+    times = network.times
+    monkeypatch.setattr(network, "_step_times", None)
+    monkeypatch.setattr(network, "times", lambda t: computed.append(len(t)) or times(t))
+    inputs, noise = batch([([True, True], 6)])
+    for steps in (3, 3, 2):
+        assert close(engine.sample(inputs, noise, steps), tiny.sample_actions(inputs, noise, steps))
+    assert computed == [3, 2]

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import Checkpoint, load_model, open_checkpoint
+from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
 from pi0.engines.base import make_engine, require_finite
 from pi0.engines.fast.cpu import engine as cpu
@@ -27,7 +29,7 @@ from pi0.engines.fast.cpu.native import Native, NativeUnavailable
 from pi0.engines.fast.cpu.native_kernels import NativeKernels
 from pi0.engines.fast.cuda import fp8
 from pi0.engines.fast.cuda.fp8 import Fp8Kernels
-from pi0.engines.fast.kernels import Kernels
+from pi0.engines.fast.kernels import Kernels, Norm
 from pi0.engines.fast.network import Network
 from pi0.engines.fast.plan import make_token_plan
 from pi0.engines.fast.weights import Matrix, PackedWeights, Scheme, pack
@@ -35,8 +37,11 @@ from pi0.errors import EngineError, Pi0Error
 from pi0.inputs import random_inputs
 
 CONFIG = PRESETS["tiny"]
+MODELS = ("tiny", "pi05_tiny")
 INPUTS, NOISE = random_inputs(CONFIG, 2, 6, 0)
 VALUES = (torch.nan, torch.inf, -torch.inf, 1e38)
+# SiLU of -1e37, which is no overflow, is exactly 0.
+RIGHTLY_FINITE = {("time_mlp_out.weight", 1e38)}
 try:
     NATIVE: Native | None = Native()
 except NativeUnavailable:
@@ -59,16 +64,21 @@ if NATIVE is not None:
 def actions(weights: PackedWeights, kernels: Kernels) -> Tensor:
     """Of two steps, as an engine's `sample` answers them."""
     network = Network(weights, kernels)
-    plan = make_token_plan(INPUTS, CONFIG.vision.num_patches, CONFIG.suffix_len)
+    config = weights.config
+    plan = make_token_plan(INPUTS, config.vision.num_patches, config.suffix_len)
     with torch.inference_mode():
         cache = network.prefill(INPUTS, plan)
-        times = network.step_time_biases(2)
+        times = network.step_times(2)
         return require_finite(network.denoise(NOISE, times, cache))
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tiny_path: Path) -> Checkpoint:
-    return open_checkpoint(tiny_path)
+@pytest.fixture(scope="module", params=MODELS)
+def checkpoint(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Checkpoint:
+    folder = tmp_path_factory.mktemp(request.param)
+    synthesise(folder, PRESETS[request.param], LAYOUTS["openpi"], 0, torch.float32)
+    return open_checkpoint(folder)
 
 
 def parts(weights: PackedWeights) -> Iterator[tuple[str, Tensor]]:
@@ -95,7 +105,7 @@ def test_one_damaged_weight_gives_no_actions(checkpoint: Checkpoint, engine: str
     finite = []
     for name, _ in parts(pack(checkpoint, scheme)):
         for value in VALUES:
-            weights = PackedWeights(CONFIG, scheme)
+            weights = PackedWeights(checkpoint.config, scheme)
             weights.restore({key: tensor.clone() for key, tensor in sound.items()})
             damage(name, weights.state()[name], value)
             kernels = make_kernels()
@@ -105,12 +115,12 @@ def test_one_damaged_weight_gives_no_actions(checkpoint: Checkpoint, engine: str
             except EngineError:
                 continue
             finite.append((name, value))
-    assert not finite
+    assert set(finite) <= RIGHTLY_FINITE
 
 
 @torch.no_grad()
-def test_nor_by_the_model(tiny_path: Path) -> None:
-    model = load_model(open_checkpoint(tiny_path))
+def test_nor_by_the_model(checkpoint: Checkpoint) -> None:
+    model = load_model(checkpoint)
     finite = []
     for name, parameter in model.named_parameters():
         last = name.startswith("vlm.blocks.1") and not re.search("norm1|k_proj|v_proj", name)
@@ -122,7 +132,7 @@ def test_nor_by_the_model(tiny_path: Path) -> None:
             if model.sample_actions(INPUTS, NOISE, 2).isfinite().all():
                 finite.append((name, value))
         parameter.copy_(sound)
-    assert not finite
+    assert set(finite) <= RIGHTLY_FINITE
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -177,7 +187,7 @@ def test_native_rows_with_a_damaged_value(
     ones = torch.ones(width)
     for result in (
         kernels.operand(x, into),
-        kernels.rms_norm(x, ones, into),
+        kernels.rms_norm(x, Norm(ones), into),
         kernels.layer_norm(x, ones, ones, into),
     ):
         assert torch.equal(result.scale.isnan(), damaged)

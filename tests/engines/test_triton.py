@@ -24,9 +24,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import open_checkpoint
+from pi0.checkpoint.synth import synthesise
+from pi0.config import PRESETS
 from pi0.engines.fast.cuda.fp8 import Fp8Kernels
 from pi0.engines.fast.cuda.graph import Call, Graph
+from pi0.engines.fast.kernels import Norm
 from pi0.engines.fast.network import Network, make_rotation, slice_rotation
 from pi0.engines.fast.plan import make_token_plan
 from pi0.engines.fast.weights import Matrix, Scheme, pack
@@ -122,7 +126,8 @@ def call_all(quantised: bool) -> None:
     for width in (1024, 1152, 2048):
         x, weight = zeros(2, width), zeros(width, dtype=torch.float32)
         these.operand(x, into)
-        these.rms_norm(x, weight, into)
+        these.rms_norm(x, Norm(weight), into)
+        these.rms_norm(x, Norm(weight, weight), into)
         these.layer_norm(x, weight, weight, into)
     for units in (4096, 16384):
         these.geglu(a, Matrix(zeros(2 * units, 16)), into)
@@ -188,7 +193,8 @@ def unrounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_norms(rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
     x, into = random(seed, rows, width, dtype=dtype, scale=3), plain(4, width, dtype)
     weight, bias = random(seed + 1, width), random(seed + 2, width)
-    expect(kernels().rms_norm(x, weight, into), PLAIN.rms_norm(x, weight, into))
+    for norm in (Norm(weight), Norm(weight, bias)):
+        expect(kernels().rms_norm(x, norm, into), PLAIN.rms_norm(x, norm, into))
     if width > 1:  # of one value a layer norm leaves only the rounding of 0
         found = kernels().layer_norm(x, weight, bias, into)
         expect(found, PLAIN.layer_norm(x, weight, bias, into))
@@ -198,7 +204,7 @@ def test_norms(rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
 def test_transposed_rows() -> None:
     """As the patches of one view come."""
     x, into, weight = random(0, 20, 7).t(), plain(4, 20, torch.float32), random(1, 20)
-    expect(kernels().rms_norm(x, weight, into), PLAIN.rms_norm(x, weight, into))
+    expect(kernels().rms_norm(x, Norm(weight), into), PLAIN.rms_norm(x, Norm(weight), into))
     found = kernels().layer_norm(x, weight, weight, into)
     expect(found, PLAIN.layer_norm(x, weight, weight, into))
 
@@ -237,7 +243,9 @@ def test_quantised_rows(rows: int, width: int, dtype: torch.dtype, seed: int) ->
     weight, bias = random(seed + 1, width), random(seed + 2, width)
     unquantised = plain(4, width, dtype)
     expect_rows(*kernels().operand(x, into), x)
-    expect_rows(*kernels().rms_norm(x, weight, into), PLAIN.rms_norm(x, weight, unquantised))
+    expect_rows(
+        *kernels().rms_norm(x, Norm(weight), into), PLAIN.rms_norm(x, Norm(weight), unquantised)
+    )
     gate_up = plain(2 * width, width, dtype, seed)
     expect_rows(*kernels().geglu(x, gate_up, into), PLAIN.geglu(x, gate_up, unquantised))
     if width > 1:
@@ -268,7 +276,7 @@ def test_rows_with_a_damaged_value(value: float) -> None:
     for into in (plain(4, 32, torch.float32), quantised(4, 32)):
         for result in (
             kernels().operand(x, into),
-            kernels().rms_norm(x, ones, into),
+            kernels().rms_norm(x, Norm(ones), into),
             kernels().layer_norm(x, ones, ones, into),
             kernels().gelu(x, Matrix(gate_up.weight[:32]), into),
             kernels().geglu(x, gate_up, into),
@@ -383,10 +391,12 @@ def test_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @here
 @pytest.mark.parametrize("case", [0, 1], ids=["all valid", "masked"])
-def test_whole_sampling_call(tiny_path: Path, case: int) -> None:
+@pytest.mark.parametrize("preset", ["tiny", "pi05_tiny"])
+def test_whole_sampling_call(tmp_path: Path, case: int, preset: str) -> None:
     """In float32: with residuals added in place and keys written in place, the same actions."""
     device = torch.device(DEVICE)
-    weights = pack(open_checkpoint(tiny_path), Scheme(torch.float32, mlp_chunk=2**31)).to(device)
+    synthesise(tmp_path, PRESETS[preset], LAYOUTS["openpi"], 0, torch.float32)
+    weights = pack(open_checkpoint(tmp_path), Scheme(torch.float32, mlp_chunk=2**31)).to(device)
     config = weights.config
     chosen = default_cases(config, cameras=2, tokens=5)[case]
     plan = make_token_plan(chosen.inputs, config.vision.num_patches, config.suffix_len, bucket=16)

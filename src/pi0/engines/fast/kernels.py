@@ -8,7 +8,7 @@ dimension.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,26 @@ from pi0.model.gemma import logit_bound, rotate
 from pi0.model.siglip import EPS as LAYER_EPS
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [B, T, 1, D/2] float32
+
+
+class Norm(NamedTuple):
+    """What a norm of Gemma does besides dividing by rms(x): scale, with the 1 of 1 + w in it, shift
+    and gate of the branch that follows, each [E] float32 or [R, E] where rows differ."""
+
+    scale: Tensor
+    shift: Tensor | None = None
+    gate: Tensor | None = None
+
+
+def rms_norm(x: Tensor, norm: Norm) -> Tensor:
+    """x [R, E] / rms(x) · scale + shift, in the dtype of x."""
+    rows = norm.scale.ndim > 1
+    normed = F.rms_norm(x.float(), x.shape[-1:], None if rows else norm.scale, RMS_EPS)
+    if rows:
+        normed = normed * norm.scale
+    if norm.shift is not None:
+        normed = normed + norm.shift
+    return normed.to(x.dtype)
 
 
 class Kernels:
@@ -36,10 +56,9 @@ class Kernels:
         """x [R, E] as an operand."""
         return x
 
-    def rms_norm(self, x: Tensor, weight: Tensor, into: Matrix) -> Any:
-        """x [R, E] / rms(x) · weight, as an operand; 1 + w is in `weight`."""
-        normed = F.rms_norm(x.float(), x.shape[-1:], weight, RMS_EPS)
-        return self.operand(normed.to(x.dtype), into)
+    def rms_norm(self, x: Tensor, norm: Norm, into: Matrix) -> Any:
+        """x [R, E] / rms(x) · scale + shift, as an operand."""
+        return self.operand(rms_norm(x, norm), into)
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, into: Matrix) -> Any:
         """Layer normalisation of x [R, E], as an operand."""

@@ -4,8 +4,8 @@ Against `pi0.model`, which it has to equal: masked cameras and padding are left 
 query, key and value are one matrix, and so are gate and up; prefix keys and values are written
 once, into buffers with room for the suffix; of the VLM's last layer only keys and values are
 computed; the state token, which sees neither actions nor time, is computed in the first step and
-stays; the two linear layers on the actions are one, and what time adds to it comes from outside
-(`Network.time_bias`).
+stays; the two linear layers on the actions are one. What depends on time alone, in π0.5 scale,
+shift and gate of the expert's norms, comes from outside, for all steps at once (`Network.times`).
 
 Axes as in `pi0.model`; X' is what the plan leaves of X. Tokens of all rows lie one after the other:
 x is [B·X', E] or [B·A, E].
@@ -13,20 +13,20 @@ x is [B·X', E] or [B·A, E].
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pi0.engines.fast.kernels import Kernels, Rotation
+from pi0.engines.fast.kernels import Kernels, Norm, Rotation, rms_norm
 from pi0.engines.fast.plan import TokenPlan
-from pi0.engines.fast.weights import EMBEDDING, PackedWeights
+from pi0.engines.fast.weights import EMBEDDING, Matrix, PackedWeights
 from pi0.inputs import ModelInputs
 from pi0.model import Tap
 from pi0.model.flow import embed_time, integrate, schedule
-from pi0.model.gemma import EPS as RMS_EPS
 from pi0.model.gemma import rotary_angles
 from pi0.model.pi0 import no_tap
 from pi0.model.precision import refuse_overflow
@@ -71,6 +71,7 @@ class Network:
         self.config = weights.config
         self.weights = weights
         self.kernels = kernels
+        self._step_times: Tensor | None = None
 
     def prefill(self, inputs: ModelInputs, plan: TokenPlan, tap: Tap = no_tap) -> Cache:
         """Runs the prefix. Inputs and plan are on the device."""
@@ -94,12 +95,14 @@ class Network:
             if last:
                 x = refuse_overflow(x)
             matrix = self.weights.matrix(f"{block}.{'kv' if last else 'qkv'}")
-            a = self.kernels.rms_norm(x, self.weights[f"{block}.norm1.weight"], matrix)
+            first, second = (Norm(self.weights[f"{block}.norm{j}.weight"]) for j in (1, 2))
+            a = self.kernels.rms_norm(x, first, matrix)
             qkv = self.kernels.project(a, matrix)
             q = self.kernels.split(qkv.view(batch, tokens, -1), rotation, k, v)
             self._show_cache(tap, name, k, v, plan.scatter, plan.gather)
             if not last:
-                x = self._post_attention(block, x, self.kernels.attend(q, k, v, plan.valid))
+                attended = self.kernels.attend(q, k, v, plan.valid)
+                x = self._post_attention(block, x, attended, first, second)
                 tokens_of = x.view(batch, tokens, -1)
                 x = self._show(tap, name, tokens_of, plan.scatter, plan.gather).flatten(0, 1)
         return cache
@@ -108,11 +111,10 @@ class Network:
         """dx/dt [B, horizon, action_dim] float32; see `Pi0.velocity`. Tensors are on the device.
 
         Args:
-            time: [B, E] or [E], of `time_bias`.
+            time: of `times`, with or without the axis B.
             cache: keys and values of the state token are computed if they are not there; with a
                 tap they are computed in any case, to be shown.
         """
-        config = self.config.expert
         with_state = self.config.state_tokens > 0 and (
             tap is not no_tap or not cache.has_state_token
         )
@@ -122,20 +124,20 @@ class Network:
         skipped = self.config.suffix_len - tokens  # the state token, or nothing
         at = cache.plan.tokens + skipped
         rotation = slice_rotation(cache.rotation, slice(skipped, None))
-        for i in range(config.depth):
+        *norms, last = self._expert_norms(time)
+        for i, (first, second) in enumerate(zip(norms[::2], norms[1::2], strict=True)):
             name, block = f"expert_transformer.block.{i}", f"expert.blocks.{i}"
             matrix = self.weights.matrix(f"{block}.qkv")
-            a = self.kernels.rms_norm(x, self.weights[f"{block}.norm1.weight"], matrix)
+            a = self.kernels.rms_norm(x, first, matrix)
             qkv = self.kernels.project(a, matrix)
             k, v = cache.keys[i][:, at:], cache.values[i][:, at:]
             q = self.kernels.split(qkv.view(batch, tokens, -1), rotation, k, v)
             self._show_cache(tap, name, k, v)
             attended = self._attend_suffix(q, cache, i, with_state)
-            x = self._post_attention(block, x, attended)
+            x = self._post_attention(block, x, attended, first, second)
             x = self._show(tap, name, x.view(batch, tokens, -1)).flatten(0, 1)
         cache.has_state_token = True
-        norm, x = self.weights["expert.norm.weight"], refuse_overflow(x)
-        hidden = F.rms_norm(x.float(), x.shape[-1:], norm, RMS_EPS).to(x.dtype)
+        hidden = rms_norm(refuse_overflow(x), last)
         hidden = tap("expert_transformer", hidden.view(batch, tokens, -1))
         actions = tap("action_tokens", hidden[:, -self.config.horizon :].float())
         out = self.weights["action_out_proj.weight"], self.weights["action_out_proj.bias"]
@@ -151,26 +153,54 @@ class Network:
         """Actions from noise, both [B, horizon, action_dim] float32, on the device.
 
         Args:
-            times: [steps, E], of `step_time_biases`.
+            times: of `step_times`.
             on_step: called once per step.
         """
-        biases = iter(times)
+        remaining = iter(times)
 
         def velocity(x: Tensor, _: Tensor) -> Tensor:
-            v = self.velocity(x, next(biases), cache)
+            v = self.velocity(x, next(remaining), cache)
             on_step()
             return v
 
         return integrate(velocity, noise, len(times))
 
-    def step_time_biases(self, steps: int) -> Tensor:
-        """`time_bias` of all steps at once: [steps, E] float32."""
-        return self.time_bias(torch.tensor(schedule(steps)))
+    def step_times(self, steps: int) -> Tensor:
+        """`times` of all steps at once; kept for the next call of as many."""
+        if self._step_times is None or len(self._step_times) != steps:
+            self._step_times = self.times(torch.tensor(schedule(steps)))
+        return self._step_times
 
-    def time_bias(self, t: Tensor) -> Tensor:
-        """What times [B] add to the actions before the activation: [B, E] float32."""
-        weight, bias = self.weights["time.weight"], self.weights["time.bias"]
-        return F.linear(embed_time(t, weight.shape[1]).to(weight.device), weight, bias)
+    def times(self, t: Tensor) -> Tensor:
+        """All that depends on times [B] alone, float32.
+
+        π0: what they add to the actions before the activation, [B, E]. π0.5: 1 + scale, shift and
+        gate of the expert's norms in their order, [B, 2 · depth + 1, 3, E].
+        """
+        weights, width = self.weights, self.config.expert.width
+        time = embed_time(t, width).to(weights["action_out_proj.weight"].device)
+        if not self.config.adaptive_norm:
+            return F.linear(time, weights["time.weight"], weights["time.bias"])
+        for name in ("time_mlp_in", "time_mlp_out"):
+            time = F.silu(F.linear(time, weights[f"{name}.weight"], weights[f"{name}.bias"]))
+        modulations = [
+            F.linear(
+                time, *(weights[f"{norm}.dense.{kind}"].float() for kind in ("weight", "bias"))
+            )
+            for norm in expert_norms(self.config.expert.depth)
+        ]
+        times = torch.stack(modulations, dim=1).view(len(t), len(modulations), 3, width)
+        times[:, :, 0] += 1
+        return times
+
+    def _expert_norms(self, time: Tensor) -> list[Norm]:
+        """Of the expert, in their order; `time` as `velocity` gets it."""
+        names = expert_norms(self.config.expert.depth)
+        if not self.config.adaptive_norm:
+            return [Norm(self.weights[f"{name}.weight"]) for name in names]
+        if time.ndim == 4:  # with the axis B: one time for all rows, or one for each row
+            time = time[0] if len(time) == 1 else time.repeat_interleave(self.config.horizon, 0)
+        return [Norm(*norm.unbind(-2)) for norm in time.unbind(-3)]
 
     def _embed_prefix(self, inputs: ModelInputs, plan: TokenPlan, tap: Tap) -> Tensor:
         """The prefix tokens that take part, [B·X', E]."""
@@ -220,6 +250,9 @@ class Network:
     def _embed_suffix(self, x_t: Tensor, time: Tensor, state: Tensor | None) -> Tensor:
         """The state token, if there is a state, then one token for each action."""
         weights = self.weights
+        if self.config.adaptive_norm:
+            first = weights["action_in_proj.weight"], weights["action_in_proj.bias"]
+            return F.linear(x_t, *first).to(weights.scheme.dtype)
         hidden = F.linear(x_t, weights["actions.weight"]) + time.unsqueeze(-2)
         last = weights["action_time_mlp_out.weight"], weights["action_time_mlp_out.bias"]
         suffix = F.linear(F.silu(hidden), *last)
@@ -242,16 +275,29 @@ class Network:
         rows = state.view(batch, 1, -1), attended.view(batch, actions, -1)
         return torch.cat(rows, dim=1).flatten(0, 1)
 
-    def _post_attention(self, block: str, x: Tensor, attended: Tensor) -> Tensor:
+    def _post_attention(
+        self, block: str, x: Tensor, attended: Tensor, first: Norm, second: Norm
+    ) -> Tensor:
         """What follows attention in a block of Gemma: [R, E]."""
         weights, kernels = self.weights, self.kernels
         out = weights.matrix(f"{block}.o_proj")
-        x = kernels.project(kernels.operand(attended, out), out, x)
+        x = self._add(x, [(kernels.operand(attended, out), out)], first.gate)
         gate_up, down = weights.mlp_chunks(f"{block}.gate_up"), weights.mlp_chunks(f"{block}.down")
-        a = kernels.rms_norm(x, weights[f"{block}.norm2.weight"], gate_up[0])
-        for first, second in zip(gate_up, down, strict=True):
-            x = kernels.project(kernels.geglu(a, first, second), second, x)
-        return x
+        a = kernels.rms_norm(x, second, gate_up[0])
+        hidden = (
+            (kernels.geglu(a, up, into), into) for up, into in zip(gate_up, down, strict=True)
+        )
+        return self._add(x, hidden, second.gate)
+
+    def _add(
+        self, x: Tensor, products: Iterable[tuple[Any, Matrix]], gate: Tensor | None
+    ) -> Tensor:
+        """x [R, E] and the sum of products, gated if there is a gate."""
+        total = x if gate is None else None
+        for operand, matrix in products:
+            total = self.kernels.project(operand, matrix, total)
+        assert total is not None
+        return total if gate is None else torch.addcmul(x, total, gate.to(x.dtype))
 
     def _affine(self, norm: str) -> tuple[Tensor, Tensor]:
         return self.weights[f"{norm}.weight"], self.weights[f"{norm}.bias"]
@@ -280,6 +326,11 @@ class Network:
     ) -> Tensor:
         """Shows a tap what the model has there, and goes on with what it returns."""
         return x if tap is no_tap else gather(tap(name, scatter(x)))
+
+
+def expert_norms(depth: int) -> list[str]:
+    """The names of the expert's norms in the order of their use."""
+    return [f"expert.blocks.{i}.norm{j}" for i in range(depth) for j in (1, 2)] + ["expert.norm"]
 
 
 def cut_patches(images: Tensor, size: int) -> Tensor:

@@ -22,6 +22,7 @@ from pi0.model.siglip import resize_positions
 
 BLOCK = re.compile(r"(vision_tower|vlm|expert)\.blocks\.(\d+)\.(\w+)\.(weight|bias)")
 EMBEDDING = "token_embedding.weight"
+MODULATION = ".dense."  # in the names of an adaptive norm's linear layer
 INT8_MAX = 127
 QUANTISED_AT_A_TIME = 128  # rows: what lies between stays in a cache
 
@@ -100,8 +101,9 @@ class Scheme:
 class PackedWeights:
     """Matrices and other tensors by name; the names are the model's, or those of what is fused.
 
-    Gemma's norms hold 1 + w; the two linear layers on the actions are one (`actions`), and what
-    time adds to it has a matrix of its own (`time`).
+    Gemma's norms hold 1 + w. In π0 the two linear layers on the actions are one (`actions`), and
+    what time adds to it has a matrix of its own (`time`). In π0.5 the linear layers of the expert's
+    norms are kept as they are stored: they are used once for all calls.
     """
 
     def __init__(self, config: Pi0Config, scheme: Scheme) -> None:
@@ -163,9 +165,9 @@ def pack(
     weights = PackedWeights(config, scheme)
     shapes = {name: p.shape for name, p in empty_model(config, scheme.dtype).named_parameters()}
     _allocate(weights, shapes)
-    weights.tensors[EMBEDDING] = torch.empty(
-        shapes[EMBEDDING], dtype=_stored_dtype(checkpoint, EMBEDDING)
-    )
+    for name in [EMBEDDING, *(name for name in shapes if MODULATION in name)]:
+        dtype = _stored_dtype(checkpoint, name)
+        weights.tensors[name] = torch.empty(shapes[name], dtype=dtype)
     for ours, rows, values in checkpoint.stream():
         if ours == POSITION and config.vision.grid != native.vision.grid:
             weights.tensors[ours].copy_(resize_positions(values, config.vision.grid))
@@ -237,7 +239,7 @@ def _gemma_targets(
 
 
 def _allocate(weights: PackedWeights, shapes: dict[str, torch.Size]) -> None:
-    """Room for everything that is kept, but for the token embedding."""
+    """Room for everything that is kept, but for what is kept as it is stored."""
     outputs: dict[str, int] = {}
     inputs: dict[str, int] = {}
     biased = set()
@@ -252,7 +254,8 @@ def _allocate(weights: PackedWeights, shapes: dict[str, torch.Size]) -> None:
                 start, stop, _ = target.columns.indices(shape[1])
                 inputs[target.matrix] = stop - start
         block = BLOCK.fullmatch(name)
-        if not found and name != EMBEDDING and (not block or "norm" in block[3]):
+        stored = name == EMBEDDING or MODULATION in name
+        if not found and not stored and (not block or "norm" in block[3]):
             weights.tensors[name] = torch.empty(shape)
     for name, n in outputs.items():
         dtype = weights.scheme.dtype_of(name)
@@ -285,11 +288,14 @@ def _put(weights: PackedWeights, target: Target, rows: slice, values: Tensor, bi
 
 
 def _fold(weights: PackedWeights) -> None:
-    """1 + w of Gemma's norms; both linear layers on the actions in one."""
+    """1 + w of Gemma's norms; in π0 both linear layers on the actions in one."""
     tensors = weights.tensors
     for name in tensors:
-        if name.startswith(("vlm.", "expert.")) and name.endswith("weight"):
+        gemmas = name.startswith(("vlm.", "expert.")) and name.endswith("weight")
+        if gemmas and MODULATION not in name:
             tensors[name] += 1
+    if weights.config.adaptive_norm:
+        return
     first, second = (
         (tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.bias"))
         for name in ("action_in_proj", "action_time_mlp_in")

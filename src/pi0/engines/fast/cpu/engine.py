@@ -76,7 +76,7 @@ class CpuEngine(Engine):
     @exclusive
     @torch.inference_mode()
     def velocity(self, x_t: Tensor, t: Tensor, cache: Cache, tap: Tap = no_tap) -> Tensor:
-        return self.network.velocity(x_t, self.network.time_bias(t), cache, tap)
+        return self.network.velocity(x_t, self.network.times(t), cache, tap)
 
     @torch.inference_mode()
     def _sample(
@@ -85,7 +85,7 @@ class CpuEngine(Engine):
         """See `Engine`; where images and prompt are those of the last call, only the steps are
         computed."""
         cache = self._prefix(inputs)
-        times = self.network.step_time_biases(steps)
+        times = self.network.step_times(steps)
         return self.network.denoise(noise, times, cache, on_step)
 
     def _close(self) -> None:

@@ -81,14 +81,17 @@ void quantise(int64_t rows, int64_t n, const float *x, uint8_t *q, float *scale)
     ROWS quantise_row(x + i * n, n, q + i * n, scale + i);
 }
 
-void rms_norm(int64_t rows, int64_t n, const float *x, const float *weight, float eps, uint8_t *q,
-              float *scale) {
+/* shift may be null. */
+void rms_norm(int64_t rows, int64_t n, const float *x, const float *weight, const float *shift,
+              float eps, uint8_t *q, float *scale) {
     ROWS {
         const float *row = x + i * n;
         float out[n], sum = 0;
         for (int64_t j = 0; j < n; j++) sum += row[j] * row[j];
         float factor = 1 / sqrtf(sum / n + eps);
         for (int64_t j = 0; j < n; j++) out[j] = row[j] * factor * weight[j];
+        if (shift)
+            for (int64_t j = 0; j < n; j++) out[j] += shift[j];
         quantise_row(out, n, q + i * n, scale + i);
     }
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pi0.engines.fast.cpu.int8 import Int8Kernels, Quantised
 from pi0.engines.fast.cpu.native import Argument, Native
-from pi0.engines.fast.kernels import Rotation
+from pi0.engines.fast.kernels import Norm, Rotation
 from pi0.engines.fast.weights import Matrix, PackedWeights
 from pi0.model.gemma import EPS as RMS_EPS
 from pi0.model.siglip import EPS as LAYER_EPS
@@ -45,10 +45,10 @@ class NativeKernels(Int8Kernels):
         x = x.contiguous()
         return x if into.scale is None else self._quantise("quantise", x)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, into: Matrix) -> Any:
-        if into.offset is None:
-            return super().rms_norm(x, weight, into)
-        return self._quantise("rms_norm", x, weight, RMS_EPS)
+    def rms_norm(self, x: Tensor, norm: Norm, into: Matrix) -> Any:
+        if into.offset is None or norm.scale.ndim > 1:
+            return super().rms_norm(x, norm, into)
+        return self._quantise("rms_norm", x, norm.scale, norm.shift, RMS_EPS)
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, into: Matrix) -> Any:
         if into.offset is None:

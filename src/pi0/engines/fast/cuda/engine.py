@@ -83,7 +83,7 @@ class CudaEngine(Engine):
     @torch.inference_mode()
     def velocity(self, x_t: Tensor, t: Tensor, cache: Cache, tap: Tap = no_tap) -> Tensor:
         with on_device(self.device):
-            time = self.network.time_bias(t)
+            time = self.network.times(t)
             return self.network.velocity(x_t.to(self.device), time, cache, guard(tap)).cpu()
 
     @torch.inference_mode()

@@ -61,7 +61,7 @@ class Graph:
         self.network = network
         self.call = call.copy(device)
         self.actions = torch.empty_like(self.call.noise)
-        self.times = network.step_time_biases(call.steps)
+        self.times = network.step_times(call.steps)
         self.captured: torch.cuda.CUDAGraph | None = None
 
     def run(self) -> None:

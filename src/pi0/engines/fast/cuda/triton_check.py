@@ -14,6 +14,7 @@ from triton.errors import TritonError
 
 from pi0.engines.fast.cuda.fp8 import FP8, Fp8Kernels, Rows
 from pi0.engines.fast.cuda.triton_kernels import TritonKernels
+from pi0.engines.fast.kernels import Norm
 from pi0.engines.fast.network import make_rotation
 from pi0.engines.fast.weights import Matrix
 
@@ -65,7 +66,8 @@ def _run(
     q = kernels.split(qkv, rotation, k[:, :ROWS], v[:, :ROWS])
     results = {
         "operand": kernels.operand(x, into),
-        "rms_norm": kernels.rms_norm(x, norm[0], into),
+        "rms_norm": kernels.rms_norm(x, Norm(norm[0]), into),
+        "adaptive_norm": kernels.rms_norm(x, Norm(*norm), into),
         "layer_norm": kernels.layer_norm(x, norm[0], norm[1], into),
         "gelu": kernels.gelu(x, first, into),
         "geglu": kernels.geglu(x, gate_up, into),

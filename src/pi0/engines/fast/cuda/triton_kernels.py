@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pi0.engines.fast.cuda.fp8 import FP8, Fp8Kernels, Rows
-from pi0.engines.fast.kernels import Rotation
+from pi0.engines.fast.kernels import Norm, Rotation
 from pi0.engines.fast.weights import Matrix
 from pi0.model.gemma import EPS as RMS_EPS
 from pi0.model.siglip import EPS as LAYER_EPS
@@ -44,11 +44,13 @@ class TritonKernels(Fp8Kernels):
     def operand(self, x: Tensor, into: Matrix) -> Any:
         return x if into.scale is None else _activate(x, into, gelu=False, gated=False)
 
-    def rms_norm(self, x: Tensor, weight: Tensor, into: Matrix) -> Any:
-        return _norm(x, weight, None, RMS_EPS, into)
+    def rms_norm(self, x: Tensor, norm: Norm, into: Matrix) -> Any:
+        if norm.scale.ndim > 1:
+            return super().rms_norm(x, norm, into)
+        return _norm(x, norm.scale, norm.shift, RMS_EPS, into, centred=False)
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, into: Matrix) -> Any:
-        return _norm(x, weight, bias, LAYER_EPS, into)
+        return _norm(x, weight, bias, LAYER_EPS, into, centred=True)
 
     def project(self, a: Any, matrix: Matrix, residual: Tensor | None = None) -> Tensor:
         if matrix.scale is None and matrix.bias is None and residual is not None:
@@ -84,13 +86,15 @@ class TritonKernels(Fp8Kernels):
         return _attend(q, k, v, valid)
 
 
-def _norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, into: Matrix) -> Any:
+def _norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, into: Matrix, centred: bool
+) -> Any:
     x = x.contiguous()  # the patches of one view come transposed
     rows, width = x.shape
     out, scale = _room(x, width, into)
     block = triton.next_power_of_2(width)
     _norm_kernel[(rows,)](
-        *(x, weight, bias, out, scale, width, eps, bias is not None, block),
+        *(x, weight, bias, out, scale, width, eps, centred, bias is not None, block),
         num_warps=_warps(block),
         **FUSED,
     )
@@ -162,8 +166,9 @@ def _put(value, out, scale, row, width, at, inside):
 
 @triton.jit
 def _norm_kernel(
-    x, weight, bias, out, scale, width, eps, CENTRED: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, weight, bias, out, scale, width, eps,
+    CENTRED: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """A program normalises a row: by its root mean square or, CENTRED, as a layer norm."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -173,7 +178,7 @@ def _norm_kernel(
         value = tl.where(inside, value - tl.sum(value, 0) / width, 0.0)
     value = value * tl.rsqrt(tl.sum(value * value, 0) / width + eps)
     value = value * tl.load(weight + at, mask=inside, other=0.0)
-    if CENTRED:
+    if BIASED:
         value = value + tl.load(bias + at, mask=inside, other=0.0)
     _put(value, out, scale, row, width, at, inside)
 

@@ -56,6 +56,8 @@ def test_statistics_of_another_robot(folder: Path) -> None:
     assert "--robot droid" in found["statistics-of-another-robot"]
     assert "statistics-of-another-robot" not in codes(folder, robot="droid")
     assert "statistics-of-another-robot" not in codes(folder, robot="generic")
+    write_statistics(folder, "libero", 8)
+    assert "statistics-of-another-robot" not in codes(folder, robot="pi05_libero")
     write_statistics(folder, "trossen", 14)
     for robot in ("aloha", "aloha_sim"):
         assert not codes(folder, robot=robot)

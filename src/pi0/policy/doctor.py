@@ -88,7 +88,7 @@ def _another_robot(source: str, robot: Robot) -> list[Finding]:
     expected = {ROBOT_OF_ASSETS[part] for part in folders[-1:]}
     if not expected or robot.name not in ROBOTS or robot.name == "generic":
         return []
-    if robot.name.split("_")[0] in expected:
+    if expected & {*robot.name.split("_")}:  # aloha_sim is an aloha, pi05_libero a libero
         return []
     return [
         warning(

@@ -184,6 +184,20 @@ def write_folder(
         with _translate_writing(folder):
             stores[name] = ts.open(spec, context=context, create=True).result()
     pending: list[Any] = []
+    try:
+        _write_parts(folder, stores, parts, pending)
+    finally:  # else a write could still make files where the folder is being removed
+        for written in pending:
+            written.exception()
+    _write_metadata(folder, arrays, keys, begun)
+
+
+def _write_parts(
+    folder: Path,
+    stores: Mapping[str, Any],
+    parts: Iterable[tuple[str, tuple[int | slice, ...], Tensor]],
+    pending: list[Any],
+) -> None:
     size = 0
     for name, index, values in parts:
         with _translate_writing(folder):
@@ -196,12 +210,12 @@ def write_folder(
                 size = 0
     with _translate_writing(folder):
         _wait(pending)
-    _write_metadata(folder, arrays, keys, begun)
 
 
 def _wait(pending: list[Any]) -> None:
-    while pending:
-        pending.pop().result()
+    for written in pending:
+        written.result()
+    pending.clear()
 
 
 def _to_numpy(values: Tensor, dtype: Any) -> Any:

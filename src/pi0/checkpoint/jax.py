@@ -92,11 +92,13 @@ class JaxParams:
             embeddings=[name for name, target in ours.items() if target == EMBEDDING],
         )
 
-    def stream(self, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, slice, Tensor]]:
+    def stream(
+        self, tensors: Mapping[str, TensorInfo], check_finite: bool = True
+    ) -> Iterator[tuple[str, slice, Tensor]]:
         """Yields (name, rows, values) of each tensor, leaf by leaf; see `files.stream`.
 
         Raises:
-            CheckpointError: damaged files, or values that are not finite.
+            CheckpointError: damaged files; values that are not finite, of LoRA in any case.
         """
         for of, leaf in self.table.items():
             shape = self.source.arrays[of].shape
@@ -106,7 +108,8 @@ class JaxParams:
             with self.source.open(of) as array:
                 for name, index in wanted:
                     for rows, part in _slabs(array, index, leaf, tensors[name]):
-                        require_finite(self.source.folder, of, part)
+                        if check_finite:
+                            require_finite(self.source.folder, of, part)
                         if of in self.lora:
                             part = part.float() + self._delta(of, index)
                         yield name, rows, leaf.to_ours(part)

@@ -106,7 +106,9 @@ class Checkpoint:
             for info in (self.tensors[theirs],)
         )
 
-    def stream(self, names: Container[str] | None = None) -> Iterator[tuple[str, slice, Tensor]]:
+    def stream(
+        self, names: Container[str] | None = None, check_finite: bool = True
+    ) -> Iterator[tuple[str, slice, Tensor]]:
         """Yields (our name, rows, values) of every tensor that the model reads, in slabs of rows.
 
         The values are as they are stored, or float32 where an adapter is merged into them; they may
@@ -116,7 +118,7 @@ class Checkpoint:
             names: ours, of the tensors to be read; None: all.
 
         Raises:
-            CheckpointError: a tensor holds NaN or infinite values.
+            CheckpointError: a tensor holds NaN or infinite values, unless `check_finite` is False.
         """
         wanted = {
             theirs: self.tensors[theirs]
@@ -125,16 +127,18 @@ class Checkpoint:
         }
         read = {self.names.ours[theirs] for theirs in wanted}
         added = self.adapter.read(read) if self.adapter else {}
-        for theirs, rows, values in self._read(wanted):
+        for theirs, rows, values in self._read(wanted, check_finite):
             ours = self.names.ours[theirs]
             yield ours, rows, added[ours].add_to(rows, values) if ours in added else values
 
-    def _read(self, wanted: Mapping[str, TensorInfo]) -> Iterator[tuple[str, slice, Tensor]]:
+    def _read(
+        self, wanted: Mapping[str, TensorInfo], check_finite: bool
+    ) -> Iterator[tuple[str, slice, Tensor]]:
         if self.params:
-            yield from self.params.stream(wanted)
+            yield from self.params.stream(wanted, check_finite)
             manifest = self.params.source.manifest
             wanted = {name: info for name, info in wanted.items() if info.file != manifest}
-        yield from stream(wanted)
+        yield from stream(wanted, check_finite)
 
     @property
     def findings(self) -> list[Finding]:

@@ -70,7 +70,7 @@ def test_check_is_exact(values: list[float]) -> None:
         tensor = torch.tensor(values, dtype=torch.float64).to(dtype)
         damaged = not torch.isfinite(tensor).all()
         try:
-            files._require_finite(Path("x"), "x", tensor)
+            files.require_finite(Path("x"), "x", tensor)
             assert not damaged
         except CheckpointError:
             assert damaged

@@ -56,12 +56,11 @@ def test_step_of_a_lerobot_run(folder: Path, tmp_path: Path, link: bool) -> None
     [
         ("lerobot/pi0_base", "hf download lerobot/pi0_base --local-dir pi0_base"),
         ("lerobot/pi0_base", "google/paligemma-3b-pt-224"),
-        ("lerobot/pi0_base", "examples/convert_jax_model_to_pytorch.py"),
+        ("lerobot/pi0_base", "gsutil -m cp -r gs://openpi-assets/checkpoints/pi0_base ."),
         ("hf://lerobot/pi0_base", "hf download lerobot/pi0_base"),
         ("https://huggingface.co/lerobot/pi0_base/tree/main", "hf download lerobot/pi0_base "),
         ("https://example.org/pi0.safetensors", "found an address. Download it first."),
         ("gs://openpi-assets/checkpoints/pi0_base", "gsutil -m cp -r gs://openpi-assets/check"),
-        ("gs://openpi-assets/checkpoints/pi0_base", "JAX checkpoint: convert it to PyTorch"),
         (Path("s3://bucket/run/pi0"), "s3://bucket/run/pi0: expected"),
         ("s3://bucket/run/pi0", "aws s3 cp --recursive s3://bucket/run/pi0 pi0"),
     ],
@@ -92,8 +91,10 @@ def test_jax(tmp_path: Path) -> None:
     for name in ("a/params/_METADATA", "b/manifest.ocdbt", "c/params/ocdbt.process_0/d"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_text("{}")
-    for path in ("a", "a/params", "a/params/_METADATA", "b", "c"):
-        assert "JAX checkpoint: convert it to PyTorch" in refused(tmp_path / path)
+    for path in ("a", "a/params", "c"):
+        assert "expected a JAX checkpoint with manifest.ocdbt" in refused(tmp_path / path)
+    assert "a truncated or damaged one" in refused(tmp_path / "b")
+    assert f"Name its folder: {tmp_path}/a/params." in refused(tmp_path / "a/params/_METADATA")
 
 
 def test_adapters(folder: Path) -> None:

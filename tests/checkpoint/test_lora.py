@@ -344,3 +344,23 @@ def test_config_json_and_processors_are_the_adapters_first(adapter: Path) -> Non
     for name in (base, adapter):
         save_file({"x": torch.ones(1)}, name / "policy_x.safetensors")
         assert open_checkpoint(adapter).folder_of("policy_*") == name
+
+
+def test_adapter_of_pi05(adapter: Path, tmp_path: Path) -> None:
+    """Time's MLP and an adaptive norm; the adapter of a π0 does not fit."""
+    base = tmp_path / "pi05"
+    synthesise(base, PRESETS["pi05_tiny"], LAYOUTS["lerobot"], seed=0, dtype=torch.float32)
+    (adapter / "config.json").unlink()
+    assert "action_time_mlp_in.weight: expected the base to have it" in refused(adapter, base)
+    modules = {f"{PREFIX}time_mlp_in": (32, 32), f"{EXPERT}0.input_layernorm.dense": (96, 32)}
+
+    def replace_all(tensors: dict[str, Tensor]) -> None:
+        tensors.clear()
+        for module, (out, into) in modules.items():
+            tensors[f"{module}.lora_A.weight"] = torch.randn(4, into)
+            tensors[f"{module}.lora_B.weight"] = torch.randn(out, 4)
+
+    rewrite(adapter, replace_all)
+    plain, merged = weights(base), weights(adapter, base)
+    changed = {name for name, value in plain.items() if not torch.equal(value, merged[name])}
+    assert changed == {"time_mlp_in.weight", "expert.blocks.0.norm1.dense.weight"}

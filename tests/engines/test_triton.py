@@ -24,7 +24,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import open_checkpoint
+from pi0.checkpoint.synth import synthesise
+from pi0.config import PRESETS
 from pi0.engines.fast.cuda.fp8 import Fp8Kernels
 from pi0.engines.fast.cuda.graph import Call, Graph
 from pi0.engines.fast.kernels import Norm
@@ -410,10 +413,12 @@ def test_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @here
 @pytest.mark.parametrize("case", [0, 1], ids=["all valid", "masked"])
-def test_whole_sampling_call(tiny_path: Path, case: int) -> None:
+@pytest.mark.parametrize("preset", ["tiny", "pi05_tiny"])
+def test_whole_sampling_call(tmp_path: Path, case: int, preset: str) -> None:
     """In float32: with residuals added in place and keys written in place, the same actions."""
     device = torch.device(DEVICE)
-    weights = pack(open_checkpoint(tiny_path), Scheme(torch.float32, mlp_chunk=2**31)).to(device)
+    synthesise(tmp_path, PRESETS[preset], LAYOUTS["openpi"], 0, torch.float32)
+    weights = pack(open_checkpoint(tmp_path), Scheme(torch.float32, mlp_chunk=2**31)).to(device)
     config = weights.config
     chosen = default_cases(config, cameras=2, tokens=5)[case]
     plan = make_token_plan(chosen.inputs, config.vision.num_patches, config.suffix_len, bucket=16)

@@ -23,8 +23,8 @@ pytestmark = [
 
 @pytest.mark.parametrize("precision", ["accurate", "fast"])
 @pytest.mark.parametrize("mode", ["chained", "isolated"])
-def test_agrees_with_the_reference(tiny_path: Path, precision: str, mode: str) -> None:
-    opened = open_checkpoint(tiny_path)
+def test_agrees_with_the_reference(either_path: Path, precision: str, mode: str) -> None:
+    opened = open_checkpoint(either_path)
     result = verify(
         lambda: make_engine("reference", opened),
         lambda: make_engine(f"ttnn:{precision}", opened),
@@ -36,10 +36,10 @@ def test_agrees_with_the_reference(tiny_path: Path, precision: str, mode: str) -
     assert result.first_failure is None
 
 
-def test_replays_are_the_call(tiny_path: Path) -> None:
+def test_replays_are_the_call(either_path: Path) -> None:
     """The first call builds, the second captures, the third replays: all give the same bits, and
     another observation gives others."""
-    engine = make_engine("ttnn", open_checkpoint(tiny_path))
+    engine = make_engine("ttnn", open_checkpoint(either_path))
     inputs, noise = random_inputs(engine.config, 2, 10, 0)
     first, second, third = (engine.sample(inputs, noise) for _ in range(3))
     assert torch.equal(first, second)

@@ -33,8 +33,8 @@ def pi0(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     ("board", "grid", "dtype"),
     [("n150", [8, 8], "accurate"), ("n300", [8, 7], "fast"), ("p150", [13, 10], "fast")],
 )
-def test_tiny(tiny_path: Path, board: str, grid: list[int], dtype: str) -> None:
-    done = pi0("ttnn", "dry-run", tiny_path, "--board", board, "--dtype", dtype, "--json")
+def test_tiny(either_path: Path, board: str, grid: list[int], dtype: str) -> None:
+    done = pi0("ttnn", "dry-run", either_path, "--board", board, "--dtype", dtype, "--json")
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
     assert data["grid"] == grid
@@ -52,12 +52,13 @@ def test_one_full_width_layer(one_layer_path: Path, board: str) -> None:
     assert "nothing was computed" in done.stdout
 
 
-def test_full_model() -> None:
-    """Sizes alone need no checkpoint: the whole published model in seconds."""
-    done = pi0("ttnn", "dry-run", "--preset", "pi0_base", "--cameras", 3, "--steps", 2, "--json")
+@pytest.mark.parametrize(("preset", "prefix"), [("pi0_base", 832), ("pi05_base", 992)])
+def test_full_model(preset: str, prefix: int) -> None:
+    """Sizes alone need no checkpoint: the whole published models in seconds."""
+    done = pi0("ttnn", "dry-run", "--preset", preset, "--cameras", 3, "--steps", 2, "--json")
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
-    assert (data["prefix"], data["suffix"]) == (832, 64)
+    assert (data["prefix"], data["suffix"]) == (prefix, 64)
     assert data["weights"] == pytest.approx(6.6e9, rel=0.01)
 
 
@@ -94,7 +95,7 @@ def test_inputs_have_to_fit(tiny_path: Path) -> None:
 def test_bad_input(tiny_path: Path, tmp_path: Path) -> None:
     for words, said in [
         (("ttnn", "dry-run"), "expected a checkpoint or --preset, found both or neither"),
-        (("ttnn", "dry-run", "--preset", "x"), "expected one of pi0_base, small, tiny, found 'x'"),
+        (("ttnn", "dry-run", "--preset", "x"), "tiny, pi05_base, pi05_small, pi05_tiny, found 'x'"),
         (("ttnn", "dry-run", tiny_path, "--board", "e75"), "expected one of n150, n300, p150"),
         (("ttnn", "dry-run", tiny_path, "--dtype", "x"), "expected one of accurate, fast"),
         (("ttnn", "dry-run", tiny_path, "--image-size", 9), "at least one patch of 14 pixels"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import Checkpoint, load_model, open_checkpoint
+from pi0.checkpoint.synth import synthesise
 from pi0.cli.main import main
+from pi0.config import PRESETS
 from pi0.engines.base import Engine, EngineOptions, make_engine
 from pi0.engines.tenstorrent import engine as engine_module
+from pi0.engines.tenstorrent import timestep
 from pi0.engines.tenstorrent.backend import Upload
 from pi0.engines.tenstorrent.engine import TtnnHostEngine
 from pi0.engines.tenstorrent.host import HostBackend, HostTensor
-from pi0.errors import EngineError
+from pi0.engines.tenstorrent.weights import RmsNorm
+from pi0.errors import ConfigError, EngineError
 from pi0.inputs import random_inputs
 from pi0.model import Pi0
 from pi0.model.gemma import attend
@@ -29,13 +36,20 @@ pytestmark = pytest.mark.ttnn
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_path: Path) -> Checkpoint:
-    return open_checkpoint(tiny_path)
+def checkpoint(either_path: Path) -> Checkpoint:
+    return open_checkpoint(either_path)
 
 
 @pytest.fixture(scope="module")
-def backend(checkpoint: Checkpoint) -> HostBackend:
-    made = TtnnHostEngine(checkpoint, EngineOptions("accurate")).backend
+def pi05(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("pi05")
+    synthesise(folder, PRESETS["pi05_tiny"], LAYOUTS["openpi"], seed=0, dtype=torch.float32)
+    return open_checkpoint(folder)
+
+
+@pytest.fixture(scope="module")
+def backend(tiny_path: Path) -> HostBackend:
+    made = TtnnHostEngine(open_checkpoint(tiny_path), EngineOptions("accurate")).backend
     assert isinstance(made, HostBackend)
     return made
 
@@ -62,7 +76,8 @@ def test_agrees_with_the_reference(checkpoint: Checkpoint, mode: str, precision:
     result = run(checkpoint, precision, mode=mode, layers=True)
     assert result.first_failure is None
     names = [row.name for row in result.rows if row.case == "masked"]
-    wanted = 11 + 6 + 2 * 4 + 2 + 2 + 1 + (mode == "chained")
+    condition = checkpoint.config.adaptive_norm
+    wanted = 11 + condition + 6 + 2 * 4 + 2 + 2 + 1 + (mode == "chained")
     assert len(names) == wanted, "every stage and block is compared"
 
 
@@ -139,6 +154,38 @@ def test_planted_bug(checkpoint: Checkpoint, plant, stage: str) -> None:
     assert failure.name == stage
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda norm: replace(norm, gate=None),
+        lambda norm: replace(norm, shift=None),
+        lambda norm: replace(norm, weight=norm.gate, gate=norm.weight),
+        lambda norm: replace(norm, weight=norm.shift, shift=norm.weight),
+    ],
+    ids=["ungated", "unshifted", "gate-scales", "scale-shifts"],
+)
+def test_planted_bug_in_adaptive_norms(
+    pi05: Checkpoint, monkeypatch: pytest.MonkeyPatch, mistake: Callable[[RmsNorm], RmsNorm]
+) -> None:
+    right = timestep._put_norm
+    monkeypatch.setattr(timestep, "_put_norm", lambda *args: mistake(right(*args)))
+    failure = run(pi05, "accurate", mode="isolated", layers=True).first_failure
+    assert failure is not None
+    assert failure.name.startswith("expert_transformer.block.0")
+
+
+def test_timestep_of_another_step(pi05: Checkpoint) -> None:
+    """The expert's norms stay at the first step's time."""
+
+    def plant(engine: TtnnHostEngine) -> None:
+        put = engine._put_timesteps
+        engine._put_timesteps = lambda t, *tap: put(torch.ones_like(t), *tap)
+
+    failure = run(pi05, "accurate", plant, mode="isolated").first_failure
+    assert failure is not None
+    assert failure.name == "velocity.1"
+
+
 def test_batches_row_by_row(checkpoint: Checkpoint) -> None:
     engine = make_engine("ttnn-host", checkpoint)
     one, noise = random_inputs(engine.config, 2, 10, 0)
@@ -166,6 +213,26 @@ def test_sampling_is_the_loop_of_velocities(
     base = Engine.sample(engine, inputs, noise, steps)
     assert (ours - base).norm() <= tolerance * base.norm()
     assert len(calls) == steps
+    with pytest.raises(ConfigError, match="steps: expected at least 1, found 0"):
+        make_engine("ttnn-host", checkpoint).sample(inputs, noise, 0)
+
+
+@pytest.mark.parametrize("t", [0.013, 0.5, 1.0])
+def test_velocity_at_any_time(checkpoint: Checkpoint, t: float) -> None:
+    """Of a schedule or not; in float32 but for the trunks, so the limit is theirs."""
+    inputs, noise = random_inputs(checkpoint.config, 2, 10, 0)
+    engines = make_engine("reference", checkpoint), make_engine("ttnn-host", checkpoint)
+    wanted, found = (e.velocity(noise, torch.tensor([t]), e.prefill(inputs)) for e in engines)
+    assert (found - wanted).norm() <= 0.03 * wanted.norm()
+
+
+def test_other_numbers_of_steps(checkpoint: Checkpoint) -> None:
+    """What is uploaded for one schedule is not taken for another."""
+    engine = make_engine("ttnn-host", checkpoint)
+    inputs, noise = random_inputs(engine.config, 1, 6, 0)
+    first, other, again = (engine.sample(inputs, noise, steps) for steps in (2, 3, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
 
 
 finite = st.floats(-(2.0**100), 2.0**100, width=32)
@@ -232,6 +299,8 @@ def test_golden_functions_of_the_library(backend: HostBackend) -> None:
     norm = backend.run("rms_norm", f32(x), epsilon=1e-6, weight=f32(scale))
     wanted = F.rms_norm(x, (64,), scale.flatten(), 1e-6)
     assert torch.allclose(norm.value, wanted, atol=1e-5)
+    norm = backend.run("rms_norm", f32(x), epsilon=1e-6, weight=f32(scale), bias=f32(shift))
+    assert torch.allclose(norm.value, wanted + shift, atol=1e-5)
     norm = backend.run("layer_norm", f32(x), epsilon=1e-6, weight=f32(scale), bias=f32(shift))
     wanted = F.layer_norm(x, (64,), scale.flatten(), shift.flatten(), 1e-6)
     assert torch.allclose(norm.value, wanted, atol=1e-5)
@@ -269,3 +338,31 @@ def test_one_damaged_weight_gives_no_actions(
             continue
         finite.append(name)
     assert not finite
+
+
+@pytest.mark.parametrize("precision", ["accurate", "fast"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["scale", "shift", "gate"])
+def test_a_modulation_that_is_not_finite_gives_no_actions(
+    pi05: Checkpoint, monkeypatch: pytest.MonkeyPatch, part: int, value: float, precision: str
+) -> None:
+    """The dense layers of adaptive norms are finite and what they make of a time overflows."""
+    width = pi05.config.expert.width
+    right = timestep._put_norm
+    inputs, noise = random_inputs(pi05.config, 1, 6, 0)
+    engine = make_engine(f"ttnn-host:{precision}", pi05)
+    for damaged in range(5):  # both norms of both layers, and the final one, whose gate is not used
+        if (damaged, part) == (4, 2):
+            continue
+        count = itertools.count()
+
+        def put_norm(rows: torch.Tensor, *args: object, damaged=damaged, count=count) -> RmsNorm:
+            rows = rows.clone()
+            if next(count) == damaged:
+                rows[0, part * width + 3] = value
+            return right(rows, *args)
+
+        monkeypatch.setattr(timestep, "_put_norm", put_norm)
+        engine._timesteps = []
+        with pytest.raises(EngineError, match="actions: expected finite values"):
+            engine.sample(inputs, noise, 1)

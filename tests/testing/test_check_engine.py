@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pi0.checkpoint.load import open_checkpoint
-from pi0.engines.base import Capabilities, Engine, EngineOptions, Threshold
+from pi0.checkpoint.layouts import LAYOUTS
+from pi0.checkpoint.load import Checkpoint, open_checkpoint
+from pi0.checkpoint.synth import synthesise
+from pi0.config import PRESETS
+from pi0.engines.base import Capabilities, Engine, EngineOptions, Threshold, make_engine
 from pi0.engines.reference import ReferenceEngine
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
@@ -41,6 +44,28 @@ def test_a_function_and_a_checkpoint(tiny_path) -> None:
 
     check_engine(make, open_checkpoint(tiny_path))
     assert made
+
+
+@pytest.fixture(scope="module")
+def pi05(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    folder = tmp_path_factory.mktemp("pi05")
+    synthesise(folder, PRESETS["pi05_tiny"], LAYOUTS["openpi"], 0, torch.float32)
+    return open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("engine", ["reference", "cpu:float32", "cpu:int8"])
+def test_engines_keep_the_contract_for_pi05(pi05: Checkpoint, engine: str) -> None:
+    check_engine(lambda checkpoint: make_engine(engine, checkpoint), pi05)
+
+
+class ReadsTheState(Float32):
+    def _sample(self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: OnStep) -> Tensor:
+        return super()._sample(inputs, noise, steps, on_step) + 1e-9 * inputs.state[:, None]
+
+
+def test_a_state_that_pi05_must_not_read(pi05: Checkpoint) -> None:
+    with pytest.raises(AssertionError, match="expected the same actions for other state, found"):
+        check_engine(lambda checkpoint: ReadsTheState(checkpoint, EngineOptions("float32")), pi05)
 
 
 class NotAvailable(Float32):

@@ -1,4 +1,4 @@
-"""Floating point operations of π0: in the model as published, and the least that is needed.
+"""Floating point operations of π0 and π0.5: of the published model, and the least that is needed.
 
 A multiplication and an addition are two operations. Only matrix products are counted (projections
 and attention), not norms, activations or softmax.
@@ -58,7 +58,7 @@ class Count:
 
 def published(config: Pi0Config, cameras: int, tokens: int, batch: int = 1) -> Count:
     """Everything that the model as published computes: all cameras, all text tokens, every layer
-    to its end, the state token anew in every step."""
+    to its end, the state token or what time makes of the norms anew in every step."""
     prefix = config.prefix_len(cameras, tokens)
     suffix = config.suffix_len
     return Count(
@@ -66,7 +66,7 @@ def published(config: Pi0Config, cameras: int, tokens: int, batch: int = 1) -> C
         language=trunk(config.vlm, prefix, prefix, batch),
         step=trunk(config.expert, suffix, prefix + suffix, batch)
         + heads(config, config.horizon * batch)
-        + linear(config.state_dim, config.expert.width, batch),
+        + (condition(config, batch) if config.adaptive_norm else state_projection(config, batch)),
     )
 
 
@@ -75,16 +75,17 @@ def needed(config: Pi0Config, cameras: int, tokens: int, batch: int = 1) -> Coun
 
     Only the actions' output of the last layer is read; of the prefix and the state token, the last
     layer needs keys and values only. The state token attends to nothing that changes between steps,
-    so it is computed once.
+    so it is computed once. What π0.5's norms are at a time is the same in every call.
     """
     prefix = config.prefix_len(cameras, tokens)
     suffix = config.suffix_len
-    state = trunk(config.expert, 1, prefix + 1, batch, last_output=False) + linear(
-        config.state_dim, config.expert.width, batch
-    )
+    language = trunk(config.vlm, prefix, prefix, batch, last_output=False)
+    if config.state_tokens:
+        language += trunk(config.expert, 1, prefix + 1, batch, last_output=False)
+        language += state_projection(config, batch)
     return Count(
         vision=vision(config, cameras * batch),
-        language=trunk(config.vlm, prefix, prefix, batch, last_output=False) + state,
+        language=language,
         step=trunk(config.expert, config.horizon, prefix + suffix, batch)
         + heads(config, config.horizon * batch),
     )
@@ -137,11 +138,21 @@ def trunk(
 
 
 def heads(config: Pi0Config, rows: int) -> Work:
-    """The projections of actions, of actions with time, and of the velocity."""
+    """The projections of actions, in π0 of actions with time, and of the velocity."""
     width = config.expert.width
-    return (
-        linear(config.action_dim, width, rows)
-        + linear(2 * width, width, rows)
-        + linear(width, width, rows)
-        + linear(width, config.action_dim, rows)
-    )
+    both = linear(config.action_dim, width, rows) + linear(width, config.action_dim, rows)
+    if config.adaptive_norm:
+        return both
+    return both + linear(2 * width, width, rows) + linear(width, width, rows)
+
+
+def state_projection(config: Pi0Config, batch: int) -> Work:
+    """What makes π0's state token."""
+    return linear(config.state_dim, config.expert.width, batch)
+
+
+def condition(config: Pi0Config, batch: int) -> Work:
+    """What time makes of π0.5's adaptive norms: two of each layer and the final one."""
+    width = config.expert.width
+    norms = 2 * config.expert.depth + 1
+    return linear(width, width, batch) * 2 + linear(width, 3 * width, batch) * norms

@@ -119,7 +119,7 @@ def stream(
                     name, rows = slabs.pop(0)
                     values = handle.get_slice(name)[rows]
                     if check_finite and values.is_floating_point() and values.numel():
-                        _require_finite(file, name, values)
+                        require_finite(file, name, values)
                     yield name, rows, values
                     done += values.nbytes
 
@@ -130,15 +130,27 @@ def write(
     headers: dict[str, TensorInfo],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a safetensors file from a stream of tensors, in the order of `headers`.
+    """Writes a safetensors file from a stream of whole tensors; see `write_slabs`."""
+    slabs = ((name, slice(0, None), tensor) for name, tensor in tensors)
+    write_slabs(path, slabs, headers, metadata)
 
-    Format: 8 bytes little-endian length, a JSON header of that length, the data, which begin at a
-    cache line's start.
+
+def write_slabs(
+    path: Path,
+    slabs: Iterable[tuple[str, slice, Tensor]],
+    headers: dict[str, TensorInfo],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a safetensors file from (name, rows, values), in any order, each row once.
+
+    Format: 8 bytes little-endian length, a JSON header of that length, the data in the order of
+    `headers`, which begin at a cache line's start.
     """
+    starts: dict[str, int] = {}
     entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name, info in headers.items():
-        end = offset + info.bytes
+        starts[name], end = offset, offset + info.bytes
         entries[name] = {
             "dtype": info.dtype, "shape": list(info.shape), "data_offsets": [offset, end]
         }  # fmt: skip
@@ -148,11 +160,15 @@ def write(
     total = 8 + len(header) + offset
     with replacing(path, total) as temporary, open(temporary, "wb") as out:
         out.write(len(header).to_bytes(8, "little") + header)
-        for name, tensor in tensors:
-            if tuple(tensor.shape) != headers[name].shape:
-                raise ValueError(f"{name}: header says {headers[name].shape}")
-            out.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        if out.tell() != total:
+        written = len(header) + 8
+        for name, rows, values in slabs:
+            info, start = headers[name], rows.start or 0
+            if DTYPE_NAMES[values.dtype] != info.dtype or values.shape[1:] != info.shape[1:]:
+                raise ValueError(f"{name}: header says {info.dtype} {info.shape}")
+            row = info.bytes // info.shape[0] if info.shape and info.shape[0] else 0
+            out.seek(8 + len(header) + starts[name] + start * row)
+            written += out.write(values.contiguous().view(-1).view(torch.uint8).numpy().data)
+        if written != total:
             raise ValueError("tensors do not fill the file that the header describes")
         # Else the file could have its name, but not its data, when the power fails.
         out.flush()
@@ -186,6 +202,36 @@ def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
             temporary.replace(target)
         except BaseException:
             temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                for folder in made:
+                    folder.rmdir()
+            raise
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, size: int) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place if the block succeeds; if it fails,
+    nothing remains.
+
+    Args:
+        size: bytes that will be written, which have to fit.
+
+    Raises:
+        Pi0Error: something is there already, or it cannot be written.
+    """
+    with _translate_write_errors(path, size):
+        target = _target(path)
+        if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+            raise Pi0Error(f"{path}: expected a new or empty folder, found a full one or a file.")
+        require_writable(target / "file", size=size)
+        made = [folder for folder in target.parents if not folder.exists()]
+        temporary = _temporary(target)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            temporary.replace(target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
             with contextlib.suppress(OSError):  # somebody else has put something there
                 for folder in made:
                     folder.rmdir()
@@ -304,7 +350,8 @@ def _slabs(info: TensorInfo) -> Iterator[slice]:
         yield slice(start, min(start + rows, info.shape[0]))
 
 
-def _require_finite(file: Path, name: str, values: Tensor) -> None:
+def require_finite(file: Path, name: str, values: Tensor) -> None:
+    """Raises CheckpointError if a tensor of a file holds NaN or infinities."""
     # Both are NaN if any value is; so two numbers tell, in one pass without a copy.
     least, greatest = values.aminmax()
     if math.isfinite(least) and math.isfinite(greatest):

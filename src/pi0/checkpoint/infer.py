@@ -80,6 +80,7 @@ def infer_config(
     shapes: Shapes,
     settings: Mapping[str, Any] | None,
     stated: Mapping[str, int | None] | None = None,
+    heads: Mapping[str, int] | None = None,
 ) -> Inferred:
     """The configuration of a checkpoint.
 
@@ -87,6 +88,7 @@ def infer_config(
         shapes: of the tensors, by our names.
         settings: the content of config.json, if there is one.
         stated: `horizon` and `max_tokens` as the caller states them; None: not stated.
+        heads: head counts that the files tell, by our fields; None: they tell none.
 
     Raises:
         MissingTensorError: a tensor from which a size is read is missing.
@@ -97,7 +99,7 @@ def infer_config(
     for name, value in (stated or {}).items():
         if value is not None:
             _state(declared, name, value)
-    inferred = _read_shapes(shapes)
+    inferred = _read_shapes(shapes) | dict(heads or {})
     contradictions = [
         f"{name}: the tensors say {inferred[name]}, config.json says {declared[name]}"
         for name in inferred

@@ -186,11 +186,7 @@ def map_names(names: Iterable[str]) -> NameMap:
             f"tensor names: expected a π0 checkpoint in one of the layouts {', '.join(LAYOUTS)}, "
             f"found {len(names)} tensors without a known {' or '.join(missing)} part"
             + (f", such as {', '.join(sorted(names)[:3])}." if names else ".")
-            + (
-                " They are of an adapter: call the file adapter_model.safetensors, as peft does."
-                if lora
-                else ""
-            )
+            + (" They are of an adapter: call the file adapter_model.safetensors." if lora else "")
         )
     language = prefixes["language"] or ""
     ours: dict[str, str] = {}

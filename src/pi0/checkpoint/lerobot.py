@@ -11,13 +11,12 @@ Knows nothing of what a step computes (`pi0.policy.lerobot`).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from pi0.config import GEMMA_2B, GEMMA_300M, SO400M, Pi0Config
@@ -142,23 +141,36 @@ def make_processors(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
     )
 
 
-def write_processors(place: Callable[[str], Path], settings: Mapping[str, Any]) -> None:
-    """Writes both processors and their statistics, which leave all values as they are.
+def processor_files(
+    settings: Mapping[str, Any], statistics: Mapping[str, Tensor]
+) -> dict[str, bytes]:
+    """Both processors and their statistics, as the contents of files by name.
 
     Args:
-        place: where to write the file of a name.
+        statistics: by names such as "observation.state.mean"; empty: there are none.
     """
-    inputs, outputs = complete_features(settings)
-    statistics = _unit_statistics(inputs | outputs)
+    files = {}
     for content in make_processors(settings):
         for index, step in enumerate(content["steps"]):
-            if "norm_map" in step["config"]:
+            if "norm_map" in step["config"] and statistics:
                 step["state_file"] = (
                     f"{content['name']}_step_{index}_{step['registry_name']}.safetensors"
                 )
-                save_file(statistics, place(step["state_file"]))
-        text = json.dumps(content, indent=2) + "\n"
-        place(f"{content['name']}.json").write_text(text, encoding="utf-8")
+                files[step["state_file"]] = save(dict(statistics))
+        files[f"{content['name']}.json"] = (json.dumps(content, indent=2) + "\n").encode()
+    return files
+
+
+def unit_statistics(settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Statistics of all features of a config.json that leave values as they are."""
+    inputs, outputs = complete_features(settings)
+    statistics: dict[str, Tensor] = {}
+    for key, feature in (inputs | outputs).items():
+        shape = (3, 1, 1) if feature["type"] == "VISUAL" else tuple(feature["shape"])
+        statistics[f"{key}.count"] = torch.ones(1)
+        for name, value in UNIT_STATISTICS.items():
+            statistics[f"{key}.{name}"] = torch.full(shape, value)
+    return statistics
 
 
 def _feature(kind: str, *shape: int) -> dict[str, Any]:
@@ -168,13 +180,3 @@ def _feature(kind: str, *shape: int) -> dict[str, Any]:
 def _processor(name: str, steps: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     entries = [{"registry_name": step, "config": config} for step, config in steps.items()]
     return {"name": name, "steps": entries}
-
-
-def _unit_statistics(features: Features) -> dict[str, Tensor]:
-    statistics: dict[str, Tensor] = {}
-    for key, feature in features.items():
-        shape = (3, 1, 1) if feature["type"] == "VISUAL" else tuple(feature["shape"])
-        statistics[f"{key}.count"] = torch.ones(1)
-        for name, value in UNIT_STATISTICS.items():
-            statistics[f"{key}.{name}"] = torch.full(shape, value)
-    return statistics

@@ -19,6 +19,7 @@ from torch import Tensor
 from pi0.checkpoint.buffers import read_buffers
 from pi0.checkpoint.files import TORCH_DTYPES, TensorInfo, read_headers, read_json, stream
 from pi0.checkpoint.infer import Inferred, MissingTensorError, infer_config
+from pi0.checkpoint.jax import JaxParams, open_params
 from pi0.checkpoint.layouts import LAYOUTS, NameMap, map_names, their_names
 from pi0.checkpoint.locate import find_files, has_adapter
 from pi0.checkpoint.lora import Adapter, open_adapter
@@ -32,6 +33,7 @@ from pi0.model.siglip import resize_positions
 
 POSITION = "vision_tower.patch_embedding.position"
 LISTED = 20
+CONFIG = "config.json"
 ASSUMPTIONS = {
     "horizon": "how long a chunk of actions is; {value} is assumed, but fine-tunes with 10, 15 and "
     "16 exist. Name it with --horizon N.",
@@ -54,6 +56,7 @@ class Checkpoint:
         inferred: the configuration.
         settings: the content of config.json; empty if there is none.
         adapter: the LoRA adapter at `path`, merged into its base as the weights are read.
+        params: the JAX parameters that the tensors are parts of; None: they lie in safetensors.
     """
 
     path: Path
@@ -62,6 +65,7 @@ class Checkpoint:
     inferred: Inferred
     settings: Mapping[str, Any] = field(default_factory=dict)
     adapter: Adapter | None = None
+    params: JaxParams | None = None
 
     @property
     def config(self) -> Pi0Config:
@@ -87,7 +91,10 @@ class Checkpoint:
     def files(self) -> list[Path]:
         """Every file that the weights depend on, an adapter's first."""
         weights = dict.fromkeys(info.file for info in self.tensors.values())
-        return list(dict.fromkeys([*(self.adapter.files if self.adapter else ()), *weights]))
+        files = [*(self.adapter.files if self.adapter else ()), *weights]
+        if self.params and self.params.lora and (self.folder / CONFIG).exists():
+            files.append(self.folder / CONFIG)  # it may state LoRA's alpha
+        return list(dict.fromkeys(files))
 
     @property
     def read_bytes(self) -> int:
@@ -99,7 +106,9 @@ class Checkpoint:
             for info in (self.tensors[theirs],)
         )
 
-    def stream(self, names: Container[str] | None = None) -> Iterator[tuple[str, slice, Tensor]]:
+    def stream(
+        self, names: Container[str] | None = None, check_finite: bool = True
+    ) -> Iterator[tuple[str, slice, Tensor]]:
         """Yields (our name, rows, values) of every tensor that the model reads, in slabs of rows.
 
         The values are as they are stored, or float32 where an adapter is merged into them; they may
@@ -109,7 +118,7 @@ class Checkpoint:
             names: ours, of the tensors to be read; None: all.
 
         Raises:
-            CheckpointError: a tensor holds NaN or infinite values.
+            CheckpointError: a tensor holds NaN or infinite values, unless `check_finite` is False.
         """
         wanted = {
             theirs: self.tensors[theirs]
@@ -118,14 +127,23 @@ class Checkpoint:
         }
         read = {self.names.ours[theirs] for theirs in wanted}
         added = self.adapter.read(read) if self.adapter else {}
-        for theirs, rows, values in stream(wanted):
+        for theirs, rows, values in self._read(wanted, check_finite):
             ours = self.names.ours[theirs]
             yield ours, rows, added[ours].add_to(rows, values) if ours in added else values
+
+    def _read(
+        self, wanted: Mapping[str, TensorInfo], check_finite: bool
+    ) -> Iterator[tuple[str, slice, Tensor]]:
+        if self.params:
+            yield from self.params.stream(wanted, check_finite)
+            manifest = self.params.source.manifest
+            wanted = {name: info for name, info in wanted.items() if info.file != manifest}
+        yield from stream(wanted, check_finite)
 
     @property
     def findings(self) -> list[Finding]:
         """What is assumed about this checkpoint, and what lies beside it and is not read."""
-        found = []
+        found = list(self.params.findings) if self.params else []
         for name in self.inferred.assumed:
             what = ASSUMPTIONS[name].format(value=getattr(self.config, name))
             sentence = f"{name}: neither the tensors nor config.json say {what}"
@@ -157,8 +175,8 @@ def open_checkpoint(
     max_tokens: int | None = None,
     base: Path | str | None = None,
 ) -> Checkpoint:
-    """Reads the headers of a checkpoint: a folder, a .safetensors file, a shard index, or the
-    folder of a PEFT adapter.
+    """Reads the headers of a checkpoint: a folder, a .safetensors file, a shard index, a folder of
+    openpi's JAX parameters, or one of a PEFT adapter.
 
     Args:
         path: `~` is the home directory.
@@ -173,17 +191,19 @@ def open_checkpoint(
     """
     adapter = open_adapter(path, base)
     sources = find_files(adapter.base if adapter else path)
-    tensors = read_headers(sources.files, sources.shards)
-    names = map_names(tensors)
-    config_json = sources.folder / "config.json"
+    config_json = sources.folder / CONFIG
+    if adapter and os.path.lexists(adapter.folder / CONFIG):
+        config_json = adapter.folder / CONFIG
+    settings = read_json(config_json) if os.path.lexists(config_json) else {}
+    params = open_params(sources.params, settings) if sources.params else None
+    tensors = params.tensors if params else read_headers(sources.files, sources.shards)
+    names = params.names if params else map_names(tensors)
     if adapter:
         tensors, names = adapter.apply(tensors, names)
-        if os.path.lexists(adapter.folder / config_json.name):
-            config_json = adapter.folder / config_json.name
-    settings = read_json(config_json) if os.path.lexists(config_json) else {}
     shapes = {ours: tensors[theirs].shape for theirs, ours in names.ours.items()}
     try:
-        inferred = infer_config(shapes, settings, {"horizon": horizon, "max_tokens": max_tokens})
+        stated = {"horizon": horizon, "max_tokens": max_tokens}
+        inferred = infer_config(shapes, settings, stated, params.heads if params else {})
     except MissingTensorError as error:
         layout = LAYOUTS.get(names.layout, LAYOUTS["openpi"])
         raise CheckpointError(
@@ -192,7 +212,7 @@ def open_checkpoint(
             "download it again."
         ) from error
     where = adapter.folder if adapter else sources.path
-    return Checkpoint(where, tensors, names, inferred, settings, adapter)
+    return Checkpoint(where, tensors, names, inferred, settings, adapter, params)
 
 
 def empty_model(config: Pi0Config, dtype: torch.dtype) -> Pi0:

@@ -1,7 +1,7 @@
 """Which files make up a checkpoint, and what to say of a path that is something else.
 
-People have folders of training runs, hub ids, addresses of buckets, JAX parameters and pickles:
-each gets its own hint. Reads names only, and shard indexes.
+People have folders of training runs, hub ids, addresses of buckets, adapters and pickles: each gets
+its own hint. Reads names only, and shard indexes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,9 @@ INDEX = "model.safetensors.index.json"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, "adapter_model.bin")
 PRETRAINED = "pretrained_model"  # the folder inside each checkpoint of a LeRobot training run
+PARAMS = "params"  # the folder with the weights in a JAX checkpoint of openpi
 JAX_FILES = ("_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-CONVERT = (
-    "JAX checkpoint: convert it to PyTorch first, with openpi's "
-    "examples/convert_jax_model_to_pytorch.py"
-)
 TOKENIZER = (
     "The tokenizer is a file of its own: paligemma_tokenizer.model from gs://big_vision, or "
     "google/paligemma-3b-pt-224 on the hub, where Gemma's licence has to be accepted."
@@ -44,11 +41,13 @@ class Sources:
         path: what was asked for, or the folder inside it that holds the checkpoint.
         files: its safetensors files.
         shards: tensor → file, as a shard index lists them; None: there is no index.
+        params: the folder of JAX parameters in place of such files.
     """
 
     path: Path
     files: list[Path]
     shards: dict[str, Path] | None = None
+    params: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -56,11 +55,11 @@ class Sources:
 
 
 def find_files(path: Path | str) -> Sources:
-    """The safetensors files of a checkpoint: a file, a folder, or a shard index.
+    """The weights of a checkpoint: a file, a folder, or a shard index.
 
     In a folder: model.safetensors; else the shards of model.safetensors.index.json; else every
-    other *.safetensors but the statistics of a LeRobot processor and adapters; else what the
-    folder `pretrained_model` in it holds.
+    other *.safetensors but the statistics of a LeRobot processor and adapters; else JAX parameters,
+    in its folder `params` or in itself; else what the folder `pretrained_model` in it holds.
 
     Raises:
         CheckpointError: nothing there, a shard is missing, or it is no checkpoint that is read.
@@ -172,6 +171,10 @@ def _find(path: Path) -> Sources:
             )
     if files := _loose(path):
         return Sources(path, files)
+    if (path / PARAMS).is_dir():
+        return Sources(path, [], params=path / PARAMS)
+    if any((path / name).exists() for name in JAX_FILES):
+        return Sources(path.parent if path.name == PARAMS else path, [], params=path)
     if (path / PRETRAINED).is_dir():
         return _find(path / PRETRAINED)
     raise CheckpointError(
@@ -191,7 +194,9 @@ def _single(path: Path) -> Sources:
     if path.name in ADAPTER_FILES:
         raise CheckpointError(f"{path}: {EXPECTED}, {ADAPTER}")
     if path.name in JAX_FILES:
-        raise CheckpointError(f"{path}: {EXPECTED}, found a part of a {CONVERT}.")
+        raise CheckpointError(
+            f"{path}: {EXPECTED}, found a part of a JAX checkpoint. Name its folder: {path.parent}."
+        )
     if path.suffix in PICKLES:
         raise CheckpointError(f"{path}: {EXPECTED}, {_pickle(path)}")
     return Sources(path, [path])
@@ -229,8 +234,7 @@ def _download(scheme: str, rest: str) -> str:
         "s3": f"aws s3 cp --recursive s3://{rest} {local}",
     }.get(scheme)
     how = f": {command}" if command else ""
-    jax = f" Each that openpi has published is a {CONVERT}." if scheme == "gs" else ""
-    return f"{EXPECTED} on this machine, found an address. Download it first{how}.{jax}"
+    return f"{EXPECTED} on this machine, found an address. Download it first{how}."
 
 
 def _hub_download(repository: str) -> str:
@@ -254,8 +258,8 @@ def _nothing_there(path: Path) -> str:
         else f"Is it a model of the Hugging Face hub? {_hub_download(str(path))}"
     )
     return (
-        f"{found} {how} Each of openpi's own, such as "
-        f"gs://openpi-assets/checkpoints/pi0_base, is a {CONVERT}. {TOKENIZER}"
+        f"{found} {how} openpi's own are in a bucket: gsutil -m cp -r "
+        f"gs://openpi-assets/checkpoints/pi0_base . {TOKENIZER}"
     )
 
 
@@ -271,11 +275,6 @@ def _cached(repository: str) -> Iterator[Path]:
 def _other_contents(path: Path) -> str:
     """What a folder without weights holds instead, and what to do."""
     names = sorted(entry.name for entry in path.iterdir())
-    if (
-        any((path / sub / name).exists() for sub in (".", "params") for name in JAX_FILES)
-        or (path / "params").is_dir()
-    ):
-        return f"found none. This is a {CONVERT}."
     if has_adapter(path):
         return ADAPTER
     inner = list(_checkpoints_in(path))

@@ -22,7 +22,7 @@ from torch import Tensor
 from pi0.checkpoint.files import DTYPE_NAMES, TensorInfo, replacing, require_writable, write
 from pi0.checkpoint.infer import to_config_json
 from pi0.checkpoint.layouts import Layout, their_names
-from pi0.checkpoint.lerobot import make_config_json, write_processors
+from pi0.checkpoint.lerobot import make_config_json, processor_files, unit_statistics
 from pi0.checkpoint.load import empty_model
 from pi0.config import Pi0Config
 from pi0.errors import CheckpointError
@@ -80,7 +80,8 @@ def synthesise(
 
         _write_json(beside("config.json"), settings)
         if layout.name == "lerobot":
-            write_processors(beside, settings)
+            for name, content in processor_files(settings, unit_statistics(settings)).items():
+                beside(name).write_bytes(content)
         else:
             _write_json(beside("assets", "synthetic", "norm_stats.json"), _unit_statistics(config))
         if config.vocab_size < PALIGEMMA_VOCABULARY:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pi0.cli import options
+
+if TYPE_CHECKING:
+    from pi0.checkpoint.load import Checkpoint
+
+HASH_DIGITS = 12  # of 64, that the table shows
 
 
 def synth(
@@ -68,6 +73,12 @@ def inspect(
     horizon: options.Horizon = None,
     max_tokens: options.MaxTokens = None,
     base: options.Base = None,
+    stats: Annotated[
+        bool,
+        typer.Option(
+            "--stats", help="Read the weights, too: mean, std, largest magnitude, hash of each."
+        ),
+    ] = False,
     robot: options.RobotName = None,
     tokenizer: options.TokenizerFile = None,
     norm_stats: options.NormStats = None,
@@ -80,11 +91,13 @@ def inspect(
 
     Layout and how it was recognised, modules, configuration, sequence lengths, memory; robot,
     statistics, tokenizer, preprocessing, and all that is assumed or does not fit. A checkpoint that
-    does not fit in every name, shape and dtype is an error that lists what is wrong.
+    does not fit in every name, shape and dtype is an error that lists what is wrong. With --stats
+    the weights are read, too; hashes are the same in every layout.
 
     **Examples**
 
         pi0 inspect pi0_base
+        pi0 inspect pi0_base --stats
         pi0 inspect pi0_libero --robot libero
         pi0 inspect pi0_base --cameras 2 --image-size 384 --tokens 32
         pi0 inspect pi0_base --json | jq .sequence
@@ -111,10 +124,45 @@ def inspect(
         ),
     )
     data["policy"] = setup.describe()
+    if stats:
+        data["contents"] = _read_contents(opened)
     if as_json:
         print_json(data)
     else:
         _print_report(data)
+
+
+def _read_contents(opened: Checkpoint) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from pi0.checkpoint.contents import read_contents, total_hash
+    from pi0.cli.show import byte_progress
+
+    with byte_progress("reading", opened.read_bytes) as progress:
+        contents = read_contents(opened, progress)
+    tensors = {name: asdict(content) for name, content in contents.items()}
+    return {"hash": total_hash(contents), "tensors": tensors}
+
+
+def _print_contents(contents: dict[str, Any]) -> None:
+    from pi0.cli.show import print_line, table
+
+    table(
+        "Tensors",
+        ["tensor", "shape", "dtype", "mean", "std", "max abs", f"hash, first {HASH_DIGITS}"],
+        [
+            [
+                name,
+                "×".join(map(str, row["shape"])),
+                row["dtype"],
+                *(f"{row[key]:.3g}" for key in ("mean", "std", "max_abs")),
+                row["hash"][:HASH_DIGITS],
+            ]
+            for name, row in contents["tensors"].items()
+        ],
+        left=3,
+    )
+    print_line(f"hash of all: {contents['hash']}")
 
 
 def _print_report(data: dict[str, Any]) -> None:
@@ -179,6 +227,8 @@ def _print_report(data: dict[str, Any]) -> None:
             ],
             left=2,
         )
+    if "contents" in data:
+        _print_contents(data["contents"])
     _print_policy(data["policy"])
 
 

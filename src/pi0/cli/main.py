@@ -17,6 +17,9 @@ import typer
 from pi0.cli.act import act
 from pi0.cli.bench import bench
 from pi0.cli.checkpoint import inspect, synth
+from pi0.cli.convert import convert
+from pi0.cli.diff import diff
+from pi0.cli.doctor import doctor
 from pi0.cli.forward import sample, trace
 from pi0.cli.options import PluginCommand
 from pi0.cli.ttnn import app as ttnn
@@ -48,12 +51,14 @@ Every verb has examples: `pi0 act --help`. A first round:
 Tab completion: `pi0 --install-completion`.""",
 )
 
-for verb in (act, trace, sample, verify):
+for verb in (act, trace, sample, verify, doctor):
     app.command(cls=PluginCommand)(verb)
 # Left-over words are given to `bench`, which says how several engines are named.
 app.command(cls=PluginCommand, context_settings={"allow_extra_args": True})(bench)
 app.command()(inspect)
+app.command()(convert)
 app.command()(synth)
+app.command()(diff)
 app.add_typer(ttnn, name="ttnn")
 
 
@@ -77,8 +82,8 @@ def _options(
 def main() -> None:
     """Runs the command line.
 
-    Exit codes: 0 done; 1 engines do not agree, or one of several failed; 2 bad input, one sentence
-    on stderr; 130 Ctrl-C; 141 nobody reads stdout any more.
+    Exit codes: 0 done; 1 engines or checkpoints do not agree, one of several failed, or a finding
+    is an error; 2 bad input, one sentence on stderr; 130 Ctrl-C; 141 nobody reads stdout any more.
     """
     logging.basicConfig(format="pi0: warning: %(message)s")  # to stderr, from warnings upwards
     with warnings.catch_warnings():

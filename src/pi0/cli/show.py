@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -23,6 +23,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from pi0.errors import Pi0Error
 from pi0.errors import human_bytes as human_bytes
@@ -85,7 +86,9 @@ def print_line(sentence: str) -> None:
         out.print(sentence, markup=False, highlight=False, soft_wrap=True)
 
 
-def table(title: str, columns: list[str], rows: list[list[str]], left: int = 1) -> None:
+def table(
+    title: str, columns: list[str], rows: Sequence[Sequence[str | Text]], left: int = 1
+) -> None:
     """Prints a table; the first `left` columns are aligned left, the others right.
 
     Numbers are never cut: a table that does not fit is wider than the terminal.
@@ -94,7 +97,8 @@ def table(title: str, columns: list[str], rows: list[list[str]], left: int = 1) 
     for i, column in enumerate(columns):
         grid.add_column(column, justify="left" if i < left else "right", no_wrap=i >= left)
     for row in rows:
-        grid.add_row(*row)
+        # As they are: a word in brackets is no markup.
+        grid.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     unlimited = out.options.update(width=UNLIMITED)
     least = Measurement.get(out, unlimited, grid).minimum
     with _printing():

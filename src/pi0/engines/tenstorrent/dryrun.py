@@ -20,7 +20,7 @@ import torch
 from pi0.checkpoint.load import empty_model
 from pi0.config import Pi0Config
 from pi0.engines.tenstorrent import stub_compiler, ttnn_import
-from pi0.engines.tenstorrent.backend import Handle, Upload
+from pi0.engines.tenstorrent.backend import Handle
 from pi0.engines.tenstorrent.boards import find_board
 from pi0.engines.tenstorrent.device import DeviceBackend
 from pi0.engines.tenstorrent.engine import (
@@ -31,10 +31,11 @@ from pi0.engines.tenstorrent.engine import (
 )
 from pi0.engines.tenstorrent.layout import TileLayout
 from pi0.engines.tenstorrent.network import Constants
-from pi0.engines.tenstorrent.precision import F32, PRESETS, Precision
+from pi0.engines.tenstorrent.precision import PRESETS, Precision
+from pi0.engines.tenstorrent.timestep import put_timesteps
 from pi0.errors import EngineError
 from pi0.inputs import random_inputs
-from pi0.model.flow import embed_time, schedule
+from pi0.model.flow import schedule
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,11 @@ def dry_run(
         weights, _ = backend.dram()
         layout = TileLayout(config, cameras, tokens or config.max_tokens)
         on, given = upload_inputs(layout, backend, precision)
-        table = embed_time(torch.tensor(schedule(steps)), config.expert.width)[None, None]
-        times = network.embed_times(backend.put(Upload(table, F32)))
+        times = torch.tensor(schedule(steps), device="meta")
+        timesteps = put_timesteps(network.weights.time, times, precision, backend.put)
 
         def call() -> Handle:
-            return network.sample(on, given, times, steps)
+            return network.sample(on, given, timesteps)
 
         backend.get(call())
         first = time.perf_counter() - started

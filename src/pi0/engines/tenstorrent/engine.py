@@ -28,11 +28,12 @@ from pi0.engines.tenstorrent.network import (
 from pi0.engines.tenstorrent.ops import Ops
 from pi0.engines.tenstorrent.precision import BF16, F32, PRESETS, Precision
 from pi0.engines.tenstorrent.program_configs import TILE_BYTES
+from pi0.engines.tenstorrent.timestep import Timestep, put_timesteps
 from pi0.engines.tenstorrent.weights import Packer
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
 from pi0.model import Pi0, Tap
-from pi0.model.flow import embed_time, schedule
+from pi0.model.flow import schedule
 from pi0.model.pi0 import no_tap
 
 HOST_NOTE = "ttnn-host: a card's arithmetic and rounding computed on the host; no card was used."
@@ -40,17 +41,17 @@ HOST_NOTE = "ttnn-host: a card's arithmetic and rounding computed on the host; n
 
 @dataclass(frozen=True)
 class DevicePrefix:
-    """A prefix on the device: keys and values of each layer, the state token, and what else the
+    """A prefix on the device: keys and values of each layer, π0's state token, and what else the
     suffix needs."""
 
     on: Constants
     given: dict[str, Handle]
     layers: list[KeyValue]
-    state: Handle
+    state: Handle | None
 
 
 class TtnnEngine(Engine):
-    """π0 on a Tenstorrent card or simulator; `device` is the card's number.
+    """π0 or π0.5 on a Tenstorrent card or simulator; `device` is the card's number.
 
     On a card a sampling call is captured, and replayed as long as the numbers of views, tokens and
     steps stay; inputs go up on a second command queue. One capture is held at a time and released
@@ -70,7 +71,7 @@ class TtnnEngine(Engine):
         model = load_model(checkpoint, torch.bfloat16, "cpu", options.image_size, options.progress)
         self.network = build_network(model, self.backend, precision)
         self._constants: dict[tuple[int, int], Constants] = {}
-        self._times: dict[int, Handle] = {}
+        self._timesteps: list[Timestep] = []  # of the last number of steps
         self._replay: tuple[tuple[int, int, int], Replay] | None = None
 
     @classmethod
@@ -109,11 +110,13 @@ class TtnnEngine(Engine):
         self.backend.stage = "inputs"
         given = self._put(on.layout.uploads(inputs, self.network.ops.precision))
         layers = self.network.prefill(on, given, self._adapt(tap, on.layout), tap is not no_tap)
-        return DevicePrefix(on, given, layers, self.network.embed_state(on, given["state"]))
+        return DevicePrefix(on, given, layers, self.network.embed_state(on, given))
 
     @exclusive
     def velocity(self, x_t: Tensor, t: Tensor, cache: DevicePrefix, tap: Tap = no_tap) -> Tensor:
         on, layout = cache.on, cache.on.layout
+        self._release_replay()
+        (timestep,) = self._put_timesteps(t, tap)
         given = self._tap_mask(cache, tap)
         v = self.network.velocity(
             on,
@@ -121,7 +124,7 @@ class TtnnEngine(Engine):
             cache.layers,
             cache.state,
             self.backend.put(layout.actions(x_t)),
-            self._embed_times(t),
+            timestep,
             self._adapt(tap, layout),
         )
         return layout.view["actions"].cut(self.backend.get(v))
@@ -138,7 +141,7 @@ class TtnnEngine(Engine):
 
     def _close(self) -> None:
         self._release_replay()
-        del self.network, self._constants, self._times
+        del self.network, self._constants, self._timesteps
         if isinstance(self.backend, DeviceBackend):
             self._close_device()
 
@@ -157,9 +160,10 @@ class TtnnEngine(Engine):
     def _put(self, uploads: dict[str, Upload]) -> dict[str, Handle]:
         return {name: self.backend.put(upload) for name, upload in uploads.items()}
 
-    def _embed_times(self, t: Tensor) -> Handle:
-        table = embed_time(t, self.config.expert.width)[None, None]
-        return self.network.embed_times(self.backend.put(Upload(table, F32)))
+    def _put_timesteps(self, t: Tensor, tap: Tap = no_tap) -> list[Timestep]:
+        self.backend.stage = "suffix"
+        time, precision = self.network.weights.time, self.network.ops.precision
+        return put_timesteps(time, t, precision, self.backend.put, tap)
 
     def _sample_one(
         self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: Callable[[], None]
@@ -169,14 +173,15 @@ class TtnnEngine(Engine):
             self._release_replay()
         on = self._on(inputs)
         layout = on.layout
-        if steps not in self._times:
-            self._times[steps] = self._embed_times(torch.tensor(schedule(steps)))
-        times = self._times[steps]
+        times = torch.tensor(schedule(steps))
+        if len(times) != len(self._timesteps):
+            self._timesteps = self._put_timesteps(times)
+        timesteps = self._timesteps
         uploads = layout.uploads(inputs, self.network.ops.precision)
         uploads["x_t"] = layout.actions(noise)
 
         def call(given: dict[str, Handle], on_step: Callable[[], None] = lambda: None) -> Handle:
-            return self.network.sample(on, given, times, steps, on_step)
+            return self.network.sample(on, given, timesteps, on_step)
 
         if not (isinstance(self.backend, DeviceBackend) and self.backend.can_replay):
             return self.backend.get(call(self._put(uploads), on_step))[0]
@@ -266,7 +271,7 @@ def upload_constants(layout: TileLayout, backend: Backend) -> Constants:
         layout,
         None if mask is None else backend.put(mask),
         action_rows=backend.put(Upload(actions, F32)),
-        state_row=backend.put(Upload(state, F32)),
+        state_row=backend.put(Upload(state, F32)) if layout.config.state_tokens else None,
     )
 
 

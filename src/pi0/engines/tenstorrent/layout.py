@@ -122,8 +122,9 @@ class TileLayout:
             "tokens": Upload(tokens.int(), U32, tiled=False),
             "prefix_mask": Upload(additive(mask[:, :x, :x]), BF16),
             "suffix_mask": Upload(additive(mask[:, x:]), BF16),
-            "state": self.state(inputs.state),
         }
+        if self.config.state_tokens:
+            uploads["state"] = self.state(inputs.state)
         for part, where in (("prefix", positions[:x]), ("suffix", positions[x:])):
             cos, sin = rope_tables(where, self.config.vlm.head_dim)
             uploads[f"{part}_cos"] = Upload(cos, precision.rope)
@@ -136,7 +137,7 @@ class TileLayout:
         return Upload(self.view["actions"].fill(x_t, (1, 1, self.suffix, width)), F32)
 
     def state(self, state: Tensor) -> Upload:
-        """A state [1, state_dim] in the row of the suffix's state token, if there is one."""
+        """A state [1, state_dim] in the row of the suffix's state token."""
         rows = torch.zeros(1, 1, self.suffix, state.shape[-1])
         rows[0, 0, : self.config.state_tokens] = state
         return Upload(rows, F32)

@@ -1,4 +1,4 @@
-"""π0 in TTNN operations: the eleven stages of `pi0.model`, on padded tensors.
+"""π0 and π0.5 in TTNN operations: the eleven stages of `pi0.model`, on padded tensors.
 
 Written for one observation. Nothing here moves data to or from the host except through a tap.
 
@@ -16,7 +16,14 @@ from pi0.engines.tenstorrent.backend import Handle
 from pi0.engines.tenstorrent.layout import TileLayout
 from pi0.engines.tenstorrent.ops import Ops
 from pi0.engines.tenstorrent.precision import F32
-from pi0.engines.tenstorrent.weights import TtnnGemmaBlock, TtnnTrunk, TtnnVisionBlock, TtnnWeights
+from pi0.engines.tenstorrent.timestep import Timestep
+from pi0.engines.tenstorrent.weights import (
+    RmsNorm,
+    StateAndTime,
+    TtnnGemmaBlock,
+    TtnnVisionBlock,
+    TtnnWeights,
+)
 from pi0.model import gemma, siglip
 
 # Sees a handle by its name in `pi0.model` and the kind of its rows (`TileLayout.view`); its
@@ -37,13 +44,13 @@ class Constants:
     Attributes:
         vision_mask: [1, 1, patches, patches], or None if a view has no padding.
         action_rows: [1, 1, suffix, 1] float32, 1 in the rows of actions, else 0.
-        state_row: the same for the row of the state token, if there is one.
+        state_row: the same for the row of the state token, or None if there is none.
     """
 
     layout: TileLayout
     vision_mask: Handle | None
     action_rows: Handle
-    state_row: Handle
+    state_row: Handle | None
 
 
 class TtnnNetwork:
@@ -77,59 +84,59 @@ class TtnnNetwork:
         ops.backend.stage = "vlm_transformer"
         tables = given["prefix_cos"], given["prefix_sin"]
         cache = []
-        for i, block in enumerate(self.weights.vlm.blocks):
+        norms = self.weights.vlm_norms
+        for i, (block, (first, second)) in enumerate(
+            zip(self.weights.vlm, norms.blocks, strict=True)
+        ):
             name = f"vlm_transformer.block.{i}"
-            q, *kv = self._qkv(block, config.vlm, x, tables)
+            q, *kv = self._qkv(block, first, config.vlm, x, tables)
             k, v = self._tap_cache(name, kv, "prefix", tap)
             cache.append((k, v))
             if whole or i + 1 < config.vlm.depth:
                 attended = self._attend(config.vlm, q, k, v, given["prefix_mask"])
-                x = tap(name, self._post_attention(block, x, attended), "prefix")
+                x = tap(name, self._post_attention(block, first, second, x, attended), "prefix")
         if whole:
-            tap("vlm_transformer", self._norm(self.weights.vlm, x), "prefix")
+            tap("vlm_transformer", ops.rms_norm(x, norms.final, gemma.EPS), "prefix")
         return cache
 
-    def embed_state(self, on: Constants, state: Handle) -> Handle:
-        """The state token in its row of an empty suffix, the same in all denoising steps."""
+    def embed_state(self, on: Constants, given: dict[str, Handle]) -> Handle | None:
+        """The state token in its row of an empty suffix, the same in all denoising steps; None in
+        π0.5, which has none."""
+        time = self.weights.time
+        if not isinstance(time, StateAndTime):
+            return None
         self.ops.backend.stage = "suffix"
-        return self.ops.multiply(self.ops.linear(state, self.weights.state, F32), on.state_row)
-
-    def embed_times(self, times: Handle) -> Handle:
-        """Time embeddings [1, 1, N, width] → what each adds to actions, [1, 1, N, width]."""
-        self.ops.backend.stage = "suffix"
-        return self.ops.linear(times, self.weights.time, F32)
+        return self.ops.multiply(self.ops.linear(given["state"], time.state, F32), on.state_row)
 
     def velocity(
         self,
         on: Constants,
         given: dict[str, Handle],
         cache: list[KeyValue],
-        state: Handle,
+        state: Handle | None,
         x_t: Handle,
-        time: Handle,
+        timestep: Timestep,
         tap: HandleTap = no_handle_tap,
     ) -> Handle:
         """dx/dt of noisy actions in the rows of the suffix: [1, 1, suffix, action_dim] float32.
 
         Args:
             state: what `embed_state` made.
-            time: a row [1, 1, 1, width] of what `embed_times` made.
         """
         ops = self.ops
-        ops.backend.stage = "suffix"
-        h = ops.silu(ops.add(ops.linear(x_t, self.weights.actions, F32), time))
-        h = ops.multiply(ops.linear(h, self.weights.suffix, F32), on.action_rows)
-        x = tap("suffix", ops.cast(ops.add(h, state), self._residual), "suffix")
+        x = tap("suffix", self._embed_suffix(on, x_t, state, timestep), "suffix")
         ops.backend.stage = "expert_transformer"
         expert, tables = self.config.expert, (given["suffix_cos"], given["suffix_sin"])
-        for i, (block, past) in enumerate(zip(self.weights.expert.blocks, cache, strict=True)):
+        layers = zip(self.weights.expert, timestep.norms.blocks, cache, strict=True)
+        for i, (block, (first, second), past) in enumerate(layers):
             name = f"expert_transformer.block.{i}"
-            q, *kv = self._qkv(block, expert, x, tables)
+            q, *kv = self._qkv(block, first, expert, x, tables)
             own = self._tap_cache(name, kv, "suffix", tap)
             k, v = (ops.concat([a, b], dim=2) for a, b in zip(past, own, strict=True))
             attended = self._attend(expert, q, k, v, given["suffix_mask"])
-            x = tap(name, self._post_attention(block, x, attended), "suffix")
-        x = tap("expert_transformer", self._norm(self.weights.expert, x), "suffix")
+            x = tap(name, self._post_attention(block, first, second, x, attended), "suffix")
+        x = ops.rms_norm(x, timestep.norms.final, gemma.EPS)
+        x = tap("expert_transformer", x, "suffix")
         ops.backend.stage = "action_tokens"
         x = tap("action_tokens", ops.cast(x, F32), "actions")
         ops.backend.stage = "action_projection"
@@ -141,30 +148,40 @@ class TtnnNetwork:
         self,
         on: Constants,
         given: dict[str, Handle],
-        times: Handle,
-        steps: int,
+        timesteps: list[Timestep],
         on_step: Callable[[], None] = lambda: None,
     ) -> Handle:
         """Actions [1, 1, horizon, action_dim] float32: the prefix once, then Euler's method.
 
         Args:
             given: what `TileLayout.uploads` names, and `x_t`.
-            times: [1, 1, steps, width], what `embed_times` made.
         """
         ops = self.ops
         cache = self.prefill(on, given, whole=False)
-        state, x = self.embed_state(on, given["state"]), given["x_t"]
-        for i in range(steps):
-            time = ops.rows(times, i, i + 1)
-            v = self.velocity(on, given, cache, state, x, time)
+        state, x = self.embed_state(on, given), given["x_t"]
+        for timestep in timesteps:
+            v = self.velocity(on, given, cache, state, x, timestep)
             # Only the rows of actions move: what the others would gather never meets them.
-            x = ops.add(x, ops.multiply(ops.multiply(v, on.action_rows), -1 / steps))
+            x = ops.add(x, ops.multiply(ops.multiply(v, on.action_rows), -1 / len(timesteps)))
             on_step()
         return ops.rows(x, self.config.state_tokens, self.config.suffix_len)
 
     @property
     def _residual(self) -> str:
         return self.ops.precision.residual
+
+    def _embed_suffix(
+        self, on: Constants, x_t: Handle, state: Handle | None, timestep: Timestep
+    ) -> Handle:
+        """[1, 1, suffix, width]; see `Pi0.embed_suffix`."""
+        ops, time = self.ops, self.weights.time
+        ops.backend.stage = "suffix"
+        h = ops.linear(x_t, self.weights.actions, F32)
+        if isinstance(time, StateAndTime):
+            h = ops.silu(ops.add(h, timestep.bias))
+            h = ops.multiply(ops.linear(h, time.mixed, F32), on.action_rows)
+            h = ops.add(h, state)
+        return ops.cast(h, self._residual)
 
     def _vision(self, on: Constants, pixels: Handle, tap: HandleTap) -> Handle:
         """[V, S, S, 3] → features [1, 1, V·patches, E]."""
@@ -196,9 +213,14 @@ class TtnnNetwork:
         return ops.add(x, ops.linear(h, block.fc2, self._residual))
 
     def _qkv(
-        self, block: TtnnGemmaBlock, config: GemmaConfig, x: Handle, tables: KeyValue
+        self,
+        block: TtnnGemmaBlock,
+        norm: RmsNorm,
+        config: GemmaConfig,
+        x: Handle,
+        tables: KeyValue,
     ) -> tuple[Handle, ...]:
-        h = self.ops.rms_norm(x, block.norm1, gemma.EPS)
+        h = self.ops.rms_norm(x, norm, gemma.EPS)
         qkv = self.ops.linear(h, block.qkv, self._residual)
         q, k, v = self.ops.heads(qkv, config.num_heads, config.num_kv_heads)
         k, cache = self.ops.rope(k, *tables), self.ops.precision.cache
@@ -214,13 +236,12 @@ class TtnnNetwork:
     def _attend(self, config: GemmaConfig, q: Handle, k: Handle, v: Handle, mask: Handle) -> Handle:
         return self.ops.attention(q, k, v, mask, config.head_dim**-0.5)
 
-    def _post_attention(self, block: TtnnGemmaBlock, x: Handle, attended: Handle) -> Handle:
+    def _post_attention(
+        self, block: TtnnGemmaBlock, first: RmsNorm, second: RmsNorm, x: Handle, attended: Handle
+    ) -> Handle:
         ops, hidden = self.ops, self.ops.precision.hidden
-        x = ops.add(x, ops.linear(attended, block.out, self._residual))
-        h = ops.rms_norm(x, block.norm2, gemma.EPS)
+        x = ops.add_branch(x, ops.linear(attended, block.out, self._residual), first)
+        h = ops.rms_norm(x, second, gemma.EPS)
         gate = ops.gelu(ops.linear(h, block.gate, hidden))
         h = ops.multiply(gate, ops.linear(h, block.up, hidden))
-        return ops.add(x, ops.linear(h, block.down, self._residual))
-
-    def _norm(self, trunk: TtnnTrunk, x: Handle) -> Handle:
-        return self.ops.rms_norm(x, trunk.norm, gemma.EPS)
+        return ops.add_branch(x, ops.linear(h, block.down, self._residual), second)

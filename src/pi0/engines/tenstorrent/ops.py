@@ -8,7 +8,7 @@ from pi0.engines.tenstorrent.backend import Backend, Handle
 from pi0.engines.tenstorrent.layout import TILE, tiled
 from pi0.engines.tenstorrent.precision import Precision
 from pi0.engines.tenstorrent.program_configs import ROWS_IN_L1, attention_chunks, matmul_blocks
-from pi0.engines.tenstorrent.weights import Linear
+from pi0.engines.tenstorrent.weights import Linear, RmsNorm
 
 
 class Ops:
@@ -40,12 +40,13 @@ class Ops:
             memory_config=self._memory(x),
         )
 
-    def rms_norm(self, x: Handle, weight: Handle, epsilon: float) -> Handle:
+    def rms_norm(self, x: Handle, norm: RmsNorm, epsilon: float) -> Handle:
         return self.backend.run(
             "rms_norm",
             x,
             epsilon=epsilon,
-            weight=weight,
+            weight=norm.weight,
+            bias=norm.shift,
             compute_kernel_config=self._kernel[self.precision.rest],
             memory_config=self._memory(x),
         )
@@ -115,6 +116,12 @@ class Ops:
 
     def add(self, a: Handle, b: Handle) -> Handle:
         return self.backend.run("add", a, b, memory_config=self._memory(a))
+
+    def add_branch(self, x: Handle, branch: Handle, norm: RmsNorm) -> Handle:
+        """The residual sum, the branch gated if the norm before it is adaptive."""
+        if norm.gate is None:
+            return self.add(x, branch)
+        return self.backend.run("addcmul", x, branch, norm.gate, memory_config=self._memory(x))
 
     def multiply(self, a: Handle, b: Handle | float) -> Handle:
         return self.backend.run("multiply", a, b, memory_config=self._memory(a))

@@ -1,8 +1,9 @@
 """The model's parameters as the network wants them: fused, padded to tiles, in the preset's dtypes.
 
 Matrices are stored [in, out]. Heads that are no whole tiles are padded with zeros, which changes no
-product; RMSNorm's 1 + w is folded; the first of the two linear layers on the actions is folded into
-the second, between which there is nothing.
+product; RMSNorm's 1 + w is folded; in π0 the first of the two linear layers on the actions is
+folded into the second, between which there is nothing. What reads only the timestep stays on the
+host.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from pi0.engines.tenstorrent.backend import Handle, Upload
 from pi0.engines.tenstorrent.layout import padded_head, tiled
 from pi0.engines.tenstorrent.precision import BF16, BFP8, Precision
 from pi0.model import Pi0
-from pi0.model.gemma import GemmaTrunk
+from pi0.model.gemma import GemmaTrunk, RMSNorm
 from pi0.model.pi0 import fold_actions
 from pi0.model.siglip import SiglipTower
 
 Put = Callable[[Upload], Handle]
+HostLinear = tuple[Tensor, Tensor]  # weight [out, in] and bias [out]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,28 @@ class Linear:
 
     weight: Handle
     bias: Handle | None = None
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """Rows [1, 1, 1, E].
+
+    Attributes:
+        weight: 1 + scale.
+        shift, gate: of an adaptive norm: added to the result, multiplied with the branch after it.
+    """
+
+    weight: Handle
+    shift: Handle | None = None
+    gate: Handle | None = None
+
+
+@dataclass(frozen=True)
+class TrunkNorms:
+    """Both norms of each block, and the final one."""
+
+    blocks: list[tuple[RmsNorm, RmsNorm]]
+    final: RmsNorm
 
 
 @dataclass(frozen=True)
@@ -45,19 +69,41 @@ class TtnnVisionBlock:
 
 @dataclass(frozen=True)
 class TtnnGemmaBlock:
-    norm1: Handle
     qkv: Linear
     out: Linear
-    norm2: Handle
     gate: Linear
     up: Linear
     down: Linear
 
 
 @dataclass(frozen=True)
-class TtnnTrunk:
-    blocks: list[TtnnGemmaBlock]
-    norm: Handle
+class StateAndTime:
+    """What makes π0's suffix, beside the layer on its actions.
+
+    Attributes:
+        state: makes the state's token.
+        mixed: follows the activation of actions with time.
+        time: [E, E] float32, on the host: embedded time → what it adds to the actions.
+        norms: the expert's, the same at any time.
+    """
+
+    state: Linear
+    mixed: Linear
+    time: Tensor
+    norms: TrunkNorms
+
+
+@dataclass(frozen=True)
+class AdaptiveNorms:
+    """What makes the norms of π0.5's expert, all of it float32 on the host.
+
+    Attributes:
+        mlp: both layers from the embedded time to the condition.
+        dense: for each norm, in order, the layer from the condition to scale, shift and gate.
+    """
+
+    mlp: tuple[HostLinear, HostLinear]
+    dense: list[HostLinear]
 
 
 @dataclass(frozen=True)
@@ -68,12 +114,11 @@ class TtnnWeights:
     vision_norm: Linear
     projector: Linear
     embedding: Handle
-    vlm: TtnnTrunk
-    expert: TtnnTrunk
-    state: Linear
+    vlm: list[TtnnGemmaBlock]
+    vlm_norms: TrunkNorms
+    expert: list[TtnnGemmaBlock]
     actions: Linear
-    time: Linear
-    suffix: Linear
+    time: StateAndTime | AdaptiveNorms
     velocity: Linear
 
 
@@ -85,8 +130,7 @@ class Packer:
 
     def pack(self, model: Pi0) -> TtnnWeights:
         vision, norm = self._tower(model.vision_tower)
-        first, second = model.action_in_proj, model.action_time_mlp_in
-        folded = fold_actions((first.weight, first.bias), (second.weight, second.bias))
+        actions, time = self._suffix(model)  # first: the trunk's norms are freed
         conv = model.vision_tower.patch_embedding.conv
         patch = conv.weight.permute(0, 2, 3, 1).flatten(1)  # [E, 14·14·3], channels last
         weights = TtnnWeights(
@@ -98,16 +142,33 @@ class Packer:
             embedding=self._put(
                 Upload(model.token_embedding.weight.detach(), self.precision.embedding, tiled=False)
             ),
-            vlm=self._trunk("vlm", model.vlm),
-            expert=self._trunk("expert", model.expert),
-            state=self._layer("action", model.state_proj),
-            actions=self._linear("action", folded.actions, folded.bias),
-            time=self._linear("action", folded.time),
-            suffix=self._layer("action", model.action_time_mlp_out),
+            vlm_norms=self._norms(model.vlm),
+            vlm=self._blocks("vlm", model.vlm),
+            expert=self._blocks("expert", model.expert),
+            actions=actions,
+            time=time,
             velocity=self._layer("action", model.action_out_proj),
         )
         free(model)
         return weights
+
+    def _suffix(self, model: Pi0) -> tuple[Linear, StateAndTime | AdaptiveNorms]:
+        """The layer on the actions; what makes the rest of the suffix and the expert's norms."""
+        first = model.action_in_proj
+        if model.config.adaptive_norm:
+            time = AdaptiveNorms(
+                (host_linear(model.time_mlp_in), host_linear(model.time_mlp_out)),
+                [host_linear(norm.dense) for norm in norms_of(model.expert)],
+            )
+            return self._layer("action", first), time
+        second = model.action_time_mlp_in
+        folded = fold_actions((first.weight, first.bias), (second.weight, second.bias))
+        return self._linear("action", folded.actions, folded.bias), StateAndTime(
+            state=self._layer("action", model.state_proj),
+            mixed=self._layer("action", model.action_time_mlp_out),
+            time=folded.time,
+            norms=self._norms(model.expert),
+        )
 
     def _linear(self, kind: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """weight [out, in], as torch has it."""
@@ -160,7 +221,11 @@ class Packer:
             free(block)
         return blocks, self._layer_norm(tower.norm)
 
-    def _trunk(self, name: str, trunk: GemmaTrunk) -> TtnnTrunk:
+    def _norms(self, trunk: GemmaTrunk) -> TrunkNorms:
+        *norms, final = (RmsNorm(self._norm(1 + norm.weight)) for norm in norms_of(trunk))
+        return TrunkNorms(pairs_of(norms), final)
+
+    def _blocks(self, name: str, trunk: GemmaTrunk) -> list[TtnnGemmaBlock]:
         blocks = []
         modules: Any = trunk.blocks
         for block in modules:
@@ -169,17 +234,29 @@ class Packer:
             qkv = torch.cat([pad_heads(p.weight, d, head) for p in projections])
             out = pad_heads(block.o_proj.weight.t(), d, head).t()
             packed = TtnnGemmaBlock(
-                norm1=self._norm(1 + block.norm1.weight),
                 qkv=self._linear(f"{name}_attention", qkv),
                 out=self._linear(f"{name}_attention", out),
-                norm2=self._norm(1 + block.norm2.weight),
                 gate=self._linear(f"{name}_mlp", block.gate_proj.weight),
                 up=self._linear(f"{name}_mlp", block.up_proj.weight),
                 down=self._linear(f"{name}_mlp", block.down_proj.weight),
             )
             blocks.append(packed)
             free(block)
-        return TtnnTrunk(blocks, self._norm(1 + trunk.norm.weight))
+        return blocks
+
+
+def norms_of(trunk: GemmaTrunk) -> list[RMSNorm]:
+    """Both of each block, then the final one."""
+    modules: Any = trunk.blocks
+    return [*(norm for block in modules for norm in (block.norm1, block.norm2)), trunk.norm]
+
+
+def pairs_of(norms: list[RmsNorm]) -> list[tuple[RmsNorm, RmsNorm]]:
+    return list(zip(norms[::2], norms[1::2], strict=True))
+
+
+def host_linear(layer: nn.Linear) -> HostLinear:
+    return layer.weight.detach(), layer.bias.detach()
 
 
 def pad_heads(weight: Tensor, head_dim: int, places: Tensor) -> Tensor:

@@ -1,0 +1,307 @@
+"""Folders of JAX arrays as orbax writes them (OCDBT, zarr v2, zstd), with tensorstore alone.
+
+An array is a zarr array inside an OCDBT database, under its path in the tree, joined by dots:
+`params.PaliGemma.llm.layers.attn.q_einsum.w`, often with a last `.value`. Source: orbax's
+`_src/serialization/` and `_src/metadata/tree.py`.
+
+Knows nothing of π0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pi0.checkpoint.files import TORCH_DTYPES, read_json
+from pi0.errors import CheckpointError, Pi0Error, install_hint
+
+if TYPE_CHECKING:
+    import tensorstore
+
+MANIFEST = "manifest.ocdbt"
+METADATA = "_METADATA"
+ITEM = "params."  # the item of the checkpoint, first in every path
+VALUE = ".value"  # the last level where flax's nnx wrote the tree
+DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # zarr's names → safetensors'
+PENDING_BYTES = 256 << 20  # written at once; the database joins what is written at once
+HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+DICT_KEY = 2  # orbax's number for a level of the tree that is a dict
+# What tensorstore raises: one class for each kind of status.
+FAILURES = (ValueError, OSError, KeyError, NotImplementedError, RuntimeError)
+
+
+def import_tensorstore(path: Path) -> Any:
+    """The package.
+
+    Raises:
+        Pi0Error: it is not installed.
+    """
+    try:
+        import tensorstore
+    except ImportError as error:
+        raise Pi0Error(
+            f"{path}: expected the package tensorstore for a JAX checkpoint, which the extra "
+            f"pi0[jax] brings, found none. {install_hint('jax')}"
+        ) from error
+    return tensorstore
+
+
+@dataclass(frozen=True)
+class ArrayInfo:
+    """An array of the folder: its key in the database, shape, and safetensors' name of its dtype
+    (zarr's, if the model cannot read it)."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class ArrayFolder:
+    """A folder of arrays, by their names: paths joined by slashes, without item and `value`."""
+
+    folder: Path
+    arrays: Mapping[str, ArrayInfo]
+    complete: bool  # every chunk was written, even of zeros
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / MANIFEST
+
+    @contextlib.contextmanager
+    def open(self, name: str) -> Iterator[ArrayReader]:
+        """An array to be read in parts.
+
+        While it is open, a chunk that spans several parts stays in memory once it is decoded.
+        """
+        info = self.arrays[name]
+        ts = import_tensorstore(self.folder)
+        with _translate(self.folder, name):
+            context = ts.Context({"cache_pool": {"total_bytes_limit": info.bytes}})
+            spec = _array_spec(self.folder, info.key)
+            if self.complete:
+                spec["fill_missing_data_reads"] = False
+            yield ArrayReader(ts.open(spec, context=context, read=True).result())
+
+
+@dataclass(frozen=True)
+class ArrayReader:
+    array: tensorstore.TensorStore
+
+    def read(self, index: tuple[int | slice, ...] = ()) -> Tensor:
+        """A part of the array, in its own dtype."""
+        part = self.array[index] if index else self.array
+        values = np.asarray(part.read().result())
+        if values.dtype == np.float32:
+            return torch.from_numpy(values)
+        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+
+
+def open_folder(folder: Path) -> ArrayFolder:
+    """Names, shapes and dtypes of the arrays; reads metadata only.
+
+    Raises:
+        CheckpointError: no such database, or a damaged one.
+        Pi0Error: tensorstore is not installed.
+    """
+    ts = import_tensorstore(folder)
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        raise CheckpointError(
+            f"{folder}: expected a JAX checkpoint with {MANIFEST}, found none. Copy the whole "
+            "folder; one of an orbax that wrote no OCDBT has to be saved again with a newer one."
+        )
+    metadata = folder / METADATA
+    declared = read_json(metadata) if metadata.is_file() else {}
+    arrays = {}
+    with _translate(folder, MANIFEST):
+        store = ts.KvStore.open(_database_spec(folder)).result()
+        keys = [key.decode() for key in store.list().result()]
+        paths = sorted(key.removesuffix("/.zarray") for key in keys if key.endswith("/.zarray"))
+        opened = {path: ts.open(_array_spec(folder, path), read=True) for path in paths}
+        for path, future in opened.items():
+            array = future.result()
+            dtype = DTYPES.get(array.dtype.name, array.dtype.name)
+            name = path.removeprefix(ITEM).removesuffix(VALUE).replace(".", "/")
+            arrays[name] = ArrayInfo(path, tuple(array.shape), dtype)
+    if not arrays:
+        raise CheckpointError(
+            f"{manifest}: expected arrays, found none. The folder is incomplete: copy or download "
+            "it again."
+        )
+    return ArrayFolder(folder, arrays, declared.get("store_array_data_equal_to_fill_value") is True)
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """An array to be written: shape, shape of its chunks, safetensors' name of its dtype."""
+
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: str
+
+
+def write_folder(
+    folder: Path,
+    arrays: Mapping[str, ArraySpec],
+    parts: Iterable[tuple[str, tuple[int | slice, ...], Tensor]],
+) -> None:
+    """Writes a folder of arrays that orbax restores, without a last level `value`.
+
+    Args:
+        folder: made here.
+        arrays: by paths joined by slashes.
+        parts: (name, where it lies in the array, values) until all arrays are filled.
+
+    Raises:
+        Pi0Error: the folder cannot be written, or tensorstore is not installed.
+    """
+    ts = import_tensorstore(folder)
+    folder.mkdir(parents=True)
+    begun = time.time_ns()
+    keys = {name: ITEM + name.replace("/", ".") for name in arrays}
+    context = ts.Context()  # its cache keeps nothing that is written
+    stores = {}
+    for name, array in arrays.items():
+        spec = _array_spec(folder, keys[name]) | {
+            "metadata": _zarr_metadata(array),
+            "store_data_equal_to_fill_value": True,
+        }
+        with _translate_writing(folder):
+            stores[name] = ts.open(spec, context=context, create=True).result()
+    pending: list[Any] = []
+    size = 0
+    for name, index, values in parts:
+        with _translate_writing(folder):
+            written = stores[name][index].write(_to_numpy(values, stores[name].dtype))
+            written.copy.result()  # the values may be gone after this
+            pending.append(written)
+            size += values.nbytes
+            if size >= PENDING_BYTES:
+                _wait(pending)
+                size = 0
+    with _translate_writing(folder):
+        _wait(pending)
+    _write_metadata(folder, arrays, keys, begun)
+
+
+def _wait(pending: list[Any]) -> None:
+    while pending:
+        pending.pop().result()
+
+
+def _to_numpy(values: Tensor, dtype: Any) -> Any:
+    if values.dtype == torch.bfloat16:
+        return values.contiguous().view(torch.int16).numpy().view(dtype.numpy_dtype)
+    return values.numpy()
+
+
+def _zarr_metadata(array: ArraySpec) -> dict[str, Any]:
+    return {
+        "chunks": list(array.chunks),
+        "compressor": {"id": "zstd", "level": 1},
+        "dimension_separator": ".",
+        "dtype": {"F32": "<f4", "BF16": "bfloat16"}[array.dtype],
+        "fill_value": None,
+        "filters": None,
+        "order": "C",
+        "shape": list(array.shape),
+        "zarr_format": 2,
+    }
+
+
+def _write_metadata(
+    folder: Path, arrays: Mapping[str, ArraySpec], keys: Mapping[str, str], begun: int
+) -> None:
+    """The files from which orbax knows the tree and how it was written."""
+    tree = {}
+    for name, array in arrays.items():
+        levels = (ITEM.removesuffix("."), *name.split("/"))
+        tree[str(levels)] = {
+            "key_metadata": [{"key": key, "key_type": DICT_KEY} for key in levels],
+            "value_metadata": {
+                "value_type": "jax.Array",
+                "skip_deserialize": False,
+                "write_shape": list(array.shape),
+            },
+        }
+    written = [
+        {
+            "param_name": keys[name],
+            "write_shape": list(array.shape),
+            "chunk_shape": list(array.chunks),
+            "ext_metadata": None,
+        }
+        for name, array in arrays.items()
+    ]
+    files = {
+        METADATA: {
+            "tree_metadata": tree,
+            "use_zarr3": False,
+            "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None,
+        },
+        "array_metadatas/process_0": {
+            "array_metadatas": [{"array_metadata": entry} for entry in written]
+        },
+        "_CHECKPOINT_METADATA": {
+            "item_handlers": HANDLER,
+            "metrics": {},
+            "performance_metrics": {},
+            "init_timestamp_nsecs": begun,
+            "commit_timestamp_nsecs": time.time_ns(),
+            "custom_metadata": {},
+        },
+    }
+    for file, content in files.items():
+        path = folder / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _translate_writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except FAILURES as error:
+        reason = " ".join(str(error).split())
+        raise Pi0Error(
+            f"{folder}: expected a place where JAX arrays can be written, found: {reason[:300]}. "
+            "Make room, or name another place."
+        ) from error
+
+
+def _database_spec(folder: Path) -> dict[str, Any]:
+    base = {"driver": "file", "path": f"{folder.resolve()}/"}
+    return {"driver": "ocdbt", "base": base}
+
+
+def _array_spec(folder: Path, key: str) -> dict[str, Any]:
+    return {"driver": "zarr", "kvstore": {**_database_spec(folder), "path": f"{key}/"}}
+
+
+@contextlib.contextmanager
+def _translate(folder: Path, name: str) -> Iterator[None]:
+    """Turns what tensorstore raises into one sentence."""
+    try:
+        yield
+    except FAILURES as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{folder}: {name}: expected a complete JAX checkpoint, found a truncated or damaged "
+            f"one ({reason[:300]}). Copy or download it again."
+        ) from error

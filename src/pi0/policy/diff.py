@@ -1,0 +1,132 @@
+"""Two policies without their weights: configuration, conventions, statistics, tokenizer.
+
+Compared is what a policy does, not where its files lie or who wrote them: openpi's norm_stats.json
+and LeRobot's processors with the same numbers are the same. Statistics are compared as float32,
+in which LeRobot keeps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pi0.policy.normalize import Normalizer
+from pi0.policy.pipeline import Pipeline
+from pi0.policy.setup import PolicySetup
+from pi0.policy.tokenizer import Tokenizer
+
+# Of `PolicySetup.describe`: where things lie, what was said of them, what is compared elsewhere.
+PLACES = ("checkpoint", "base", "layout", "sources", "findings", "prompt", "horizon")
+# Prompts that tokenizers of different vocabularies split differently.
+PROBES = ("pick up the red cube", "Fold the towel, then close drawer 12.\n", "naïve größe 箱")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A setting that is not the same in A and B, such as "model.horizon"."""
+
+    what: str
+    a: Any
+    b: Any
+
+
+@dataclass(frozen=True)
+class PolicyDiff:
+    """What two policies have in common.
+
+    Attributes:
+        not_compared: why conventions, statistics and tokenizers were not compared; None: they were.
+    """
+
+    differences: list[Difference]
+    not_compared: str | None
+
+
+def diff_policies(a: PolicySetup, b: PolicySetup) -> PolicyDiff:
+    """Compares two set-ups, as far as both are known."""
+    left, right = _settings(a), _settings(b)
+    not_compared = None
+    if a.pipeline and b.pipeline:
+        left |= _described(a)
+        right |= _described(b)
+        left |= _pipeline(a.pipeline)
+        right |= _pipeline(b.pipeline)
+    else:
+        errors = {
+            name: [f.sentence for f in setup.findings if f.severity == "error"]
+            for name, setup in (("A", a), ("B", b))
+        }
+        if bool(errors["A"]) != bool(errors["B"]):
+            left["usable"], right["usable"] = not errors["A"], not errors["B"]
+        not_compared = " ".join(f"{name}: {found[0]}" for name, found in errors.items() if found)
+    names = dict.fromkeys([*left, *right])
+    found = [d for name in names for d in _diff(name, left.get(name), right.get(name))]
+    return PolicyDiff(found, not_compared)
+
+
+def _settings(setup: PolicySetup) -> dict[str, Any]:
+    """What is known without a pipeline, flat."""
+    config = setup.checkpoint.config
+    return {
+        **_flat("model", asdict(config)),
+        "steps": setup.steps,
+        "n_action_steps": setup.n_action_steps or config.horizon,
+    }
+
+
+def _described(setup: PolicySetup) -> dict[str, Any]:
+    table = {k: v for k, v in setup.describe().items() if k not in PLACES}
+    assert setup.robot is not None
+    cameras = [f"{c.key}{'' if c.required else ' (optional)'}" for c in setup.robot.cameras]
+    return _flat("", table) | {"robot.cameras": cameras}
+
+
+def _pipeline(pipeline: Pipeline) -> dict[str, Any]:
+    return {
+        **_flat("prompt", asdict(pipeline.prompt)),
+        **_flat("rename", pipeline.rename),
+        **_statistics("statistics.state", pipeline.state_stats),
+        **_statistics("statistics.actions", pipeline.action_stats),
+        **_statistics("statistics.targets", pipeline.target_stats),
+        **{
+            name: value
+            for key, stats in pipeline.image_stats.items()
+            for name, value in _statistics(f"statistics.{key}", stats).items()
+        },
+        **_tokenizer(pipeline.tokenizer),
+    }
+
+
+def _statistics(name: str, stats: Normalizer) -> dict[str, Any]:
+    arrays = {"offset": stats.offset, "scale": stats.scale, "inverse_scale": stats.inverse_scale}
+    return {f"{name}.{kind}": values.astype(np.float32) for kind, values in arrays.items()}
+
+
+def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    ids = {f"tokenizer.ids of {text!r}": tokenizer.encode(text) for text in PROBES}
+    return {"tokenizer.size": tokenizer.size, "tokenizer.bos": tokenizer.bos, **ids}
+
+
+def _diff(name: str, a: Any, b: Any) -> list[Difference]:
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        if a.shape != b.shape:
+            return [Difference(f"{name}: length", len(a), len(b))]
+        if np.array_equal(a, b):
+            return []
+        at = int(np.abs(a - b).argmax())
+        return [Difference(f"{name}[{at}], the largest", float(a[at]), float(b[at]))]
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        lengths = (None if v is None else len(v) for v in (a, b))
+        return [Difference(f"{name}: length", *lengths)]
+    return [] if a == b else [Difference(name, a, b)]
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """Nested tables as one, by names with dots."""
+    if not isinstance(value, Mapping):
+        return {name: value}
+    inner = [_flat(f"{name}.{key}".removeprefix("."), v) for key, v in value.items()]
+    return {key: v for table in inner for key, v in table.items()}

@@ -1,0 +1,135 @@
+"""What users get wrong around a model and `prepare` lets pass, as findings.
+
+`prepare` finds what a policy needs and lacks. Here is what runs and moves a robot wrongly all the
+same: files that belong to another model, robot or author.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pi0.checkpoint.lerobot import EMPTY_CAMERA, POSTPROCESSOR, PREPROCESSOR, complete_features
+from pi0.checkpoint.load import Checkpoint
+from pi0.findings import Finding, error, warning
+from pi0.policy import lerobot
+from pi0.policy.normalize import OPENPI_EPS, Normalizer
+from pi0.policy.robot import Robot
+from pi0.policy.robots import ROBOT_OF_ASSETS, ROBOTS
+from pi0.policy.setup import PolicySetup
+from pi0.policy.statistics import FILE_NAME
+from pi0.policy.tokenizer import Tokenizer
+
+PALIGEMMA_SIZE = 257152  # pieces of PaliGemma's vocabulary
+PALIGEMMA_BOS, PALIGEMMA_NEWLINE = 2, [108]
+
+
+def examine(setup: PolicySetup) -> list[Finding]:
+    """The findings of a set-up, and what else does not fit together; reads small files only."""
+    checkpoint, pipeline, robot = setup.checkpoint, setup.pipeline, setup.robot
+    found = [*setup.findings, *_two_origins(checkpoint)]
+    if robot and setup.sources.get("robot") == "named":
+        found += _cameras(checkpoint, robot)
+        found += _another_robot(setup.sources.get("statistics", ""), robot)
+    if pipeline:
+        found += _vocabulary(pipeline.tokenizer, pipeline.config.vocab_size)
+        if setup.sources["statistics"].partition(":")[0] != "none":
+            found += _placeholders("state", pipeline.state_stats)
+            found += _placeholders("actions", pipeline.action_stats)
+    return found
+
+
+def _two_origins(checkpoint: Checkpoint) -> list[Finding]:
+    """LeRobot's files and openpi's statistics: only one of them belongs to the weights."""
+    folder = checkpoint.folder_of(PREPROCESSOR, POSTPROCESSOR)
+    places = [folder / FILE_NAME, *folder.glob(f"assets/**/{FILE_NAME}")]
+    openpis = [path for path in places if path.is_file()]
+    if not openpis or not lerobot.is_lerobot(folder, checkpoint.settings):
+        return []
+    return [
+        warning(
+            "two-origins",
+            f"{folder}: expected files of openpi or of LeRobot, found both: LeRobot's count, "
+            f"{openpis[0].relative_to(folder)} is not read. Remove those that are not of the "
+            "training run, or say --norm-stats and --preprocessing.",
+        )
+    ]
+
+
+def _cameras(checkpoint: Checkpoint, robot: Robot) -> list[Finding]:
+    """Whether a named robot has the cameras that LeRobot's config.json declares."""
+    if "input_features" not in checkpoint.settings:
+        return []
+    inputs, _ = complete_features(checkpoint.settings)
+    declared = [
+        key
+        for key, feature in inputs.items()
+        if feature.get("type") == "VISUAL" and not key.startswith(EMPTY_CAMERA)
+    ]
+    known = {name for c in robot.cameras for name in (*c.names, _last(c.key))}
+    strange = [key for key in declared if _last(key) not in known]
+    if not strange:
+        return []
+    names = ", ".join(camera.key for camera in robot.cameras)
+    return [
+        warning(
+            "cameras-differ",
+            f"cameras: expected those of config.json, {', '.join(declared)}, in this order, found "
+            f"{names} of robot {robot.name}: each picture would take another's place. Leave out "
+            "--robot, or write a robot file with these cameras.",
+        )
+    ]
+
+
+def _another_robot(source: str, robot: Robot) -> list[Finding]:
+    """Whether statistics lie under the name of another robot than the named one."""
+    folders = [part for part in Path(source).parts if part in ROBOT_OF_ASSETS]
+    expected = {ROBOT_OF_ASSETS[part] for part in folders[-1:]}
+    if not expected or robot.name not in ROBOTS or robot.name == "generic":
+        return []
+    if expected & {*robot.name.split("_")}:  # aloha_sim is an aloha, pi05_libero a libero
+        return []
+    return [
+        warning(
+            "statistics-of-another-robot",
+            f"statistics: expected those of robot {robot.name}, found those of {folders[-1]}. Name "
+            f"the robot, --robot {expected.pop()}, or the right statistics with --norm-stats.",
+        )
+    ]
+
+
+def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> list[Finding]:
+    """Whether a model with PaliGemma's vocabulary has PaliGemma's tokenizer."""
+    found = (tokenizer.bos, tokenizer.encode("\n"))
+    if vocab_size != PALIGEMMA_SIZE or found == (PALIGEMMA_BOS, PALIGEMMA_NEWLINE):
+        return []
+    return [
+        error(
+            "tokenizer-vocabulary",
+            f"tokenizer {tokenizer.source}: expected PaliGemma's, with <bos> {PALIGEMMA_BOS} and a "
+            f"line break {PALIGEMMA_NEWLINE}, found {found[0]} and {found[1]} in "
+            f"{tokenizer.size} pieces: the model would read other words. Use the tokenizer.model "
+            "of google/paligemma-3b-pt-224.",
+        )
+    ]
+
+
+def _placeholders(what: str, stats: Normalizer) -> list[Finding]:
+    """Whether statistics leave all values as they are."""
+    near = 2 * OPENPI_EPS
+    if np.abs(stats.offset).max() > near or np.abs(stats.scale - 1).max() > near:
+        return []
+    return [
+        warning(
+            "statistics-placeholder",
+            f"statistics of {what}: expected those of a data set, found mean 0 and spread 1 "
+            f"throughout its {stats.width} values, which change nothing. Name the training run's "
+            "with --norm-stats, or `none` if that is meant.",
+        )
+    ]
+
+
+def _last(key: str) -> str:
+    """The last part of an observation's key."""
+    return key.replace("/", ".").rpartition(".")[2]

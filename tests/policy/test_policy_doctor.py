@@ -1,0 +1,104 @@
+"""Files of another model, robot or author around a model that runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pi0.checkpoint.layouts import LAYOUTS
+from pi0.checkpoint.load import open_checkpoint
+from pi0.checkpoint.synth import synthesise
+from pi0.config import PRESETS
+from pi0.policy import PolicyOptions, prepare
+from pi0.policy.doctor import PALIGEMMA_SIZE, examine
+from pi0.policy.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def folder(tiny_path: Path, tmp_path: Path) -> Path:
+    """Like openpi's: with statistics of a data set."""
+    folder = shutil.copytree(tiny_path, tmp_path / "ckpt")
+    write_statistics(folder, "synthetic", 32)
+    return folder
+
+
+def write_statistics(folder: Path, name: str, width: int, std: float = 0.5) -> None:
+    shutil.rmtree(folder / "assets", ignore_errors=True)
+    path = folder / "assets" / name / "norm_stats.json"
+    path.parent.mkdir(parents=True)
+    table = {"mean": [0.1] * width, "std": [std] * width}
+    path.write_text(json.dumps({"norm_stats": {"state": table, "actions": table}}))
+
+
+def codes(folder: Path, **options: str) -> dict[str, str]:
+    setup = prepare(open_checkpoint(folder), PolicyOptions(**options))  # type: ignore[arg-type]
+    return {finding.code: finding.sentence for finding in examine(setup)}
+
+
+def test_nothing_to_say(folder: Path) -> None:
+    assert not codes(folder, robot="generic")
+    assert list(codes(folder)) == ["robot-assumed"]
+
+
+def test_placeholders(tiny_path: Path) -> None:
+    assert "statistics-placeholder" in codes(tiny_path, robot="generic")
+    assert not codes(tiny_path, robot="generic", norm_stats="none", preprocessing="openpi")
+
+
+def test_statistics_of_another_robot(folder: Path) -> None:
+    write_statistics(folder, "droid", 8)
+    found = codes(folder, robot="libero")
+    assert "--robot droid" in found["statistics-of-another-robot"]
+    assert "statistics-of-another-robot" not in codes(folder, robot="droid")
+    assert "statistics-of-another-robot" not in codes(folder, robot="generic")
+    write_statistics(folder, "libero", 8)
+    assert "statistics-of-another-robot" not in codes(folder, robot="pi05_libero")
+    write_statistics(folder, "trossen", 14)
+    for robot in ("aloha", "aloha_sim"):
+        assert not codes(folder, robot=robot)
+
+
+def test_statistics_missing_flat_or_narrow(folder: Path) -> None:
+    write_statistics(folder, "synthetic", 32, std=0)
+    assert "state-statistics-flat" in codes(folder, robot="generic")
+    write_statistics(folder, "synthetic", 5)
+    assert "state-statistics-narrow" in codes(folder, robot="libero")
+    shutil.rmtree(folder / "assets")
+    assert "statistics-unusable" in codes(folder, robot="generic")
+
+
+@pytest.mark.parametrize(("bos", "newline"), [(1, [108]), (2, [13]), (2, [5, 108])])
+def test_another_vocabulary(folder: Path, bos: int, newline: list[int]) -> None:
+    setup = prepare(open_checkpoint(folder), PolicyOptions(robot="generic"))
+    assert setup.pipeline
+    config = replace(setup.pipeline.config, vocab_size=PALIGEMMA_SIZE)
+    for ids, first, expected in (([108], 2, []), (newline, bos, ["tokenizer-vocabulary"])):
+        tokenizer = Tokenizer(lambda _, ids=ids: ids, first, 32000, Path("x"))  # type: ignore[misc]
+        pipeline = replace(setup.pipeline, config=config, tokenizer=tokenizer)
+        found = examine(replace(setup, pipeline=pipeline))
+        assert [finding.code for finding in found] == expected
+
+
+@pytest.fixture
+def like_lerobot(tmp_path: Path) -> Path:
+    synthesise(tmp_path / "b", PRESETS["tiny"], LAYOUTS["lerobot"], 0, torch.float32)
+    return tmp_path / "b"
+
+
+def test_cameras_of_a_named_robot(like_lerobot: Path) -> None:
+    found = codes(like_lerobot, robot="libero")
+    assert "observation.images.base_0_rgb, " in found["cameras-differ"]
+    assert "observation/image, observation/wrist_image of robot libero" in found["cameras-differ"]
+    assert "cameras-differ" not in codes(like_lerobot, robot="generic")  # has their names
+    assert "cameras-differ" not in codes(like_lerobot)
+
+
+def test_two_origins(like_lerobot: Path, folder: Path) -> None:
+    assert "two-origins" not in codes(like_lerobot)
+    shutil.copytree(folder / "assets", like_lerobot / "assets")
+    assert "assets/synthetic/norm_stats.json is not read" in codes(like_lerobot)["two-origins"]

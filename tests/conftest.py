@@ -35,6 +35,21 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pi05_tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of π0.5, whose inputs are alike."""
+    folder = tmp_path_factory.mktemp("pi05_tiny")
+    synthesise(folder, PRESETS["pi05_tiny"], LAYOUTS["openpi"], seed=0, dtype=torch.float32)
+    return folder
+
+
+@pytest.fixture(scope="session", params=["tiny", "pi05_tiny"])
+def each_path(request: pytest.FixtureRequest) -> Path:
+    """`tiny_path`, then `pi05_tiny_path`."""
+    path: Path = request.getfixturevalue(f"{request.param}_path")
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny(tiny_path: Path) -> Pi0:
     """The tiny model in float32."""
     return load_model(open_checkpoint(tiny_path))

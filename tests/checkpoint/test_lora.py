@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft_folder import EXPERT, ORACLE, PREFIX, configure, copy_case, rewrite
+from peft_folder import EXPERT, ORACLE, PREFIX, configure, copy_case, rewrite, write_adapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from pi0.checkpoint.load import load_model, open_checkpoint
 from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
 from pi0.engines.base import make_engine
+from pi0.engines.fast.weights import Scheme, pack
 from pi0.engines.spec import EngineSpec
 from pi0.errors import CheckpointError, ConfigError
 from pi0.inputs import from_npz
@@ -162,6 +163,23 @@ def test_fast_engine_reads_it_too(adapter: Path) -> None:
     ):
         got = engine.sample(inputs, noise, 10).numpy()
         np.testing.assert_allclose(got, expected["actions"], atol=1e-4)
+
+
+def test_fast_engine_does_not_round_what_is_merged(tmp_path: Path) -> None:
+    """Into tensors that fast engines otherwise keep as they are stored."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    synthesise(base, PRESETS["pi05_tiny"], LAYOUTS["lerobot"], seed=0, dtype=torch.bfloat16)
+    write_adapter(adapter, "base")
+    dense = EXPERT + "0.input_layernorm.dense"
+    factors = {f"{dense}.lora_A.weight": torch.ones(2, 32) / 300}
+    save_file(
+        factors | {f"{dense}.lora_B.weight": torch.ones(96, 2)},
+        adapter / "adapter_model.safetensors",
+    )
+    name = "expert.blocks.0.norm1.dense.weight"
+    packed = pack(open_checkpoint(adapter, base=base), Scheme(torch.float32))[name]
+    assert torch.equal(packed, weights(adapter, base)[name])
+    assert not torch.equal(packed, packed.bfloat16().float())
 
 
 # Where the base lies

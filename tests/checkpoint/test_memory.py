@@ -99,6 +99,19 @@ def test_published_sizes(precision: str) -> None:
     assert required_bytes(config, "cpu", "int8", cameras=3, tokens=48) < 4e9
 
 
+def test_linear_layers_of_adaptive_norms_may_stay_as_they_are_stored() -> None:
+    """In π0.5, whatever the precision: 37 times [3072, 1024] and biases in bfloat16."""
+    norms = 37 * 3 * 1024 * (1024 + 1) * 2
+    for precision, size in (("float32", 4), ("bfloat16", 2), ("int8", 1)):
+        pi0, pi05 = (
+            required_bytes(PRESETS[name], "cpu", precision, cameras=3, tokens=48)
+            for name in ("pi0_base", "pi05_base")
+        )
+        # In place of weights of norms, the projection of the state and half a matrix of time.
+        without = 37 * 1024 + 33 * 1024 + 1024 * 1024
+        assert pi05 - pi0 == norms - without * size
+
+
 MEASURE = """
 import resource, sys, torch
 from pi0.checkpoint.load import open_checkpoint

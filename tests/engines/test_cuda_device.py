@@ -19,7 +19,7 @@ from pi0.verify.run import default_cases, verify
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-@pytest.fixture(scope="module", params=["tiny", "small"])
+@pytest.fixture(scope="module", params=["tiny", "small", "pi05_tiny", "pi05_small"])
 def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     synthesise(folder, PRESETS[request.param], LAYOUTS["openpi"], seed=0, dtype=torch.float32)

@@ -84,13 +84,24 @@ def test_a_row_of_zeros() -> None:
 
 
 @needs_native
-@given(ROWS, BLOCKS, BLOCKS, st.booleans(), st.booleans(), st.booleans())
-def test_products(rows: int, n: int, k: int, bias: bool, residual: bool, int8: bool) -> None:
+@given(
+    ROWS,
+    BLOCKS,
+    BLOCKS,
+    st.booleans(),
+    st.sampled_from(["product", "residual", "gate", "gate of each row"]),
+    st.booleans(),
+)
+def test_products(rows: int, n: int, k: int, bias: bool, added: str, int8: bool) -> None:
     plain, packed = matrices(16 * n, 4 * k, bias, int8)
     x = torch.randn(rows, 4 * k)
-    add = torch.randn(rows, 16 * n) if residual else None
-    mine = native_kernels().project(native_kernels().operand(x, packed), packed, add)
-    assert same(mine, Int8Kernels().project(Int8Kernels().operand(x, plain), plain, add))
+    residual = None if added == "product" else torch.randn(rows, 16 * n)
+    gates = {"gate": torch.randn(16 * n), "gate of each row": torch.randn(rows, 16 * n)}
+    rest = residual, gates.get(added)
+    mine = native_kernels().project(native_kernels().operand(x, packed), packed, *rest)
+    if residual is not None:
+        rest = residual.clone(), gates.get(added)
+    assert same(mine, Int8Kernels().project(Int8Kernels().operand(x, plain), plain, *rest))
 
 
 @needs_native
@@ -160,9 +171,9 @@ def test_split(batch: int, t: int, heads: int, kv: int) -> None:
     assert not places[0][:, :, :2].any()
 
 
-def test_actions_are_close(tiny_path: Path) -> None:
+def test_actions_are_close(each_path: Path) -> None:
     """Limits of `pi0 verify`; tiny layers average less rounding away than real ones."""
-    checkpoint = open_checkpoint(tiny_path)
+    checkpoint = open_checkpoint(each_path)
     inputs, noise = random_inputs(CONFIG, 2, 6, 0)
     exact, close = (
         make_engine(f"cpu:{dtype}", checkpoint).sample(inputs, noise)
@@ -187,9 +198,9 @@ def test_damaged_weights_are_refused(tiny_path: Path, tmp_path: Path, dtype: str
         make_engine(f"cpu:{dtype}", open_checkpoint(tmp_path)).sample(inputs, noise)
 
 
-def test_without_a_compiler(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler(each_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slower, with a warning, and within rounding of the same actions."""
-    checkpoint = open_checkpoint(tiny_path)
+    checkpoint = open_checkpoint(each_path)
     inputs, noise = random_inputs(CONFIG, 2, 6, 0)
     expected = make_engine("cpu:int8", checkpoint).sample(inputs, noise)
     monkeypatch.setenv("CC", "no-such-compiler")

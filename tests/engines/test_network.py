@@ -7,6 +7,7 @@ embedding without its scale, an exact GELU or a rotary position off by one is of
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import Checkpoint, load_model, open_checkpoint
-from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
 from pi0.engines.base import Engine, make_engine
 from pi0.engines.fast.plan import make_token_plan
@@ -24,17 +23,12 @@ from pi0.inputs import ModelInputs, random_inputs
 from pi0.model import STAGES, Pi0
 
 CONFIG = PRESETS["tiny"]
-only_pi0 = pytest.mark.parametrize("checkpoint", ["tiny"], indirect=True)  # it has a state token
+only_pi0 = pytest.mark.parametrize("each_path", ["tiny"], indirect=True)  # it has a state token
 
 
-@pytest.fixture(scope="module", params=["tiny", "pi05_tiny"])
-def checkpoint(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Checkpoint:
-    """Of π0 and of π0.5, whose inputs are alike."""
-    folder = tmp_path_factory.mktemp(request.param)
-    synthesise(folder, PRESETS[request.param], LAYOUTS["openpi"], 0, torch.float32)
-    return open_checkpoint(folder)
+@pytest.fixture(scope="module")
+def checkpoint(each_path: Path) -> Checkpoint:
+    return open_checkpoint(each_path)
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import Checkpoint, load_model, open_checkpoint
-from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
 from pi0.engines.base import make_engine, require_finite
 from pi0.engines.fast.cpu import engine as cpu
@@ -32,12 +30,11 @@ from pi0.engines.fast.cuda.fp8 import Fp8Kernels
 from pi0.engines.fast.kernels import Kernels, Norm
 from pi0.engines.fast.network import Network
 from pi0.engines.fast.plan import make_token_plan
-from pi0.engines.fast.weights import Matrix, PackedWeights, Scheme, pack
+from pi0.engines.fast.weights import Matrix, PackedWeights, Scheme, pack, quantise_rows
 from pi0.errors import EngineError, Pi0Error
 from pi0.inputs import random_inputs
 
 CONFIG = PRESETS["tiny"]
-MODELS = ("tiny", "pi05_tiny")
 INPUTS, NOISE = random_inputs(CONFIG, 2, 6, 0)
 VALUES = (torch.nan, torch.inf, -torch.inf, 1e38)
 # SiLU of -1e37, which is no overflow, is exactly 0.
@@ -72,13 +69,9 @@ def actions(weights: PackedWeights, kernels: Kernels) -> Tensor:
         return require_finite(network.denoise(NOISE, times, cache))
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def checkpoint(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Checkpoint:
-    folder = tmp_path_factory.mktemp(request.param)
-    synthesise(folder, PRESETS[request.param], LAYOUTS["openpi"], 0, torch.float32)
-    return open_checkpoint(folder)
+@pytest.fixture(scope="module")
+def checkpoint(each_path: Path) -> Checkpoint:
+    return open_checkpoint(each_path)
 
 
 def parts(weights: PackedWeights) -> Iterator[tuple[str, Tensor]]:
@@ -140,7 +133,7 @@ def test_norms_that_overflow_the_logits(checkpoint: Checkpoint, engine: str) -> 
     make_kernels, scheme = ENGINES[engine]
     weights = pack(checkpoint, scheme)
     for name, tensor in weights.tensors.items():
-        if name.endswith("norm1.weight"):
+        if name.endswith(("norm1.weight", "norm1.dense.weight")):
             weights.tensors[name] = tensor * 1e30
     kernels = make_kernels()
     kernels.prepare(weights)
@@ -151,10 +144,20 @@ def test_norms_that_overflow_the_logits(checkpoint: Checkpoint, engine: str) -> 
 @pytest.mark.parametrize("dtype", ["float32", "int8", "bfloat16"])
 @pytest.mark.parametrize("value", VALUES[:3])
 @pytest.mark.parametrize(
-    "name", ["input_layernorm.weight", "fc1.bias", "q_proj.weight", "position_embedding.weight"]
+    ("preset", "name"),
+    [
+        ("tiny", "input_layernorm.weight"),
+        ("tiny", "fc1.bias"),
+        ("tiny", "q_proj.weight"),
+        ("tiny", "position_embedding.weight"),
+        ("pi05_tiny", "input_layernorm.dense.weight"),
+        ("pi05_tiny", "norm.dense.bias"),
+        ("pi05_tiny", "time_mlp_in.bias"),
+    ],
 )
 def test_damaged_files_give_no_actions(
-    tiny_path: Path,
+    request: pytest.FixtureRequest,
+    preset: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
@@ -162,8 +165,9 @@ def test_damaged_files_give_no_actions(
     dtype: str,
 ) -> None:
     monkeypatch.setattr(cpu, "require_fast_bfloat16", lambda: None)
-    shutil.copytree(tiny_path, tmp_path, dirs_exist_ok=True)
-    tensors = load_file(tiny_path / "model.safetensors")
+    path = request.getfixturevalue(f"{preset}_path")
+    shutil.copytree(path, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(path / "model.safetensors")
     damaged = next(key for key in tensors if key.endswith(name))
     tensors[damaged].view(-1)[3] = value
     save_file(tensors, tmp_path / "model.safetensors")
@@ -188,11 +192,31 @@ def test_native_rows_with_a_damaged_value(
     for result in (
         kernels.operand(x, into),
         kernels.rms_norm(x, Norm(ones), into),
+        kernels.rms_norm(x, Norm(ones, ones), into),
         kernels.layer_norm(x, ones, ones, into),
     ):
         assert torch.equal(result.scale.isnan(), damaged)
     kernels.native("softmax", rows, width, 1.0, None, x)
     assert torch.equal(x.isnan().all(dim=1), damaged)
+
+
+@needs_native
+@pytest.mark.parametrize("value", VALUES[:3])
+@pytest.mark.parametrize("int8", [False, True])
+def test_native_gate_with_a_damaged_value(value: float, int8: bool) -> None:
+    """Its column, and no other, is not finite."""
+    kernels = NativeKernels(NATIVE)  # type: ignore[arg-type]
+    matrix, gate = Matrix(torch.ones(32, 8)), torch.ones(32)
+    if int8:
+        matrix.weight, matrix.scale = quantise_rows(matrix.weight, torch.int8)
+    weights = PackedWeights(CONFIG, FLOAT32)
+    weights.matrices["m"] = matrix
+    kernels.prepare(weights)
+    gate[5] = value
+    out = kernels.project(
+        kernels.operand(torch.ones(3, 8), matrix), matrix, torch.ones(3, 32), gate
+    )
+    assert torch.equal(~out.isfinite(), (torch.arange(32) == 5).expand(3, -1))
 
 
 @needs_native

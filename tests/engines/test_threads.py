@@ -35,9 +35,9 @@ def frequent_switches() -> Iterator[None]:
 
 @pytest.fixture(params=["reference", "cpu:float32", "cpu:int8", "cuda"])
 def engine(
-    tiny_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    each_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Engine:
-    checkpoint = open_checkpoint(tiny_path)
+    checkpoint = open_checkpoint(each_path)
     if request.param != "cuda":
         return make_engine(request.param, checkpoint)
     monkeypatch.setattr(cuda, "find_device", lambda name: torch.device("cpu"))

@@ -104,7 +104,7 @@ def test_every_call_compiles(
 
     monkeypatch.setattr(triton.JITFunction, "run", launch)
     call_all(quantised)
-    assert len(set(compiled)) == 5
+    assert len(set(compiled)) == 6
 
 
 def triton_type(value: Any) -> str:
@@ -128,6 +128,7 @@ def call_all(quantised: bool) -> None:
         these.operand(x, into)
         these.rms_norm(x, Norm(weight), into)
         these.rms_norm(x, Norm(weight, weight), into)
+        these.project(a, Matrix(zeros(width, 16)), x, weight)
         these.layer_norm(x, weight, weight, into)
     for units in (4096, 16384):
         these.geglu(a, Matrix(zeros(2 * units, 16)), into)
@@ -243,9 +244,8 @@ def test_quantised_rows(rows: int, width: int, dtype: torch.dtype, seed: int) ->
     weight, bias = random(seed + 1, width), random(seed + 2, width)
     unquantised = plain(4, width, dtype)
     expect_rows(*kernels().operand(x, into), x)
-    expect_rows(
-        *kernels().rms_norm(x, Norm(weight), into), PLAIN.rms_norm(x, Norm(weight), unquantised)
-    )
+    for norm in (Norm(weight), Norm(weight, bias)):
+        expect_rows(*kernels().rms_norm(x, norm, into), PLAIN.rms_norm(x, norm, unquantised))
     gate_up = plain(2 * width, width, dtype, seed)
     expect_rows(*kernels().geglu(x, gate_up, into), PLAIN.geglu(x, gate_up, unquantised))
     if width > 1:
@@ -277,6 +277,7 @@ def test_rows_with_a_damaged_value(value: float) -> None:
         for result in (
             kernels().operand(x, into),
             kernels().rms_norm(x, Norm(ones), into),
+            kernels().rms_norm(x, Norm(ones, ones), into),
             kernels().layer_norm(x, ones, ones, into),
             kernels().gelu(x, Matrix(gate_up.weight[:32]), into),
             kernels().geglu(x, gate_up, into),
@@ -362,12 +363,33 @@ def test_attention_that_sees_one_share_only() -> None:
 
 @here
 @few
-@given(dtype=dtypes, biased=st.booleans(), seed=seeds)
-def test_residuals(dtype: torch.dtype, biased: bool, seed: int) -> None:
-    a, matrix = random(seed, 3, 20, dtype=dtype), plain(7, 20, dtype, seed, biased)
-    residual = random(seed + 1, 3, 7, dtype=dtype)
-    wanted = PLAIN.project(a, matrix, residual.clone())
-    expect(kernels().project(a, matrix, residual), wanted, roundings=3)
+@given(
+    width=widths,
+    dtype=dtypes,
+    biased=st.booleans(),
+    gates=st.sampled_from([None, (), (3,)]),
+    seed=seeds,
+)
+def test_residuals(
+    width: int, dtype: torch.dtype, biased: bool, gates: tuple[int, ...] | None, seed: int
+) -> None:
+    """Without a gate, with one for all rows, and with one for each."""
+    a, matrix = random(seed, 3, 20, dtype=dtype), plain(width, 20, dtype, seed, biased)
+    residual = random(seed + 1, 3, width, dtype=dtype)
+    gate = None if gates is None else random(seed + 2, *gates, width)
+    wanted = PLAIN.project(a, matrix, residual.clone(), gate)
+    expect(kernels().project(a, matrix, residual, gate), wanted, roundings=3)
+
+
+@here
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("damaged", [0, 1, 2], ids=["residual", "product", "gate"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_gated_residual_with_a_damaged_value(value: float, damaged: int) -> None:
+    residual, a, gate = random(0, 2, 16), random(1, 2, 16), random(2, 16)
+    (residual[0], a[0], gate)[damaged][3] = value
+    matrix = Matrix(torch.eye(16, device=DEVICE))
+    assert not kernels().project(a, matrix, residual, gate)[0, 3].isfinite()
 
 
 @here

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,12 @@ def folder(tiny_path: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_path, tmp_path / "tiny"))
 
 
+@pytest.fixture
+def each_folder(each_path: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint, then one of π0.5."""
+    return Path(shutil.copytree(each_path, tmp_path / "each"))
+
+
 def load(folder: Path, scheme: Scheme = INT8, kernels: Kernels | None = None) -> PackedWeights:
     kernels = kernels or Int8Kernels()
     return load_weights(open_checkpoint(folder), scheme, kernels, cache_name="cpu-int8")
@@ -60,17 +67,17 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("scheme", [INT8, EVERY_KIND, Scheme(torch.float32)])
 def test_second_start_takes_what_the_first_kept(
-    folder: Path, scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+    each_folder: Path, scheme: Scheme, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = load(folder, scheme)
+    first = load(each_folder, scheme)
     read = []
     monkeypatch.setattr(weight_cache, "pack", refuse_to_pack)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(each_folder)
     second = load_weights(checkpoint, scheme, Int8Kernels(), None, read.append, "cpu-int8")
     assert same(first.state(), second.state())
     assert second.config == first.config
     assert read == [checkpoint.read_bytes]
-    assert find_files(folder).files == [folder / "model.safetensors"]  # it is no checkpoint
+    assert find_files(each_folder).files == [each_folder / "model.safetensors"]  # no checkpoint
 
 
 def test_vectors_start_at_cache_lines(folder: Path) -> None:
@@ -82,14 +89,14 @@ def test_vectors_start_at_cache_lines(folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.filterwarnings("ignore:engine cpu. slower")
-def test_actions_are_the_same_bits(folder: Path, dtype: str) -> None:
-    checkpoint = open_checkpoint(folder)
+def test_actions_are_the_same_bits(each_folder: Path, dtype: str) -> None:
+    checkpoint = open_checkpoint(each_folder)
     inputs, noise = random_inputs(checkpoint.config, 2, 16, 0)
     plain, packing, mapped = (
         make_engine(f"cpu:{dtype}", checkpoint, weight_cache=cache).sample(inputs, noise, 2)
         for cache in (False, True, True)
     )
-    assert (folder / f"model.cpu-{dtype}-28.pi0").exists()
+    assert (each_folder / f"model.cpu-{dtype}-28.pi0").exists()
     assert torch.equal(plain, packing)
     assert torch.equal(plain, mapped)
 
@@ -127,6 +134,17 @@ def test_anything_changed_packs_anew(
         anew = load(folder, scheme, kernels)
     assert anew.scheme == scheme
     load(folder, scheme, kernels)  # without a warning
+
+
+def test_layouts_of_pi0_and_pi05_are_told_apart(folder: Path) -> None:
+    """By the configuration, even if the files were alike."""
+    checkpoint = open_checkpoint(folder)
+    configs = (replace(checkpoint.config, adaptive_norm=adaptive) for adaptive in (False, True))
+    pi0, pi05 = (
+        weight_cache._made_from(checkpoint.files, PackedWeights(config, INT8), Int8Kernels())
+        for config in configs
+    )
+    assert {key for key in pi0 if pi0[key] != pi05[key]} == {"configuration"}
 
 
 def test_image_sizes_have_files_of_their_own(folder: Path) -> None:

@@ -5,6 +5,7 @@ Weights are exact, the rest follows from the largest tensors that are alive toge
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,10 @@ from pi0.checkpoint.memory import require_memory
 from pi0.config import Pi0Config
 
 ITEM_SIZE = {"float32": 4, "bfloat16": 2}  # bytes of a weight by precision; others: at least 1
-EMBEDDING_ITEM_SIZE = 2  # the token embedding may stay as it is stored
+# What may stay as it is stored, in bfloat16 at least: the token embedding and, in π0.5, the linear
+# layers of adaptive norms.
+STORED = re.compile(r"token_embedding\.|.*norm\d?\.dense\.")
+STORED_ITEM_SIZE = 2
 WHOLE_LOGITS = ("reference",)  # engines that hold a block's attention logits all at once
 
 
@@ -61,7 +65,7 @@ def required_bytes(
     size = ITEM_SIZE.get(precision, 1)
     last = f"vlm.blocks.{config.vlm.depth - 1}."
     weights = sum(
-        p.numel() * (EMBEDDING_ITEM_SIZE if name.startswith("token_embedding") else size)
+        p.numel() * (STORED_ITEM_SIZE if STORED.match(name) else size)
         for name, p in empty_model(config, torch.float32).named_parameters()
         if not name.startswith(last)
     )

@@ -65,10 +65,19 @@ class Kernels:
         normed = F.layer_norm(x.float(), x.shape[-1:], weight, bias, LAYER_EPS)
         return self.operand(normed.to(x.dtype), into)
 
-    def project(self, a: Any, matrix: Matrix, residual: Tensor | None = None) -> Tensor:
-        """a · matrixᵀ + bias + residual: [R, N]."""
-        out = F.linear(a, matrix.weight, matrix.bias)
-        return out if residual is None else out.add_(residual)
+    def project(
+        self, a: Any, matrix: Matrix, residual: Tensor | None = None, gate: Tensor | None = None
+    ) -> Tensor:
+        """(a · matrixᵀ + bias) · gate + residual: [R, N]; a gate comes with a residual."""
+        return self._add(F.linear(a, matrix.weight, matrix.bias), residual, gate)
+
+    def _add(self, out: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:
+        """A fresh product [R, N], gated and with its residual."""
+        if residual is None:
+            return out
+        if gate is None:
+            return out.add_(residual)
+        return torch.addcmul(residual.float(), out, gate).to(out.dtype)
 
     def gelu(self, a: Any, first: Matrix, into: Matrix) -> Any:
         """Hidden units of SigLIP's MLP, as an operand: GELU of a · firstᵀ, in its tanh form."""

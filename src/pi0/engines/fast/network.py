@@ -13,9 +13,8 @@ x is [B·X', E] or [B·A, E].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from pi0.engines.fast.kernels import Kernels, Norm, Rotation, rms_norm
 from pi0.engines.fast.plan import TokenPlan
-from pi0.engines.fast.weights import EMBEDDING, Matrix, PackedWeights
+from pi0.engines.fast.weights import EMBEDDING, PackedWeights
 from pi0.inputs import ModelInputs
 from pi0.model import Tap
 from pi0.model.flow import embed_time, integrate, schedule
@@ -281,23 +280,12 @@ class Network:
         """What follows attention in a block of Gemma: [R, E]."""
         weights, kernels = self.weights, self.kernels
         out = weights.matrix(f"{block}.o_proj")
-        x = self._add(x, [(kernels.operand(attended, out), out)], first.gate)
+        x = kernels.project(kernels.operand(attended, out), out, x, first.gate)
         gate_up, down = weights.mlp_chunks(f"{block}.gate_up"), weights.mlp_chunks(f"{block}.down")
         a = kernels.rms_norm(x, second, gate_up[0])
-        hidden = (
-            (kernels.geglu(a, up, into), into) for up, into in zip(gate_up, down, strict=True)
-        )
-        return self._add(x, hidden, second.gate)
-
-    def _add(
-        self, x: Tensor, products: Iterable[tuple[Any, Matrix]], gate: Tensor | None
-    ) -> Tensor:
-        """x [R, E] and the sum of products, gated if there is a gate."""
-        total = x if gate is None else None
-        for operand, matrix in products:
-            total = self.kernels.project(operand, matrix, total)
-        assert total is not None
-        return total if gate is None else torch.addcmul(x, total, gate.to(x.dtype))
+        for up, into in zip(gate_up, down, strict=True):
+            x = kernels.project(kernels.geglu(a, up, into), into, x, second.gate)
+        return x
 
     def _affine(self, norm: str) -> tuple[Tensor, Tensor]:
         return self.weights[f"{norm}.weight"], self.weights[f"{norm}.bias"]

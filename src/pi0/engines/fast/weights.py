@@ -306,5 +306,7 @@ def _fold(weights: PackedWeights) -> None:
 
 
 def _stored_dtype(checkpoint: Checkpoint, ours: str) -> torch.dtype:
+    if checkpoint.adapter and ours in checkpoint.adapter.pairs:
+        return torch.float32  # merged as they are read
     (theirs,) = (name for name, found in checkpoint.names.ours.items() if found == ours)
     return TORCH_DTYPES[checkpoint.tensors[theirs].dtype]

@@ -27,11 +27,13 @@ class Int8Kernels(Kernels):
     def operand(self, x: Tensor, into: Matrix) -> Any:
         return x if into.scale is None else Quantised(*quantise_rows(x, torch.int8))
 
-    def project(self, a: Any, matrix: Matrix, residual: Tensor | None = None) -> Tensor:
+    def project(
+        self, a: Any, matrix: Matrix, residual: Tensor | None = None, gate: Tensor | None = None
+    ) -> Tensor:
         if matrix.scale is None:
-            return super().project(a, matrix, residual)
+            return super().project(a, matrix, residual, gate)
         product = torch._int_mm(a.values, matrix.weight.t())
         out: Tensor = product * a.scale[:, None] * matrix.scale
         if matrix.bias is not None:
             out += matrix.bias
-        return out if residual is None else out.add_(residual)
+        return self._add(out, residual, gate)

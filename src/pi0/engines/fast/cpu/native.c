@@ -338,7 +338,7 @@ enum { LINEAR, GELU, GEGLU };
 /* What becomes of the sums of some rows, of columns from `at` on. Without scales they are 1. */
 static void finish(int kind, int height, int width, int64_t at, int64_t n, float *sum,
                    const float *row_scale, const float *column_scale, const float *bias,
-                   const float *residual, float *out) {
+                   const float *gate, const float *residual, float *out) {
     for (int r = 0; r < height; r++, sum += TILE * BLOCK) {
         float *o = out + r * n + at;
         const int half = width / 2;
@@ -353,20 +353,22 @@ static void finish(int kind, int height, int width, int64_t at, int64_t n, float
             continue;
         }
         if (bias) for (int j = 0; j < width; j++) sum[j] += bias[at + j];
+        if (gate) for (int j = 0; j < width; j++) sum[j] *= gate[at + j];
         if (residual) for (int j = 0; j < width; j++) sum[j] += residual[r * n + at + j];
         if (kind == GELU) for (int j = 0; j < width; j++) sum[j] = gelu(sum[j]);
         memcpy(o, sum, width * sizeof(float));
     }
 }
 
-/* The product of x [rows, k] and packed weights, with scales, bias and residual (which may be
-   missing), and perhaps an activation: out [rows, n], where n is half of the weights' outputs for
+/* The product of x [rows, k] and packed weights, with scales, bias, gate [n] and residual (which may
+   be missing), and perhaps an activation: out [rows, n], where n is half of the weights' outputs for
    GEGLU, whose gates come first and whose ups follow. Weights are float32, and so is x, if there is
    no offset. A thread takes strips of TILE blocks, whose weights stay in its cache while all rows
    pass by. */
 void multiply(int64_t kind, int64_t rows, int64_t n, int64_t k, const char *x,
               const float *row_scale, const char *packed, const int32_t *offset,
-              const float *column_scale, const float *bias, const float *residual, float *out) {
+              const float *column_scale, const float *bias, const float *gate,
+              const float *residual, float *out) {
     const int64_t all = n / BLOCK, step = kind == GEGLU ? TILE / 2 : TILE;
     const int64_t size = offset ? 1 : sizeof(float), block = BLOCK * k * size;
     _Pragma("omp parallel for schedule(static)") for (int64_t at = 0; at < all; at += step) {
@@ -385,7 +387,7 @@ void multiply(int64_t kind, int64_t rows, int64_t n, int64_t k, const char *x,
             if (offset) integer_tile(height, blocks, k, a, first, second, o1, o2, ahead, sum);
             else float_tile(height, blocks, k, a, first, second, ahead, sum);
             finish(kind, height, blocks * BLOCK, at * BLOCK, n, sum,
-                   row_scale ? row_scale + i : 0, column_scale, bias,
+                   row_scale ? row_scale + i : 0, column_scale, bias, gate,
                    residual ? residual + i * n : 0, out + i * n);
         }
     }

@@ -55,10 +55,14 @@ class NativeKernels(Int8Kernels):
             return super().layer_norm(x, weight, bias, into)
         return self._quantise("layer_norm", x, weight, bias, LAYER_EPS)
 
-    def project(self, a: Any, matrix: Matrix, residual: Tensor | None = None) -> Tensor:
+    def project(
+        self, a: Any, matrix: Matrix, residual: Tensor | None = None, gate: Tensor | None = None
+    ) -> Tensor:
         if not is_packed(matrix):
-            return super().project(a, matrix, residual)
-        return self._multiply(LINEAR, a, matrix, residual)
+            return super().project(a, matrix, residual, gate)
+        if gate is not None and gate.ndim > 1:
+            return self._add(self._multiply(LINEAR, a, matrix), residual, gate)
+        return self._multiply(LINEAR, a, matrix, gate, residual)
 
     def gelu(self, a: Any, first: Matrix, into: Matrix) -> Any:
         if not is_packed(first):
@@ -98,14 +102,20 @@ class NativeKernels(Int8Kernels):
         return out.view(len(q) * q.shape[1], -1)
 
     def _multiply(
-        self, kind: int, a: Tensor | Quantised, matrix: Matrix, residual: Tensor | None = None
+        self,
+        kind: int,
+        a: Tensor | Quantised,
+        matrix: Matrix,
+        gate: Tensor | None = None,
+        residual: Tensor | None = None,
     ) -> Tensor:
         """The finished product [R, N] float32; of half as many columns for GEGLU."""
         x, scale = a if isinstance(a, Quantised) else (a, None)
         columns = len(matrix.weight) * BLOCK // (2 if kind == GEGLU else 1)
         out = torch.empty(len(x), columns)
         weights = matrix.weight, matrix.offset, matrix.scale, matrix.bias
-        self.native("multiply", kind, *out.shape, x.shape[1], x, scale, *weights, residual, out)
+        sizes = *out.shape, x.shape[1]
+        self.native("multiply", kind, *sizes, x, scale, *weights, gate, residual, out)
         return out
 
     def _quantise(self, name: str, x: Tensor, *arguments: Argument) -> Quantised:

@@ -41,11 +41,12 @@ class Fp8Kernels(Kernels):
         values, scale = quantise_rows(x.float(), FP8)
         return Rows(values, scale[:, None])
 
-    def project(self, a: Any, matrix: Matrix, residual: Tensor | None = None) -> Tensor:
+    def project(
+        self, a: Any, matrix: Matrix, residual: Tensor | None = None, gate: Tensor | None = None
+    ) -> Tensor:
         if matrix.scale is None:
-            return super().project(a, matrix, residual)
-        out = multiply(a, matrix)
-        return out if residual is None else out.add_(residual)
+            return super().project(a, matrix, residual, gate)
+        return self._add(multiply(a, matrix), residual, gate)
 
 
 def multiply(a: Rows, matrix: Matrix) -> Tensor:

@@ -72,6 +72,9 @@ def _run(
         "gelu": kernels.gelu(x, first, into),
         "geglu": kernels.geglu(x, gate_up, into),
         "residual": kernels.project(x, Matrix(first.weight), x.new_ones(ROWS, WIDTH)),
+        "gated_residual": kernels.project(
+            x, Matrix(first.weight), x.new_ones(ROWS, WIDTH), norm[0]
+        ),
         "queries": q,
         "keys": k,
         "values": v,

@@ -52,10 +52,14 @@ class TritonKernels(Fp8Kernels):
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, into: Matrix) -> Any:
         return _norm(x, weight, bias, LAYER_EPS, into, centred=True)
 
-    def project(self, a: Any, matrix: Matrix, residual: Tensor | None = None) -> Tensor:
-        if matrix.scale is None and matrix.bias is None and residual is not None:
+    def project(
+        self, a: Any, matrix: Matrix, residual: Tensor | None = None, gate: Tensor | None = None
+    ) -> Tensor:
+        if residual is not None and gate is not None and gate.ndim == 1:
+            return _add_gated(residual, super().project(a, matrix), gate)
+        if gate is None and matrix.scale is None and matrix.bias is None and residual is not None:
             return residual.addmm_(a, matrix.weight.t())
-        return super().project(a, matrix, residual)
+        return super().project(a, matrix, residual, gate)
 
     def gelu(self, a: Any, first: Matrix, into: Matrix) -> Any:
         return _activate(self.project(a, first), into, gelu=True, gated=False)
@@ -99,6 +103,14 @@ def _norm(
         **FUSED,
     )
     return out if scale is None else Rows(out, scale)
+
+
+def _add_gated(residual: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    width = residual.shape[1]
+    block = min(triton.next_power_of_2(width), COLUMNS)
+    grid = (len(residual), triton.cdiv(width, block))
+    _add_gated_kernel[grid](residual, branch, gate, width, block, num_warps=_warps(block), **FUSED)
+    return residual
 
 
 def _activate(x: Tensor, into: Matrix, gelu: bool, gated: bool) -> Any:
@@ -181,6 +193,18 @@ def _norm_kernel(
     if BIASED:
         value = value + tl.load(bias + at, mask=inside, other=0.0)
     _put(value, out, scale, row, width, at, inside)
+
+
+@triton.jit
+def _add_gated_kernel(residual, branch, gate, width, BLOCK: tl.constexpr):
+    """A program adds BLOCK columns of branch · gate to a row of the residual, in place."""
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    place = tl.program_id(0).to(tl.int64) * width + at
+    value = tl.load(branch + place, mask=inside, other=0.0).to(tl.float32)
+    value = value * tl.load(gate + at, mask=inside, other=0.0)
+    value = value + tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    tl.store(residual + place, value.to(residual.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -145,11 +145,10 @@ class Pi0(nn.Module):
         suffix, condition = self.embed_suffix(x_t, t, inputs.state, tap)
         mask, positions = self.mask_and_positions(valid, tap)
         x_len = valid.shape[1]
-        streams = [
-            TokenStream("vlm_transformer", self.vlm, prefix, positions[:, :x_len]),
-            TokenStream("expert_transformer", self.expert, suffix, positions[:, x_len:], condition),
-        ]
-        (vlm_hidden, expert_hidden), _ = run_layers(streams, mask, tap)
+        first, last = positions[:, :x_len], positions[:, x_len:]
+        vlm = TokenStream("vlm_transformer", self.vlm, prefix, first)
+        expert = TokenStream("expert_transformer", self.expert, suffix, last, condition)
+        (vlm_hidden, expert_hidden), _ = run_layers([vlm, expert], mask, tap)
         tap("vlm_transformer", vlm_hidden)
         return self.project_actions(expert_hidden, tap)
 

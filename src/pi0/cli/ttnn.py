@@ -31,7 +31,8 @@ def dry_run(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="Sizes of a preset, without a checkpoint: pi0_base, small or tiny.",
+            help="Sizes of a preset, without a checkpoint: pi0_base, small, tiny, or π0.5's "
+            "pi05_base, pi05_small, pi05_tiny.",
             show_default=False,
         ),
     ] = None,
@@ -58,7 +59,7 @@ def dry_run(
 
     **Examples**
 
-        pi0 ttnn dry-run --preset pi0_base --board n150 --image-size 384 --cameras 2
+        pi0 ttnn dry-run --preset pi05_base --board n150 --cameras 3 --steps 10
         pi0 ttnn dry-run pi0_base --board p150 --dtype fast --json
     """
     from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""π0 on Tenstorrent, through TTNN: one network, on a device, on a mock device or on the host.
+"""π0 and π0.5 on Tenstorrent, through TTNN: one network, on a card, a mock device or the host.
 
 `network.py` is the model, written once in TTNN operations. Where they run is behind one seam,
 `backend.Backend`: on a card (`device.py`), on a mock device that only checks them (`dryrun.py`), or

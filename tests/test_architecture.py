@@ -114,7 +114,7 @@ def test_files_stay_readable() -> None:
     for path in SRC.rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 400, path
     model = sum(len(p.read_text().splitlines()) for p in (SRC / "model").glob("*.py"))
-    assert model <= 650
+    assert model <= 680
 
 
 def test_changelog_has_this_version() -> None:

@@ -13,14 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from jax_folder import synthesise_jax
 
 import pi0
+from pi0.checkpoint.convert import convert
 from pi0.checkpoint.layouts import LAYOUTS
+from pi0.checkpoint.load import open_checkpoint
 from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
 from pi0.errors import EngineError
 from pi0.peers.engine import LerobotEngine
 from pi0.policy import Policy
+from pi0.policy.export import export_files
 
 WORKER = Path(__file__).with_name("lerobot_loads.py")
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
@@ -72,3 +76,16 @@ def test_synthesised(python: str, tmp_path: Path, preset: str) -> None:
     folder = tmp_path / "ours"
     synthesise(folder, PRESETS[preset], LAYOUTS["lerobot"], 0, torch.float32)
     assert_lerobot_agrees(python, folder, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("preset", ["tiny", "pi05_tiny"])
+def test_converted(python: str, tmp_path: Path, preset: str) -> None:
+    """From openpi's JAX form, to which LeRobot's processors have to be added."""
+    source = tmp_path / "jax"
+    same = synthesise_jax(source, PRESETS[preset], torch.float32)
+    shutil.copytree(same / "assets", source / "assets")
+    shutil.copy(same / "tokenizer.json", source)
+    checkpoint = open_checkpoint(source)
+    export = export_files(checkpoint, "lerobot", "float32")
+    convert(checkpoint, tmp_path / "ours", "lerobot", export.files)
+    assert_lerobot_agrees(python, tmp_path / "ours", tmp_path / "theirs")

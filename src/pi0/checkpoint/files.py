@@ -177,10 +177,8 @@ def write_slabs(
 
 @contextlib.contextmanager
 def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place if the block succeeds.
-
-    If it fails, neither the file nor folders made for it remain. A device or a pipe is written to
-    directly.
+    """A temporary name beside `path` that takes its place if the block succeeds; if it fails,
+    nothing remains. A device or a pipe is written to directly.
 
     Args:
         size: bytes that will be written, if known, for the message.
@@ -210,11 +208,8 @@ def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(path: Path, size: int) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place if the block succeeds; if it fails,
-    nothing remains.
-
-    Args:
-        size: bytes that will be written, which have to fit.
+    """A temporary folder beside `path`, to be filled with `size` bytes, that takes its place if the
+    block succeeds; if it fails, nothing remains.
 
     Raises:
         Pi0Error: something is there already, or it cannot be written.
@@ -223,8 +218,8 @@ def new_folder(path: Path, size: int) -> Iterator[Path]:
         target = _target(path)
         if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
             raise Pi0Error(f"{path}: expected a new or empty folder, found a full one or a file.")
-        require_writable(target / "file", size=size)
         made = [folder for folder in target.parents if not folder.exists()]
+        _require_room(target, size)
         temporary = _temporary(target)
         temporary.mkdir(parents=True)
         try:
@@ -255,16 +250,21 @@ def require_writable(*paths: Path | None, size: int = 0) -> None:
             if _is_device(path):
                 continue
             target = _target(path)
-            folder = next(parent for parent in target.parents if parent.exists())
-            if not folder.is_dir():
-                raise Pi0Error(f"{path}: expected {folder} to be a folder, found a file.")
-            if shutil.disk_usage(folder).free < size:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            temporary = _temporary(folder / target.name)
+            temporary = _temporary(_require_room(target, size) / target.name)
             try:
                 temporary.write_bytes(b"\0")
             finally:
                 temporary.unlink(missing_ok=True)
+
+
+def _require_room(target: Path, size: int) -> Path:
+    """The innermost folder above that exists, if so many bytes fit there."""
+    folder = next(parent for parent in target.parents if parent.exists())
+    if not folder.is_dir():
+        raise Pi0Error(f"{target}: expected {folder} to be a folder, found a file.")
+    if shutil.disk_usage(folder).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return folder
 
 
 def expand_user(path: Path | str) -> Path:

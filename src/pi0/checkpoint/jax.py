@@ -98,7 +98,7 @@ class JaxParams:
         """Yields (name, rows, values) of each tensor, leaf by leaf; see `files.stream`.
 
         Raises:
-            CheckpointError: damaged files, or, if checked, values that are not finite.
+            CheckpointError: damaged files; values that are not finite, of LoRA in any case.
         """
         for of, leaf in self.table.items():
             shape = self.source.arrays[of].shape

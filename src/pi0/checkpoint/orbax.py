@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,12 +58,18 @@ def import_tensorstore(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class ArrayInfo:
-    """An array of the folder: its key in the database, shape, and safetensors' name of its dtype
-    (zarr's, if the model cannot read it)."""
+    """An array of the folder.
+
+    Attributes:
+        key: in the database.
+        dtype: safetensors' name of it; zarr's, if the model cannot read it.
+        layered: no chunk spans several places of the first axis.
+    """
 
     key: str
     shape: tuple[int, ...]
     dtype: str
+    layered: bool = field(default=False, compare=False)
 
     @property
     def bytes(self) -> int:
@@ -91,7 +97,8 @@ class ArrayFolder:
         info = self.arrays[name]
         ts = import_tensorstore(self.folder)
         with _translate(self.folder, name):
-            context = ts.Context({"cache_pool": {"total_bytes_limit": info.bytes}})
+            limit = 0 if info.layered else info.bytes
+            context = ts.Context({"cache_pool": {"total_bytes_limit": limit}})
             spec = _array_spec(self.folder, info.key)
             if self.complete:
                 spec["fill_missing_data_reads"] = False
@@ -137,7 +144,8 @@ def open_folder(folder: Path) -> ArrayFolder:
             array = future.result()
             dtype = DTYPES.get(array.dtype.name, array.dtype.name)
             name = path.removeprefix(ITEM).removesuffix(VALUE).replace(".", "/")
-            arrays[name] = ArrayInfo(path, tuple(array.shape), dtype)
+            layered = tuple(array.chunk_layout.read_chunk.shape)[:1] == (1,)
+            arrays[name] = ArrayInfo(path, tuple(array.shape), dtype, layered)
     if not arrays:
         raise CheckpointError(
             f"{manifest}: expected arrays, found none. The folder is incomplete: copy or download "
@@ -184,6 +192,20 @@ def write_folder(
         with _translate_writing(folder):
             stores[name] = ts.open(spec, context=context, create=True).result()
     pending: list[Any] = []
+    try:
+        _write_parts(folder, stores, parts, pending)
+    finally:  # else a write could still make files where the folder is being removed
+        for written in pending:
+            written.exception()
+    _write_metadata(folder, arrays, keys, begun)
+
+
+def _write_parts(
+    folder: Path,
+    stores: Mapping[str, Any],
+    parts: Iterable[tuple[str, tuple[int | slice, ...], Tensor]],
+    pending: list[Any],
+) -> None:
     size = 0
     for name, index, values in parts:
         with _translate_writing(folder):
@@ -196,12 +218,12 @@ def write_folder(
                 size = 0
     with _translate_writing(folder):
         _wait(pending)
-    _write_metadata(folder, arrays, keys, begun)
 
 
 def _wait(pending: list[Any]) -> None:
-    while pending:
-        pending.pop().result()
+    for written in pending:
+        written.result()
+    pending.clear()
 
 
 def _to_numpy(values: Tensor, dtype: Any) -> Any:

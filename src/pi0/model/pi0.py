@@ -18,7 +18,6 @@ Source: openpi `pi0.py`; arXiv 2410.24164, 2504.16054.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +29,6 @@ from pi0.model.flow import embed_time, integrate
 from pi0.model.gemma import GemmaTrunk, KeyValue, Tap, TokenStream, run_layers
 from pi0.model.precision import Float32Linear
 from pi0.model.siglip import SiglipTower
-
-Linear = tuple[Tensor, Tensor]  # weight [out, in] and bias [out]
 
 STAGES = (
     "vision_tower",
@@ -88,27 +85,6 @@ def prefix_valid(inputs: ModelInputs, patches: int) -> Tensor:
 def token_positions(valid: Tensor) -> Tensor:
     """[B, S]: the place of each token among the valid ones; padding takes no place."""
     return valid.cumsum(dim=1) - 1
-
-
-class FoldedActions(NamedTuple):
-    """`action_in_proj` and `action_time_mlp_in`, with nothing between them, as one linear layer:
-    actions · actionsᵀ + embedded time · timeᵀ + bias. All float32."""
-
-    actions: Tensor  # [E, action_dim]
-    time: Tensor  # [E, E]
-    bias: Tensor  # [E]
-
-
-def fold_actions(first: Linear, second: Linear) -> FoldedActions:
-    """Folds weight and bias of `action_in_proj` into those of `action_time_mlp_in`, in float64."""
-    (weight, bias), (mix, offset) = first, second
-    width = len(mix)
-    of_actions = mix[:, :width].double()
-    return FoldedActions(
-        (of_actions @ weight.double()).float(),
-        mix[:, width:].float().contiguous(),
-        (of_actions @ bias.double() + offset.double()).float(),
-    )
 
 
 class Pi0(nn.Module):
@@ -169,11 +145,10 @@ class Pi0(nn.Module):
         suffix, condition = self.embed_suffix(x_t, t, inputs.state, tap)
         mask, positions = self.mask_and_positions(valid, tap)
         x_len = valid.shape[1]
-        streams = [
-            TokenStream("vlm_transformer", self.vlm, prefix, positions[:, :x_len]),
-            TokenStream("expert_transformer", self.expert, suffix, positions[:, x_len:], condition),
-        ]
-        (vlm_hidden, expert_hidden), _ = run_layers(streams, mask, tap)
+        first, last = positions[:, :x_len], positions[:, x_len:]
+        vlm = TokenStream("vlm_transformer", self.vlm, prefix, first)
+        expert = TokenStream("expert_transformer", self.expert, suffix, last, condition)
+        (vlm_hidden, expert_hidden), _ = run_layers([vlm, expert], mask, tap)
         tap("vlm_transformer", vlm_hidden)
         return self.project_actions(expert_hidden, tap)
 

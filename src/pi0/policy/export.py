@@ -49,7 +49,7 @@ KEPT = ("mean", "std", "q01", "q99", "min", "max")
 OPENPI_MODES = {False: "MEAN_STD", True: "QUANTILES"}  # by adaptive_norm
 ASSETS = "assets/lerobot"  # of statistics from LeRobot, which name no robot
 STATE_STEP = "pi05_prepare_state_tokenizer_processor_step"
-NOT_CARRIED = ("use_peft", "pretrained_path")  # of an adapter, which is merged
+MERGED = {"use_peft": False, "pretrained_path": None}  # in place of what an adapter declares
 VARIANTS = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
 
 
@@ -252,8 +252,7 @@ def _lerobot(source: _Source, export: Export) -> None:
     checkpoint = source.checkpoint
     settings = make_config_json(checkpoint.config)
     if source.is_lerobot:
-        own = {k: v for k, v in checkpoint.settings.items() if k not in NOT_CARRIED}
-        settings |= own
+        settings |= dict(checkpoint.settings) | (MERGED if checkpoint.adapter else {})
     if source.processors:
         export.files[CONFIG] = _json(settings)
         _copy_processors(source.processors, export)

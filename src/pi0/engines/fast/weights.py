@@ -16,8 +16,8 @@ from torch import Tensor
 from pi0.checkpoint.files import TORCH_DTYPES
 from pi0.checkpoint.load import POSITION, Checkpoint, Progress, check, empty_model
 from pi0.config import GemmaConfig, Pi0Config
+from pi0.engines.folded_actions import fold_actions
 from pi0.errors import CheckpointError
-from pi0.model.pi0 import fold_actions
 from pi0.model.siglip import resize_positions
 
 BLOCK = re.compile(r"(vision_tower|vlm|expert)\.blocks\.(\d+)\.(\w+)\.(weight|bias)")

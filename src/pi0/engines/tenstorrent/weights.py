@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pi0.engines.folded_actions import fold_actions
 from pi0.engines.tenstorrent.backend import Handle, Upload
 from pi0.engines.tenstorrent.layout import padded_head, tiled
 from pi0.engines.tenstorrent.precision import BF16, BFP8, Precision
 from pi0.model import Pi0
 from pi0.model.gemma import GemmaTrunk, RMSNorm
-from pi0.model.pi0 import fold_actions
 from pi0.model.siglip import SiglipTower
 
 Put = Callable[[Upload], Handle]

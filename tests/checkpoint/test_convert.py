@@ -1,0 +1,315 @@
+"""`convert`: every source, every target, both models; nothing is lost and nothing is half-written.
+
+Weights are copied, so actions are compared bit for bit where the dtype stays.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from jax_folder import ORACLES, copy_oracle, edit, odd_config, remove, synthesise_jax
+from peft_folder import copy_case
+from safetensors import safe_open
+
+from pi0.checkpoint import convert as module
+from pi0.checkpoint import orbax
+from pi0.checkpoint.convert import TARGETS, convert
+from pi0.checkpoint.layouts import LAYOUTS
+from pi0.checkpoint.load import Checkpoint, load_model, open_checkpoint
+from pi0.checkpoint.orbax import open_folder
+from pi0.checkpoint.synth import synthesise, tensor_list
+from pi0.errors import CheckpointError, ConfigError, Pi0Error
+from pi0.inputs import from_npz, random_inputs
+from pi0.model import Pi0
+from pi0.policy import PolicyOptions, prepare
+from pi0.policy.export import export_files
+from pi0.policy.statistics import read_norm_stats
+
+SOURCES = [*LAYOUTS, "jax"]
+
+
+@pytest.fixture(scope="module", params=["pi0", "pi05"])
+def model(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def sources(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of odd sizes in bfloat16, in every form."""
+    folder = tmp_path_factory.mktemp(f"sources-{model}")
+    config = odd_config(model == "pi05")
+    for name, layout in LAYOUTS.items():
+        synthesise(folder / name, config, layout, 0, torch.bfloat16)
+    same = synthesise_jax(folder / "jax", config, torch.bfloat16)
+    shutil.copytree(same / "assets", folder / "jax" / "assets")
+    shutil.copy(same / "tokenizer.json", folder / "jax")
+    return {name: folder / name for name in SOURCES}
+
+
+def run(source: Path, out: Path, target: str, **options: object) -> Checkpoint:
+    """Converts as the command line does, and opens the result."""
+    checkpoint = open_checkpoint(source)
+    export = export_files(checkpoint, target, "bfloat16")
+    convert(checkpoint, out, target, export.files, **options)  # type: ignore[arg-type]
+    return open_checkpoint(out)
+
+
+def actions(checkpoint: Checkpoint) -> torch.Tensor:
+    inputs, noise = random_inputs(checkpoint.config, cameras=2, tokens=8, seed=0)
+    return load_model(checkpoint).sample_actions(inputs, noise, 2)
+
+
+def same(a: Pi0, b: Pi0) -> bool:
+    ours, theirs = a.state_dict(), b.state_dict()
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+# Source × target × model
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_actions_stay(source: str, target: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    before = open_checkpoint(sources[source])
+    after = run(sources[source], tmp_path / "out", target)
+    assert after.names.layout == target
+    assert after.config == before.config
+    assert {info.dtype for info in after.tensors.values()} == {"BF16"}
+    assert same(load_model(before), load_model(after))
+    assert torch.equal(actions(before), actions(after))
+    setup = prepare(after, PolicyOptions(robot="generic"))
+    assert [f.code for f in setup.findings if f.severity == "error"] == []
+    assert setup.pipeline is not None
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        sources[source] / "tokenizer.json"
+    ).read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_jax_to_pytorch_to_jax_is_bit_for_bit(sources: dict[str, Path], tmp_path: Path) -> None:
+    for step, (source, target) in enumerate(
+        [(sources["jax"], "lerobot"), (tmp_path / "0", "openpi"), (tmp_path / "1", "jax")]
+    ):
+        run(source, tmp_path / str(step), target)
+    a, b = (open_folder(path / "params") for path in (sources["jax"], tmp_path / "2"))
+    assert a.arrays == b.arrays
+    for name in a.arrays:
+        with a.open(name) as x, b.open(name) as y:
+            assert torch.equal(x.read(), y.read())
+    assert (a.folder / "_METADATA").read_bytes() == (b.folder / "_METADATA").read_bytes()
+
+
+@pytest.mark.parametrize("target", ["openpi", "lerobot"])
+def test_names_are_exactly_the_targets(
+    target: str, model: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    run(sources["jax"], tmp_path / "out", target)
+    expected = tensor_list(odd_config(model == "pi05"), LAYOUTS[target])
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        assert set(file.keys()) == set(expected)
+        head = next(name for name in expected if name.endswith("gemma_expert.lm_head.weight"))
+        assert not file.get_tensor(head).any()
+
+
+def test_dtype_of_all_weights(sources: dict[str, Path], tmp_path: Path) -> None:
+    for target in TARGETS:
+        up = run(sources["jax"], tmp_path / f"{target}-up", target, dtype=torch.float32)
+        assert {info.dtype for info in up.tensors.values()} == {"F32"}
+        down = run(tmp_path / f"{target}-up", tmp_path / target, "jax", dtype=torch.bfloat16)
+        assert same(load_model(down), load_model(open_checkpoint(sources["jax"])))
+
+
+# LoRA
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_lora_of_jax_is_merged(target: str, tmp_path: Path) -> None:
+    source = copy_oracle("jax_pi0_lora", tmp_path / "lora")
+    after = run(source, tmp_path / "out", target)
+    assert same(load_model(open_checkpoint(source)), load_model(after))
+    arrays, expected = (
+        dict(np.load(ORACLES / "jax_pi0_lora" / f"{name}.npz")) for name in ("in", "out")
+    )
+    inputs, noise = from_npz(after.config, arrays)
+    got = load_model(after).sample_actions(inputs, noise, 10).numpy()
+    assert np.abs(got - expected["actions"]).max() <= 1e-4
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_adapters_are_merged(target: str, tmp_path: Path) -> None:
+    adapter = copy_case(tmp_path)
+    after = run(adapter, tmp_path / "out", target)
+    assert after.adapter is None
+    assert same(load_model(open_checkpoint(adapter)), load_model(after))
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not settings.get("use_peft")
+
+
+# Files beside the weights
+
+
+def test_statistics_of_openpi_there_and_back(tmp_path: Path) -> None:
+    source = copy_oracle("jax_pi0", tmp_path / "source")
+    run(source, tmp_path / "lerobot", "lerobot")
+    run(tmp_path / "lerobot", tmp_path / "jax", "jax")
+    before = read_norm_stats(source / "assets/tiny_robot/norm_stats.json")
+    after = read_norm_stats(tmp_path / "jax/assets/lerobot/norm_stats.json")
+    for what, table in before.items():
+        assert table.keys() == after[what].keys()
+        for name, values in table.items():
+            assert np.array_equal(values.astype(np.float32), after[what][name])
+    settings = json.loads((tmp_path / "lerobot" / "config.json").read_text())
+    assert settings["input_features"]["observation.state"]["shape"] == [7]
+    assert settings["output_features"]["action"]["shape"] == [7]
+
+
+def test_files_of_the_same_project_stay(tmp_path: Path) -> None:
+    source = copy_oracle("jax_pi0", tmp_path / "source")
+    run(source, tmp_path / "out", "openpi")
+    name = "assets/tiny_robot/norm_stats.json"
+    assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    theirs = tmp_path / "lerobot"
+    shutil.copytree(ORACLES / "lerobot_e2e_pi0" / "pretrained_model", theirs)
+    settings = json.loads((theirs / "config.json").read_text())
+    for name in ("paligemma_variant", "action_expert_variant"):
+        settings.pop(name, None)
+    heads = json.loads((ORACLES / "lerobot_e2e_pi0" / "config_heads.json").read_text())
+    (theirs / "config.json").write_text(json.dumps(settings | heads))
+    run(theirs, tmp_path / "again", "lerobot")
+    for path in [*theirs.glob("policy_*"), theirs / "tokenizer.json"]:
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again == again | settings | heads
+
+
+def test_what_is_assumed_stays_assumed(tmp_path: Path) -> None:
+    source = copy_oracle("jax_pi0", tmp_path / "source")
+    (source / "config.json").unlink()
+    after = run(source, tmp_path / "out", "openpi")
+    assert after.inferred.assumed == ["horizon", "max_tokens"]
+
+
+def test_a_statistic_that_the_target_needs(tmp_path: Path) -> None:
+    source = copy_oracle("jax_pi05", tmp_path / "source")
+    path = source / "assets/tiny_robot/norm_stats.json"
+    stats = json.loads(path.read_text())
+    del stats["norm_stats"]["actions"]["q99"]
+    path.write_text(json.dumps(stats))
+    checkpoint = open_checkpoint(source)
+    for target in TARGETS:
+        with pytest.raises(Pi0Error, match="statistics of actions: .*found no q99"):
+            export_files(checkpoint, target, "bfloat16")
+        export = export_files(checkpoint, target, "bfloat16", norm_stats="none")
+        assert "statistics-missing" in [f.code for f in export.findings]
+
+
+def test_several_statistics(tmp_path: Path) -> None:
+    """As in openpi's base models: those of many robots."""
+    source = copy_oracle("jax_pi0", tmp_path / "source")
+    shutil.copytree(source / "assets" / "tiny_robot", source / "assets" / "trossen")
+    checkpoint = open_checkpoint(source)
+    names = set(export_files(checkpoint, "openpi", "float32").files)
+    assert names >= {f"assets/{robot}/norm_stats.json" for robot in ("tiny_robot", "trossen")}
+    with pytest.raises(Pi0Error, match="found 2 .*Name one with --norm-stats"):
+        export_files(checkpoint, "lerobot", "float32")
+    one = source / "assets" / "trossen" / "norm_stats.json"
+    export_files(checkpoint, "lerobot", "float32", norm_stats=one)
+
+
+def test_what_openpi_cannot_say(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    synthesise(source, odd_config(False), LAYOUTS["lerobot"], 0, torch.bfloat16)
+    path = source / "config.json"
+    settings = json.loads(path.read_text())
+    settings["normalization_mapping"]["ACTION"] = "MIN_MAX"
+    path.write_text(json.dumps(settings | {"use_relative_actions": True}))
+    found = export_files(open_checkpoint(source), "jax", "bfloat16").findings
+    assert [f.code for f in found] == ["norm-mode-lost", "relative-actions-lost"]
+
+
+# What does not fit, and failures
+
+
+def test_out_is_never_overwritten(sources: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    run(sources["jax"], out, "openpi")  # an empty one is taken
+    before = sorted(out.iterdir())
+    with pytest.raises(Pi0Error, match="expected a new or empty folder"):
+        run(sources["jax"], out, "jax")
+    assert sorted(out.iterdir()) == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Pi0Error, match="expected a new or empty folder"):
+        run(sources["jax"], tmp_path / "file", "jax")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left")])
+def test_nothing_is_half_written(
+    failure: BaseException | type[BaseException],
+    target: str,
+    sources: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = module._values
+
+    def fail(*arguments: object) -> Iterator[object]:
+        for at, slab in enumerate(values(*arguments)):  # type: ignore[arg-type]
+            if at == 20:
+                raise failure
+            yield slab
+
+    monkeypatch.setattr(module, "_values", fail)
+    expected = Pi0Error if isinstance(failure, OSError) else KeyboardInterrupt
+    with pytest.raises(expected):
+        run(sources["openpi"], tmp_path / "deep" / "out", target)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_room_is_compared_before(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(Pi0Error, match=r"out: expected room for .*Make room"):
+        run(sources["openpi"], tmp_path / "out", "jax")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_database_that_cannot_be_written(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(pending: list[object]) -> None:
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr(orbax, "_wait", full)
+    with pytest.raises(Pi0Error, match="expected a place where JAX arrays can be written.*Make"):
+        run(sources["openpi"], tmp_path / "out", "jax")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sources_that_are_damaged(tmp_path: Path) -> None:
+    source = copy_oracle("jax_pi0", tmp_path / "source")
+    data = max((source / "params/ocdbt.process_0/d").iterdir(), key=lambda p: p.stat().st_size)
+    with open(data, "r+b") as file:
+        file.truncate(1000)
+    for target in TARGETS:
+        with pytest.raises(CheckpointError, match="truncated or damaged"):
+            run(source, tmp_path / "out", target)
+    edit(copy_oracle("jax_pi0", tmp_path / "other"), lambda s: remove(s, "params.state_proj"))
+    with pytest.raises(CheckpointError, match="2 missing"):
+        run(tmp_path / "other", tmp_path / "out", "openpi")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "source"]
+
+
+def test_targets_have_names(sources: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--to: expected one of openpi, lerobot, jax, found"):
+        convert(open_checkpoint(sources["jax"]), tmp_path / "out", "transformers", {})

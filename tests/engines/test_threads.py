@@ -33,13 +33,18 @@ def frequent_switches() -> Iterator[None]:
     sys.setswitchinterval(interval)
 
 
-@pytest.fixture(params=["reference", "cpu:float32", "cpu:int8", "cuda"])
-def engine(
-    each_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Engine:
-    checkpoint = open_checkpoint(each_path)
-    if request.param != "cuda":
-        return make_engine(request.param, checkpoint)
+@pytest.fixture(
+    params=[
+        *(("tiny", name) for name in ("reference", "cpu:float32", "cpu:int8", "cuda")),
+        *(("pi05_tiny", name) for name in ("cpu:int8", "cuda")),
+    ],
+    ids=" ".join,
+)
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    preset, name = request.param
+    checkpoint = open_checkpoint(request.getfixturevalue(f"{preset}_path"))
+    if name != "cuda":
+        return make_engine(name, checkpoint)
     monkeypatch.setattr(cuda, "find_device", lambda name: torch.device("cpu"))
     monkeypatch.setattr(cuda, "on_device", lambda device: nullcontext())
     monkeypatch.setattr(cuda, "choose_kernels", lambda device, scheme: (Fp8Kernels(), []))

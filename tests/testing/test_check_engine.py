@@ -5,16 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
-from pi0.checkpoint.synth import synthesise
-from pi0.config import PRESETS
 from pi0.engines.base import Capabilities, Engine, EngineOptions, Threshold, make_engine
 from pi0.engines.reference import ReferenceEngine
 from pi0.errors import EngineError
@@ -47,10 +45,8 @@ def test_a_function_and_a_checkpoint(tiny_path) -> None:
 
 
 @pytest.fixture(scope="module")
-def pi05(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    folder = tmp_path_factory.mktemp("pi05")
-    synthesise(folder, PRESETS["pi05_tiny"], LAYOUTS["openpi"], 0, torch.float32)
-    return open_checkpoint(folder)
+def pi05(pi05_tiny_path: Path) -> Checkpoint:
+    return open_checkpoint(pi05_tiny_path)
 
 
 @pytest.mark.parametrize("engine", ["reference", "cpu:float32", "cpu:int8"])

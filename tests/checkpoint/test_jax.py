@@ -181,6 +181,7 @@ def test_merged_tensors_are_float32(lora: Path) -> None:
         ({"rank": 5}, "lora.rank: expected 4 as .*lora_a has it, found 5"),
         ({"alpha": "x"}, "lora.alpha: expected a positive number, or two"),
         ({"alpha": [1, 2, 3]}, "lora.alpha: expected a positive number, or two"),
+        ({"alpha": float("inf")}, "lora.alpha: expected a positive number, or two"),
     ],
 )
 def test_bad_statements_on_lora(values: dict[str, object], message: str, lora: Path) -> None:
@@ -193,6 +194,25 @@ def test_factors_of_different_ranks(lora: Path) -> None:
     put(lora, f"{PREFIX}attn.q_einsum.lora_b.value", torch.zeros(2, 8, 5, 16))
     with pytest.raises(CheckpointError, match="lora_b: expected shape .* of rank 4 as in lora_a"):
         open_checkpoint(lora)
+
+
+def test_factors_of_rank_0(lora: Path) -> None:
+    for name, shape in (("lora_a", (2, 8, 64, 0)), ("lora_b", (2, 8, 0, 16))):
+        put(lora, f"{PREFIX}attn.q_einsum.{name}.value", torch.zeros(shape))
+    with pytest.raises(CheckpointError, match="expected factors of rank 1 or more, found shape"):
+        open_checkpoint(lora)
+
+
+def test_lora_that_overflows(lora: Path) -> None:
+    set_lora(lora, alpha=1e39)
+    with pytest.raises(CheckpointError, match="expected finite weights"):
+        state(open_checkpoint(lora))
+
+
+def test_an_array_twice(folder: Path) -> None:
+    put(folder, "params.state_proj.bias", torch.zeros(32))
+    with pytest.raises(CheckpointError, match="state_proj/bias: expected one array, found"):
+        open_checkpoint(folder)
 
 
 def test_one_factor_alone(lora: Path) -> None:
@@ -250,8 +270,11 @@ def test_truncated_data(gone: bool, folder: Path) -> None:
         load_model(open_checkpoint(folder))
 
 
-def test_a_chunk_that_is_not_there(folder: Path) -> None:
+@pytest.mark.parametrize("with_metadata", [True, False])
+def test_a_chunk_that_is_not_there(folder: Path, with_metadata: bool) -> None:
     """tensorstore would read zeros."""
+    if not with_metadata:
+        (folder / "params" / "_METADATA").unlink()
     edit(folder, lambda store: remove(store, "params.state_proj.kernel.value/0"))
     with pytest.raises(CheckpointError, match="state_proj/kernel: expected a complete"):
         load_model(open_checkpoint(folder))

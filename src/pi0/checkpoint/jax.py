@@ -8,6 +8,7 @@ openpi's `models/lora.py` and `models/gemma.py`, where alpha is the rank in both
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,10 +109,10 @@ class JaxParams:
             with self.source.open(of) as array:
                 for name, index in wanted:
                     for rows, part in _slabs(array, index, leaf, tensors[name]):
-                        if check_finite:
-                            require_finite(self.source.folder, of, part)
                         if of in self.lora:
                             part = part.float() + self._delta(of, index)
+                        if check_finite:
+                            require_finite(self.source.folder, of, part)
                         yield name, rows, leaf.to_ours(part)
 
     def _delta(self, of: str, index: Index) -> Tensor:
@@ -250,6 +251,11 @@ class _Scales:
         shape = arrays[leaf_name].shape
         a, b = lora_leaves(leaf_name)
         rank = arrays[a].shape[-1] if arrays[a].shape else 0
+        if not rank:
+            raise CheckpointError(
+                f"{self.folder}: {a}: expected factors of rank 1 or more, found shape "
+                f"{list(arrays[a].shape)}. The folder is damaged: copy or download it again."
+            )
         needed = {a: (*shape[:-1], rank), b: (*shape[:-2], rank, shape[-1])}
         for name, expected in needed.items():
             if arrays[name].shape != expected:
@@ -285,7 +291,7 @@ def _stated(settings: Mapping[str, Any], name: str) -> tuple[float, float] | Non
     if value is None:
         return None
     pair = value if isinstance(value, list) else [value, value]
-    if len(pair) != 2 or not all(type(n) in (int, float) and n > 0 for n in pair):
+    if len(pair) != 2 or not all(type(n) in (int, float) and 0 < n < math.inf for n in pair):
         raise ConfigError(
             f"config.json lora.{name}: expected a positive number, or two (of the VLM and of the "
             f"expert), found {str(value)[:60]}."

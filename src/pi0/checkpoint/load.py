@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from pi0.checkpoint.buffers import read_buffers
-from pi0.checkpoint.files import TORCH_DTYPES, TensorInfo, read_headers, read_json, stream
+from pi0.checkpoint.files import (
+    TORCH_DTYPES,
+    TensorInfo,
+    read_headers,
+    read_json,
+    require_finite,
+    stream,
+)
 from pi0.checkpoint.infer import Inferred, MissingTensorError, infer_config
 from pi0.checkpoint.jax import JaxParams, open_params
 from pi0.checkpoint.layouts import LAYOUTS, NameMap, map_names, their_names
@@ -129,7 +136,11 @@ class Checkpoint:
         added = self.adapter.read(read) if self.adapter else {}
         for theirs, rows, values in self._read(wanted, check_finite):
             ours = self.names.ours[theirs]
-            yield ours, rows, added[ours].add_to(rows, values) if ours in added else values
+            if ours in added:
+                values = added[ours].add_to(rows, values)
+                if check_finite:
+                    require_finite(self.path, ours, values)
+            yield ours, rows, values
 
     def _read(
         self, wanted: Mapping[str, TensorInfo], check_finite: bool

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pi0.checkpoint.files import TORCH_DTYPES, read_json
+from pi0.checkpoint.files import TORCH_DTYPES
 from pi0.errors import CheckpointError, Pi0Error, install_hint
 
 if TYPE_CHECKING:
@@ -82,7 +82,6 @@ class ArrayFolder:
 
     folder: Path
     arrays: Mapping[str, ArrayInfo]
-    complete: bool  # every chunk was written, even of zeros
 
     @property
     def manifest(self) -> Path:
@@ -99,9 +98,8 @@ class ArrayFolder:
         with _translate(self.folder, name):
             limit = 0 if info.layered else info.bytes
             context = ts.Context({"cache_pool": {"total_bytes_limit": limit}})
-            spec = _array_spec(self.folder, info.key)
-            if self.complete:
-                spec["fill_missing_data_reads"] = False
+            # Else a chunk that was lost would be read as zeros.
+            spec = {**_array_spec(self.folder, info.key), "fill_missing_data_reads": False}
             yield ArrayReader(ts.open(spec, context=context, read=True).result())
 
 
@@ -132,9 +130,7 @@ def open_folder(folder: Path) -> ArrayFolder:
             f"{folder}: expected a JAX checkpoint with {MANIFEST}, found none. Copy the whole "
             "folder; one of an orbax that wrote no OCDBT has to be saved again with a newer one."
         )
-    metadata = folder / METADATA
-    declared = read_json(metadata) if metadata.is_file() else {}
-    arrays = {}
+    arrays: dict[str, ArrayInfo] = {}
     with _translate(folder, MANIFEST):
         store = ts.KvStore.open(_database_spec(folder)).result()
         keys = [key.decode() for key in store.list().result()]
@@ -144,14 +140,19 @@ def open_folder(folder: Path) -> ArrayFolder:
             array = future.result()
             dtype = DTYPES.get(array.dtype.name, array.dtype.name)
             name = path.removeprefix(ITEM).removesuffix(VALUE).replace(".", "/")
-            layered = tuple(array.chunk_layout.read_chunk.shape)[:1] == (1,)
+            layered = tuple(array.chunk_layout.read_chunk.shape or ())[:1] == (1,)
+            if name in arrays:
+                raise CheckpointError(
+                    f"{folder}: {name}: expected one array, found {arrays[name].key} and {path}. "
+                    "Copy or download the folder of one checkpoint."
+                )
             arrays[name] = ArrayInfo(path, tuple(array.shape), dtype, layered)
     if not arrays:
         raise CheckpointError(
             f"{manifest}: expected arrays, found none. The folder is incomplete: copy or download "
             "it again."
         )
-    return ArrayFolder(folder, arrays, declared.get("store_array_data_equal_to_fill_value") is True)
+    return ArrayFolder(folder, arrays)
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,10 @@ def test_merged_tensors_are_float32(lora: Path) -> None:
     ("values", "message"),
     [
         ({"rank": 5}, "lora.rank: expected 4 as .*lora_a has it, found 5"),
+        (
+            {"alpha": 4},
+            "lora.alpha: expected two numbers, of the VLM and of the expert, whose ranks",
+        ),
         ({"alpha": "x"}, "lora.alpha: expected a positive number, or two"),
         ({"alpha": [1, 2, 3]}, "lora.alpha: expected a positive number, or two"),
         ({"alpha": float("inf")}, "lora.alpha: expected a positive number, or two"),
@@ -204,7 +208,7 @@ def test_factors_of_rank_0(lora: Path) -> None:
 
 
 def test_lora_that_overflows(lora: Path) -> None:
-    set_lora(lora, alpha=1e39)
+    set_lora(lora, alpha=[1e39, 1e39])
     with pytest.raises(CheckpointError, match="expected finite weights"):
         state(open_checkpoint(lora))
 

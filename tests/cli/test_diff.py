@@ -114,11 +114,27 @@ def test_what_cannot_be_prepared(tiny_path: Path, folder: Path) -> None:
     done = pi0("diff", tiny_path, folder)
     assert done.returncode == 1
     assert "usable" in done.stdout
-    assert "conventions, statistics and tokenizer not compared. B: statistics:" in done.stdout
+    assert "conventions and tokenizer not compared. B: statistics:" in done.stdout
     done = pi0("diff", folder, folder)
     assert done.returncode == 0
     assert "the same weights: 88 tensors" in done.stdout
     assert "the same policy" in pi0("diff", folder, folder, "--norm-stats", "none").stdout
+
+
+def test_statistics_are_compared_without_a_tokenizer(tiny_path: Path, tmp_path: Path) -> None:
+    a, b = (shutil.copytree(tiny_path, tmp_path / name) for name in "ab")
+    for copy in (a, b):
+        (copy / "tokenizer.json").unlink()
+    path = b / "assets/synthetic/norm_stats.json"
+    content = json.loads(path.read_text())
+    content["norm_stats"]["actions"]["std"][3] *= 1 + 1e-8  # as float32 the same
+    path.write_text(json.dumps(content))
+    assert pi0("diff", a, b).returncode == 0
+    content["norm_stats"]["actions"]["std"][3] = 9.0
+    path.write_text(json.dumps(content))
+    done = pi0("diff", a, b)
+    assert done.returncode == 1
+    assert "statistics.actions.scale[3]" in done.stdout
 
 
 def test_adapter_beside_its_merged_model(tmp_path: Path) -> None:

@@ -50,6 +50,11 @@ def test_placeholders(tiny_path: Path) -> None:
     assert not codes(tiny_path, robot="generic", norm_stats="none", preprocessing="openpi")
 
 
+def test_placeholders_of_quantiles(tmp_path: Path) -> None:
+    synthesise(tmp_path, PRESETS["pi05_tiny"], LAYOUTS["openpi"], 0, torch.float32)
+    assert "statistics-placeholder" in codes(tmp_path, robot="generic")
+
+
 def test_statistics_of_another_robot(folder: Path) -> None:
     write_statistics(folder, "droid", 8)
     found = codes(folder, robot="libero")

@@ -75,6 +75,8 @@ def test_tables_are_sound(name: str) -> None:
     assert 1 <= len(table.cameras) <= 3
     for camera in table.cameras:
         assert all(table.camera_key(short) == camera.key for short in (*camera.names, camera.key))
+    for camera in table.cameras:
+        assert table.camera_key(camera.key.rpartition("/")[2]) == camera.key
     assert table.camera_key("nowhere") is None
 
 

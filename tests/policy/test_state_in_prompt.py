@@ -142,6 +142,17 @@ def test_libero_is_openpis_pi05_libero(folder: Path, name: str) -> None:
     assert text_of(pipeline, observation("libero")) == "pick up it\n"
 
 
+def test_a_robot_that_was_trained_otherwise(folder: Path) -> None:
+    """The checkpoint's files count, and it is said."""
+    edit_config(folder, discrete_state_input=True)
+    setup = made(folder, robot="libero")
+    assert "state-in-prompt-differs" in [finding.code for finding in setup.findings]
+    assert setup.pipeline is not None
+    assert setup.pipeline.prompt.state
+    said = made(folder, robot="libero", state_in_prompt=True)
+    assert "state-in-prompt-differs" not in [finding.code for finding in said.findings]
+
+
 def test_libero_of_pi0_is_relative() -> None:
     from pi0.policy import find_robot
 

@@ -244,6 +244,8 @@ class _Scales:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder = folder
         self.alphas, self.ranks = (_stated(settings, name) for name in ("alpha", "rank"))
+        self.one_alpha = not isinstance(get_nested(settings, "lora.alpha"), list | None)
+        self.found: dict[int, int] = {}  # rank of the VLM (0) and of the expert (1)
         self.findings: list[Finding] = []
 
     def of(self, leaf_name: str, leaf: Leaf, arrays: Mapping[str, Any]) -> float:
@@ -265,6 +267,12 @@ class _Scales:
                     "of one model: copy or download it again."
                 )
         trunk = 1 if "_1/" in leaf_name else 0
+        self.found.setdefault(trunk, rank)
+        if self.one_alpha and len(set(self.found.values())) > 1:
+            raise ConfigError(
+                "config.json lora.alpha: expected two numbers, of the VLM and of the expert, whose "
+                f"ranks are {self.found[0]} and {self.found[1]}, found one."
+            )
         if self.ranks and self.ranks[trunk] != rank:
             raise ConfigError(
                 f"config.json lora.rank: expected {rank} as {a} has it, found "
@@ -278,8 +286,8 @@ class _Scales:
                 warning(
                     "lora-alpha-assumed",
                     f"{self.folder}: no file says the alpha of its LoRA; the rank is assumed, as "
-                    'in openpi\'s variants. State it in config.json: {"lora": {"alpha": '
-                    f"{rank}}}}}.",
+                    "in openpi's variants. State it in config.json, for the VLM and the expert: "
+                    '{"lora": {"alpha": [16, 32]}}, if it was 16 and 32.',
                 )
             )
         return self.alphas[trunk] / rank if self.alphas else 1.0

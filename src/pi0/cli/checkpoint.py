@@ -20,7 +20,10 @@ def synth(
         Path, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)
     ],
     preset: Annotated[
-        str, typer.Option(help="pi0_base (7 GB in bfloat16), small or tiny.")
+        str,
+        typer.Option(
+            help="pi0_base or pi05_base (7 GB in bfloat16), small or tiny, pi05_small or pi05_tiny."
+        ),
     ] = "small",
     layout: Annotated[
         str, typer.Option(help="Whose names: openpi, lerobot, legacy or transformers.")
@@ -84,6 +87,8 @@ def inspect(
     norm_stats: options.NormStats = None,
     norm_mode: options.NormMode = None,
     preprocessing: options.Preprocessing = None,
+    resize: options.Resize = None,
+    prompt_mode: options.PromptMode = None,
     state_in_prompt: options.StateInPrompt = None,
     as_json: options.Json = False,
 ) -> None:
@@ -120,6 +125,8 @@ def inspect(
             norm_stats=norm_stats,
             norm_mode=norm_mode,
             preprocessing=preprocessing,
+            resize=resize,
+            prompt=prompt_mode,
             state_in_prompt=state_in_prompt,
         ),
     )

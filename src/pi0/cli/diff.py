@@ -26,6 +26,9 @@ def diff(
     norm_stats: options.NormStats = None,
     norm_mode: options.NormMode = None,
     preprocessing: options.Preprocessing = None,
+    resize: options.Resize = None,
+    prompt_mode: options.PromptMode = None,
+    state_in_prompt: options.StateInPrompt = None,
     horizon: options.Horizon = None,
     max_tokens: options.MaxTokens = None,
     tolerance: Annotated[
@@ -58,6 +61,9 @@ def diff(
         norm_stats=norm_stats,
         norm_mode=norm_mode,
         preprocessing=preprocessing,
+        resize=resize,
+        prompt=prompt_mode,
+        state_in_prompt=state_in_prompt,
     )
     policies = diff_policies(prepare(left, wishes), prepare(right, wishes))
     with byte_progress("comparing", sum(c.read_bytes for c in opened)) as progress:
@@ -102,7 +108,9 @@ def _print(opened: tuple[Checkpoint, ...], weights: WeightsDiff, policies: Polic
 
     for name, checkpoint in zip("AB", opened, strict=True):
         dtypes = sorted({checkpoint.tensors[theirs].dtype for theirs in checkpoint.names.ours})
-        print_line(f"{name}: {checkpoint.path}, layout {checkpoint.names.layout}, {dtypes}")
+        print_line(
+            f"{name}: {checkpoint.path}, layout {checkpoint.names.layout}, {', '.join(dtypes)}"
+        )
     print_line("")
     if weights.differences:
         table(
@@ -120,7 +128,7 @@ def _print(opened: tuple[Checkpoint, ...], weights: WeightsDiff, policies: Polic
     for dtype, count in weights.rounded.items():
         print_line(f"{count} tensors were rounded to {dtype}, in which one of the two is stored")
     if policies.not_compared:
-        print_line(f"conventions, statistics and tokenizer not compared. {policies.not_compared}")
+        print_line(f"conventions and tokenizer not compared. {policies.not_compared}")
     print_line(_verdict(weights, policies))
 
 
@@ -131,7 +139,8 @@ def _numbers(values: list[tuple[float | None, str]]) -> list[str]:
 def _verdict(weights: WeightsDiff, policies: PolicyDiff) -> str:
     tensors, settings = len(weights.differences), len(policies.differences)
     if tensors or settings:
-        return f"different: {tensors} tensors ({weights.compared} compared), {settings} settings"
+        found = f"different: {tensors} tensors ({weights.compared} compared), {settings} settings"
+        return f"{found} of those compared" if policies.not_compared else found
     what = "the same weights" if policies.not_compared else "the same policy"
     within = f", {weights.within} of them within the tolerance" if weights.within else ""
     return f"{what}: {weights.compared} tensors{within}"

@@ -26,6 +26,7 @@ def doctor(
     preprocessing: options.Preprocessing = None,
     resize: options.Resize = None,
     prompt_mode: options.PromptMode = None,
+    state_in_prompt: options.StateInPrompt = None,
     image_size: options.ImageSize = None,
     horizon: options.Horizon = None,
     max_tokens: options.MaxTokens = None,
@@ -39,7 +40,8 @@ def doctor(
 
     Statistics, tokenizer, cameras, horizon, conventions, dtypes, weights that are not finite or
     constant, adapters, files of another origin: each finding is a sentence with its remedy and a
-    stable code. Takes the options of `pi0 act`. Exit code 1 if a finding is an error.
+    stable code. Takes what `pi0 act` takes for pre- and post-processing. Exit code 1 if a finding
+    is an error.
 
     **Examples**
 
@@ -61,6 +63,7 @@ def doctor(
         resize=resize,
         prompt=prompt_mode,
         image_size=image_size,
+        state_in_prompt=state_in_prompt,
     )
     try:
         opened = open_checkpoint(checkpoint, horizon, max_tokens, base)

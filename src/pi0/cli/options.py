@@ -12,7 +12,7 @@ Checkpoint = Annotated[
     Path,
     typer.Argument(
         metavar="CKPT",
-        help="Checkpoint folder, .safetensors file, shard index or adapter folder.",
+        help="Checkpoint folder (JAX's, too), .safetensors file, shard index or adapter folder.",
         show_default=False,
     ),
 ]
@@ -103,8 +103,8 @@ RobotName = Annotated[
     typer.Option(
         "--robot",
         metavar="NAME|FILE.toml",
-        help="generic, aloha, aloha_sim, libero, droid, an installed one, or a file; default: "
-        "what a LeRobot checkpoint says, else generic.",
+        help="generic, aloha, aloha_sim, libero, pi05_libero, droid, an installed one, or a file; "
+        "default: what a LeRobot checkpoint says, else generic.",
         show_default=False,
     ),
 ]

@@ -1,8 +1,8 @@
 """Two policies without their weights: configuration, conventions, statistics, tokenizer.
 
 Compared is what a policy does, not where its files lie or who wrote them: openpi's norm_stats.json
-and LeRobot's processors with the same numbers are the same. Statistics are compared as float32,
-in which LeRobot keeps them.
+and LeRobot's processors with the same numbers are the same. Statistics are compared within the
+rounding of float32, in which LeRobot keeps them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pi0.policy.tokenizer import Tokenizer
 # Of `PolicySetup.describe`: where things lie, what was said of them, what is compared elsewhere.
 PLACES = ("checkpoint", "base", "layout", "sources", "findings", "prompt", "horizon")
 # Prompts that tokenizers of different vocabularies split differently.
+ROUNDING = 1e-6  # of numbers that were stored as float32
 PROBES = ("pick up the red cube", "Fold the towel, then close drawer 12.\n", "naïve größe 箱")
 
 
@@ -38,7 +39,8 @@ class PolicyDiff:
     """What two policies have in common.
 
     Attributes:
-        not_compared: why conventions, statistics and tokenizers were not compared; None: they were.
+        not_compared: why conventions and tokenizers, and statistics unless both are known, were not
+            compared; None: they were.
     """
 
     differences: list[Difference]
@@ -49,6 +51,10 @@ def diff_policies(a: PolicySetup, b: PolicySetup) -> PolicyDiff:
     """Compares two set-ups, as far as both are known."""
     left, right = _settings(a), _settings(b)
     not_compared = None
+    if a.statistics and b.statistics:
+        for settings, statistics in ((left, a.statistics), (right, b.statistics)):
+            for name, stats in zip(("state", "actions", "targets"), statistics, strict=True):
+                settings |= _statistics(f"statistics.{name}", stats)
     if a.pipeline and b.pipeline:
         left |= _described(a)
         right |= _described(b)
@@ -88,9 +94,6 @@ def _pipeline(pipeline: Pipeline) -> dict[str, Any]:
     return {
         **_flat("prompt", asdict(pipeline.prompt)),
         **_flat("rename", pipeline.rename),
-        **_statistics("statistics.state", pipeline.state_stats),
-        **_statistics("statistics.actions", pipeline.action_stats),
-        **_statistics("statistics.targets", pipeline.target_stats),
         **{
             name: value
             for key, stats in pipeline.image_stats.items()
@@ -101,7 +104,8 @@ def _pipeline(pipeline: Pipeline) -> dict[str, Any]:
 
 
 def _statistics(name: str, stats: Normalizer) -> dict[str, Any]:
-    arrays = {"offset": stats.offset, "scale": stats.scale, "inverse_scale": stats.inverse_scale}
+    middle = stats.offset + stats.shift * stats.scale  # what becomes 0
+    arrays = {"offset": middle, "scale": stats.scale, "inverse_scale": stats.inverse_scale}
     return {f"{name}.{kind}": values.astype(np.float32) for kind, values in arrays.items()}
 
 
@@ -114,7 +118,7 @@ def _diff(name: str, a: Any, b: Any) -> list[Difference]:
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         if a.shape != b.shape:
             return [Difference(f"{name}: length", len(a), len(b))]
-        if np.array_equal(a, b):
+        if np.allclose(a, b, rtol=ROUNDING, atol=ROUNDING * np.abs(a).max(initial=0)):
             return []
         at = int(np.abs(a - b).argmax())
         return [Difference(f"{name}[{at}], the largest", float(a[at]), float(b[at]))]

@@ -118,7 +118,8 @@ def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> list[Finding]:
 def _placeholders(what: str, stats: Normalizer) -> list[Finding]:
     """Whether statistics leave all values as they are."""
     near = 2 * OPENPI_EPS
-    if np.abs(stats.offset).max() > near or np.abs(stats.scale - 1).max() > near:
+    middle = stats.offset + stats.shift * stats.scale
+    if np.abs(middle).max() > near or np.abs(stats.scale - 1).max() > near:
         return []
     return [
         warning(

@@ -71,6 +71,7 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
     stats = setup.attempt(
         "statistics-unusable", lambda: _statistics(checkpoint, options, program, setup)
     )
+    setup.statistics = stats
     tokenizer = setup.attempt(
         "tokenizer-unusable", lambda: _tokenizer(checkpoint, options, config, setup)
     )
@@ -287,6 +288,16 @@ def _state_in_prompt(
         stated = setup.checkpoint.settings.get("discrete_state_input")
     if stated is None and setup.robot:
         stated = setup.robot.state_in_prompt
+    trained = setup.robot and setup.robot.state_in_prompt
+    if stated is not None and trained is not None and stated != trained:
+        sentence = (
+            f"state_in_prompt: robot {setup.robot and setup.robot.name} was trained "
+            f"{'with' if trained else 'without'} the state in its prompt, found that the "
+            f"checkpoint's files or an option say {'with' if stated else 'without'}, which counts. "
+            "Is it this robot's checkpoint? Say it with --state-in-prompt or --no-state-in-prompt."
+        )
+        if options.state_in_prompt is None:
+            setup.findings.append(warning("state-in-prompt-differs", sentence))
     if stated is None:
         sentence = (
             "state_in_prompt: no file says whether the prompt holds the state; it is assumed, as "

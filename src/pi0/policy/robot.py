@@ -105,11 +105,13 @@ class Robot:
         return mask
 
     def camera_key(self, name: str) -> str | None:
-        """The key of the camera that a short name or key means; None if there is none."""
+        """The key of the camera that a short name, a key or its last part means; None if there is
+        none."""
         for camera in self.cameras:
             if name == camera.key or name in camera.names:
                 return camera.key
-        return None
+        ends = [c.key for c in self.cameras if name == c.key.rpartition("/")[2]]
+        return ends[0] if len(ends) == 1 else None
 
     def observation(self, images: Mapping[str, Any], state: Floats, prompt: str) -> dict[str, Any]:
         """An observation in this robot's own keys, from images by camera key and a flat state.

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from pi0.checkpoint.load import Checkpoint
 from pi0.errors import Pi0Error
 from pi0.findings import Finding, enforce, error
+from pi0.policy.normalize import Normalizer
 from pi0.policy.pipeline import Pipeline
 from pi0.policy.robot import Robot
 
@@ -55,6 +56,7 @@ class PolicySetup:
     Attributes:
         robot: None if it is unknown.
         pipeline: None if one of the findings is an error.
+        statistics: normalisers of the state, of actions out, and of actions in; None if unknown.
         sources: where robot, statistics, tokenizer and preprocessing come from, in words.
         n_action_steps: how many actions of a chunk are executed by default; None: all.
         steps: denoising steps by default.
@@ -63,6 +65,7 @@ class PolicySetup:
     checkpoint: Checkpoint
     robot: Robot | None = None
     pipeline: Pipeline | None = None
+    statistics: tuple[Normalizer, Normalizer, Normalizer] | None = None
     findings: list[Finding] = field(default_factory=list)
     sources: dict[str, str] = field(default_factory=dict)
     n_action_steps: int | None = None
@@ -87,7 +90,7 @@ class PolicySetup:
             "layout": self.checkpoint.names.layout,
             "horizon": config.horizon,
             "max_tokens": pipeline.prompt.max_tokens if pipeline else config.max_tokens,
-            "robot": self.robot and _describe_robot(self.robot, pipeline),
+            "robot": self.robot and _describe_robot(self.robot, self.statistics),
             "resize": pipeline and pipeline.resize,
             "prompt": pipeline and pipeline.prompt.convention,
             "state_in_prompt": pipeline and pipeline.prompt.state,
@@ -105,9 +108,11 @@ class PolicySetup:
             return None
 
 
-def _describe_robot(robot: Robot, pipeline: Pipeline | None) -> dict[str, Any]:
-    state_width = pipeline.state_stats.width if pipeline else None
-    action_dim = pipeline.action_dim if pipeline else robot.action_dim
+def _describe_robot(
+    robot: Robot, statistics: tuple[Normalizer, Normalizer, Normalizer] | None
+) -> dict[str, Any]:
+    state_width, actions = (s.width for s in statistics[:2]) if statistics else (None, None)
+    action_dim = robot.action_dim or actions
     return {
         "name": robot.name,
         "cameras": [

@@ -84,8 +84,9 @@ class Tokenizer:
             ids = [self.bos, *self.encode(prompt + ending)]
         length, free = form.max_tokens, form.max_tokens - len(ids)
         if free < 0:
+            held = ", with the state in it" if form.state else ""
             raise ObservationError(
-                f"prompt: expected at most {length} tokens, found {len(ids)}. Shorten it."
+                f"prompt: expected at most {length} tokens, found {len(ids)}{held}. Shorten it."
             )
         start = free if form.padding_side == "left" else 0
         tokens, mask = torch.zeros(length, dtype=torch.int64), torch.zeros(length, dtype=torch.bool)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from pi0.checkpoint import convert as module
 from pi0.checkpoint import orbax
 from pi0.checkpoint.convert import TARGETS, convert
 from pi0.checkpoint.layouts import LAYOUTS
+from pi0.checkpoint.lerobot import POSTPROCESSOR, PREPROCESSOR
 from pi0.checkpoint.load import Checkpoint, load_model, open_checkpoint
 from pi0.checkpoint.orbax import open_folder
 from pi0.checkpoint.synth import synthesise, tensor_list
@@ -223,15 +225,70 @@ def test_several_statistics(tmp_path: Path) -> None:
     export_files(checkpoint, "lerobot", "float32", norm_stats=one)
 
 
-def test_what_openpi_cannot_say(tmp_path: Path) -> None:
-    source = tmp_path / "source"
+def edited(source: Path, edit: Callable[[dict[str, Any], dict[str, Any]], object]) -> Checkpoint:
+    """A LeRobot folder whose config.json and steps (by name, of both processors) are edited."""
     synthesise(source, odd_config(False), LAYOUTS["lerobot"], 0, torch.bfloat16)
-    path = source / "config.json"
-    settings = json.loads(path.read_text())
-    settings["normalization_mapping"]["ACTION"] = "MIN_MAX"
-    path.write_text(json.dumps(settings | {"use_relative_actions": True}))
-    found = export_files(open_checkpoint(source), "jax", "bfloat16").findings
-    assert [f.code for f in found] == ["norm-mode-lost", "relative-actions-lost"]
+    paths = [source / n for n in ("config.json", PREPROCESSOR, POSTPROCESSOR)]
+    settings, *files = (json.loads(path.read_text()) for path in paths)
+    steps = {step["registry_name"]: step for file in files for step in file["steps"]}
+    edit(settings, steps)
+    for path, content in zip(paths, (settings, *files), strict=True):
+        path.write_text(json.dumps(content))
+    return open_checkpoint(source)
+
+
+def set_step(name: str, **fields: Any) -> Callable[[dict[str, Any], dict[str, Any]], object]:
+    return lambda _, steps: steps[name]["config"].update(fields)
+
+
+def make_relative(_: dict[str, Any], steps: dict[str, Any]) -> None:
+    for name in ("relative_actions_processor", "absolute_actions_processor"):
+        steps[name]["config"]["enabled"] = True
+
+
+MIN_MAX = {"VISUAL": "IDENTITY", "STATE": "MIN_MAX", "ACTION": "MEAN_STD"}
+LOST = {
+    "preprocessing-lost": lambda *_: None,
+    "relative-actions-lost": make_relative,
+    "norm-mode-lost": set_step("normalizer_processor", norm_map=MIN_MAX),
+    "image-statistics-lost": set_step(
+        "normalizer_processor", norm_map={k: "MEAN_STD" for k in MIN_MAX}
+    ),
+    "renames-lost": set_step("rename_observations_processor", rename_map={"front": "top"}),
+    "steps-lost": lambda settings, _: settings.update(num_inference_steps=3),
+    "aloha-lost": lambda settings, _: settings.update(adapt_to_pi_aloha=True),
+}
+
+
+@pytest.mark.parametrize("norm_stats", [None, "none"])
+@pytest.mark.parametrize("code", LOST)
+def test_what_openpi_cannot_say(tmp_path: Path, code: str, norm_stats: str | None) -> None:
+    """By the processors, which decide in LeRobot, too."""
+    checkpoint = edited(tmp_path / "source", LOST[code])
+    found = export_files(checkpoint, "jax", "bfloat16", norm_stats).findings
+    codes = {f.code for f in found} - {"statistics-missing"}
+    assert codes == {"preprocessing-lost", code}
+
+
+def test_the_length_of_prompts_is_the_processors(tmp_path: Path) -> None:
+    checkpoint = edited(tmp_path / "source", set_step("tokenizer_processor", max_length=40))
+    export = export_files(checkpoint, "openpi", "bfloat16")
+    assert json.loads(export.files["config.json"])["max_token_len"] == 40
+
+
+def test_a_step_that_nobody_knows_is_not_left_out(tmp_path: Path) -> None:
+    checkpoint = edited(
+        tmp_path / "source",
+        lambda _, steps: steps["to_batch_processor"].update(registry_name="clip_state_processor"),
+    )
+    with pytest.raises(Pi0Error, match="found clip_state_processor"):
+        export_files(checkpoint, "openpi", "bfloat16")
+
+
+def test_a_state_in_the_prompt_that_nobody_stated(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(copy_oracle("jax_pi05", tmp_path / "source"))
+    codes = [f.code for f in export_files(checkpoint, "lerobot", "float32").findings]
+    assert "state-in-prompt-assumed" in codes
 
 
 # What does not fit, and failures

@@ -256,15 +256,20 @@ def test_adapter_beside_a_full_model(adapter: Path) -> None:
         ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens: expected it unset"),
         ({"of_the_future": {"x": 1}}, "of_the_future: expected it unset"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: expected a start that leaves"),
-        ({"r": 0}, "r: expected a number > 0, found 0"),
-        ({"r": "4"}, "r: expected a number > 0, found '4'"),
-        ({"lora_alpha": math.inf}, "lora_alpha: expected a number > 0, found inf"),
+        ({"r": 0}, "r: expected a number from 0 to 1e+06, found 0"),
+        ({"r": "4"}, "r: expected a number from 0 to 1e+06, found 4"),
+        ({"lora_alpha": math.inf}, "lora_alpha: expected a number from 0 to 1e+06, found inf"),
         ({"alpha_pattern": [1]}, r"alpha_pattern: expected an object, found [1]"),
         ({"alpha_pattern": {"(": 1}}, "alpha_pattern: expected regular expressions, found '('"),
-        ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern.q_proj: expected a number > 0"),
+        ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern.q_proj: expected a number from 0"),
         ({"r": 8}, "expected rank 8, as it states, found lora_A of rank 4"),
         ({"rank_pattern": {"q_proj": 2}}, "q_proj: expected rank 2, as it states"),
         ({"modules_to_save": ["state_proj"]}, "expected the tensors of state_proj, which"),
+        ({"modules_to_save": "state_proj"}, "modules_to_save: expected a list of names"),
+        ({"modules_to_save": 5}, "modules_to_save: expected a list of names"),
+        ({"use_rslora": "false"}, "use_rslora: expected true or false, found 'false'"),
+        ({"bias": ["all"]}, "bias: expected one of none, all, lora_only, found ['all']"),
+        ({"lora_alpha": 10**400}, "lora_alpha: expected a number from 0 to 1e+06"),
         ({"bias": "lora_only"}, "expected it in the adapter, whose bias is 'lora_only'"),
         ({"bias": "all"}, "expected it in the adapter, whose bias is 'all', found it missing"),
     ],
@@ -272,6 +277,14 @@ def test_adapter_beside_a_full_model(adapter: Path) -> None:
 def test_fields(adapter: Path, fields: dict[str, Any], message: str) -> None:
     configure(adapter, **fields)
     assert message in refused(adapter)
+
+
+def test_a_module_that_is_saved_in_part(adapter: Path) -> None:
+    path = adapter / "adapter_model.safetensors"
+    tensors = {k: v for k, v in load_file(path).items() if "action_out_proj.lora" not in k}
+    save_file(tensors | {f"{PREFIX}action_out_proj.weight": torch.ones(32, 32)}, path)
+    configure(adapter, modules_to_save=["action_out_proj"])
+    assert "action_out_proj.bias: expected it beside" in refused(adapter)
 
 
 def drop(key: str) -> Callable[[dict[str, Tensor]], object]:
@@ -291,6 +304,10 @@ def put(key: str, *shape: int, dtype: torch.dtype = torch.float32) -> Callable[.
         (put(f"{Q}.lora_A.weight", 4, 31), "expected factors of a weight [128, 32], found of"),
         (put(f"{Q}.lora_B.weight", 127, 4), "weight [128, 32], found of [127, 32]"),
         (put(f"{Q}.lora_magnitude_vector", 128), "1 others, such as"),
+        (
+            put("base_model.model.state_proj.lora_A.weight", 4, 32),
+            "expected one tensor for each place",
+        ),
         (put("model.x.weight", 2), "1 others, such as model.x.weight"),
         (put(f"{Q}.lora_embedding_A", 4, 8), "1 others, such as"),
         (put(f"{PREFIX}state_proj.bias", 31), "state_proj.bias: expected shape [32], found [31]"),

@@ -8,7 +8,6 @@ openpi's `models/lora.py` and `models/gemma.py`, where alpha is the rank in both
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +41,7 @@ from pi0.errors import CheckpointError, ConfigError
 from pi0.findings import Finding, warning
 
 LISTED = 8
+LARGEST = 1e6  # of ranks and alphas
 # Sizes that only these leaves tell: our field → axis.
 HEADS = {
     "vision.num_heads": "n",
@@ -299,7 +299,7 @@ def _stated(settings: Mapping[str, Any], name: str) -> tuple[float, float] | Non
     if value is None:
         return None
     pair = value if isinstance(value, list) else [value, value]
-    if len(pair) != 2 or not all(type(n) in (int, float) and 0 < n < math.inf for n in pair):
+    if len(pair) != 2 or not all(type(n) in (int, float) and 0 < n <= LARGEST for n in pair):
         raise ConfigError(
             f"config.json lora.{name}: expected a positive number, or two (of the VLM and of the "
             f"expert), found {str(value)[:60]}."

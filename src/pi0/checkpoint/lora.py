@@ -32,6 +32,8 @@ FACTOR = re.compile(r"(.+)\.lora_(A|B)\.weight")
 # Where PEFT wraps a module, the module's own tensors lie one level deeper.
 WRAPPED = re.compile(r"\.(base_layer|modules_to_save)(?=\.)")
 # Starts of training that leave the base's weights as they are.
+BIASES = ("none", "all", "lora_only")
+LARGEST = 1e6  # of ranks and alphas
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 # Fields that are read, and those that say nothing of the result. Any other has to be unset.
 KNOWN = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "peft_type",
@@ -61,6 +63,7 @@ class Adapter:
         pairs: our name of a weight → what is added to it.
         replaced: our name of a tensor → the key of the one that takes its place.
         bias: which biases it has trained: none, all or lora_only.
+        saved: the modules that it holds whole.
     """
 
     folder: Path
@@ -69,6 +72,7 @@ class Adapter:
     pairs: Mapping[str, LoraPair]
     replaced: Mapping[str, str]
     bias: str
+    saved: tuple[str, ...] = ()
 
     @property
     def files(self) -> list[Path]:
@@ -130,6 +134,12 @@ class Adapter:
             expected, found = tensors[theirs[ours]].shape, self.tensors[key].shape
             if found != expected:
                 self._misfit(ours, f"shape {list(expected)}", f"{list(found)}")
+        for ours, key in self.replaced.items():  # of a module that was trained whole, all of it
+            stem = ours.rpartition(".")[0]
+            rest = [name for name in (f"{stem}.weight", f"{stem}.bias") if name in theirs]
+            lost = [name for name in rest if name not in self.replaced]
+            if lost and any(f".{module}." in WRAPPED.sub("", key) for module in self.saved):
+                self._misfit(lost[0], f"it beside {key}, of modules_to_save", "it missing")
         weights = theirs if self.bias == "all" else self.pairs if self.bias == "lora_only" else ()
         biases = {f"{name.removesuffix('.weight').removesuffix('.bias')}.bias" for name in weights}
         lost = sorted((biases & theirs.keys()) - self.replaced.keys())
@@ -180,9 +190,14 @@ def open_adapter(path: Path | str, base: Path | str | None) -> Adapter | None:
     _refuse_variants(folder / ADAPTER_CONFIG, config)
     tensors = read_headers([folder / ADAPTER_WEIGHTS])
     pairs, replaced = _assign(folder / ADAPTER_WEIGHTS, tensors, _Scales(folder, config))
-    _require_saved_modules(folder, config, tensors)
+    saved = _saved_modules(folder, config, tensors)
+    bias = config.get("bias") or "none"
+    if bias not in BIASES:
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: bias: expected one of {', '.join(BIASES)}, found {bias!r}."
+        )
     found = find_base(folder, config.get("base_model_name_or_path"), base)
-    return Adapter(folder, found, tensors, pairs, replaced, str(config.get("bias") or "none"))
+    return Adapter(folder, found, tensors, pairs, replaced, bias, saved)
 
 
 def _refuse_variants(file: Path, config: Mapping[str, Any]) -> None:
@@ -214,7 +229,11 @@ class _Scales:
         self.ranks, self.alphas = (
             self._patterns(name, config.get(name)) for name in ("rank_pattern", "alpha_pattern")
         )
-        self.root = bool(config.get("use_rslora"))
+        self.root = config.get("use_rslora") or False
+        if not isinstance(self.root, bool):
+            raise CheckpointError(
+                f"{self.file}: use_rslora: expected true or false, found {self.root!r}."
+            )
 
     def of(self, module: str, rank: int) -> float:
         """The factor of a module whose A has so many rows."""
@@ -247,8 +266,11 @@ class _Scales:
 
     def _number(self, name: str, value: Any) -> float:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 < value < math.inf:
-            raise CheckpointError(f"{self.file}: {name}: expected a number > 0, found {value!r}.")
+        if not number or not 0 < value <= LARGEST:
+            raise CheckpointError(
+                f"{self.file}: {name}: expected a number from 0 to {LARGEST:g}, found "
+                f"{str(value)[:60]}."
+            )
         return float(value)
 
 
@@ -269,9 +291,12 @@ def _assign(
         if ours is None:
             unknown += [] if is_unread(target) else [key]
         elif factor is None:
+            _refuse_twice(file, replaced.get(ours), key)
             replaced[ours] = key
         else:
-            factors.setdefault(factor[1], {})[factor[2]] = key
+            module = factors.setdefault(ours, {"module": factor[1]})
+            _refuse_twice(file, module.get(factor[2]), key)
+            module[factor[2]] = key
     if unknown or not (factors or replaced):
         found = f"{len(unknown)} others, such as {unknown[0]}" if unknown else "none"
         raise CheckpointError(
@@ -294,10 +319,11 @@ def _pairs(
     factors: Mapping[str, Mapping[str, str]],
     scales: _Scales,
 ) -> Iterator[tuple[str, LoraPair]]:
-    for module, keys in factors.items():
-        if len(keys) < 2:
+    for ours, keys in factors.items():
+        module = keys["module"]
+        if len(keys) < 3:
             raise CheckpointError(
-                f"{file}: {module}: expected lora_A and lora_B, found lora_{next(iter(keys))} "
+                f"{file}: {module}: expected lora_A and lora_B, found lora_{list(keys)[1]} "
                 "alone. Copy or download the file again."
             )
         a, b = (tensors[keys[factor]].shape for factor in "AB")
@@ -306,21 +332,33 @@ def _pairs(
                 f"{file}: {module}: expected lora_A [r, in] and lora_B [out, r] of one rank, found "
                 f"{list(a)} and {list(b)}. The file is damaged: copy or download it again."
             )
-        yield (
-            our_name(f"{module}.weight") or "",
-            LoraPair(keys["A"], keys["B"], scales.of(module, a[0])),
+        yield ours, LoraPair(keys["A"], keys["B"], scales.of(module, a[0]))
+
+
+def _refuse_twice(file: Path, first: str | None, second: str) -> None:
+    if first is not None:
+        raise CheckpointError(
+            f"{file}: expected one tensor for each place, found {first} and {second}, which are "
+            "the same. Save the adapter again."
         )
 
 
-def _require_saved_modules(
+def _saved_modules(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
-) -> None:
-    """Raises CheckpointError if a module of modules_to_save has no tensor in the file."""
+) -> tuple[str, ...]:
+    """modules_to_save, each of which must have a tensor in the file."""
     plain = [WRAPPED.sub("", key) for key in tensors if ".lora_" not in key]
-    for module in config.get("modules_to_save") or ():
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(module, str) for module in saved):
+        raise CheckpointError(
+            f"{folder / ADAPTER_CONFIG}: modules_to_save: expected a list of names, found "
+            f"{str(saved)[:60]!r}."
+        )
+    for module in saved:
         if not any(f".{module}." in key for key in plain):
             raise CheckpointError(
                 f"{folder / ADAPTER_WEIGHTS}: expected the tensors of {module}, which "
                 f"{ADAPTER_CONFIG} lists in modules_to_save, found none. Copy both files of the "
                 "same adapter."
             )
+    return tuple(saved)

@@ -49,12 +49,15 @@ def diff(
         pi0 diff my_adapter merged --base pi0_base --tolerance 1e-6
     """
     from pi0.checkpoint.diff import diff_weights
+    from pi0.checkpoint.load import check
     from pi0.cli.show import byte_progress, print_json
     from pi0.policy import PolicyOptions, prepare
     from pi0.policy.diff import diff_policies
 
     left, right = opened = tuple(_open(path, base, horizon, max_tokens) for path in (a, b))
     _require_use(base, opened)
+    for checkpoint in opened:  # what cannot be loaded is no policy
+        check(checkpoint)
     wishes = PolicyOptions(
         robot=robot,
         tokenizer=tokenizer,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import warnings
 from typing import TextIO
@@ -83,11 +84,13 @@ def main() -> None:
     """Runs the command line.
 
     Exit codes: 0 done; 1 engines or checkpoints do not agree, one of several failed, or a finding
-    is an error; 2 bad input, one sentence on stderr; 130 Ctrl-C; 141 nobody reads stdout any more.
+    is an error; 2 bad input, one sentence on stderr; 130 Ctrl-C; 141 nobody reads stdout any more;
+    143 terminated.
     """
     logging.basicConfig(format="pi0: warning: %(message)s")  # to stderr, from warnings upwards
     with warnings.catch_warnings():
         warnings.showwarning = _warn
+        signal.signal(signal.SIGTERM, _terminate)  # so that nothing half-written stays
         try:
             _require_streams()
             app(prog_name="pi0")
@@ -103,6 +106,10 @@ def main() -> None:
             if "allocate" not in str(error) and "out of memory" not in str(error):
                 raise
             _fail(OUT_OF_MEMORY)
+
+
+def _terminate(*_: object) -> None:
+    sys.exit(143)
 
 
 def _require_streams() -> None:

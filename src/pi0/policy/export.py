@@ -16,11 +16,9 @@ from typing import Any
 
 import torch
 
-from pi0.checkpoint.files import read_json
 from pi0.checkpoint.infer import to_config_json
 from pi0.checkpoint.lerobot import (
     ACTION,
-    NORM_MAPS,
     POSTPROCESSOR,
     PREPROCESSOR,
     STATE,
@@ -31,22 +29,24 @@ from pi0.checkpoint.load import CONFIG, Checkpoint
 from pi0.config import GEMMA_2B, GEMMA_300M, SO400M
 from pi0.errors import Pi0Error
 from pi0.findings import Finding, warning
-from pi0.policy.lerobot import has_processors, is_lerobot
-from pi0.policy.lerobot.statistics import NEEDED, read_statistics
-from pi0.policy.normalize import Statistics
+from pi0.policy.lerobot.statistics import NEEDED
+from pi0.policy.sources import (
+    KEYS,
+    OPENPI_MODES,
+    Source,
+    Tables,
+    find_losses,
+    read_source,
+    read_steps,
+)
 from pi0.policy.statistics import (
     FILE_NAME,
-    PLACES,
     find_norm_stats,
-    read_norm_stats,
     statistics_folder,
 )
 from pi0.policy.tokenizer import FILE_NAMES
 
-Tables = Mapping[str, Statistics]  # of "state" and "actions"
-KEYS = {STATE: "state", ACTION: "actions"}  # LeRobot's name → openpi's
 KEPT = ("mean", "std", "q01", "q99", "min", "max")
-OPENPI_MODES = {False: "MEAN_STD", True: "QUANTILES"}  # by adaptive_norm
 ASSETS = "assets/lerobot"  # of statistics from LeRobot, which name no robot
 STATE_STEP = "pi05_prepare_state_tokenizer_processor_step"
 MERGED = {"use_peft": False, "pretrained_path": None}  # in place of what an adapter declares
@@ -64,36 +64,6 @@ class Export:
 
     files: dict[str, Path | bytes] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What lies beside the weights of a checkpoint.
-
-    Attributes:
-        norm_stats: openpi's files, by their path in a target.
-        processors: the folder of LeRobot's processors.
-        tables: the statistics; None: there are none, or several files of openpi's.
-    """
-
-    checkpoint: Checkpoint
-    norm_stats: dict[str, Path]
-    processors: Path | None
-    tables: Tables | None
-
-    @property
-    def is_lerobot(self) -> bool:
-        checkpoint = self.checkpoint
-        return is_lerobot(self.processors or checkpoint.folder, checkpoint.settings)
-
-    def mode(self, kind: str) -> str | None:
-        """LeRobot's mode of normalisation for STATE or ACTION; None: the source is openpi's."""
-        if not self.is_lerobot:
-            return None
-        settings = self.checkpoint.settings
-        model = "pi05" if self.checkpoint.config.adaptive_norm else "pi0"
-        norm_map = settings.get("normalization_mapping") or NORM_MAPS[model]
-        return str(norm_map.get(kind, "IDENTITY"))
 
 
 def export_files(
@@ -114,7 +84,7 @@ def export_files(
     Raises:
         Pi0Error: a file cannot be read, or a statistic that the target needs is missing.
     """
-    source = _read_source(checkpoint, norm_stats)
+    source = read_source(checkpoint, norm_stats)
     export = Export(findings=list(checkpoint.findings))
     if target == "lerobot":
         _lerobot(source, export)
@@ -128,63 +98,12 @@ def export_files(
     return export
 
 
-def _read_source(checkpoint: Checkpoint, norm_stats: Path | str | None) -> _Source:
-    if norm_stats == "none":
-        return _Source(checkpoint, {}, None, None)
-    if norm_stats is not None:
-        path = Path(norm_stats).expanduser()
-        path = path / FILE_NAME if path.is_dir() else path
-        tables = read_norm_stats(path)
-        return _Source(checkpoint, {f"assets/{path.parent.name}/{FILE_NAME}": path}, None, tables)
-    folder = checkpoint.folder_of(PREPROCESSOR, POSTPROCESSOR)
-    if has_processors(folder):
-        return _Source(checkpoint, {}, folder, _processor_tables(folder))
-    if buffers := checkpoint.statistics_buffers:
-        named: dict[str, dict[str, Any]] = {what: {} for what in KEYS.values()}
-        for name, values in buffers.items():
-            key, _, kind = name.rpartition(".")
-            if key in KEYS:
-                named[KEYS[key]][kind] = values.numpy()
-        return _Source(checkpoint, {}, None, named)
-    return _openpi_source(checkpoint)
-
-
-def _openpi_source(checkpoint: Checkpoint) -> _Source:
-    folder = statistics_folder(checkpoint)
-    found = next((hits for place in PLACES if (hits := sorted(folder.glob(place + FILE_NAME)))), [])
-    files = {}
-    for path in found:
-        inner = path.relative_to(folder)
-        inner = inner if inner.parts[0] == "assets" else "assets" / Path(*inner.parts[-2:])
-        if len(inner.parts) < 3:
-            inner = Path("assets", folder.resolve().name, FILE_NAME)
-        files[inner.as_posix()] = path
-    tables = read_norm_stats(found[0]) if len(found) == 1 else None
-    return _Source(checkpoint, files, None, tables)
-
-
-def _processor_tables(folder: Path) -> Tables:
-    """The statistics of LeRobot's processors: those of the state are the preprocessor's, those of
-    actions the postprocessor's, which moves the robot."""
-    tables: dict[str, Statistics] = {}
-    for name, key in ((PREPROCESSOR, STATE), (POSTPROCESSOR, ACTION)):
-        for step in _steps(folder, name):
-            file = step.get("state_file")
-            if isinstance(file, str) and (folder / file).is_file():
-                tables[KEYS[key]] = read_statistics(folder / file).get(key, {})
-    return tables
-
-
-def _steps(folder: Path, name: str) -> list[dict[str, Any]]:
-    steps = read_json(folder / name).get("steps") if (folder / name).is_file() else None
-    return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
-
-
 # openpi's form
 
 
-def _openpi(source: _Source, export: Export, dtype: str) -> None:
+def _openpi(source: Source, export: Export, dtype: str) -> None:
     checkpoint = source.checkpoint
+    export.findings += find_losses(source)
     export.files[CONFIG] = _json(_openpi_config(source, dtype))
     mode = OPENPI_MODES[checkpoint.config.adaptive_norm]
     if source.norm_stats:
@@ -195,33 +114,16 @@ def _openpi(source: _Source, export: Export, dtype: str) -> None:
     if source.tables is None:
         export.findings.append(_without_statistics(checkpoint))
         return
-    for what, kind in (("state", "STATE"), ("actions", "ACTION")):
+    for what in KEYS.values():
         _require(source, what, tuple(dict.fromkeys(("mean", "std", *NEEDED[mode]))), "openpi")
-        if source.mode(kind) not in (None, mode):
-            export.findings.append(
-                warning(
-                    "norm-mode-lost",
-                    f"{checkpoint.path}: {what}: normalised with {source.mode(kind)}, found that "
-                    f"openpi's files do not say so and that its model is read with {mode}. Name "
-                    "the mode where the result is used: --norm-mode.",
-                )
-            )
     tables = {
         what: {name: table[name].tolist() for name in KEPT if name in table}
         for what, table in source.tables.items()
     }
     export.files[f"{ASSETS}/{FILE_NAME}"] = _json({"norm_stats": tables})
-    if checkpoint.settings.get("use_relative_actions"):
-        export.findings.append(
-            warning(
-                "relative-actions-lost",
-                f"{checkpoint.path}: its actions are relative to the state, which openpi's files "
-                "do not say. Name a robot with relative actions where the result is used.",
-            )
-        )
 
 
-def _openpi_config(source: _Source, dtype: str) -> dict[str, Any]:
+def _openpi_config(source: Source, dtype: str) -> dict[str, Any]:
     """config.json as openpi's converter writes it, and what only we read."""
     checkpoint = source.checkpoint
     config = checkpoint.config
@@ -230,7 +132,7 @@ def _openpi_config(source: _Source, dtype: str) -> dict[str, Any]:
     settings = {
         "action_dim": config.action_dim,
         "action_horizon": config.horizon,
-        "max_token_len": config.max_tokens,
+        "max_token_len": (source.program and source.program.max_tokens) or config.max_tokens,
         "precision": dtype,
         "pi05": config.adaptive_norm,
         **(VARIANTS if published else {n: ours[n] for n in ("vision", "vlm", "expert")}),
@@ -239,8 +141,8 @@ def _openpi_config(source: _Source, dtype: str) -> dict[str, Any]:
     for name in checkpoint.inferred.assumed:  # it would no longer be said that it is assumed
         del settings[names[name]]
     stated = checkpoint.settings.get("discrete_state_input")
-    if stated is None and config.adaptive_norm and source.processors:
-        steps = _steps(source.processors, PREPROCESSOR)
+    if stated is None and config.adaptive_norm and source.has_processors:
+        steps = read_steps(source.folder, PREPROCESSOR)
         stated = any(step.get("registry_name") == STATE_STEP for step in steps)
     return settings if stated is None else {**settings, "discrete_state_input": stated}
 
@@ -248,7 +150,7 @@ def _openpi_config(source: _Source, dtype: str) -> dict[str, Any]:
 # LeRobot's form
 
 
-def _lerobot(source: _Source, export: Export) -> None:
+def _lerobot(source: Source, export: Export) -> None:
     checkpoint = source.checkpoint
     settings = make_config_json(checkpoint.config)
     if source.is_lerobot:
@@ -257,6 +159,11 @@ def _lerobot(source: _Source, export: Export) -> None:
         export.files[CONFIG] = _json(settings)
         _copy_processors(source.processors, export)
         return
+    if source.has_processors:
+        raise Pi0Error(
+            f"norm_stats (--norm-stats): expected none for {checkpoint.path}, whose processors "
+            "have their own and are copied, found one. Leave it out."
+        )
     tables = source.tables
     if tables is None and len(source.norm_stats) > 1:
         find_norm_stats(statistics_folder(checkpoint))  # says which there are
@@ -278,7 +185,16 @@ def _lerobot(source: _Source, export: Export) -> None:
                 "use_relative_actions in config.json.",
             )
         )
-    if checkpoint.settings.get("discrete_state_input") is False:
+    stated = checkpoint.settings.get("discrete_state_input")
+    if stated is None and checkpoint.config.adaptive_norm and not source.is_lerobot:
+        export.findings.append(
+            warning(
+                "state-in-prompt-assumed",
+                f"{checkpoint.path}: no file says whether its prompts hold the state, which "
+                "LeRobot's π0.5 always writes. Was it trained so? openpi's pi05_libero was not.",
+            )
+        )
+    if stated is False:
         export.findings.append(
             warning(
                 "state-in-prompt",
@@ -301,7 +217,7 @@ def _copy_processors(folder: Path, export: Export) -> None:
         if not (folder / name).is_file():
             raise Pi0Error(f"{folder}: expected {name}, found none. Copy all of its files.")
         export.files[name] = folder / name
-        for step in _steps(folder, name):
+        for step in read_steps(folder, name):
             file = step.get("state_file")
             if isinstance(file, str):
                 if Path(file).name != file or not (folder / file).is_file():
@@ -323,7 +239,7 @@ def _declare_widths(settings: dict[str, Any], tables: Tables) -> None:
 # Both
 
 
-def _require(source: _Source, what: str, names: tuple[str, ...], project: str) -> None:
+def _require(source: Source, what: str, names: tuple[str, ...], project: str) -> None:
     table = (source.tables or {}).get(what, {})
     missing = [name for name in names if name not in table]
     if missing:

@@ -37,7 +37,7 @@ from pi0.policy.normalize import (
 )
 from pi0.policy.pipeline import Pipeline
 from pi0.policy.robot import Robot
-from pi0.policy.robots import ROBOT_OF_ASSETS, ROBOTS, find_robot
+from pi0.policy.robots import PI05, ROBOT_OF_ASSETS, ROBOTS, find_robot
 from pi0.policy.setup import PolicyOptions, PolicySetup
 from pi0.policy.statistics import find_norm_stats, read_norm_stats, statistics_folder
 from pi0.policy.tokenizer import (
@@ -197,7 +197,14 @@ def _robot(
 ) -> Robot:
     if options.robot is not None:
         setup.sources["robot"] = "named"
-        return find_robot(options.robot, checkpoint.config.adaptive_norm)
+        robot = find_robot(options.robot, checkpoint.config.adaptive_norm)
+        if robot in PI05.values() and checkpoint.config.state_tokens:
+            other = next(name for name, table in PI05.items() if table == robot)
+            raise Pi0Error(
+                f"robot {robot.name}: expected a π0.5, as openpi's configuration of that name is, "
+                f"found a π0. Name it {other}."
+            )
+        return robot
     aloha = [key for key in ALOHA_FLAGS if checkpoint.settings.get(key) is True]
     if aloha:
         raise Pi0Error(

@@ -1,0 +1,191 @@
+"""What lies beside the weights of a checkpoint, and what of it openpi's files cannot say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pi0.checkpoint.files import read_json
+from pi0.checkpoint.lerobot import ACTION, NORM_MAPS, POSTPROCESSOR, PREPROCESSOR, STATE
+from pi0.checkpoint.load import Checkpoint
+from pi0.errors import Pi0Error
+from pi0.findings import Finding, warning
+from pi0.policy.lerobot import LerobotProgram, has_processors, is_lerobot, read_program
+from pi0.policy.lerobot.statistics import read_statistics
+from pi0.policy.normalize import Statistics
+from pi0.policy.resolve import ALOHA_FLAGS
+from pi0.policy.statistics import (
+    FILE_NAME,
+    PLACES,
+    read_norm_stats,
+    statistics_folder,
+)
+
+Tables = Mapping[str, Statistics]  # of "state" and "actions"
+KEYS = {STATE: "state", ACTION: "actions"}  # LeRobot's name → openpi's
+OPENPI_MODES = {False: "MEAN_STD", True: "QUANTILES"}  # by adaptive_norm
+NORMALIZERS = {
+    "STATE": (PREPROCESSOR, "normalizer_processor"),
+    "ACTION": (POSTPROCESSOR, "unnormalizer_processor"),
+}
+# Findings of what is not carried out here, so that nobody could say what is lost.
+UNKNOWN = ("step-unknown", "step-form", "field-unknown", "field-value", "step-order")
+REMEDIES = {
+    "preprocessing": "--preprocessing lerobot, and --robot for its cameras",
+    "relative-actions": "--robot with relative actions",
+    "renames": "--robot with the robot's own keys",
+    "image-statistics": "nothing does, so that the result is of no use",
+    "norm-mode": "--norm-mode",
+    "steps": "--steps",
+    "aloha": "--robot aloha or aloha_sim",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What lies beside the weights of a checkpoint.
+
+    Attributes:
+        norm_stats: openpi's files, by their path in a target.
+        processors: the folder of LeRobot's processors, if the statistics are theirs.
+        tables: the statistics; None: there are none, or several files of openpi's.
+    """
+
+    checkpoint: Checkpoint
+    norm_stats: dict[str, Path]
+    processors: Path | None
+    tables: Tables | None
+
+    @property
+    def folder(self) -> Path:
+        """Where LeRobot's processors lie, if there are any."""
+        return self.checkpoint.folder_of(PREPROCESSOR, POSTPROCESSOR)
+
+    @property
+    def has_processors(self) -> bool:
+        return has_processors(self.folder)
+
+    @property
+    def is_lerobot(self) -> bool:
+        return is_lerobot(self.folder, self.checkpoint.settings)
+
+    def mode(self, kind: str) -> str | None:
+        """LeRobot's mode of normalisation for STATE or ACTION; None: the source is openpi's."""
+        if not self.is_lerobot:
+            return None
+        settings = self.checkpoint.settings
+        model = "pi05" if self.checkpoint.config.adaptive_norm else "pi0"
+        norm_map = settings.get("normalization_mapping") or NORM_MAPS[model]
+        if self.has_processors:  # they decide, as in LeRobot
+            file, name = NORMALIZERS[kind]
+            maps = [
+                step.get("config", {}).get("norm_map")
+                for step in read_steps(self.folder, file)
+                if step.get("registry_name") == name
+            ]
+            norm_map = next((found for found in maps if isinstance(found, Mapping)), {})
+        return str(norm_map.get(kind, "IDENTITY"))
+
+    @cached_property
+    def program(self) -> LerobotProgram | None:
+        """What LeRobot's files say; None: the source is openpi's."""
+        settings = self.checkpoint.settings
+        if not self.is_lerobot:
+            return None
+        given: Any = None if self.processors else (self.tables or "none")
+        return read_program(self.folder, settings, statistics=given, tokenizer_given=True)
+
+
+def read_source(checkpoint: Checkpoint, norm_stats: Path | str | None) -> Source:
+    if norm_stats == "none":
+        return Source(checkpoint, {}, None, None)
+    if norm_stats is not None:
+        path = Path(norm_stats).expanduser()
+        path = path / FILE_NAME if path.is_dir() else path
+        tables = read_norm_stats(path)
+        return Source(checkpoint, {f"assets/{path.parent.name}/{FILE_NAME}": path}, None, tables)
+    folder = checkpoint.folder_of(PREPROCESSOR, POSTPROCESSOR)
+    if has_processors(folder):
+        return Source(checkpoint, {}, folder, _processor_tables(folder))
+    if buffers := checkpoint.statistics_buffers:
+        named: dict[str, dict[str, Any]] = {what: {} for what in KEYS.values()}
+        for name, values in buffers.items():
+            key, _, kind = name.rpartition(".")
+            if key in KEYS:
+                named[KEYS[key]][kind] = values.numpy()
+        return Source(checkpoint, {}, None, named)
+    return _openpi_source(checkpoint)
+
+
+def _openpi_source(checkpoint: Checkpoint) -> Source:
+    folder = statistics_folder(checkpoint)
+    found = next((hits for place in PLACES if (hits := sorted(folder.glob(place + FILE_NAME)))), [])
+    files = {}
+    for path in found:
+        inner = path.relative_to(folder)
+        inner = inner if inner.parts[0] == "assets" else "assets" / Path(*inner.parts[-2:])
+        if len(inner.parts) < 3:
+            inner = Path("assets", folder.resolve().name, FILE_NAME)
+        files[inner.as_posix()] = path
+    tables = read_norm_stats(found[0]) if len(found) == 1 else None
+    return Source(checkpoint, files, None, tables)
+
+
+def _processor_tables(folder: Path) -> Tables:
+    """The statistics of LeRobot's processors: those of the state are the preprocessor's, those of
+    actions the postprocessor's, which moves the robot."""
+    tables: dict[str, Statistics] = {}
+    for name, key in ((PREPROCESSOR, STATE), (POSTPROCESSOR, ACTION)):
+        for step in read_steps(folder, name):
+            file = step.get("state_file")
+            if isinstance(file, str) and (folder / file).is_file():
+                tables[KEYS[key]] = read_statistics(folder / file).get(key, {})
+    return tables
+
+
+def read_steps(folder: Path, name: str) -> list[dict[str, Any]]:
+    steps = read_json(folder / name).get("steps") if (folder / name).is_file() else None
+    return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
+
+
+def find_losses(source: Source) -> list[Finding]:
+    """What LeRobot's files say and openpi's cannot.
+
+    Raises:
+        Pi0Error: a step or a field is one that nobody here knows, so that its loss would be unsaid.
+    """
+    checkpoint, program = source.checkpoint, source.program
+    if program is None:
+        return []
+    unknown = [f.sentence for f in program.findings if f.code in UNKNOWN]
+    if unknown:
+        raise Pi0Error(unknown[0])
+    mode = OPENPI_MODES[checkpoint.config.adaptive_norm]
+    settings = checkpoint.settings
+    steps = {k: settings.get(k) for k in ("num_inference_steps", "n_action_steps")}
+    usual = {"num_inference_steps": (None, 10), "n_action_steps": (None, checkpoint.config.horizon)}
+    modes = {kind: source.mode(kind) for kind in ("STATE", "ACTION")}
+    lost = {
+        "preprocessing": ("resizes images and cleans prompts in LeRobot's way", True),
+        "relative-actions": ("has actions relative to the state", any(program.relative or ())),
+        "renames": (f"renames {dict(program.rename)}", bool(program.rename)),
+        "image-statistics": ("normalises images", bool(program.images)),
+        "norm-mode": (f"normalises with {modes}", set(modes.values()) != {mode}),
+        "steps": (f"states {steps}", any(steps[k] not in usual[k] for k in steps)),
+        "aloha": (
+            "sets flags of ALOHA's conventions",
+            any(settings.get(flag) is True for flag in ALOHA_FLAGS),
+        ),
+    }
+    return [
+        warning(
+            f"{code}-lost",
+            f"{checkpoint.path}: it {what}, which openpi's files cannot say. Say it where the "
+            f"result is used: {REMEDIES[code]}.",
+        )
+        for code, (what, is_lost) in lost.items()
+        if is_lost
+    ]

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import open_checkpoint
-from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
 from pi0.engines.base import EngineOptions, make_engine
 from pi0.engines.fast.cuda import engine as cuda
@@ -50,17 +48,9 @@ WAITING = {
 }
 
 
-@pytest.fixture(scope="module", params=["tiny", "pi05_tiny"])
-def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of π0 and of π0.5, whose inputs are alike."""
-    folder = tmp_path_factory.mktemp(request.param)
-    synthesise(folder, PRESETS[request.param], LAYOUTS["openpi"], 0, torch.float32)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def network(path: Path) -> Network:
-    return make_network(path, "float32")
+def network(each_path: Path) -> Network:
+    return make_network(each_path, "float32")
 
 
 def make_network(path: Path, precision: str) -> Network:
@@ -79,8 +69,10 @@ def call_of(network: Network, inputs: ModelInputs, noise: Tensor, steps: int = 3
 
 @pytest.mark.parametrize("case", [0, 1], ids=["all valid", "masked"])
 @pytest.mark.parametrize("cameras", [1, 3])
-def test_graph_is_the_sampling_call(network: Network, path: Path, case: int, cameras: int) -> None:
-    engine = make_engine("reference", open_checkpoint(path))
+def test_graph_is_the_sampling_call(
+    network: Network, each_path: Path, case: int, cameras: int
+) -> None:
+    engine = make_engine("reference", open_checkpoint(each_path))
     chosen = default_cases(network.config, cameras, tokens=9)[case]
     call = call_of(network, chosen.inputs, chosen.noise)
     with torch.inference_mode():
@@ -215,9 +207,9 @@ def verified(
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("precision", CudaEngine.capabilities.precisions)
 @pytest.mark.parametrize("mode", ["chained", "isolated"])
-def test_agrees_with_the_reference(path: Path, precision: str, mode: str) -> None:
+def test_agrees_with_the_reference(each_path: Path, precision: str, mode: str) -> None:
     """Within the limits of `pi0.verify.thresholds`, which say why."""
-    assert verified(path, precision, mode).first_failure is None
+    assert verified(each_path, precision, mode).first_failure is None
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -296,15 +296,15 @@ def _state_in_prompt(
     if stated is None and setup.robot:
         stated = setup.robot.state_in_prompt
     trained = setup.robot and setup.robot.state_in_prompt
-    if stated is not None and trained is not None and stated != trained:
+    by_files = options.state_in_prompt is None and stated is not None
+    if by_files and trained is not None and stated != trained:
         sentence = (
             f"state_in_prompt: robot {setup.robot and setup.robot.name} was trained "
             f"{'with' if trained else 'without'} the state in its prompt, found that the "
-            f"checkpoint's files or an option say {'with' if stated else 'without'}, which counts. "
-            "Is it this robot's checkpoint? Say it with --state-in-prompt or --no-state-in-prompt."
+            f"checkpoint's files say {'with' if stated else 'without'}, which counts. Is it this "
+            "robot's checkpoint? Say it with --state-in-prompt or --no-state-in-prompt."
         )
-        if options.state_in_prompt is None:
-            setup.findings.append(warning("state-in-prompt-differs", sentence))
+        setup.findings.append(warning("state-in-prompt-differs", sentence))
     if stated is None:
         sentence = (
             "state_in_prompt: no file says whether the prompt holds the state; it is assumed, as "

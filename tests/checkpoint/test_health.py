@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft_folder import copy_case
 from peft_folder import rewrite as rewrite_adapter
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from weights_file import rewrite
 
 from pi0.checkpoint.health import header_findings, weight_findings
 from pi0.checkpoint.load import open_checkpoint
@@ -23,12 +22,6 @@ GATE = "paligemma_with_expert.gemma_expert.model.layers.0.mlp.gate_proj.weight"
 @pytest.fixture
 def folder(tiny_path: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_path, tmp_path / "ckpt")
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
 
 
 def found(path: Path) -> dict[str, tuple[str, str]]:

@@ -6,13 +6,13 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from weights_file import rewrite
 
 from pi0.checkpoint import files
 from pi0.checkpoint.layouts import LAYOUTS
@@ -31,12 +31,6 @@ K_PROJ = "paligemma_with_expert.gemma_expert.model.layers.1.self_attn.k_proj.wei
 def folder(tiny_path: Path, tmp_path: Path) -> Path:
     """A copy to do as one likes with."""
     return shutil.copytree(tiny_path, tmp_path / "ckpt")
-
-
-def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
 
 
 def same(a: Pi0, b: Pi0) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 
 from pi0.data.pictures import TOLERANCE, ParquetPart, VideoPart, parts
 from pi0.data.schema import INFO, Array
-from pi0.data.video import VideoInfo, inspect_video
+from pi0.data.video import VideoInfo
 from pi0.errors import DataError
 from pi0.findings import Finding, error, warning
 
@@ -137,10 +137,10 @@ def _camera(dataset: Dataset, key: str, decode: bool) -> Iterator[Finding]:
 def _video(dataset: Dataset, key: str, part: VideoPart) -> Iterator[Finding]:
     """What its index tells, without decoding."""
     try:
-        video = inspect_video(part.path)
+        video = part.inspect()
         part.frame_numbers(video)
     except DataError as fault:
-        yield error("pictures-missing", f"{dataset.place(int(part.rows[0]))} and on: {fault}")
+        yield error("pictures-missing", str(fault))
         return
     yield from _size(dataset, key, part, (video.height, video.width), int(part.rows[0]))
     yield from _rate(dataset, part, video)

@@ -68,6 +68,8 @@ def open_frames(
         )
     if resize not in RESIZE:
         raise DataError(f"resize: expected {' or '.join(RESIZE)}, found {resize!r}.")
+    if not dataset.num_frames:
+        raise DataError(f"{dataset.root}: expected frames, found none.")
     shape = (dataset.num_frames, *(dataset.picture_size(key) if size is None else (size, size)), 3)
     sources = parts(dataset, key)
     name = f"{key}-{size or 'native'}-{_digest(sources, key, shape, resize if size else '')}.npy"

@@ -44,6 +44,18 @@ class VideoPart:
     rows: Rows
     times: NDArray[np.float64]
 
+    def inspect(self) -> VideoInfo:
+        """The video's index.
+
+        Raises:
+            DataError: there is no video; names episode and frame.
+        """
+        try:
+            return inspect_video(self.path)
+        except DataError as error:
+            place = self.dataset.place(self.rows[0])
+            raise DataError(f"{place} and on: {error}") from error
+
     def frame_numbers(self, video: VideoInfo) -> Rows:
         """[n] the video's frame for each row.
 
@@ -51,7 +63,10 @@ class VideoPart:
             DataError: the video has none at that time.
         """
         if not len(video.times):
-            raise DataError(f"{self.path}: expected {len(self.rows)} pictures, found none.")
+            raise DataError(
+                f"{self.dataset.place(self.rows[0])} and on: {self.path}: expected "
+                f"{len(self.rows)} pictures, found an empty video. Copy or download it again."
+            )
         number = nearest(video.times, self.times)
         distance = np.abs(video.times[number] - self.times)
         late = np.flatnonzero(distance > TOLERANCE / self.dataset.fps)
@@ -71,7 +86,7 @@ class VideoPart:
         Raises:
             DataError: a picture is missing or cannot be decoded; names episode and frame.
         """
-        video = inspect_video(self.path)
+        video = self.inspect()
         number = self.frame_numbers(video)
         order = np.argsort(number, kind="stable")
         wanted, done = number[order], 0
@@ -89,7 +104,7 @@ class VideoPart:
         except DataError as error:
             raise self._undecodable(order[done], str(error)) from error
         raise self._undecodable(
-            order[done], f"{self.path}: expected a video that can be decoded, found a gap."
+            order[done], f"{self.path}: expected this picture when decoding, found it left out."
         )
 
     def _undecodable(self, i: int, found: str) -> DataError:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0.checkpoint.files import expand_user, read_json
+from pi0.data.check import check
 from pi0.data.columns import RowError, column_names, read_column, read_table
 from pi0.data.frames import FrameStore, open_frames
 from pi0.data.schema import INFO, TASKS, VERSION, VIDEO, Array
@@ -201,8 +202,6 @@ class Dataset:
         Args:
             decode: also decode every picture, which takes as long as the first `frames`.
         """
-        from pi0.data.check import check
-
         return check(self, decode)
 
     # For the modules that know pictures and faults.

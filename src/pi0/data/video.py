@@ -60,17 +60,28 @@ def write_video(path: Path, pictures: Iterable[Picture], fps: int, size: tuple[i
         Pi0Error: the file cannot be written.
     """
     os.environ.setdefault("SVT_LOG", "1")  # errors only: the encoder would print its settings
-    with replacing(path) as temporary, _errors(path, "pictures that AV1 can encode"):
-        with av.open(str(temporary), "w", format="mp4") as container:
-            stream = container.add_stream(ENCODER, fps, OPTIONS)
-            stream.height, stream.width = size
-            stream.pix_fmt = PIXELS
-            for number, picture in enumerate(pictures):
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-                frame.pts, frame.time_base = number, Fraction(1, fps)
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode())
+    with replacing(path) as temporary:
+        try:
+            _encode(temporary, pictures, fps, size)
+        except av.error.FFmpegError as error:
+            if isinstance(error, OSError):
+                raise
+            raise DataError(
+                f"{path}: expected pictures that AV1 can encode, found: {error.strerror or error}."
+            ) from error
         sync(temporary)
+
+
+def _encode(path: Path, pictures: Iterable[Picture], fps: int, size: tuple[int, int]) -> None:
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream(ENCODER, fps, OPTIONS)
+        stream.height, stream.width = size
+        stream.pix_fmt = PIXELS
+        for number, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
 
 
 def sync(path: Path) -> None:
@@ -115,19 +126,12 @@ def decode_video(path: Path) -> Iterator[tuple[float, Picture]]:
 def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, VideoStream]]:
     if not path.is_file():
         raise DataError(f"{path}: expected a video, found no file. Copy or download it.")
-    with _errors(path, "a video that can be decoded"), av.open(str(path)) as container:
-        if not container.streams.video:
-            raise DataError(f"{path}: expected a video, found a file without one.")
-        yield container, container.streams.video[0]
-
-
-@contextlib.contextmanager
-def _errors(path: Path, expected: str) -> Iterator[None]:
     try:
-        yield
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise DataError(f"{path}: expected a video, found a file without one.")
+            yield container, container.streams.video[0]
     except av.error.FFmpegError as error:
-        if isinstance(error, OSError):
-            raise
         raise DataError(
-            f"{path}: expected {expected}, found: {error.strerror or error}."
+            f"{path}: expected a video that can be decoded, found: {error.strerror or error}."
         ) from error

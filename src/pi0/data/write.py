@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pi0.checkpoint.files import replacing
+from pi0.data.columns import open_parquet
 from pi0.data.meta import write_meta
 from pi0.data.schema import (
     BOOKKEEPING,
@@ -38,7 +39,7 @@ from pi0.data.statistics import PixelStatistics
 from pi0.data.video import sync, write_video
 from pi0.errors import DataError
 
-SHARD = b"pi0.shard"  # in the parquet file's metadata: JSON, see `_describe`
+SHARD = b"pi0.shard"  # in the parquet file's metadata: JSON, see `Shard`
 
 
 @dataclass(frozen=True)
@@ -195,13 +196,11 @@ def _read_shards(root: Path, schema: Schema) -> Iterator[Shard]:
     )
     for index in indices:
         path = data_path(root, index)
-        try:
-            table = pq.read_table(path)
-            described = json.loads((table.schema.metadata or {})[SHARD])
-        except (pa.ArrowInvalid, KeyError) as error:
-            raise DataError(
-                f"{path}: expected a complete shard written by pi0, found another file."
-            ) from error
+        with open_parquet(path) as parquet:
+            table = parquet.read()
+        if SHARD not in (table.schema.metadata or {}):
+            raise DataError(f"{path}: expected a shard written by pi0, found another's file.")
+        described = json.loads(table.schema.metadata[SHARD])
         if described["schema"] != schema.to_json() or columns not in (None, table.schema.types):
             raise DataError(
                 f"{path}: expected a shard of the same cameras, columns and frames per second as "

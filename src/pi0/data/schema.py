@@ -30,8 +30,12 @@ VIDEO = "videos/{video_key}/" + f"{_FILE}.mp4"
 BOOKKEEPING = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64",
                "index": "int64", "task_index": "int64"}  # fmt: skip
 # How the kinds of numpy's dtypes are stored.
-STORED = {"f": np.dtype("float32"), "i": np.dtype("int64"), "u": np.dtype("int64"),
-          "b": np.dtype("bool")}  # fmt: skip
+STORED: dict[str, np.dtype[Any]] = {
+    "f": np.dtype("float32"),
+    "i": np.dtype("int64"),
+    "u": np.dtype("int64"),
+    "b": np.dtype("bool"),
+}
 
 
 def file_indices(shard: int) -> dict[str, int]:
@@ -74,7 +78,8 @@ class Recording:
         """[T, D] in the dtype in which it is stored: float32, int64 or bool."""
         values = np.asarray(self.columns[key])
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, and is refused
-            return values.reshape(len(values), -1).astype(STORED[values.dtype.kind])
+            stored: Array = values.reshape(len(values), -1).astype(STORED[values.dtype.kind])
+        return stored
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from dataset_folder import SCHEMA, psnr
+from lerobot_datasets import CAMERA, LENGTHS, frame_of
 
 from pi0.data import Dataset, Recording
 from pi0.errors import EngineError
 from pi0.peers.engine import LerobotEngine
 
 WORKER = Path(__file__).with_name("lerobot_datasets.py")
-CAMERA = "observation.images.top"
 LEAST_PSNR = 30.0  # as in test_dataset_round_trip.py
 
 
@@ -147,13 +147,6 @@ def test_files_have_lerobots_form(python: str, theirs: Path, written: tuple[Path
 def test_lerobots_pictures_are_what_was_recorded(theirs: Path, tmp_path: Path) -> None:
     """Every frame is at its place."""
     store = Dataset.open(theirs).frames(CAMERA, cache=tmp_path)
-    lengths, row = (7, 4, 6, 5), 0
-    for episode, length in enumerate(lengths):
-        for t in range(length):
-            y, x = np.mgrid[:64, :96]
-            image = ((y * (1 + episode) + x)[..., None] * np.array([1, 2, 0.5]) / 3 + 40).astype(
-                np.uint8
-            )
-            image[10:26, 5 + 4 * t : 21 + 4 * t] = (200, 40 + 30 * episode, 30)
-            assert psnr(store[row], image) > LEAST_PSNR
-            row += 1
+    recorded = [frame_of(e, t)[CAMERA] for e, length in enumerate(LENGTHS) for t in range(length)]
+    for found, expected in zip(store[:], recorded, strict=True):
+        assert psnr(found, expected) > LEAST_PSNR

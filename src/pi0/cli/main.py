@@ -19,6 +19,7 @@ from pi0.cli.act import act
 from pi0.cli.bench import bench
 from pi0.cli.checkpoint import inspect, synth
 from pi0.cli.convert import convert
+from pi0.cli.demos import demos
 from pi0.cli.diff import diff
 from pi0.cli.doctor import doctor
 from pi0.cli.forward import sample, trace
@@ -58,6 +59,7 @@ for verb in (act, trace, sample, verify, doctor):
 app.command(cls=PluginCommand, context_settings={"allow_extra_args": True})(bench)
 app.command()(inspect)
 app.command()(convert)
+app.command()(demos)
 app.command()(synth)
 app.command()(diff)
 app.add_typer(ttnn, name="ttnn")

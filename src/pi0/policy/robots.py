@@ -119,6 +119,18 @@ ROBOTS = {
         action_names=(*(f"joint_{i}" for i in range(7)), "gripper"),
         control_hz=15,
     ),
+    "tabletop": Robot(  # of pi0.sim, which clips moves to 3 cm
+        name="tabletop",
+        cameras=(
+            Camera("observation/image", ("table", "image", "base")),
+            Camera("observation/wrist_image", ("wrist", "wrist_image")),
+        ),
+        state=(("observation/state", 5),),
+        action_dim=4,
+        action_names=("x", "y", "z", "gripper"),
+        action_units=("3 cm", "3 cm", "3 cm", ""),
+        control_hz=10,
+    ),
 }
 # Where openpi's configurations for π0.5 differ from those for π0 of the same robot: pi05_libero has
 # absolute actions and does not read the state.

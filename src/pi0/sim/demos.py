@@ -1,0 +1,116 @@
+"""Demonstrations: the experts at work, disturbed, as episodes of a dataset.
+
+What is recorded as the action is what the expert wants, while something else is executed: a policy
+that learns from it sees how to come back to the way (Laskey et al., "DART", arXiv 1703.09327).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pi0.data.write import Recording, Schema
+from pi0.sim.env import IMAGE_SIZE, TabletopEnv
+from pi0.sim.experts import expert_action
+
+Floats = NDArray[np.float64]
+
+CAMERAS = {
+    "observation.images.table": "observation/image",
+    "observation.images.wrist": "observation/wrist_image",
+}
+STATE_NAMES = ("x", "y", "z", "opening", "width")
+ACTION_NAMES = ("x", "y", "z", "gripper")
+POINT_NAMES = ("x", "y", "z")
+FIRST_RESERVED_SEED = 9_000_000  # for evaluation alone
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """What is added to an expert's moves, in units of 3 cm.
+
+    Attributes:
+        episodes: share of episodes that are disturbed at all.
+        near, far: standard deviation on each axis, low over the table and high.
+        jolts: share of steps with a jolt, of up to one unit on each axis.
+    """
+
+    episodes: float = 0.75
+    near: float = 0.12
+    far: float = 0.35
+    jolts: float = 0.06
+
+
+NONE = Disturbance(episodes=0)
+LOW, HIGH = 0.04, 0.10  # metres of the fingertips where `near` and `far` hold
+
+
+def schema(image_size: int = IMAGE_SIZE) -> Schema:
+    """What all episodes of the tabletop share."""
+    return Schema(
+        fps=TabletopEnv.metadata["render_fps"],
+        robot="tabletop",
+        cameras=dict.fromkeys(CAMERAS, (image_size, image_size)),
+        columns={
+            "observation.state": STATE_NAMES,
+            "action": ACTION_NAMES,
+            "aux.target_position": POINT_NAMES,
+            "aux.goal_position": POINT_NAMES,
+        },
+    )
+
+
+def record_episode(
+    env: TabletopEnv, seed: int, task: str, disturbance: Disturbance, max_steps: int
+) -> Recording | None:
+    """One demonstration; None if the expert failed, as it may when disturbed."""
+    observation, info = env.reset(seed=seed, options={"task": task})
+    rng = np.random.default_rng([seed, 1])  # not the episode's own numbers again
+    disturbed = rng.random() < disturbance.episodes
+    frames: list[tuple[dict[str, NDArray[np.generic]], NDArray[np.float32]]] = []
+    points: list[tuple[Floats, Floats]] = []
+    for _ in range(max_steps):
+        action = expert_action(env)
+        frames.append((observation, action))
+        points.append((info["target_position"], info["goal_position"]))
+        executed = _disturb(action, env, disturbance, rng) if disturbed else action
+        observation, _, done, _, info = env.step(executed)
+        if done:
+            return _recording(info["prompt"], frames, points)
+    return None
+
+
+def _recording(
+    prompt: str,
+    frames: Sequence[tuple[dict[str, NDArray[np.generic]], NDArray[np.float32]]],
+    points: Sequence[tuple[Floats, Floats]],
+) -> Recording:
+    targets, ends = zip(*points, strict=True)
+    return Recording(
+        task=prompt,
+        images={key: np.stack([o[own] for o, _ in frames]) for key, own in CAMERAS.items()},
+        columns={
+            "observation.state": np.stack([o["observation/state"] for o, _ in frames]),
+            "action": np.stack([action for _, action in frames]),
+            "aux.target_position": np.stack(targets).astype(np.float32),
+            "aux.goal_position": np.stack(ends).astype(np.float32),
+        },
+    )
+
+
+def _disturb(
+    action: NDArray[np.float32],
+    env: TabletopEnv,
+    disturbance: Disturbance,
+    rng: np.random.Generator,
+) -> NDArray[np.float32]:
+    height = env.scene.commanded[2]
+    share = np.clip((height - LOW) / (HIGH - LOW), 0, 1)
+    sigma = disturbance.near + share * (disturbance.far - disturbance.near)
+    noise = rng.normal(0, sigma, 3)
+    if rng.random() < disturbance.jolts:
+        noise += rng.uniform(-1, 1, 3)
+    return np.array([*(action[:3] + noise), action[3]], np.float32)

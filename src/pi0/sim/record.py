@@ -1,0 +1,114 @@
+"""Recording a dataset of demonstrations: shards of episodes, by several processes.
+
+What a shard holds follows from its number and the seed alone, not from which process records it or
+when, so that a stopped run goes on where it was and ends with the same dataset.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from pi0.data.write import finish, shard_done, write_shard
+from pi0.errors import ConfigError, Pi0Error
+from pi0.sim import MAX_STEPS
+from pi0.sim.demos import FIRST_RESERVED_SEED, Disturbance, record_episode, schema
+from pi0.sim.tasks import VERBS, check_task
+
+SHARD_EPISODES = 20
+SEEDS_EACH = 2  # for each episode of a shard; those on which the expert fails are left out
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to record.
+
+    Attributes:
+        episodes: in all.
+        seed: of the first shard's first episode.
+        tasks: taken in turn.
+        image_size: pixels along a side.
+        disturbance: see there.
+    """
+
+    episodes: int
+    seed: int = 0
+    tasks: tuple[str, ...] = VERBS
+    image_size: int = 112
+    disturbance: Disturbance = Disturbance()
+
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            check_task(task)
+        if self.episodes < 1 or not self.tasks:
+            raise ConfigError("demonstrations: expected at least one episode and task, found none.")
+        last = self.seed + self.shards * SHARD_EPISODES * SEEDS_EACH
+        if self.seed < 0 or last > FIRST_RESERVED_SEED:
+            raise ConfigError(
+                f"seed: expected 0 to {FIRST_RESERVED_SEED} for all episodes, since later ones are "
+                f"kept for evaluation, found {self.seed} to {last}."
+            )
+
+    @property
+    def shards(self) -> int:
+        return -(-self.episodes // SHARD_EPISODES)
+
+    def episodes_of(self, shard: int) -> range:
+        """The dataset's episodes that a shard holds."""
+        first = shard * SHARD_EPISODES
+        return range(first, min(first + SHARD_EPISODES, self.episodes))
+
+
+def record(plan: Plan, out: Path, workers: int, advance: Callable[[int], None]) -> None:
+    """Records what is not there yet, and writes the dataset's meta files.
+
+    Args:
+        workers: processes.
+        advance: called with episodes done, those that were there first.
+
+    Raises:
+        Pi0Error: a shard could not be recorded or written.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    missing = [shard for shard in range(plan.shards) if not shard_done(out, shard)]
+    advance(plan.episodes - sum(len(plan.episodes_of(shard)) for shard in missing))
+    # Spawned, for a process that draws cannot be forked.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(missing)) or 1, context) as pool:
+        jobs = [pool.submit(_record_shard, plan, out, shard) for shard in missing]
+        try:
+            for job in as_completed(jobs):
+                advance(job.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    finish(out, schema(plan.image_size))
+
+
+def _record_shard(plan: Plan, out: Path, shard: int) -> int:
+    from pi0.sim.env import TabletopEnv
+
+    env = TabletopEnv(plan.image_size)
+    episodes = plan.episodes_of(shard)
+    first_seed = plan.seed + shard * SHARD_EPISODES * SEEDS_EACH
+    seeds = iter(range(first_seed, first_seed + SHARD_EPISODES * SEEDS_EACH))
+    recordings = []
+    for episode in episodes:
+        task = plan.tasks[episode % len(plan.tasks)]
+        recording = None
+        while recording is None:
+            seed = next(seeds, None)
+            if seed is None:
+                raise Pi0Error(
+                    f"demonstrations: expected the expert to succeed in {len(episodes)} of "
+                    f"{SHARD_EPISODES * SEEDS_EACH} episodes from seed {first_seed}, found "
+                    f"{len(recordings)}. Disturb it less."
+                )
+            recording = record_episode(env, seed, task, plan.disturbance, MAX_STEPS)
+        recordings.append(recording)
+    write_shard(out, shard, episodes.start, recordings, schema(plan.image_size))
+    env.close()
+    return len(recordings)

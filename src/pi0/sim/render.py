@@ -1,0 +1,58 @@
+"""Pictures without a screen: through EGL, else OSMesa.
+
+MuJoCo takes its way of drawing from MUJOCO_GL when drawing is first asked for; it is chosen here
+where the user has not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import os
+import warnings
+
+from pi0.errors import Pi0Error
+
+INSTALL = "apt-get install libegl1 libgl1-mesa-dri (or libosmesa6)"
+
+
+def choose_backend() -> str:
+    """The way of drawing, set in MUJOCO_GL: what is set already, else "egl" or "osmesa".
+
+    Warns where it must fall back on OSMesa.
+
+    Raises:
+        Pi0Error: neither is on this machine.
+    """
+    if os.environ.get("MUJOCO_GL"):
+        return os.environ["MUJOCO_GL"]
+    if _has_egl_device():
+        backend = "egl"
+    elif ctypes.util.find_library("OSMesa"):
+        backend = "osmesa"
+        warnings.warn(
+            "simulator: no EGL device was found, OSMesa draws instead, somewhat slower.",
+            stacklevel=2,
+        )
+    else:
+        raise Pi0Error(
+            f"simulator: expected EGL or OSMesa to draw with, found neither. {INSTALL}."
+        )
+    os.environ["MUJOCO_GL"] = backend
+    return backend
+
+
+def _has_egl_device() -> bool:
+    name = ctypes.util.find_library("EGL")
+    if name is None:
+        return False
+    egl = ctypes.CDLL(name)
+    egl.eglGetProcAddress.restype = ctypes.c_void_p
+    address = egl.eglGetProcAddress(b"eglQueryDevicesEXT")
+    if not address:
+        return False
+    query = ctypes.CFUNCTYPE(
+        ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int)
+    )(address)
+    count = ctypes.c_int()
+    return bool(query(0, None, ctypes.byref(count))) and count.value > 0

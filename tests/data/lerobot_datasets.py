@@ -1,7 +1,7 @@
 """LeRobot's own reading and writing of datasets; started in its environment.
 
-    python lerobot_datasets.py read FOLDER OUT.npz
-    python lerobot_datasets.py write FOLDER (video | image)
+    python lerobot_datasets.py read FOLDER     # what LeRobot reads goes into FOLDER.npz
+    python lerobot_datasets.py write FOLDER    # FOLDER/video and FOLDER/image, read at once
 
 `write` records `frame_of`; several small files are forced, so that episodes lie in different ones.
 """
@@ -60,7 +60,7 @@ def write(root: Path, kind: str) -> None:
     dataset.finalize()
 
 
-def read(root: Path, out: Path) -> None:
+def read(root: Path) -> None:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     dataset = LeRobotDataset("local/set", root=root, video_backend="pyav", return_uint8=True)
@@ -73,13 +73,15 @@ def read(root: Path, out: Path) -> None:
     for key, table in (dataset.meta.stats or {}).items():
         arrays |= {f"stats/{key}/{name}": value for name, value in table.items()}
     ends = [episode["dataset_to_index"] for episode in dataset.meta.episodes]
-    np.savez(
-        out, task=np.array([item["task"] for item in items]), fps=dataset.fps, ends=ends, **arrays
-    )
+    tasks = np.array([item["task"] for item in items])
+    np.savez(root.with_suffix(".npz"), task=tasks, fps=dataset.fps, ends=ends, **arrays)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "read":
-        read(Path(sys.argv[2]), Path(sys.argv[3]))
+    verb, folder = sys.argv[1], Path(sys.argv[2])
+    if verb == "read":
+        read(folder)
     else:
-        write(Path(sys.argv[2]), sys.argv[3])
+        for name in ("video", "image"):
+            write(folder / name, name)
+            read(folder / name)

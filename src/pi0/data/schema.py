@@ -21,6 +21,7 @@ Picture = NDArray[np.uint8]  # [H, W, 3], RGB
 
 VERSION = "v3.0"
 FILES_PER_CHUNK = 1000
+LEAST_SIDE = 4  # of a picture that the encoder takes, in pixels
 INFO, STATS, TASKS = "meta/info.json", "meta/stats.json", "meta/tasks.parquet"
 _FILE = "chunk-{chunk_index:03d}/file-{file_index:03d}"
 EPISODES = f"meta/episodes/{_FILE}.parquet"
@@ -89,7 +90,7 @@ class Schema:
     Attributes:
         fps: frames per second.
         robot: the robot's name, `robot_type` of LeRobot.
-        cameras: feature key → (height, width) in pixels, both even.
+        cameras: feature key → (height, width) in pixels, both even and at least 4.
         columns: feature key → the names of its values.
 
     Raises:
@@ -113,10 +114,11 @@ class Schema:
         if both := set(self.cameras) & set(self.columns):
             raise DataError(f"feature {min(both)!r}: expected a camera or a column, found both.")
         for key, size in self.cameras.items():
-            if any(side < 2 or side % 2 for side in size):
+            if any(side < LEAST_SIDE or side % 2 for side in size):
                 raise DataError(
-                    f"camera {key}: expected an even height and width, as 4:2:0 video has them, "
-                    f"found {size[0]}×{size[1]}. Crop or pad its pictures."
+                    f"camera {key}: expected an even height and width of at least {LEAST_SIDE} "
+                    f"pixels, as 4:2:0 video has them, found {size[0]}×{size[1]}. Crop or pad its "
+                    "pictures."
                 )
         for key, names in self.columns.items():
             if not names:

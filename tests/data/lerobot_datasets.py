@@ -1,10 +1,9 @@
 """LeRobot's own reading and writing of datasets; started in its environment.
 
-    python lerobot_datasets.py read FOLDER OUT.npz
-    python lerobot_datasets.py write FOLDER (video | image)
+    python lerobot_datasets.py read FOLDER     # what LeRobot reads goes into FOLDER.npz
+    python lerobot_datasets.py write FOLDER    # FOLDER/video and FOLDER/image, read at once
 
-What `write` records is `frame_of` of tests; several small files are forced, so that episodes lie in
-different ones.
+`write` records `frame_of`; several small files are forced, so that episodes lie in different ones.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 LENGTHS = (7, 4, 6, 5)
 TASKS = ("lift the red cube", "push the ball")
@@ -25,7 +23,7 @@ HEIGHT, WIDTH = 64, 96
 def frame_of(episode: int, t: int) -> dict[str, Any]:
     """One frame, the same in every process."""
     y, x = np.mgrid[:HEIGHT, :WIDTH]
-    ramp = (y * (1 + episode) + x)[..., None] * np.array([1, 2, 0.5]) / 3 + 40
+    ramp = (y * (1 + episode) + x)[..., None] * np.array([1, 2, 0.5]) / 6 + 40
     image = ramp.astype(np.uint8)
     image[10:26, 5 + 4 * t : 21 + 4 * t] = (200, 40 + 30 * episode, 30)
     rng = np.random.default_rng(100 * episode + t)
@@ -39,6 +37,8 @@ def frame_of(episode: int, t: int) -> dict[str, Any]:
 
 
 def write(root: Path, kind: str) -> None:
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
     names = ["height", "width", "channels"]
     features = {
         CAMERA: {"dtype": kind, "shape": (HEIGHT, WIDTH, 3), "names": names},
@@ -60,7 +60,9 @@ def write(root: Path, kind: str) -> None:
     dataset.finalize()
 
 
-def read(root: Path, out: Path) -> None:
+def read(root: Path) -> None:
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
     dataset = LeRobotDataset("local/set", root=root, video_backend="pyav", return_uint8=True)
     items = [dataset[i] for i in range(len(dataset))]
     arrays = {
@@ -71,13 +73,15 @@ def read(root: Path, out: Path) -> None:
     for key, table in (dataset.meta.stats or {}).items():
         arrays |= {f"stats/{key}/{name}": value for name, value in table.items()}
     ends = [episode["dataset_to_index"] for episode in dataset.meta.episodes]
-    np.savez(
-        out, task=np.array([item["task"] for item in items]), fps=dataset.fps, ends=ends, **arrays
-    )
+    tasks = np.array([item["task"] for item in items])
+    np.savez(root.with_suffix(".npz"), task=tasks, fps=dataset.fps, ends=ends, **arrays)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "read":
-        read(Path(sys.argv[2]), Path(sys.argv[3]))
+    verb, folder = sys.argv[1], Path(sys.argv[2])
+    if verb == "read":
+        read(folder)
     else:
-        write(Path(sys.argv[2]), sys.argv[3])
+        for name in ("video", "image"):
+            write(folder / name, name)
+            read(folder / name)

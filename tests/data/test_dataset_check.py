@@ -12,8 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from dataset_folder import BASE, SCHEMA, WRIST, edit_column, edit_json, pictures, write_folder
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pi0.data import Dataset
+from pi0.data.pictures import nearest
 from pi0.data.video import write_video
 from pi0.errors import DataError
 
@@ -127,6 +130,11 @@ CASES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
              "expected 64×96 pixels (height × width)"),
     "garbled": (garble, "pictures-undecodable", "episode 2, frame "),
     "truncated": (truncate, "pictures-missing", "episode 2, frame 0 and on"),
+    "no from_timestamp": (edit_meta("meta/episodes/chunk-000/file-000.parquet",
+                          f"videos/{BASE}/from_timestamp", None), "pictures-missing",
+                          "episode 0: expected a number as videos"),
+    "video_path": (edit_info(video_path="videos/{episode_chunk:03d}.mp4"), "pictures-missing",
+                   "expected a video_path such as"),
     "no text as video": (lambda root: (root / VIDEO.format(BASE, 1)).write_text("version https"),
                          "pictures-missing", "expected a video that can be decoded"),
 }  # fmt: skip
@@ -142,7 +150,7 @@ def test_damage_is_found(folder: Path, name: str) -> None:
     assert all("\n" not in finding.sentence for finding in findings)
 
 
-@pytest.mark.parametrize("name", ["too few", "garbled", "no video", "size"])
+@pytest.mark.parametrize("name", ["too few", "garbled", "no video", "size", "timestamp NaN"])
 def test_frames_name_episode_and_frame(folder: Path, name: str) -> None:
     """Training meets the same damage without `check`."""
     damage, _, _ = CASES[name]
@@ -197,6 +205,9 @@ def test_folders_that_cannot_be_opened(folder: Path, tmp_path: Path) -> None:
     assert "expected a dtype and a shape" in open_after(
         folder, lambda root: edit_json(root / "meta/info.json", lambda info: info["features"]
                                        ["action"].pop("shape")))  # fmt: skip
+    features = {"action": {"dtype": "float32", "shape": [2]}, BASE: {"dtype": "video", "shape": []}}
+    edit_json(folder / "meta/info.json", lambda info: info["features"].update(features))
+    assert f"{BASE}: expected a dtype and a shape" in open_after(folder, lambda _: None)
     assert "not finished" in open_after(folder, lambda root: (root / "meta/info.json").unlink())
 
 
@@ -254,3 +265,14 @@ def test_old_columns_of_names(folder: Path) -> None:
     assert "note" not in dataset.names
     assert dataset.cameras == (BASE,)
     assert SCHEMA.cameras.keys() == {BASE, WRIST}
+
+
+@given(
+    steps=st.lists(st.floats(0.001, 1), min_size=1, max_size=20),
+    values=st.lists(st.floats(-1, 25), min_size=1, max_size=20),
+)
+def test_nearest(steps: list[float], values: list[float]) -> None:
+    times, asked = np.cumsum(steps), np.array(values)
+    distance = np.abs(times - asked[:, None])
+    found = nearest(times, asked)
+    np.testing.assert_array_equal(distance[np.arange(len(asked)), found], distance.min(axis=1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from dataset_folder import SCHEMA, psnr
+from lerobot_datasets import CAMERA, LENGTHS, frame_of
 
 from pi0.data import Dataset, Recording
 from pi0.errors import EngineError
 from pi0.peers.engine import LerobotEngine
 
 WORKER = Path(__file__).with_name("lerobot_datasets.py")
-CAMERA = "observation.images.top"
 LEAST_PSNR = 30.0  # as in test_dataset_round_trip.py
 
 
@@ -32,19 +33,19 @@ def python() -> str:
         found = LerobotEngine.python()
     except EngineError:
         pytest.skip("needs LeRobot in .venv-lerobot (make .venv-lerobot/installed)")
-    probe = [found, "-c", "import datasets, av, lerobot.datasets.lerobot_dataset"]
-    if subprocess.run(probe, capture_output=True, check=False).returncode:
+    probe = "from importlib.util import find_spec as f; exit(not (f('datasets') and f('av')))"
+    if subprocess.run([found, "-c", probe], check=False).returncode:
         pytest.skip("needs lerobot[dataset] in .venv-lerobot: its reader needs datasets and av")
     return found
 
 
-def run(python: str, scratch: Path, *arguments: str | Path) -> None:
+def run(python: str, scratch: Path, verb: str, folder: Path) -> None:
     """Offline, and with LeRobot's caches in the scratch folder."""
     homes = {name: str(scratch / "home") for name in ("HF_HOME", "HF_LEROBOT_HOME")}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **homes}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
-        [python, WORKER, *arguments], env=environment, capture_output=True, text=True, check=False
+        [python, WORKER, verb, folder], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 
@@ -52,9 +53,10 @@ def run(python: str, scratch: Path, *arguments: str | Path) -> None:
 def test_lerobot_reads_ours(
     python: str, written: tuple[Path, list[Recording]], tmp_path: Path
 ) -> None:
-    root, recordings = written
-    run(python, tmp_path, "read", root, tmp_path / "out.npz")
-    found = dict(np.load(tmp_path / "out.npz"))
+    recordings = written[1]
+    root = Path(shutil.copytree(written[0], tmp_path / "set"))
+    run(python, tmp_path, "read", root)
+    found = dict(np.load(tmp_path / "set.npz"))
     dataset = Dataset.open(root)
     assert int(found["fps"]) == 10
     assert found["task"].tolist() == [r.task for r in recordings for _ in range(r.length)]
@@ -72,23 +74,27 @@ def test_lerobot_reads_ours(
             np.testing.assert_array_equal(found[f"stats/{key}/{name}"], values)
 
 
-@pytest.fixture(scope="module", params=["video", "image"])
-def theirs(
-    python: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    scratch = tmp_path_factory.mktemp(request.param)
-    run(python, scratch, "write", scratch / "set", request.param)
-    return scratch / "set"
+@pytest.fixture(scope="module")
+def both(python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    scratch = tmp_path_factory.mktemp("theirs")
+    run(python, scratch, "write", scratch)
+    return scratch
 
 
-def test_we_read_lerobots(python: str, theirs: Path, tmp_path: Path) -> None:
+@pytest.fixture(params=["video", "image"])
+def theirs(both: Path, request: pytest.FixtureRequest) -> Path:
+    """A folder that LeRobot wrote; what it reads of it is beside it, as .npz."""
+    folder: Path = both / request.param
+    return folder
+
+
+def test_we_read_lerobots(theirs: Path, tmp_path: Path) -> None:
     dataset = Dataset.open(theirs)
     assert (dataset.fps, dataset.robot, dataset.cameras) == (15, "arm", (CAMERA,))
     assert dataset.names["action"] == ("x", "y", "z")
     assert dataset.episode_starts.tolist() == [0, 7, 11, 17, 22]
     assert dataset.check() == []
-    run(python, tmp_path, "read", theirs, tmp_path / "out.npz")
-    found = dict(np.load(tmp_path / "out.npz"))
+    found = dict(np.load(theirs.with_suffix(".npz")))
     assert dataset.tasks.tolist() == found["task"].tolist()
     for key in ("observation.state", "action", "next.reward", "index", "timestamp"):
         ours = dataset.column(key)
@@ -105,7 +111,7 @@ def schema_of(path: Path) -> dict[str, str]:
     return {field.name: str(field.type) for field in pq.read_schema(path)}
 
 
-def test_files_have_lerobots_form(python: str, theirs: Path, written: tuple[Path, Any]) -> None:
+def test_files_have_lerobots_form(theirs: Path, written: tuple[Path, Any]) -> None:
     """The same keys and dtypes in every file of meta/, apart from the features' own names."""
     root = written[0]
     ours, other = (json.loads((p / "meta/info.json").read_text()) for p in (root, theirs))
@@ -147,13 +153,6 @@ def test_files_have_lerobots_form(python: str, theirs: Path, written: tuple[Path
 def test_lerobots_pictures_are_what_was_recorded(theirs: Path, tmp_path: Path) -> None:
     """Every frame is at its place."""
     store = Dataset.open(theirs).frames(CAMERA, cache=tmp_path)
-    lengths, row = (7, 4, 6, 5), 0
-    for episode, length in enumerate(lengths):
-        for t in range(length):
-            y, x = np.mgrid[:64, :96]
-            image = ((y * (1 + episode) + x)[..., None] * np.array([1, 2, 0.5]) / 3 + 40).astype(
-                np.uint8
-            )
-            image[10:26, 5 + 4 * t : 21 + 4 * t] = (200, 40 + 30 * episode, 30)
-            assert psnr(store[row], image) > LEAST_PSNR
-            row += 1
+    recorded = [frame_of(e, t)[CAMERA] for e, length in enumerate(LENGTHS) for t in range(length)]
+    for found, expected in zip(store[:], recorded, strict=True):
+        assert psnr(found, expected) > LEAST_PSNR

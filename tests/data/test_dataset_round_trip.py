@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pi0.data import Dataset, Recording, Schema, finish, shard_done, write_shard
+from pi0.data.video import write_video
 from pi0.errors import DataError, Pi0Error
 from pi0.policy.images import RESIZE
 
@@ -238,8 +239,9 @@ def test_recordings_that_do_not_fit(tmp_path: Path) -> None:
 
 
 def test_schemas_that_the_format_does_not_have() -> None:
-    with pytest.raises(DataError, match="even height and width"):
-        Schema(10, "r", {"c": (63, 64)}, {})
+    for size in ((63, 64), (64, 63), (2, 64)):
+        with pytest.raises(DataError, match="even height and width of at least 4"):
+            Schema(10, "r", {"c": size}, {})
     with pytest.raises(DataError, match="without '/'"):
         Schema(10, "r", {}, {"a/b": ("x",)})
     with pytest.raises(DataError, match="without '/'"):
@@ -271,3 +273,25 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(Pi0Error, match="expected a place where a file can be written"):
         write_shard(tmp_path / "file", 0, 0, [recording(0, 2)], SCHEMA)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (4, 66), (34, 6)])
+def test_smallest_pictures(tmp_path: Path, size: tuple[int, int]) -> None:
+    schema = Schema(10, "r", {"c": size}, {"action": ("a",)})
+    images = np.full((3, *size, 3), (200, 100, 50), np.uint8)
+    write_shard(tmp_path, 0, 0, [Recording("go", {"c": images}, {"action": np.zeros(3)})], schema)
+    finish(tmp_path, schema)
+    dataset = Dataset.open(tmp_path)
+    assert dataset.check() == []
+    assert psnr(dataset.frames("c")[:], images) > 40  # one colour
+
+
+def test_the_encoder_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_shard(tmp_path, 0, 0, [recording(0, 3)], SCHEMA)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_full_disk() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (50, 64, 64, 3), np.uint8)
+    with pytest.raises(Pi0Error, match="expected room for the file, found: No space left"):
+        write_video(Path("/dev/full"), iter(images), 10, (64, 64))

@@ -7,8 +7,8 @@ try:
     import pyarrow  # noqa: F401
 except ImportError as missing:
     raise DataError(
-        "datasets: expected the packages pyarrow and av, which the extra pi0[data] brings, found "
-        f"no {missing.name}. {install_hint('data')}"
+        "datasets: expected the packages pyarrow and av, which the extra pi0[train] brings, found "
+        f"no {missing.name}. {install_hint('train')}"
     ) from missing
 
 from pi0.data.frames import FrameStore

@@ -7,7 +7,7 @@ timestamps, task, pictures-missing, pictures-undecodable, picture-size, video-fp
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -99,7 +99,7 @@ def _counters(dataset: Dataset) -> Iterator[Finding]:
 
 
 def _first(
-    dataset: Dataset, wrong: Array, code: str, expected: str, values: Array
+    dataset: Dataset, wrong: Any, code: str, expected: str, values: Array
 ) -> Iterator[Finding]:
     """One finding for all frames that are wrong in one way."""
     rows = np.flatnonzero(wrong)

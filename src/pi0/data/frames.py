@@ -8,6 +8,7 @@ what is in it, so that an outdated one is never read; it may be deleted at any t
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,8 +91,8 @@ def _digest(
         if not part.path.is_file():
             continue  # said when it is read
         stat = part.path.stat()
-        place = part.path.relative_to(part.dataset.root)
-        out.update(repr((str(place), stat.st_size, stat.st_mtime_ns)).encode())
+        place = os.path.relpath(part.path, part.dataset.root)
+        out.update(repr((place, stat.st_size, stat.st_mtime_ns)).encode())
         out.update(part.rows.tobytes())
         if isinstance(part, VideoPart):
             out.update(part.times.tobytes())

@@ -69,7 +69,7 @@ class VideoPart:
             )
         number = nearest(video.times, self.times)
         distance = np.abs(video.times[number] - self.times)
-        late = np.flatnonzero(distance > TOLERANCE / self.dataset.fps)
+        late = np.flatnonzero(~(distance <= TOLERANCE / self.dataset.fps))  # NaN, too
         if late.size:
             i = late[0]
             raise DataError(

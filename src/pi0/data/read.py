@@ -226,7 +226,13 @@ class Dataset:
     def video_file(self, key: str, chunk: int, file: int) -> Path:
         """Where a video lies."""
         template = str(self.info.get("video_path") or VIDEO)
-        return self.root / template.format(video_key=key, chunk_index=chunk, file_index=file)
+        try:
+            name = template.format(video_key=key, chunk_index=chunk, file_index=file)
+        except (LookupError, ValueError) as error:
+            raise DataError(
+                f"{self.root / INFO}: expected a video_path such as {VIDEO}, found {template!r}."
+            ) from error
+        return self.root / name
 
     def files_and_rows(self) -> list[tuple[Path, NDArray[np.int64]]]:
         """The parquet files, and the frames that each holds, in its order."""
@@ -257,6 +263,11 @@ class Dataset:
             )
         order = np.argsort(listed, kind="stable")
         out: NDArray[np.float64] = values[order][np.searchsorted(listed[order], self.episodes)]
+        for episode in self.episodes[~np.isfinite(out)][:1]:
+            raise DataError(
+                f"episode {episode}: expected a number as {key} in {self.root / 'meta/episodes'}, "
+                "found none."
+            )
         return out
 
     def _row(self, stored: int) -> int:
@@ -269,10 +280,13 @@ def _features(root: Path, info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     if not isinstance(features, dict) or "episode_index" not in features:
         raise DataError(f"{root / INFO}: expected features with episode_index, found none.")
     for key, feature in features.items():
-        shape = feature.get("shape") if isinstance(feature, dict) else None
-        if not (isinstance(shape, list) and all(isinstance(n, int) and n > 0 for n in shape)):
-            if isinstance(feature, dict) and not _is_numeric(feature):
-                continue  # texts
+        table = feature if isinstance(feature, dict) else {}
+        picture = table.get("dtype") in ("video", "image")
+        if table and not (picture or _is_numeric(table)):
+            continue  # texts
+        shape = table.get("shape")
+        fits = isinstance(shape, list) and all(isinstance(n, int) and n > 0 for n in shape)
+        if not fits or (picture and len(shape) != 3):
             raise DataError(
                 f"{root / INFO}: {key}: expected a dtype and a shape, found {feature!r}."
             )

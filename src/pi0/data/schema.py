@@ -21,6 +21,7 @@ Picture = NDArray[np.uint8]  # [H, W, 3], RGB
 
 VERSION = "v3.0"
 FILES_PER_CHUNK = 1000
+LEAST_SIDE = 4  # of a picture that the encoder takes, in pixels
 INFO, STATS, TASKS = "meta/info.json", "meta/stats.json", "meta/tasks.parquet"
 _FILE = "chunk-{chunk_index:03d}/file-{file_index:03d}"
 EPISODES = f"meta/episodes/{_FILE}.parquet"
@@ -30,8 +31,12 @@ VIDEO = "videos/{video_key}/" + f"{_FILE}.mp4"
 BOOKKEEPING = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64",
                "index": "int64", "task_index": "int64"}  # fmt: skip
 # How the kinds of numpy's dtypes are stored.
-STORED = {"f": np.dtype("float32"), "i": np.dtype("int64"), "u": np.dtype("int64"),
-          "b": np.dtype("bool")}  # fmt: skip
+STORED: dict[str, np.dtype[Any]] = {
+    "f": np.dtype("float32"),
+    "i": np.dtype("int64"),
+    "u": np.dtype("int64"),
+    "b": np.dtype("bool"),
+}
 
 
 def file_indices(shard: int) -> dict[str, int]:
@@ -74,7 +79,8 @@ class Recording:
         """[T, D] in the dtype in which it is stored: float32, int64 or bool."""
         values = np.asarray(self.columns[key])
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, and is refused
-            return values.reshape(len(values), -1).astype(STORED[values.dtype.kind])
+            stored: Array = values.reshape(len(values), -1).astype(STORED[values.dtype.kind])
+        return stored
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,7 @@ class Schema:
     Attributes:
         fps: frames per second.
         robot: the robot's name, `robot_type` of LeRobot.
-        cameras: feature key → (height, width) in pixels, both even.
+        cameras: feature key → (height, width) in pixels, both even and at least 4.
         columns: feature key → the names of its values.
 
     Raises:
@@ -108,10 +114,11 @@ class Schema:
         if both := set(self.cameras) & set(self.columns):
             raise DataError(f"feature {min(both)!r}: expected a camera or a column, found both.")
         for key, size in self.cameras.items():
-            if any(side < 2 or side % 2 for side in size):
+            if any(side < LEAST_SIDE or side % 2 for side in size):
                 raise DataError(
-                    f"camera {key}: expected an even height and width, as 4:2:0 video has them, "
-                    f"found {size[0]}×{size[1]}. Crop or pad its pictures."
+                    f"camera {key}: expected an even height and width of at least {LEAST_SIDE} "
+                    f"pixels, as 4:2:0 video has them, found {size[0]}×{size[1]}. Crop or pad its "
+                    "pictures."
                 )
         for key, names in self.columns.items():
             if not names:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -74,7 +74,7 @@ def write_video(path: Path, pictures: Iterable[Picture], fps: int, size: tuple[i
 
 def _encode(path: Path, pictures: Iterable[Picture], fps: int, size: tuple[int, int]) -> None:
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream(ENCODER, fps, OPTIONS)
+        stream = cast(VideoStream, container.add_stream(ENCODER, fps, OPTIONS))
         stream.height, stream.width = size
         stream.pix_fmt = PIXELS
         for number, picture in enumerate(pictures):

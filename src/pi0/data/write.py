@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ def finish(root: Path, schema: Schema) -> None:
             table = table.set_column(place, key, _to_arrow(values[:, None]))
         if not table.equals(shard.table):
             _write_episodes(data_path(root, shard.index), table)
-        shards[position] = Shard(**{**vars(shard), "table": table})
+        shards[position] = replace(shard, table=table)
         frames += len(table)
     write_meta(root, schema, shards, list(tasks))
 

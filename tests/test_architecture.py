@@ -57,6 +57,7 @@ ARROWS = {
         "checkpoint",
         "engines",
     },
+    "data": {"errors", "findings", "checkpoint", "policy"},
     "cli": {
         "errors",
         "plugins",
@@ -68,6 +69,7 @@ ARROWS = {
         "checkpoint",
         "engines",
         "policy",
+        "data",
         "trace",
         "verify",
         "bench",

@@ -69,6 +69,27 @@ def train(
         ),
     ] = None,
     aux_weight: Annotated[float, typer.Option(help="Weight of the losses of --aux.")] = 1.0,
+    lora: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="RANK",
+            help="Train a LoRA adapter of this rank; a PEFT folder is written.",
+            show_default=False,
+        ),
+    ] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="Its alpha; default: the rank.", show_default=False)
+    ] = None,
+    lora_targets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX",
+            help="Names of the linear layers that it changes; default: attention and MLP of both "
+            "trunks, and the projections of state, actions and time.",
+            show_default=False,
+        ),
+    ] = None,
     crop: Annotated[
         float, typer.Option(help="Random crops of this part of the side; 1: none.")
     ] = 0.95,
@@ -119,6 +140,12 @@ def train(
         int | None,
         typer.Option(min=1, help="Samples computed at once; default: all.", show_default=False),
     ] = None,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard", help="Cut weights and optimizer among the processes of torchrun (FSDP)."
+        ),
+    ] = False,
     recompute: Annotated[
         bool, typer.Option("--recompute", help="Gradient checkpointing: less memory, more time.")
     ] = False,
@@ -142,6 +169,7 @@ def train(
     """
     from pi0.train.augment import Augmentation
     from pi0.train.loop import LoopOptions
+    from pi0.train.lora import TARGETS, LoraOptions
     from pi0.train.optimizer import OptimizerOptions
     from pi0.train.prepare import TrainOptions
     from pi0.train.start import find_start
@@ -158,6 +186,7 @@ def train(
         heads=tuple(map(_parse_head, aux or ())),
         head_weight=aux_weight,
         freeze=tuple(freeze or ()),
+        lora=LoraOptions(lora, lora_alpha, lora_targets or TARGETS) if lora else None,
         batch_size=batch_size,
         draws=draws,
         seed=seed,
@@ -171,7 +200,7 @@ def train(
             clip=clip,
             ema=ema,
         ),
-        trainer=TrainerOptions(micro_batch, bfloat16, recompute, compile_model),
+        trainer=TrainerOptions(micro_batch, bfloat16, recompute, compile_model, shard),
     )
     found = find_start(start, base, image_size=image_size, horizon=horizon, max_tokens=max_tokens)
     _set_threads(threads, found.config)
@@ -217,8 +246,13 @@ def _run(
 @contextlib.contextmanager
 def _decoding() -> Iterator[Callable[[str, int, int], None]]:
     """Bars of the cameras whose pictures are decoded; yields what to call for each."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     from pi0.cli.show import err
 
@@ -247,8 +281,13 @@ def _display(
 ) -> Iterator[tuple[Callable[[dict[str, float]], None], Callable[[dict[str, float]], None]]]:
     """A bar with rate, time left and loss, and a line for every interval; yields what to call after
     a step and after an interval."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     from pi0.cli.show import err, print_line
 

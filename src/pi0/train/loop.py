@@ -68,6 +68,7 @@ def train(
         Pi0Error: a loss is not finite, a place cannot be written, or a state to resume from does
             not fit. Checkpoints that were written before stay.
     """
+    require_folder(out, resume)
     trainer, processes = run.trainer, run.trainer.processes
     steps = trainer.optimizer_options.steps
     if resume:
@@ -102,11 +103,16 @@ def train(
 
 
 def require_folder(out: Path, resume: bool) -> None:
-    """Raises ConfigError if a new run would write into the folder of another."""
+    """Raises ConfigError if a new run would write into another's folder, or there is none to
+    resume."""
     if not resume and any((out / name).exists() for name in (CHECKPOINTS, STATE_FILE)):
         raise ConfigError(
             f"{out}: expected a folder without a run, found one. Go on with --resume, or name "
             "another folder."
+        )
+    if resume and not (out / STATE_FILE).is_file():
+        raise ConfigError(
+            f"{out}: expected a run to resume, found no {STATE_FILE}. Leave out --resume."
         )
 
 

@@ -90,4 +90,5 @@ class MovingAverage:
     def update(self, parameters: Sequence[Tensor], step: int) -> None:
         """Takes in the weights after a step, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.values, [p.detach() for p in parameters], 1 - decay)
+        for value, parameter in zip(self.values, parameters, strict=True):
+            value.lerp_(parameter.detach(), 1 - decay)

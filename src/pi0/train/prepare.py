@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from pi0.checkpoint.layouts import LEROBOT, OPENPI
 from pi0.checkpoint.synth import PALIGEMMA_VOCABULARY
 from pi0.config import Pi0Config
@@ -29,6 +27,7 @@ from pi0.policy.tokenizer import (
 )
 from pi0.train.augment import Augmentation
 from pi0.train.checks import examine, match_cameras
+from pi0.train.lora import LoraOptions, add_lora
 from pi0.train.loss import AuxiliaryHead
 from pi0.train.optimizer import OptimizerOptions
 from pi0.train.processes import Processes
@@ -66,6 +65,7 @@ class TrainOptions:
         heads: (column, block) of auxiliary heads; a block of None: the last but one.
         head_weight: of their losses.
         freeze: patterns of parameters that stay as they are.
+        lora: train an adapter of a checkpoint; None: the model.
         seed: of random weights, of the order of frames, noise and augmentation.
     """
 
@@ -78,6 +78,7 @@ class TrainOptions:
     heads: tuple[tuple[str, int | None], ...] = ()
     head_weight: float = 1.0
     freeze: tuple[str, ...] = ()
+    lora: LoraOptions | None = None
     batch_size: int = 32
     draws: int = 1
     seed: int = 0
@@ -108,6 +109,10 @@ def prepare_run(
         Pi0Error: something is missing or does not fit.
     """
     config = start.config
+    if options.lora and (start.checkpoint is None or start.checkpoint.adapter):
+        raise ConfigError(
+            f"--lora: expected the checkpoint of a full model to start from, found {start.name}."
+        )
     robot = find_robot(options.robot, config.adaptive_norm)
     layout = LAYOUTS[_layout(start, options)]
     blocks = {
@@ -142,6 +147,8 @@ def prepare_run(
         SampleOptions(options.batch_size, options.draws, options.seed, options.augmentation),
     )
     model = start.model(options.seed, processes.device)
+    if options.lora:
+        add_lora(model, options.lora, options.seed)
     freeze(model, options.freeze, list(blocks.values()))
     heads = [
         AuxiliaryHead(name, columns[name].shape[1], block, options.head_weight, config.vlm)
@@ -149,13 +156,24 @@ def prepare_run(
     ]
     trainer = Trainer(model, samples, heads, options.optimizer, options.trainer, processes)
     names = tuple(key.rpartition(".")[2] for key in cameras.values())
-    return Run(trainer, Export(layout, parse_dtype(options.dtype), pipeline, names, statistics))
+    export = Export(
+        layout,
+        parse_dtype(options.dtype),
+        pipeline,
+        names,
+        statistics,
+        options.lora,
+        start.checkpoint.path if start.checkpoint else None,
+    )
+    return Run(trainer, export)
 
 
 def settings_of(start: Start, dataset: Dataset, options: TrainOptions) -> dict[str, str]:
-    """What a run was asked for, as far as its numbers depend on it: a run resumes only as itself."""
+    """What a run was asked for, as plain data: a run resumes only as itself."""
     named = {field.name: repr(getattr(options, field.name)) for field in fields(options)}
+    robot = options.robot
     return named | {
+        "robot": robot.name if isinstance(robot, Robot) else str(robot),
         "start": start.name,
         "config": repr(start.config),
         "frames": str(dataset.num_frames),
@@ -179,8 +197,9 @@ def _pipeline(
     """A pipeline without statistics."""
     if convention == "lerobot" and (robot.encode_state or robot.encode_actions or robot.delta):
         raise ConfigError(
-            f"--layout lerobot: expected a robot whose actions are absolute and without conventions "
-            f"of its own, found {robot.name}, which LeRobot's files cannot say. Use --layout openpi."
+            "--layout lerobot: expected a robot whose actions are absolute and without conventions "
+            f"of its own, found {robot.name}, which LeRobot's files cannot say. Use --layout "
+            "openpi."
         )
     state = config.adaptive_norm and state_in_prompt
     nothing = identity("state", config.state_dim), identity("actions", config.action_dim)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from pi0.checkpoint.lerobot import (
     make_config_json,
     processor_files,
 )
-from pi0.checkpoint.locate import WEIGHTS
+from pi0.checkpoint.locate import ADAPTER_WEIGHTS, WEIGHTS
 from pi0.checkpoint.synth import UNREAD, tensor_list
 from pi0.data.statistics import norm_stats_json
 from pi0.errors import Pi0Error
@@ -30,6 +30,7 @@ from pi0.policy.export import tokenizer_name
 from pi0.policy.normalize import Statistics
 from pi0.policy.pipeline import Pipeline
 from pi0.policy.statistics import FILE_NAME
+from pi0.train.lora import LoraOptions, adapter_tensors, write_adapter_config
 
 CONFIG = "config.json"
 STATE_FILE = "training_state.pt"
@@ -45,6 +46,8 @@ class Export:
         cameras: names of the dataset's cameras, in the order of the model's slots; LeRobot
             declares them.
         statistics: of "state" and "actions".
+        lora, base: the adapter that is trained, and the checkpoint that it changes; None: whole
+            models are written.
     """
 
     layout: Layout
@@ -52,6 +55,8 @@ class Export:
     pipeline: Pipeline
     cameras: tuple[str, ...]
     statistics: Mapping[str, Statistics]
+    lora: LoraOptions | None = None
+    base: Path | None = None
 
     def write(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Writes a checkpoint; nothing remains if it fails.
@@ -59,27 +64,32 @@ class Export:
         Raises:
             Pi0Error: the folder is there already, or cannot be written.
         """
-        config = self.pipeline.config
-        sources = tensor_list(config, self.layout)
+        file, tensors = self._tensors(weights)
         headers = {
-            theirs: TensorInfo(Path(WEIGHTS), shape, DTYPE_NAMES[self.dtype])
-            for theirs, (_, shape) in sources.items()
+            name: TensorInfo(Path(file), tuple(value.shape), DTYPE_NAMES[self.dtype])
+            for name, value in tensors.items()
         }
-
-        def tensors() -> Iterator[tuple[str, Tensor]]:
-            for theirs, (ours, shape) in sources.items():
-                # A head that is never read is there all the same: openpi and LeRobot load strictly.
-                value = torch.zeros(shape) if ours == UNREAD else weights[ours]
-                yield theirs, value.to("cpu", self.dtype)
-
+        values = ((name, value.to("cpu", self.dtype)) for name, value in tensors.items())
         with new_folder(folder, sum(info.bytes for info in headers.values())) as temporary:
-            write(temporary / WEIGHTS, tensors(), headers)
+            write(temporary / file, values, headers)
+            if self.lora and self.base:
+                write_adapter_config(temporary, self.lora, list(tensors), self.base)
             for name, content in self._files().items():
                 path = temporary / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
             tokenizer = self.pipeline.tokenizer.source
             shutil.copyfile(tokenizer, temporary / tokenizer_name(tokenizer))
+
+    def _tensors(self, weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+        """The name of the file, and its tensors by their names."""
+        if self.lora:
+            return ADAPTER_WEIGHTS, adapter_tensors(weights)
+        # A head that is never read is there all the same: openpi and LeRobot load strictly.
+        return WEIGHTS, {
+            theirs: torch.zeros(()).expand(shape) if ours == UNREAD else weights[ours]
+            for theirs, (ours, shape) in tensor_list(self.pipeline.config, self.layout).items()
+        }
 
     def _files(self) -> dict[str, bytes]:
         config, robot = self.pipeline.config, self.pipeline.robot
@@ -125,12 +135,8 @@ def load_state(path: Path) -> dict[str, Any]:
     """A training state.
 
     Raises:
-        Pi0Error: there is none, or it is damaged.
+        Pi0Error: it is damaged.
     """
-    if not path.is_file():
-        raise Pi0Error(
-            f"{path}: expected the state of a run to resume, found none. Leave out --resume."
-        )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's and torch's own classes

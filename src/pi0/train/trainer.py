@@ -7,10 +7,11 @@ import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from pi0.errors import ConfigError, Pi0Error
@@ -20,6 +21,7 @@ from pi0.train.loss import AuxiliaryHead, TrainingModel
 from pi0.train.optimizer import MovingAverage, OptimizerOptions, make_optimizer
 from pi0.train.processes import Processes
 from pi0.train.samples import Samples
+from pi0.train.shard import gather, like, scatter_optimizer, shard
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,15 @@ class TrainerOptions:
         bfloat16: matrix products in bfloat16 (autocast); weights stay float32.
         recompute: gradient checkpointing in the prefix.
         compile: torch.compile.
+        shard: cut weights, gradients and optimizer among processes (FSDP) instead of copying them
+            (DDP).
     """
 
     micro_batch: int | None = None
     bfloat16: bool = False
     recompute: bool = False
     compile: bool = False
+    shard: bool = False
 
 
 class Trainer:
@@ -65,6 +70,8 @@ class Trainer:
         action_dim = samples.pipeline.action_dim
         module = TrainingModel(model, action_dim, heads, options.recompute)
         self.module = module.to(processes.device)
+        if options.shard:
+            shard(module, processes)
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(module, optimizer_options)
         trained = list(self.parameters.values())
@@ -72,7 +79,7 @@ class Trainer:
         self.average = MovingAverage(trained, ema) if ema > 0 else None
         self.done = 0
         self._forward: nn.Module = module
-        if processes.count > 1:
+        if processes.count > 1 and not options.shard:
             self._forward = DistributedDataParallel(module)
         if options.compile:
             self._forward = torch.compile(self._forward)  # type: ignore[assignment]
@@ -91,13 +98,13 @@ class Trainer:
             part = batch.part(slice(start, start + size))
             weight = len(part) / len(batch)
             with self._synchronised(last=start + size >= len(batch)):
-                with self._autocast():
+                with autocast(self.processes.device.type, self.options.bfloat16):
                     losses = self._forward(part)
                 (losses["total"] * weight).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach() * weight
         trained = list(self.parameters.values())
-        norm = nn.utils.clip_grad_norm_(trained, options.clip)
+        norm = gather(nn.utils.clip_grad_norm_(trained, options.clip))
         values = self.processes.mean(torch.stack([*sums.values(), norm])).tolist()
         metrics = dict(zip([*sums, "gradient_norm"], values, strict=True))
         self._require_finite(metrics)
@@ -112,42 +119,43 @@ class Trainer:
         return {**metrics, "learning_rate": rate}
 
     def exported(self) -> dict[str, Tensor]:
-        """The weights of the model to be written, by our names: averaged where there is an
-        average."""
-        model = self.module.model
-        values = {name: p.detach() for name, p in model.named_parameters()}
+        """The weights of the model to be written, by our names, averaged where there is an
+        average; every process calls it."""
+        values = {f"model.{n}": p.detach() for n, p in self.module.model.named_parameters()}
         if self.average:
-            for name, value in zip(self.parameters, self.average.values, strict=True):
-                if name.startswith("model."):
-                    values[name.removeprefix("model.")] = value
-        return values
+            values |= dict(zip(self.parameters, self.average.values, strict=True))
+        return {
+            name.removeprefix("model."): gather(value)
+            for name, value in values.items()
+            if name.startswith("model.")
+        }
 
     def state(self) -> dict[str, Any]:
-        """All that a step changes."""
-        return {
+        """All that a step changes; every process calls it."""
+        state = {
             "done": self.done,
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
             "average": self.average.values if self.average else None,
             "optimizer": self.optimizer.state_dict(),
         }
+        return dict(gather(state))
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from another trainer's `state`."""
         self.done = state["done"]
         for name, parameter in self.parameters.items():
-            parameter.copy_(state["parameters"][name])
+            parameter.copy_(like(state["parameters"][name], parameter))
         if self.average:
             for value, saved in zip(self.average.values, state["average"], strict=True):
-                value.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
-
-    def _autocast(self) -> contextlib.AbstractContextManager[None]:
-        kind, enabled = self.processes.device.type, self.options.bfloat16
-        return torch.autocast(kind, dtype=torch.bfloat16, enabled=enabled)
+                value.copy_(like(saved, value))
+        order = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.optimizer.load_state_dict(scatter_optimizer(state["optimizer"], order))
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients of several processes are averaged once a step, with the last part."""
+        if self.options.shard:
+            cast(FSDPModule, self.module).set_requires_gradient_sync(last)
         if isinstance(self._forward, DistributedDataParallel) and not last:
             return self._forward.no_sync()
         return contextlib.nullcontext()
@@ -161,6 +169,11 @@ class Trainer:
                 "The weights before this step are kept. Lower --learning-rate or --clip, or look "
                 "for outliers in the data."
             )
+
+
+def autocast(device: str, bfloat16: bool) -> contextlib.AbstractContextManager[None]:
+    """Matrix products in bfloat16, or as they are."""
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=bfloat16)
 
 
 def keep_float32(model: Pi0, device: str) -> None:
@@ -188,10 +201,11 @@ def freeze(model: Pi0, patterns: Sequence[str], read_blocks: Sequence[int]) -> i
     """
     names = dict(model.named_parameters())
     last = model.config.vlm.depth - 1
-    unread = {"vlm.norm.weight"}
+    ends = ["vlm.norm."]
     if last not in read_blocks:
-        parts = ("o_proj", "norm2", "gate_proj", "up_proj", "down_proj")
-        unread |= {f"vlm.blocks.{last}.{part}.weight" for part in parts}
+        parts = ("q_proj", "o_proj", "norm2", "gate_proj", "up_proj", "down_proj")
+        ends += [f"vlm.blocks.{last}.{part}." for part in parts]
+    unread = {name for name in names if name.startswith(tuple(ends))}
     for pattern in patterns:
         found = set(fnmatch.filter(names, pattern))
         if not found:

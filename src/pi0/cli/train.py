@@ -29,11 +29,12 @@ def train(
         ),
     ],
     data: Annotated[
-        Path, typer.Option(metavar="DIR", help="LeRobotDataset v3 folder.", show_default=False)
-    ],
+        Path | None,
+        typer.Option(metavar="DIR", help="LeRobotDataset v3 folder.", show_default=False),
+    ] = None,
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder of the run.", show_default=False)
-    ],
+        Path | None, typer.Option(metavar="DIR", help="Folder of the run.", show_default=False)
+    ] = None,
     robot: options.RobotName = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the run.")] = 30_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 32,
@@ -154,6 +155,9 @@ def train(
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 1000,
     keep: Annotated[int, typer.Option(min=0, help="Newest checkpoints to keep; 0: all.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run stopped.")] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Print the memory that this needs; train nothing.")
+    ] = False,
 ) -> None:
     """Train a policy on recorded episodes.
 
@@ -165,8 +169,10 @@ def train(
 
         pi0 train pi0_base --data my_data --out my_run --robot libero --bfloat16 --recompute
         pi0 train tiny --data my_data --out my_run --robot libero --learning-rate 1e-3 --draws 4
+        pi0 train pi0_base --estimate --robot libero --lora 16 --bfloat16 --batch-size 4
         pi0 act my_run/last --robot libero ...
     """
+    from pi0.errors import ConfigError
     from pi0.train.augment import Augmentation
     from pi0.train.loop import LoopOptions
     from pi0.train.lora import TARGETS, LoraOptions
@@ -203,6 +209,11 @@ def train(
         trainer=TrainerOptions(micro_batch, bfloat16, recompute, compile_model, shard),
     )
     found = find_start(start, base, image_size=image_size, horizon=horizon, max_tokens=max_tokens)
+    if estimate:
+        _print_estimate(found, wanted)
+        return
+    if data is None or out is None:
+        raise ConfigError("--data and --out: expected a folder for each, found none.")
     _set_threads(threads, found.config)
     outcome = _run(
         found, data, out, wanted, LoopOptions(log_every, save_every, keep), device, resume
@@ -322,6 +333,35 @@ def _line(entry: dict[str, float]) -> str:
         f"step {entry['step']:.0f}: loss {', '.join(words)}; gradient "
         f"{entry['gradient_norm']:.2f}; rate {entry['learning_rate']:.2e}; "
         f"{entry['samples_per_second']:.1f} samples/s"
+    )
+
+
+def _print_estimate(start: Any, wanted: TrainOptions) -> None:
+    """What one process on one device needs, with full prompts from all of the robot's cameras."""
+    from pi0.cli.show import human_bytes, table
+    from pi0.policy.robots import find_robot
+    from pi0.train.estimate import estimate
+    from pi0.train.prepare import change_model
+
+    config, options = start.config, wanted.trainer
+    robot = find_robot(wanted.robot, config.adaptive_norm)
+    size = min(options.micro_batch or wanted.batch_size, wanted.batch_size)
+    memory = estimate(
+        config,
+        lambda model: change_model(model, wanted, []),
+        options,
+        batch=size,
+        cameras=len(robot.cameras),
+        tokens=config.max_tokens,
+        draws=wanted.draws,
+        ema=wanted.optimizer.ema > 0,
+    )
+    parts = {name: human_bytes(value) for name, value in vars(memory).items()}
+    parts["passes"] += f" (batch of {size})"
+    table(
+        f"Memory on one device, {len(robot.cameras)} cameras of {config.vision.image_size} px",
+        ["", "bytes"],
+        [*([name, text] for name, text in parts.items()), ["total", human_bytes(memory.total)]],
     )
 
 

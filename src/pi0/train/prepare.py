@@ -12,6 +12,7 @@ from pi0.checkpoint.synth import PALIGEMMA_VOCABULARY
 from pi0.config import Pi0Config
 from pi0.errors import ConfigError, Pi0Error
 from pi0.findings import enforce
+from pi0.model import Pi0
 from pi0.model.precision import parse_dtype
 from pi0.policy.normalize import Statistics, identity, make_normalizer
 from pi0.policy.pipeline import Pipeline
@@ -147,9 +148,7 @@ def prepare_run(
         SampleOptions(options.batch_size, options.draws, options.seed, options.augmentation),
     )
     model = start.model(options.seed, processes.device)
-    if options.lora:
-        add_lora(model, options.lora, options.seed)
-    freeze(model, options.freeze, list(blocks.values()))
+    change_model(model, options, list(blocks.values()))
     heads = [
         AuxiliaryHead(name, columns[name].shape[1], block, options.head_weight, config.vlm)
         for name, block in blocks.items()
@@ -166,6 +165,20 @@ def prepare_run(
         start.checkpoint.path if start.checkpoint else None,
     )
     return Run(trainer, export)
+
+
+def change_model(model: Pi0, options: TrainOptions, read_blocks: list[int]) -> None:
+    """Adds the adapter that is asked for, and freezes what is not trained.
+
+    Args:
+        read_blocks: see `freeze`.
+
+    Raises:
+        Pi0Error: see `add_lora` and `freeze`.
+    """
+    if options.lora:
+        add_lora(model, options.lora, options.seed)
+    freeze(model, options.freeze, read_blocks)
 
 
 def settings_of(start: Start, dataset: Dataset, options: TrainOptions) -> dict[str, str]:

@@ -21,7 +21,7 @@ from pi0.train.processes import Processes
 from pi0.train.start import Start
 
 SIZES = replace(PRESETS["tiny"], horizon=6, action_dim=4, state_dim=5, max_tokens=24)
-PI05_SIZES = replace(PRESETS["pi05_tiny"], horizon=6, action_dim=4, state_dim=5, max_tokens=100)
+PI05_SIZES = replace(PRESETS["pi05_tiny"], horizon=6, action_dim=5, state_dim=5, max_tokens=100)
 ROBOT = Robot(
     name="table",
     cameras=(

@@ -80,7 +80,7 @@ def test_from_pictures_to_actions(place: Path, tmp_path: Path) -> None:
     options = ["--steps", 4, "--learning-rate", "1e-3", "--aux", "aux.place@0", "--log-every", 2]
     done = pi0(*words(place, out, *options, "--save-every", 2, "--draws", 2))
     assert done.returncode == 0, done.stderr
-    assert "2 episodes, 12 frames" in done.stdout
+    assert "from random weights: 2 episodes, 12 frames" in done.stdout
     assert "step 4: loss flow " in done.stdout
     assert "aux.place " in done.stdout
     assert done.stdout.endswith(f"wrote {out}/checkpoints/000004\n")

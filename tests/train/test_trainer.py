@@ -95,7 +95,7 @@ def test_bfloat16_is_close(tmp_path: Path) -> None:
     for _ in range(3):
         a, b = exact.step(), rounded.step()
         assert a["flow"] == pytest.approx(b["flow"], rel=0.03)
-        assert a["flow"] != b["flow"]
+    assert a["flow"] != b["flow"]  # in the first step the velocity is 0 in both
     assert kinds == {torch.float32, torch.bfloat16}
     assert {p.dtype for p in rounded.parameters.values()} == {torch.float32}
 

@@ -178,7 +178,7 @@ def train(
     from pi0.train.lora import TARGETS, LoraOptions
     from pi0.train.optimizer import OptimizerOptions
     from pi0.train.prepare import TrainOptions
-    from pi0.train.start import find_start
+    from pi0.train.start import find_start, require_weights
     from pi0.train.trainer import TrainerOptions
 
     augmentation = Augmentation(crop, rotate, colour)
@@ -214,6 +214,7 @@ def train(
         return
     if data is None or out is None:
         raise ConfigError("--data and --out: expected a folder for each, found none.")
+    require_weights(found)
     _set_threads(threads, found.config)
     outcome = _run(
         found, data, out, wanted, LoopOptions(log_every, save_every, keep), device, resume
@@ -245,9 +246,10 @@ def _run(
             run = prepare_run(start, dataset, out, wanted, processes, decoded)
         if processes.first:
             trained = sum(p.numel() for p in run.trainer.parameters.values())
+            begin = "random weights" if start.checkpoint is None else start.checkpoint.path
             print_line(
-                f"{dataset.num_episodes} episodes, {dataset.num_frames} frames; {trained:,} "
-                f"parameters are trained on {processes.count} × {processes.device}"
+                f"from {begin}: {dataset.num_episodes} episodes, {dataset.num_frames} frames; "
+                f"{trained:,} parameters are trained on {processes.count} × {processes.device}"
             )
         settings = settings_of(start, dataset, wanted)
         with _display(wanted.optimizer.steps, run.trainer, processes.first) as shown:
@@ -290,7 +292,7 @@ def _decoding() -> Iterator[Callable[[str, int, int], None]]:
 def _display(
     steps: int, trainer: Any, first: bool
 ) -> Iterator[tuple[Callable[[dict[str, float]], None], Callable[[dict[str, float]], None]]]:
-    """A bar with rate, time left and loss, and a line for every interval; yields what to call after
+    """A bar with time left and loss, and a line for every interval; yields what to call after
     a step and after an interval."""
     from rich.progress import (
         BarColumn,
@@ -315,10 +317,9 @@ def _display(
         task = progress.add_task("", total=steps, completed=trainer.done, news="")
 
         def on_step(metrics: dict[str, float]) -> None:
-            progress.update(task, completed=trainer.done, loss=metrics["flow"])
+            progress.update(task, completed=trainer.done, news=f"loss {metrics['flow']:.4f}")
 
         def on_log(entry: dict[str, float]) -> None:
-            progress.update(task, news=f"{entry['samples_per_second']:.0f} samples/s")
             print_line(_line(entry))
 
         yield on_step, on_log

@@ -126,8 +126,8 @@ def save(run: Run, out: Path, settings: dict[str, Any], keep: int = 0) -> None:
             run.export.write(folder, weights)
         _link(out / LAST, folder)
         save_state(out / STATE_FILE, {**state, "settings": settings})
-        folders = sorted((out / CHECKPOINTS).iterdir())
-        for old in folders[:-keep] if keep else []:
+        steps = [p for p in (out / CHECKPOINTS).iterdir() if p.name.isdecimal()]
+        for old in sorted(steps, key=lambda path: int(path.name))[:-keep] if keep else []:
             shutil.rmtree(old)
     trainer.processes.wait()
 

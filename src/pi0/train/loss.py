@@ -16,9 +16,8 @@ Source: openpi `pi0.py` (`compute_loss`); arXiv 2410.24164.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -60,10 +59,6 @@ class Batch:
             self.time[rows],
             {name: values[rows] for name, values in self.columns.items()},
         )
-
-    def to(self, device: torch.device) -> Batch:
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self)[:-1]}
-        return Batch(**moved, columns={name: v.to(device) for name, v in self.columns.items()})
 
 
 def time_of_uniform(uniform: Tensor) -> Tensor:
@@ -112,6 +107,8 @@ class AuxiliaryHead(nn.Module):
         super().__init__()
         self.column, self.block, self.weight = column, block, weight
         self.linear = nn.Linear(config.width, width)
+        nn.init.zeros_(self.linear.weight)  # not drawn, for what is random follows from the seed
+        nn.init.zeros_(self.linear.bias)
 
     def forward(self, hidden: Tensor, valid: Tensor) -> Tensor:
         """hidden [B, L, E], valid [B, L] bool → [B, width] float32."""

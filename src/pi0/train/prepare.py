@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pi0.checkpoint.layouts import LEROBOT, OPENPI
 from pi0.checkpoint.synth import PALIGEMMA_VOCABULARY
 from pi0.config import Pi0Config
+from pi0.data.statistics import OPENPI as OPENPI_STATISTICS
 from pi0.errors import ConfigError, Pi0Error
 from pi0.findings import enforce
 from pi0.model import Pi0
@@ -42,6 +43,7 @@ from pi0.train.samples import (
 from pi0.train.save import Export
 from pi0.train.start import Start
 from pi0.train.trainer import Trainer, TrainerOptions, freeze
+from pi0.train.vocabulary import write_vocabulary
 
 if TYPE_CHECKING:
     from pi0.data.read import Dataset
@@ -125,19 +127,16 @@ def prepare_run(
     tokenizer = _tokenizer(start, dataset, out, options, processes)
     pipeline = _pipeline(config, robot, tokenizer, layout.name, options.state_in_prompt)
     chunks = Chunks(dataset, config.horizon)
-    statistics: Mapping[str, Statistics] = (
-        read_norm_stats(options.norm_stats)
-        if options.norm_stats
-        else measure_statistics(chunks, pipeline)
-    )
+    statistics = _statistics(chunks, pipeline, options)
     pipeline = with_statistics(pipeline, statistics)
-    frames = {
-        ours: dataset.frames(
-            theirs, config.vision.image_size, pipeline.resize,
-            progress=lambda done, key=theirs: progress(key, dataset.num_frames, done),
-        )
-        for ours, theirs in cameras.items()
-    }  # fmt: skip
+    with processes.first_alone():
+        frames = {
+            ours: dataset.frames(
+                theirs, config.vision.image_size, pipeline.resize,
+                progress=lambda done, key=theirs: progress(key, dataset.num_frames, done),
+            )
+            for ours, theirs in cameras.items()
+        }  # fmt: skip
     columns = normalised_columns(dataset, list(blocks))
     samples = Samples(
         dataset,
@@ -228,6 +227,22 @@ def _pipeline(
     )
 
 
+def _statistics(
+    chunks: Chunks, pipeline: Pipeline, options: TrainOptions
+) -> Mapping[str, Statistics]:
+    if options.norm_stats is None:
+        return measure_statistics(chunks, pipeline)
+    tables = read_norm_stats(options.norm_stats)
+    for what, table in tables.items():
+        missing = [name for name in OPENPI_STATISTICS if name not in table]
+        if missing:
+            raise Pi0Error(
+                f"{options.norm_stats}: {what}: expected {', '.join(OPENPI_STATISTICS)}, found no "
+                f"{missing[0]}. Leave out --norm-stats to measure them on the data."
+            )
+    return tables
+
+
 def _layout(start: Start, options: TrainOptions) -> str:
     if options.layout is None:
         checkpoint = start.checkpoint
@@ -250,11 +265,9 @@ def _tokenizer(
         path = find_tokenizer(out)
     elif path is None:
         path = out / VOCABULARY
-        if processes.first and not path.is_file():
-            from pi0.train.vocabulary import write_vocabulary
-
-            write_vocabulary(path, map(str, set(dataset.tasks)), vocabulary)
-        processes.wait()
+        with processes.first_alone():
+            if not path.is_file():
+                write_vocabulary(path, map(str, set(dataset.tasks)), vocabulary)
     tokenizer = load_tokenizer(path.expanduser())
     if tokenizer.size > vocabulary:
         raise Pi0Error(

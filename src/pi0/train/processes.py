@@ -6,12 +6,15 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from pi0.errors import ConfigError
+
+PATIENCE = timedelta(hours=6)  # the first process may decode a dataset's videos
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,15 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """The block, in the first process before all others: for files that it makes."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
 
 @contextlib.contextmanager
 def join_processes(device: str | None) -> Iterator[Processes]:
@@ -92,7 +104,7 @@ def join_processes(device: str | None) -> Iterator[Processes]:
         return
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Processes(rank, count, chosen)
     finally:

@@ -62,10 +62,12 @@ def measure_statistics(chunks: Chunks, pipeline: Pipeline) -> dict[str, Statisti
     Args:
         pipeline: its statistics are not used.
     """
+    actions_as_they_are = identity("actions", chunks.actions.shape[1])
     plain = replace(
         pipeline,
         state_stats=identity("state", chunks.states.shape[1]),
-        target_stats=identity("actions", chunks.actions.shape[2 - 1]),
+        action_stats=actions_as_they_are,
+        target_stats=actions_as_they_are,
     )
     state, actions = RunningStatistics(), RunningStatistics()
     for start in range(0, len(chunks), BLOCK):
@@ -134,7 +136,7 @@ class Samples:
         random = np.random.default_rng((options.seed, DRAWS, step))
         shape = (size, draws, config.horizon, config.action_dim)
         noise = random.standard_normal(shape, dtype=np.float32)[share]
-        time = random.random((size, draws), dtype=np.float32)[share]
+        time = time_of_uniform(torch.from_numpy(random.random((size, draws), dtype=np.float32)))
         changes = random.random((size, len(self.frames), NUMBERS), dtype=np.float32)[share]
         frames = self.frames_of(step)[share]
         states, targets = self.chunks.at(frames)
@@ -153,7 +155,7 @@ class Samples:
             inputs,
             torch.from_numpy(actions).to(device),
             torch.from_numpy(noise).to(device),
-            time_of_uniform(torch.from_numpy(time)).to(device),
+            time[share].to(device),
             {name: values[rows].to(device) for name, values in self.columns.items()},
         )
 

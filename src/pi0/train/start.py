@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pi0.checkpoint.files import expand_user
 from pi0.checkpoint.load import Checkpoint, empty_model, load_model, open_checkpoint
 from pi0.checkpoint.synth import RESIDUAL_ENDS
-from pi0.config import PRESETS, GemmaConfig, Pi0Config, SiglipConfig
+from pi0.config import PRESETS, SO400M, GemmaConfig, Pi0Config, SiglipConfig
 from pi0.errors import ConfigError
 from pi0.model import Pi0
 
@@ -69,7 +69,8 @@ class Start:
 
 
 def find_start(name: str, base: Path | None = None, **changes: int | None) -> Start:
-    """What a preset's name, a file of sizes (.json, .toml) or a checkpoint means.
+    """What a checkpoint, a file of sizes (.json, .toml) or a preset's name means; a folder counts
+    before a preset of its name.
 
     Args:
         base: the full model of a checkpoint that is an adapter.
@@ -82,8 +83,8 @@ def find_start(name: str, base: Path | None = None, **changes: int | None) -> St
     path = expand_user(name)
     size = changes.pop("image_size", None)
     checkpoint = None
-    if name in PRESETS or (path.suffix in SIZES_SUFFIXES and path.is_file() and _is_sizes(path)):
-        config = PRESETS[name] if name in PRESETS else read_sizes(path)
+    if _is_sizes(path) or (name in PRESETS and not path.exists()):
+        config = read_sizes(path) if path.exists() else PRESETS[name]
         config = replace(config, **{k: v for k, v in changes.items() if v is not None})
     else:
         checkpoint = open_checkpoint(path, changes.get("horizon"), changes.get("max_tokens"), base)
@@ -91,8 +92,19 @@ def find_start(name: str, base: Path | None = None, **changes: int | None) -> St
     return Start(name, config if size is None else config.with_image_size(size), checkpoint)
 
 
+def require_weights(start: Start) -> None:
+    """Raises ConfigError for random weights in the published size: it is a checkpoint's name that
+    was meant."""
+    if start.checkpoint is None and start.name in PRESETS and start.config.vision == SO400M:
+        raise ConfigError(
+            f"{start.name}: expected the folder of a checkpoint, found none. The preset of that "
+            "name has random weights, which need far more data than anybody records."
+        )
+
+
 def _is_sizes(path: Path) -> bool:
-    return not path.name.endswith(".safetensors.index.json")
+    index = path.name.endswith(".safetensors.index.json")
+    return path.suffix in SIZES_SUFFIXES and path.is_file() and not index
 
 
 def read_sizes(path: Path) -> Pi0Config:
@@ -116,6 +128,11 @@ def read_sizes(path: Path) -> Pi0Config:
     table.pop("discrete_state_input", None)
     values = {name: _build(path, f"{name}.", cls, table.get(name)) for name, cls in TOWERS.items()}
     built: Pi0Config = _build(path, "", Pi0Config, table | values)
+    if built.adaptive_norm and built.state_dim != built.action_dim:
+        raise ConfigError(
+            f"{path}: state_dim: expected {built.action_dim} as action_dim in a π0.5, whose files "
+            f"say only one of them, found {built.state_dim}."
+        )
     return built
 
 

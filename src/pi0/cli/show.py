@@ -59,6 +59,13 @@ def step_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
+def count_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with steps done and time left; yields a function that takes how many more are done."""
+    with _bar(what, total, MofNCompleteColumn()) as advance:
+        yield advance
+
+
+@contextlib.contextmanager
 def stage_progress(what: str) -> Iterator[Callable[[str], None]]:
     """A spinner; yields a function that takes what is being done."""
     with err.status(what) as status:

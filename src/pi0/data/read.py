@@ -23,6 +23,8 @@ from pi0.data.schema import INFO, TASKS, VERSION, VIDEO, Array
 from pi0.errors import CheckpointError, DataError
 from pi0.findings import Finding
 
+__all__ = ["Dataset", "FrameStore"]
+
 CONVERT = (
     "LeRobot converts it: python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=NAME "
     "--root=FOLDER --push-to-hub=false."

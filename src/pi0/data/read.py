@@ -286,7 +286,7 @@ def _features(root: Path, info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         picture = table.get("dtype") in ("video", "image")
         if table and not (picture or _is_numeric(table)):
             continue  # texts
-        shape = table.get("shape")
+        shape: Any = table.get("shape")
         fits = isinstance(shape, list) and all(isinstance(n, int) and n > 0 for n in shape)
         if not fits or (picture and len(shape) != 3):
             raise DataError(

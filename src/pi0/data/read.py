@@ -145,7 +145,10 @@ class Dataset:
         # The sentences are the index of a pandas table, which may have any name.
         names = [name for name in column_names(path) if name != "task_index"]
         table = read_table(path, ["task_index", *names[-1:]])
-        texts = table[names[-1]].to_pylist() if names else []
+        try:
+            texts = table[names[-1]].to_pylist() if names else []
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: expected texts in UTF-8, found {error}.") from error
         return {
             number: text if isinstance(text, str) else ""
             for number, text in zip(table["task_index"].to_pylist(), texts, strict=True)

@@ -57,6 +57,7 @@ ARROWS = {
         "checkpoint",
         "engines",
     },
+    "eval": {"errors", "figures", "checkpoint", "policy", "sim"},
     "cli": {
         "errors",
         "plugins",
@@ -71,6 +72,7 @@ ARROWS = {
         "trace",
         "verify",
         "bench",
+        "eval",
     },
 }
 

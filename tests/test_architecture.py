@@ -57,6 +57,7 @@ ARROWS = {
         "checkpoint",
         "engines",
     },
+    "data": {"errors", "findings", "checkpoint", "policy"},
     "eval": {"errors", "figures", "checkpoint", "policy", "sim"},
     "cli": {
         "errors",
@@ -69,6 +70,7 @@ ARROWS = {
         "checkpoint",
         "engines",
         "policy",
+        "data",
         "trace",
         "verify",
         "bench",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +16,20 @@ from PIL import Image
 
 import pi0
 from pi0.errors import ConfigError, EngineError, LimitError, Pi0Error
-from pi0.eval import EnvOptions, EvalPlan, FilmOptions, evaluate, wilson_interval
+from pi0.eval import (
+    CheckpointPolicy,
+    EnvOptions,
+    EvalPlan,
+    FilmOptions,
+    evaluate,
+    wilson_interval,
+)
 from pi0.eval.results import Episode, summarise
-from pi0.policy import Camera
+from pi0.policy import Camera, PolicyOptions
 
 DOTS = EnvOptions("dots:test/Dots-v0")
 PLAN = EvalPlan(DOTS, episodes=4)
-pytestmark = pytest.mark.filterwarnings("ignore:robot dots states no limits")
+pytestmark = pytest.mark.filterwarnings("ignore:robot .* states no limits")
 
 
 @pytest.fixture
@@ -168,6 +176,32 @@ def test_swap_and_tasks_need_an_environment_that_knows_them(policy: DotPolicy) -
         evaluate(policy, EvalPlan(plain, tasks=("red",)))
 
 
+def test_every_task_is_tried_before_the_work(policy: DotPolicy) -> None:
+    with pytest.raises(Pi0Error, match="expected reset to succeed, found KeyError: 'green'"):
+        evaluate(policy, replace(PLAN, tasks=("red", "green")), on_episode=pytest.fail)
+
+
+def test_missing_simulator(policy: DotPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "mujoco"]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in [name for name in sys.modules if name.startswith("pi0.sim.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    with pytest.raises(Pi0Error, match=r"expected .*mujoco.*sim\]'"):
+        evaluate(policy, EvalPlan())
+
+
+def test_the_tabletop_with_any_number_of_workers(tiny_path: Path) -> None:
+    pytest.importorskip("mujoco")
+    options = PolicyOptions(robot="tabletop", norm_stats="none", preprocessing="openpi")
+    policy = CheckpointPolicy(tiny_path, options, "reference", steps=1, on_limit="clamp")
+    plan = EvalPlan(EnvOptions(max_steps=3), ("lift", "push"), episodes=1, execute=2)
+    alone = evaluate(policy, plan)
+    assert alone.total.wrong is not None
+    assert [len(e.prompt) > 0 for e in alone.episodes] == [True, True]
+    assert evaluate(policy, replace(plan, workers=2)) == alone
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -184,7 +218,7 @@ def test_plans_are_checked(options: dict, sentence: str) -> None:
 
 
 def test_missing_gymnasium(policy: DotPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "gymnasium", None)
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
     with pytest.raises(Pi0Error, match=r"expected the package gymnasium.*pip install '\.\[sim\]'"):
         evaluate(policy, PLAN)
 

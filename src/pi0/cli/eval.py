@@ -197,7 +197,7 @@ def _resolved(
 
     opened = open_checkpoint(policy.checkpoint, policy.horizon, policy.max_tokens, policy.base)
     with closing(Environment(plan.env)) as environment:
-        environment.require_tasks(plan.tasks or ())
+        environment.require_tasks(plan.tasks or (), plan.seed_start)
         plan = replace(plan, tasks=plan.tasks or environment.tasks or None)
         options = replace(policy.options, robot=policy.options.robot or environment.robot)
         setup = prepare(opened, options)

@@ -86,13 +86,15 @@ class Environment:
             )
         self.keys = tuple(leaves)
 
-    def require_tasks(self, tasks: tuple[str, ...]) -> None:
-        """Refuses tasks, if it declares none."""
+    def require_tasks(self, tasks: tuple[str, ...], seed: int) -> None:
+        """Refuses tasks, if it declares none or refuses one of them itself."""
         if tasks and not self.tasks:
             raise ConfigError(
                 f"environment {self.id}: expected one with tasks for --tasks, found that it "
                 "declares none. Leave the option out."
             )
+        for task in tasks:
+            self._reset(seed, task, {})
 
     def require_fit(self, pipeline: Pipeline) -> None:
         """Compares its spaces with what a policy reads and hands out.

@@ -124,7 +124,7 @@ def describe(plan: EvalPlan) -> dict[str, Any]:
 def _jobs(plan: EvalPlan) -> list[Job]:
     """All episodes, task by task; makes an environment for a moment to ask for its tasks."""
     with contextlib.closing(Environment(plan.env)) as env:
-        env.require_tasks(plan.tasks or ())
+        env.require_tasks(plan.tasks or (), plan.seed_start)
         tasks = plan.tasks or env.tasks or (None,)
         if plan.env.prompt_swap:
             env.require_swap(plan.seed_start, tasks[0])

@@ -18,6 +18,7 @@ ARROWS = {
     "plugins": {"errors"},
     "findings": {"errors"},
     "figures": set(),
+    "workers": {"errors"},
     "config": {"errors"},
     "inputs": {"errors", "config"},
     "model": {"errors", "config", "inputs"},
@@ -58,7 +59,7 @@ ARROWS = {
         "engines",
     },
     "data": {"errors", "findings", "checkpoint", "policy"},
-    "eval": {"errors", "figures", "checkpoint", "policy", "sim"},
+    "eval": {"errors", "figures", "checkpoint", "policy", "sim", "workers"},
     "cli": {
         "errors",
         "plugins",

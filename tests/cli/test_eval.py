@@ -52,7 +52,10 @@ def run(*options: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.filterwarnings("default:robot dots states no limits")
-def test_table_json_and_films(tiny_path: Path, robot: Path, tmp_path: Path) -> None:
+def test_table_json_and_films(
+    tiny_path: Path, robot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pi0.policy.policy._without_limits", set())  # said once in a process
     out, films = tmp_path / "new" / "results.json", tmp_path / "films"
     more = ["--episodes", "2", "--on-limit", "clamp", "--steps", "2", "--max-steps", "5"]
     options = words(tiny_path, robot, *ENV, *more, "--out", out)

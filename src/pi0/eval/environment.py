@@ -6,6 +6,7 @@ The code of an environment is somebody else's and may raise anything; here it be
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,10 +16,11 @@ from numpy.typing import NDArray
 
 from pi0.errors import ConfigError, ObservationError, Pi0Error, install_hint
 from pi0.eval.plan import EnvOptions
-from pi0.policy.limits import ActionLimits
+from pi0.policy.limits import ActionLimits, apply_limits, summary
 from pi0.policy.observation import lookup
 from pi0.policy.pipeline import Pipeline
 
+logger = logging.getLogger("pi0")
 T = TypeVar("T")
 
 SUCCESS_KEYS = ("success", "is_success")  # the tabletop's; LeRobot's and gymnasium-robotics'
@@ -51,6 +53,7 @@ class Environment:
         tasks: what it declares, or nothing.
         robot: the robot table that its metadata name for its observations, or None.
         fps: of its films.
+        spaces: of its observations by key; "a/b" is b inside a.
         limits: its action space [D] as limits.
 
     Raises:
@@ -76,15 +79,13 @@ class Environment:
             )
         self.limits = _limits(space)
         self._dtype = space.dtype
-        self._spaces = _as_dict(self._env.observation_space)
-        leaves = dict(_leaves(self._spaces))
-        if not any(isinstance(s, Box) and len(s.shape) == 3 for s in leaves.values()):
+        self.spaces = dict(_leaves(self._env.observation_space))
+        if not any(isinstance(s, Box) and len(s.shape) == 3 for s in self.spaces.values()):
             raise ConfigError(
                 f"environment {self.id}: expected observations with images, found "
                 f"{self._env.observation_space}. A wrapper may add pictures, such as Gymnasium's "
                 "AddRenderObservation."
             )
-        self.keys = tuple(leaves)
 
     def require_tasks(self, tasks: tuple[str, ...], seed: int) -> None:
         """Refuses tasks, if it declares none or refuses one of them itself."""
@@ -103,7 +104,7 @@ class Environment:
             ConfigError: a key of the robot's table that it does not have, or actions of another
                 width.
         """
-        robot, space = pipeline.robot, self._spaces
+        robot, space = pipeline.robot, self.spaces
         wanted = [c.key for c in robot.cameras if c.required] + [key for key, _ in robot.state]
         missing = [key for key in wanted if find(space, key, pipeline.rename) is None]
         images = [c.key for c in robot.cameras if find(space, c.key, pipeline.rename) is not None]
@@ -111,7 +112,7 @@ class Environment:
             absent = missing or [camera.key for camera in robot.cameras]
             raise ConfigError(
                 f"environment {self.id}: expected {', '.join(absent)} in its observations for "
-                f"robot {robot.name}, found {', '.join(self.keys)}. Name the robot whose keys "
+                f"robot {robot.name}, found {', '.join(self.spaces)}. Name the robot whose keys "
                 "these are (--robot)."
             )
         width = len(self.limits.low)
@@ -133,10 +134,29 @@ class Environment:
                 "--prompt-swap."
             )
 
-    def reset(self, seed: int, task: str | None) -> Moment:
+    def reset(self, seed: int | None, task: str | None) -> Moment:
         """Begins an episode."""
         swap = {"instruction": "swapped"} if self._options.prompt_swap else {}
         return self._reset(seed, task, swap)
+
+    def within(
+        self, actions: NDArray[np.float64], on_limit: str, names: tuple[str, ...]
+    ) -> tuple[NDArray[np.float64], int]:
+        """Actions [K, D] in its action space, and how many of the given values are beyond it.
+
+        Args:
+            on_limit: see `apply_limits`; "warn" logs a warning.
+            names: of the actions, for sentences; may be empty.
+
+        Raises:
+            LimitError: see `apply_limits`.
+        """
+        nothing = np.empty(0)  # no action commands a value of the state
+        actions, violations = apply_limits(self.limits, actions, nothing, on_limit, names)
+        if violations and on_limit == "warn":
+            beyond = summary(violations)
+            logger.warning("environment %s: %s; handed on as they are.", self.id, beyond)
+        return actions, sum(len(violation.ticks) for violation in violations)
 
     def step(self, action: NDArray[np.float64]) -> Moment:
         """Executes an action [D].
@@ -172,7 +192,7 @@ class Environment:
         """Releases what it holds."""
         self._call("close", self._env.close)
 
-    def _reset(self, seed: int, task: str | None, options: dict[str, str]) -> Moment:
+    def _reset(self, seed: int | None, task: str | None, options: dict[str, str]) -> Moment:
         asked = {**({} if task is None else {"task": task}), **options}
         observation, info = self._call("reset", self._env.reset, seed=seed, options=asked or None)
         return self._moment(observation, info, over=False)
@@ -281,15 +301,8 @@ def _unknown(name: str, registry: Mapping[str, Any]) -> str:
     return f"environment: expected one of {', '.join(known[:SHOWN_IDS])}{more}, found {name!r}."
 
 
-def _as_dict(space: Any) -> Any:
-    """Nested dict spaces as dicts: "in" asks a space whether it contains a value, not a key."""
-    if isinstance(space, Mapping):
-        return {key: _as_dict(inner) for key, inner in space.items()}
-    return space
-
-
 def _leaves(space: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every space inside nested dicts, with its keys joined by "/"."""
+    """Every space inside nested dict spaces, with its keys joined by "/"."""
     if isinstance(space, Mapping):
         for key, inner in space.items():
             yield from _leaves(inner, f"{prefix}/{key}" if prefix else str(key))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +13,20 @@ from pi0.eval.environment import Environment, Moment, read
 from pi0.eval.plan import EvalPlan
 from pi0.eval.results import Episode
 from pi0.policy import Policy
-from pi0.policy.limits import apply_limits, summary
 
-logger = logging.getLogger("pi0")
 Floats = NDArray[np.float64]
-# Streams of random numbers that an episode's seed gives.
-NOISE, PERTURBATION = 0, 1
+NOISE, PERTURBATION = 0, 1  # streams of random numbers that an episode's seed gives
+
+
+def stream(seed: int, which: int) -> np.random.Generator:
+    """One of an episode's streams of random numbers."""
+    return np.random.default_rng((seed, which))
+
+
+def draw_noise(policy: Policy, noise: np.random.Generator) -> NDArray[np.float32]:
+    """What the next chunk is sampled from: [horizon, action_dim of the model]."""
+    config = policy.engine.config
+    return noise.standard_normal((config.horizon, config.action_dim), np.float32)
 
 
 @dataclass(frozen=True)
@@ -76,16 +83,16 @@ class Runner:
 
     def _run(self, job: Job) -> Trial:
         env = self._env
-        streams = [np.random.default_rng((job.seed, stream)) for stream in (NOISE, PERTURBATION)]
+        noise, perturbation = (stream(job.seed, which) for which in (NOISE, PERTURBATION))
         moment = env.reset(job.seed, job.task)
         prompt = moment.prompt or ""
         frames = [env.render()] if job.film else []
         latency: list[float] = []
         success, wrong, steps, outside = False, moment.wrong, 0, 0
         while not moment.over:
-            result = self._infer(moment, streams[0])
+            result = self._infer(moment, noise)
             latency.append(result["policy_timing"]["total_ms"])
-            actions, beyond = self._actions(result, streams[1])
+            actions, beyond = self._actions(result, perturbation)
             outside += beyond
             for action in actions:
                 moment = env.step(action)
@@ -101,10 +108,9 @@ class Runner:
         return Trial(episode, latency, frames)
 
     def _infer(self, moment: Moment, noise: np.random.Generator) -> dict[str, Any]:
-        config = self._policy.engine.config
-        observation = read(moment, self._policy.pipeline, self._plan.env.blank_cameras)
-        x = noise.standard_normal((config.horizon, config.action_dim), np.float32)
-        return self._policy.infer(observation, noise=x)
+        policy = self._policy
+        observation = read(moment, policy.pipeline, self._plan.env.blank_cameras)
+        return policy.infer(observation, noise=draw_noise(policy, noise))
 
     def _actions(
         self, result: dict[str, Any], perturbation: np.random.Generator
@@ -115,16 +121,5 @@ class Runner:
             sampled, decode = result["model_actions"], self._policy.pipeline.decode
             moved = sampled + self._plan.perturb * perturbation.standard_normal(sampled.shape)
             actions += decode(moved, result["state"]) - decode(sampled, result["state"])
-        policy, env = self._policy, self._env
-        actions, violations = apply_limits(
-            env.limits,
-            actions[: self.execute],
-            result["state"],
-            policy.on_limit,
-            policy.robot.action_names,
-        )
-        if violations and policy.on_limit == "warn":
-            logger.warning(
-                "environment %s: %s; handed on as they are.", env.id, summary(violations)
-            )
-        return actions, sum(len(violation.ticks) for violation in violations)
+        policy = self._policy
+        return self._env.within(actions[: self.execute], policy.on_limit, policy.robot.action_names)

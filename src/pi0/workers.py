@@ -59,10 +59,12 @@ def run_in_processes(
         with _children_ignore_interrupts():
             for _ in range(min(count, len(waiting))):
                 workers.append(_Worker(context, make))
-        busy = {worker.connection: worker for worker in workers if worker.give(waiting)}
+        busy: dict[Any, _Worker[J]] = {
+            worker.connection: worker for worker in workers if worker.give(waiting)
+        }
         while busy:
             for connection in wait(list(busy)):
-                worker = busy[connection]  # type: ignore[index] - it waits for these alone
+                worker = busy[connection]
                 on_result(worker.take())
                 if not worker.give(waiting):
                     del busy[worker.connection]

@@ -29,8 +29,8 @@ from pi0.eval.environment import Environment
 from pi0.eval.plan import EvalPlan
 from pi0.eval.results import Episode, Results
 from pi0.eval.rollout import Job, Runner
-from pi0.workers import run_here, run_in_processes
 from pi0.policy import Policy
+from pi0.workers import run_here, run_in_processes
 
 MakePolicy = Callable[[], Policy]
 

@@ -18,6 +18,7 @@ ARROWS = {
     "plugins": {"errors"},
     "findings": {"errors"},
     "figures": set(),
+    "workers": {"errors"},
     "config": {"errors"},
     "inputs": {"errors", "config"},
     "model": {"errors", "config", "inputs"},
@@ -70,6 +71,7 @@ ARROWS = {
         "policy",
         "data",
     },
+    "eval": {"errors", "figures", "checkpoint", "policy", "sim", "workers"},
     "cli": {
         "errors",
         "plugins",
@@ -87,6 +89,7 @@ ARROWS = {
         "trace",
         "verify",
         "bench",
+        "eval",
     },
 }
 

@@ -43,7 +43,11 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         render_mode: "rgb_array" or None.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": round(1 / TICK)}  # noqa: RUF012
+    metadata = {  # noqa: RUF012
+        "render_modes": ["rgb_array"],
+        "render_fps": round(1 / TICK),
+        "robot": "tabletop",  # whose keys the observations have
+    }
     tasks = VERBS
 
     def __init__(self, image_size: int = IMAGE_SIZE, render_mode: str | None = None) -> None:

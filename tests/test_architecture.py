@@ -57,7 +57,9 @@ ARROWS = {
         "checkpoint",
         "engines",
     },
+    "serve": {"errors", "policy"},
     "cli": {
+        "serve",
         "errors",
         "plugins",
         "findings",

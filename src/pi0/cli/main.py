@@ -24,6 +24,7 @@ from pi0.cli.diff import diff
 from pi0.cli.doctor import doctor
 from pi0.cli.forward import sample, trace
 from pi0.cli.options import PluginCommand
+from pi0.cli.serve import serve
 from pi0.cli.ttnn import app as ttnn
 from pi0.cli.verify import verify
 from pi0.errors import Pi0Error
@@ -53,7 +54,7 @@ Every verb has examples: `pi0 act --help`. A first round:
 Tab completion: `pi0 --install-completion`.""",
 )
 
-for verb in (act, trace, sample, verify, doctor):
+for verb in (act, trace, sample, verify, doctor, serve):
     app.command(cls=PluginCommand)(verb)
 # Left-over words are given to `bench`, which says how several engines are named.
 app.command(cls=PluginCommand, context_settings={"allow_extra_args": True})(bench)

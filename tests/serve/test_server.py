@@ -298,7 +298,7 @@ def test_more_clients_than_allowed_are_told_so() -> None:
         with served.connect(), pytest.raises(InvalidStatus) as refused, served.connect():
             pass
         assert refused.value.response.status_code == 503
-        assert b"at most 1 connections" in refused.value.response.body
+        assert b"at most 1 at once" in refused.value.response.body
         eventually(lambda: not served.server.sessions)
         with served.connect() as client:
             assert "actions" in ask(client, observation(1))

@@ -61,7 +61,12 @@ class PolicyServer:
     @property
     def ready(self) -> bool:
         """The policy is warm, and the server is not about to end."""
-        return self._ready.is_set() and not self._stopping.is_set()
+        return self._ready.is_set() and not self.stopping
+
+    @property
+    def stopping(self) -> bool:
+        """It was told to stop, and takes nobody in any more."""
+        return self._stopping.is_set()
 
     async def serve(
         self,

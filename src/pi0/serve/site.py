@@ -64,12 +64,16 @@ class Site:
         return await self._content(connection, path)
 
     def _admit(self, connection: ServerConnection) -> Response | None:
-        most = self._server.options.max_clients
-        if len(self._server.sessions) < most:
+        server, most = self._server, self._server.options.max_clients
+        if server.stopping:
+            reason, text = "stopping", "server: expected it to run, found it ending."
+        elif len(server.sessions) >= most:
+            reason = "clients"
+            text = f"clients: expected at most {most} at once, found as many. Come back later."
+        else:
             return None
-        self._server.metrics.refused("clients")
-        text = f"clients: expected at most {most} connections, found as many. Come back later.\n"
-        return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, text)
+        server.metrics.refused(reason)
+        return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, f"{text}\n")
 
     async def _content(self, connection: ServerConnection, path: str) -> Response:
         if path == "/":

@@ -5,6 +5,7 @@
     ├── ConfigError        a size, dtype or option that the model cannot have
     ├── ObservationError   an image, state or prompt that the policy cannot use
     ├── EngineError        an engine or device that is unavailable
+    ├── DataError          a dataset's files, columns or pictures are not what they should be
     └── LimitError         actions beyond the limits that a robot states
 
 Each message is one sentence or a short list: what it is about, what was expected, what was found
@@ -30,6 +31,10 @@ class ObservationError(Pi0Error):
 
 class EngineError(Pi0Error):
     """An engine or a device that is not available."""
+
+
+class DataError(Pi0Error):
+    """A dataset's files, columns or pictures are not what was expected."""
 
 
 class LimitError(Pi0Error):

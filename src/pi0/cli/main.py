@@ -25,6 +25,7 @@ from pi0.cli.doctor import doctor
 from pi0.cli.forward import sample, trace
 from pi0.cli.options import PluginCommand
 from pi0.cli.serve import serve
+from pi0.cli.train import train
 from pi0.cli.ttnn import app as ttnn
 from pi0.cli.verify import verify
 from pi0.errors import Pi0Error
@@ -63,6 +64,7 @@ app.command()(convert)
 app.command()(demos)
 app.command()(synth)
 app.command()(diff)
+app.command()(train)
 app.add_typer(ttnn, name="ttnn")
 
 

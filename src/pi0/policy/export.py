@@ -94,7 +94,7 @@ def export_files(
     if path is not None:
         if not path.is_file():
             raise Pi0Error(f"tokenizer {path}: expected a file, found none.")
-        export.files[_tokenizer_name(path)] = path
+        export.files[tokenizer_name(path)] = path
     return export
 
 
@@ -263,7 +263,7 @@ def _own_tokenizer(checkpoint: Checkpoint) -> Path | None:
     return next((folder / name for name in FILE_NAMES if (folder / name).is_file()), None)
 
 
-def _tokenizer_name(path: Path) -> str:
+def tokenizer_name(path: Path) -> str:
     """A name under which the tokenizer is found beside the weights."""
     if path.name in FILE_NAMES:
         return path.name

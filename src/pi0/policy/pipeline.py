@@ -87,7 +87,7 @@ class Pipeline:
         state = read_state(observation, self.robot, self._state_widths())
         pixels = self._images(observation)
         prompt = read_prompt(observation, self.default_prompt)
-        normalized = self.state_stats.normalize(self._model_convention(state))
+        normalized = self.encode_state(state)
         self._warn_of_outliers(state, normalized)
         tokens, token_mask = self.tokenizer.tokenize(prompt, self.prompt, normalized)
         inputs = ModelInputs.validated(
@@ -100,6 +100,10 @@ class Pipeline:
             state=_padded(normalized[None], self.config.state_dim),
         )
         return inputs, state
+
+    def encode_state(self, states: Floats) -> Floats:
+        """States [..., D] as observed → normalised, in the model's convention, not padded."""
+        return self.state_stats.normalize(self._model_convention(states))
 
     def decode(self, actions: Floats, state: Floats) -> Floats:
         """Actions in the model's units as the robot executes them.

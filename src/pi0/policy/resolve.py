@@ -212,6 +212,10 @@ def _robot(
             "gripper units or relative joints. Name the robot: --robot aloha (relative joints) or "
             "--robot aloha_sim (absolute)."
         )
+    declared = checkpoint.settings.get("robot")  # written by `pi0 train`
+    if isinstance(declared, str) and declared:
+        setup.sources["robot"] = "config.json"
+        return find_robot(declared, checkpoint.config.adaptive_norm)
     if program:
         setup.sources["robot"] = "config.json and LeRobot's processors"
         return lerobot.robot_of(program, checkpoint.settings)

@@ -1,0 +1,99 @@
+"""Memory and time of training one layer of each tower at full width, beside what is estimated.
+
+    python benchmarks/train_layer.py [--batch 1] [--bfloat16] [--recompute] [--device cpu]
+
+The towers of π0 with one layer each and a small vocabulary, three cameras of 224 px, 48 tokens:
+steps are timed, and the peak of memory is compared with `pi0 train --estimate`. On a CPU the peak
+is that of the resident set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import time
+from dataclasses import replace
+
+import torch
+
+from pi0.config import PRESETS, Pi0Config
+from pi0.errors import human_bytes
+from pi0.inputs import ModelInputs
+from pi0.train.estimate import estimate
+from pi0.train.loss import Batch, TrainingModel
+from pi0.train.start import Start
+from pi0.train.trainer import TrainerOptions, autocast, keep_float32
+
+CAMERAS, TOKENS, STEPS = 3, 48, 5
+
+
+def one_layer() -> Pi0Config:
+    """The published towers, one layer of each."""
+    base = PRESETS["pi0_base"]
+    towers = {name: replace(getattr(base, name), depth=1) for name in ("vision", "vlm", "expert")}
+    return replace(base, **towers, vocab_size=1000)
+
+
+def random_batch(config: Pi0Config, size: int, device: torch.device) -> Batch:
+    pixels = config.vision.image_size
+    batch = Batch(
+        ModelInputs(
+            images=torch.rand(size, CAMERAS, 3, pixels, pixels) * 2 - 1,
+            image_mask=torch.ones(size, CAMERAS, dtype=torch.bool),
+            tokens=torch.randint(config.vocab_size, (size, TOKENS)),
+            token_mask=torch.ones(size, TOKENS, dtype=torch.bool),
+            state=torch.randn(size, config.state_dim),
+        ),
+        actions=torch.randn(size, config.horizon, config.action_dim),
+        noise=torch.randn(size, 1, config.horizon, config.action_dim),
+        time=torch.rand(size, 1),
+        columns={},
+    )
+    return batch.to(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    config, device = one_layer(), torch.device(arguments.device)
+    options = TrainerOptions(bfloat16=arguments.bfloat16, recompute=arguments.recompute)
+    expected = estimate(
+        config, lambda _: None, options, arguments.batch, CAMERAS, TOKENS, draws=1, ema=False
+    )
+    model = Start("one layer", config).model(0, device)
+    if options.bfloat16:
+        keep_float32(model, device.type)
+    module = TrainingModel(model, config.action_dim, recompute=options.recompute)
+    optimizer = torch.optim.AdamW(module.parameters())
+    batch = random_batch(config, arguments.batch, device)
+    before = peak_bytes(device)
+    times = []
+    for _ in range(STEPS):
+        start = time.perf_counter()
+        with autocast(device.type, options.bfloat16):
+            loss = module(batch)["total"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    found = peak_bytes(device)
+    print(f"{device}, batch {arguments.batch}, {options}")
+    print(f"step: {min(times[1:]):.3f} s at best of {STEPS - 1}")
+    print(f"peak: {human_bytes(found)}, of which {human_bytes(before)} before the first step")
+    print(f"estimated: {human_bytes(expected.total)}: {expected}")
+
+
+if __name__ == "__main__":
+    main()

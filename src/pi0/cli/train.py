@@ -1,0 +1,400 @@
+"""`pi0 train`: recorded episodes in, a checkpoint out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pi0.cli import options
+
+if TYPE_CHECKING:
+    from pi0.train.loop import Outcome
+    from pi0.train.prepare import TrainOptions
+
+MODEL, LEARNING, IMAGES, RUN = "Model", "Learning", "Augmentation", "Run"
+
+
+def train(
+    start: Annotated[
+        str,
+        typer.Argument(
+            metavar="CKPT|PRESET|SIZES",
+            help="What to start from: a checkpoint; or random weights in the sizes of a preset, or "
+            "of a .json or .toml file.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="LeRobotDataset v3 folder.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the run.", show_default=False)
+    ] = None,
+    robot: options.RobotName = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the run.")] = 30_000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 32,
+    draws: Annotated[int, typer.Option(min=1, help="Draws of noise and time for each sample.")] = 1,
+    learning_rate: Annotated[
+        float,
+        typer.Option(help="The highest one; about 1e-3 for small models from random weights."),
+    ] = 2.5e-5,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps to the highest learning rate.")] = 1000,
+    final: Annotated[
+        float, typer.Option(help="Last learning rate as a part of the highest (cosine).")
+    ] = 0.1,
+    weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = 1e-10,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
+    ema: Annotated[
+        float, typer.Option(help="Moving average of the weights, which is written; 0: none.")
+    ] = 0.99,
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Parameters that stay as they are, such as 'vision_tower.*'.",
+            show_default=False,
+        ),
+    ] = None,
+    aux: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN[@BLOCK]",
+            help="Also predict a column of the dataset from the text tokens of a block of the VLM "
+            "(default: the last but one).",
+            show_default=False,
+        ),
+    ] = None,
+    aux_weight: Annotated[float, typer.Option(help="Weight of the losses of --aux.")] = 1.0,
+    lora: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="RANK",
+            help="Train a LoRA adapter of this rank; a PEFT folder is written.",
+            show_default=False,
+        ),
+    ] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="Its alpha; default: the rank.", show_default=False)
+    ] = None,
+    lora_targets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX",
+            help="Names of the linear layers that it changes; default: attention and MLP of both "
+            "trunks, and the projections of state, actions and time.",
+            show_default=False,
+        ),
+    ] = None,
+    crop: Annotated[
+        float, typer.Option(help="Random crops of this part of the side; 1: none.")
+    ] = 0.95,
+    rotate: Annotated[float, typer.Option(help="Random rotation, in degrees; 0: none.")] = 5.0,
+    colour: Annotated[
+        float, typer.Option(help="Random colours, as a factor of openpi's; 0: none.")
+    ] = 1.0,
+    image_size: options.ImageSize = None,
+    horizon: options.Horizon = None,
+    max_tokens: options.MaxTokens = None,
+    base: options.Base = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="openpi or lerobot: whose files are written, and whose preprocessing; default: "
+            "the checkpoint's, else openpi.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of written weights: float32 or bfloat16.")
+    ] = "float32",
+    tokenizer: options.TokenizerFile = None,
+    norm_stats: Annotated[
+        Path | None,
+        typer.Option(help="norm_stats.json; default: measured on the data.", show_default=False),
+    ] = None,
+    state_in_prompt: options.StateInPrompt = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything that is random.")] = 0,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu, cuda or cuda:N; default: a GPU if there is one.", show_default=False
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="CPU threads of a process; default: 1 for small models.",
+            show_default=False,
+        ),
+    ] = None,
+    bfloat16: Annotated[
+        bool, typer.Option("--bfloat16", help="Matrix products in bfloat16; weights stay float32.")
+    ] = False,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Samples computed at once; default: all.", show_default=False),
+    ] = None,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard", help="Cut weights and optimizer among the processes of torchrun (FSDP)."
+        ),
+    ] = False,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Gradient checkpointing: less memory, more time.")
+    ] = False,
+    compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile.")] = False,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of the log.")] = 100,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 1000,
+    keep: Annotated[int, typer.Option(min=0, help="Newest checkpoints to keep; 0: all.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run stopped.")] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Print the memory that this needs; train nothing.")
+    ] = False,
+) -> None:
+    """Train a policy on recorded episodes.
+
+    Writes OUT/checkpoints/STEP in the form that every verb reads, OUT/last, a link to the newest, a
+    log, a plot of the losses, and the state from which --resume goes on, bit for bit. Ctrl-C and
+    SIGTERM save before the run ends. torchrun trains in several processes.
+
+    **Examples**
+
+        pi0 train pi0_base --data my_data --out my_run --robot libero --bfloat16 --recompute
+        pi0 train tiny --data my_data --out my_run --robot libero --learning-rate 1e-3 --draws 4
+        pi0 train pi0_base --estimate --robot libero --lora 16 --bfloat16 --batch-size 4
+        pi0 act my_run/last --robot libero ...
+    """
+    from pi0.errors import ConfigError
+    from pi0.train.augment import Augmentation
+    from pi0.train.loop import LoopOptions
+    from pi0.train.lora import TARGETS, LoraOptions
+    from pi0.train.optimizer import OptimizerOptions
+    from pi0.train.prepare import TrainOptions
+    from pi0.train.start import find_start, require_weights
+    from pi0.train.trainer import TrainerOptions
+
+    augmentation = Augmentation(crop, rotate, colour)
+    wanted = TrainOptions(
+        robot=robot or "generic",
+        layout=layout,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        norm_stats=norm_stats,
+        state_in_prompt=state_in_prompt is not False,
+        heads=tuple(map(_parse_head, aux or ())),
+        head_weight=aux_weight,
+        freeze=tuple(freeze or ()),
+        lora=LoraOptions(lora, lora_alpha, lora_targets or TARGETS) if lora else None,
+        batch_size=batch_size,
+        draws=draws,
+        seed=seed,
+        augmentation=augmentation if augmentation != Augmentation(1, 0, 0) else None,
+        optimizer=OptimizerOptions(
+            steps=steps,
+            learning_rate=learning_rate,
+            warmup=warmup,
+            final=final,
+            weight_decay=weight_decay,
+            clip=clip,
+            ema=ema,
+        ),
+        trainer=TrainerOptions(micro_batch, bfloat16, recompute, compile_model, shard),
+    )
+    found = find_start(start, base, image_size=image_size, horizon=horizon, max_tokens=max_tokens)
+    if estimate:
+        _print_estimate(found, wanted)
+        return
+    if data is None or out is None:
+        raise ConfigError("--data and --out: expected a folder for each, found none.")
+    require_weights(found)
+    _set_threads(threads, found.config)
+    outcome = _run(
+        found, data, out, wanted, LoopOptions(log_every, save_every, keep), device, resume
+    )
+    _finish(outcome, out)
+
+
+def _run(
+    start: Any,
+    data: Path,
+    out: Path,
+    wanted: TrainOptions,
+    loop: Any,
+    device: str | None,
+    resume: bool,
+) -> Outcome:
+    from pi0.checkpoint.files import expand_user
+    from pi0.cli.show import print_line
+    from pi0.data.read import Dataset
+    from pi0.train.loop import require_folder, train
+    from pi0.train.prepare import prepare_run, settings_of
+    from pi0.train.processes import join_processes
+
+    out = expand_user(out)
+    with join_processes(device) as processes:
+        require_folder(out, resume)
+        dataset = Dataset.open(data)
+        with _decoding() as decoded:
+            run = prepare_run(start, dataset, out, wanted, processes, decoded)
+        if processes.first:
+            trained = sum(p.numel() for p in run.trainer.parameters.values())
+            begin = "random weights" if start.checkpoint is None else start.checkpoint.path
+            print_line(
+                f"from {begin}: {dataset.num_episodes} episodes, {dataset.num_frames} frames; "
+                f"{trained:,} parameters are trained on {processes.count} × {processes.device}"
+            )
+        settings = settings_of(start, dataset, wanted)
+        with _display(wanted.optimizer.steps, run.trainer, processes.first) as shown:
+            return train(run, out, settings, loop, resume, *shown)
+
+
+@contextlib.contextmanager
+def _decoding() -> Iterator[Callable[[str, int, int], None]]:
+    """Bars of the cameras whose pictures are decoded; yields what to call for each."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from pi0.cli.show import err
+
+    tasks: dict[str, Any] = {}
+    with Progress(
+        TextColumn("decoding {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    ) as progress:
+
+        def advance(camera: str, total: int, done: int) -> None:
+            if camera not in tasks:
+                tasks[camera] = progress.add_task(camera, total=total)
+            progress.advance(tasks[camera], done)
+
+        yield advance
+
+
+@contextlib.contextmanager
+def _display(
+    steps: int, trainer: Any, first: bool
+) -> Iterator[tuple[Callable[[dict[str, float]], None], Callable[[dict[str, float]], None]]]:
+    """A bar with time left and loss, and a line for every interval; yields what to call after
+    a step and after an interval."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from pi0.cli.show import err, print_line
+
+    with Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[news]}"),
+        console=err,
+        transient=True,
+        disable=not (first and err.is_terminal),
+    ) as progress:
+        task = progress.add_task("", total=steps, completed=trainer.done, news="")
+
+        def on_step(metrics: dict[str, float]) -> None:
+            progress.update(task, completed=trainer.done, news=f"loss {metrics['flow']:.4f}")
+
+        def on_log(entry: dict[str, float]) -> None:
+            print_line(_line(entry))
+
+        yield on_step, on_log
+
+
+def _line(entry: dict[str, float]) -> str:
+    from pi0.train.log import NOT_LOSSES
+
+    losses = {n: v for n, v in entry.items() if n not in (*NOT_LOSSES, "total")}
+    words = [f"{name} {value:.4f}" for name, value in losses.items()]
+    return (
+        f"step {entry['step']:.0f}: loss {', '.join(words)}; gradient "
+        f"{entry['gradient_norm']:.2f}; rate {entry['learning_rate']:.2e}; "
+        f"{entry['samples_per_second']:.1f} samples/s"
+    )
+
+
+def _print_estimate(start: Any, wanted: TrainOptions) -> None:
+    """What one process on one device needs, with full prompts from all of the robot's cameras."""
+    from pi0.cli.show import human_bytes, table
+    from pi0.policy.robots import find_robot
+    from pi0.train.estimate import estimate
+    from pi0.train.prepare import change_model
+
+    config, options = start.config, wanted.trainer
+    robot = find_robot(wanted.robot, config.adaptive_norm)
+    size = min(options.micro_batch or wanted.batch_size, wanted.batch_size)
+    memory = estimate(
+        config,
+        lambda model: change_model(model, wanted, []),
+        options,
+        batch=size,
+        cameras=len(robot.cameras),
+        tokens=config.max_tokens,
+        draws=wanted.draws,
+        ema=wanted.optimizer.ema > 0,
+    )
+    parts = {name: human_bytes(value) for name, value in vars(memory).items()}
+    parts["passes"] += f" (batch of {size})"
+    table(
+        f"Memory on one device, {len(robot.cameras)} cameras of {config.vision.image_size} px",
+        ["", "bytes"],
+        [*([name, text] for name, text in parts.items()), ["total", human_bytes(memory.total)]],
+    )
+
+
+def _finish(outcome: Outcome, out: Path) -> None:
+    """Says where the checkpoint is; ends with the code of the signal that stopped the run."""
+    from pi0.cli.show import print_line
+
+    if outcome.signal is None:
+        print_line(f"wrote {outcome.checkpoint}")
+        return
+    print_line(
+        f"stopped after step {outcome.step}; wrote {outcome.checkpoint}. Go on with the same "
+        "command and --resume."
+    )
+    raise typer.Exit(128 + outcome.signal)
+
+
+def _parse_head(text: str) -> tuple[str, int | None]:
+    """COLUMN[@BLOCK]."""
+    from pi0.errors import ConfigError
+
+    column, at, block = text.partition("@")
+    if not column or (at and not block.isdecimal()):
+        raise ConfigError(f"--aux: expected COLUMN or COLUMN@BLOCK, found {text!r}.")
+    return column, int(block) if at else None
+
+
+def _set_threads(threads: int | None, config: Any) -> None:
+    """One thread for small models, for which more only wait for each other."""
+    import torch
+
+    from pi0.train.start import is_small
+
+    if threads is not None or is_small(config):
+        torch.set_num_threads(threads or 1)

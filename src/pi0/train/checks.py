@@ -1,0 +1,121 @@
+"""What is wrong with a dataset for a model and a robot, said before training starts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pi0.config import Pi0Config
+from pi0.findings import Finding, error, warning
+from pi0.policy.robot import Robot
+from pi0.train.samples import ACTION, STATE
+
+if TYPE_CHECKING:
+    from pi0.data.read import Dataset
+
+PREFIX = "observation.images."
+
+
+def match_cameras(dataset: Dataset, robot: Robot) -> dict[str, str]:
+    """The robot's camera keys, in its order → the dataset's."""
+    found = {}
+    for key in dataset.cameras:
+        ours = robot.camera_key(key) or robot.camera_key(key.removeprefix(PREFIX))
+        if ours is not None:
+            found.setdefault(ours, key)
+    return {camera.key: found[camera.key] for camera in robot.cameras if camera.key in found}
+
+
+def examine(
+    dataset: Dataset, robot: Robot, config: Pi0Config, columns: dict[str, int]
+) -> list[Finding]:
+    """What does not fit between a dataset, a robot's table and a model.
+
+    Args:
+        columns: that auxiliary heads predict → the block of the VLM that each reads.
+    """
+    missing = [
+        error(
+            "column-missing",
+            f"{name}: expected this column in the dataset, found "
+            f"{', '.join(dataset.names)}. Leave out --aux {name}, or record it."
+            if name in columns
+            else f"{name}: expected this column in the dataset, found {', '.join(dataset.names)}.",
+        )
+        for name in (STATE, ACTION, *columns)
+        if name not in dataset.names
+    ]
+    found = [*missing, *_cameras(dataset, robot), *_rates(dataset, robot)]
+    if not missing:
+        found += _widths(dataset, robot, config)
+    depth = config.vlm.depth
+    found += [
+        error("block", f"--aux {name}@{block}: expected a block from 0 to {depth - 1}, found it.")
+        for name, block in columns.items()
+        if not 0 <= block < depth
+    ]
+    return found
+
+
+def _cameras(dataset: Dataset, robot: Robot) -> list[Finding]:
+    matched = match_cameras(dataset, robot)
+    known = ", ".join((*camera.names, camera.key)[0] for camera in robot.cameras)
+    have = ", ".join(dataset.cameras) or "none"
+    missing = [c.key for c in robot.cameras if c.required and c.key not in matched]
+    if missing or not matched:
+        return [
+            error(
+                "cameras",
+                f"cameras: expected {PREFIX}NAME for the cameras {known} of robot {robot.name}, "
+                f"found {have}. Name the robot that the data are of, or describe it in a file "
+                "(docs/robots.md).",
+            )
+        ]
+    unused = sorted(set(dataset.cameras) - set(matched.values()))
+    return [
+        warning(
+            "camera-unused",
+            f"camera {key}: expected one of {known}, which robot {robot.name} has, found another "
+            "name. It is not used.",
+        )
+        for key in unused
+    ]
+
+
+def _rates(dataset: Dataset, robot: Robot) -> list[Finding]:
+    if robot.control_hz is None or abs(robot.control_hz - dataset.fps) <= 0.01 * dataset.fps:
+        return []
+    return [
+        warning(
+            "rate",
+            f"dataset: expected {robot.control_hz:g} frames a second, at which robot {robot.name} "
+            f"executes actions, found {dataset.fps:g}. The policy will move at another speed.",
+        )
+    ]
+
+
+def _widths(dataset: Dataset, robot: Robot, config: Pi0Config) -> list[Finding]:
+    found = []
+    for key, table, model in (
+        (STATE, robot.state_dim, config.state_dim),
+        (ACTION, robot.action_dim, config.action_dim),
+    ):
+        width = int(np.prod(dataset.column(key).shape[1:]))
+        if table is not None and width != table:
+            found.append(
+                error(
+                    "width",
+                    f"{key}: expected {table} values for robot {robot.name}, found {width}. Name "
+                    "the robot that the data are of with --robot.",
+                )
+            )
+        elif width > model:
+            found.append(
+                error(
+                    "width",
+                    f"{key}: expected at most the {model} values of the model, found {width}. "
+                    "Train a model with a wider state_dim and action_dim.",
+                )
+            )
+    return found

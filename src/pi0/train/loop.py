@@ -1,0 +1,173 @@
+"""A run from its first step to its last: steps, logs, checkpoints, and stopping in between.
+
+OUT/checkpoints/001000/   a checkpoint as every engine reads it (moving average of the weights)
+OUT/last                  a link to the newest
+OUT/training_state.pt     weights, moving average and optimizer, from which `--resume` goes on
+OUT/log.jsonl, loss.png, tensorboard/
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pi0.errors import ConfigError
+from pi0.train.log import Entry, TrainingLog
+from pi0.train.prepare import Run
+from pi0.train.save import STATE_FILE, load_state, save_state
+
+CHECKPOINTS, LAST = "checkpoints", "last"
+
+
+@dataclass
+class LoopOptions:
+    """How often a run speaks and saves, in steps; `keep`: newest checkpoints kept, 0: all."""
+
+    log_every: int = 100
+    save_every: int = 1000
+    keep: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        step: how many steps were taken.
+        checkpoint: the newest.
+        signal: that stopped it; None: it is done.
+    """
+
+    step: int
+    checkpoint: Path
+    signal: int | None
+
+
+def train(
+    run: Run,
+    out: Path,
+    settings: dict[str, Any],
+    options: LoopOptions,
+    resume: bool = False,
+    on_step: Callable[[dict[str, float]], None] = lambda _: None,
+    on_log: Callable[[Entry], None] = lambda _: None,
+) -> Outcome:
+    """Trains until the last step, SIGTERM or Ctrl-C, which are answered after the step at hand.
+
+    Args:
+        settings: what the run was asked for, as plain data; a run resumes only as itself.
+        on_step, on_log: called in the first process with what a step or an interval gave.
+
+    Raises:
+        Pi0Error: a loss is not finite, a place cannot be written, or a state to resume from does
+            not fit. Checkpoints that were written before stay.
+    """
+    require_folder(out, resume)
+    trainer, processes = run.trainer, run.trainer.processes
+    steps = trainer.optimizer_options.steps
+    if resume:
+        state = load_state(out / STATE_FILE)
+        _require_same(state["settings"], settings)
+        trainer.restore(state)
+    log = (
+        TrainingLog(out, trainer.done, trainer.samples.options.batch_size)
+        if processes.first
+        else None
+    )
+    with _signals() as received:
+        while trainer.done < steps:
+            metrics = trainer.step()
+            done = trainer.done
+            stop = processes.any(bool(received))
+            if log:
+                log.add(metrics)
+                on_step(metrics)
+                if done % options.log_every == 0 or done == steps or stop:
+                    on_log(log.write(done))
+            if done % options.save_every == 0 or done == steps or stop:
+                save(run, out, settings, options.keep)
+                if log:
+                    log.plot()
+            if stop:
+                break
+    if log:
+        log.close()
+    number = received[0] if received and trainer.done < steps else None
+    return Outcome(trainer.done, checkpoint_path(out, trainer.done), number)
+
+
+def require_folder(out: Path, resume: bool) -> None:
+    """Raises ConfigError if a new run would write into another's folder, or there is none to
+    resume."""
+    if not resume and any((out / name).exists() for name in (CHECKPOINTS, STATE_FILE)):
+        raise ConfigError(
+            f"{out}: expected a folder without a run, found one. Go on with --resume, or name "
+            "another folder."
+        )
+    if resume and not (out / STATE_FILE).is_file():
+        raise ConfigError(
+            f"{out}: expected a run to resume, found no {STATE_FILE}. Leave out --resume."
+        )
+
+
+def save(run: Run, out: Path, settings: dict[str, Any], keep: int = 0) -> None:
+    """Writes a checkpoint, then the state to resume from; every process calls it."""
+    trainer = run.trainer
+    weights, state = trainer.exported(), trainer.state()
+    if trainer.processes.first:
+        folder = checkpoint_path(out, trainer.done)
+        if not folder.exists():  # else the same step of this run, before it was interrupted
+            run.export.write(folder, weights)
+        _link(out / LAST, folder)
+        save_state(out / STATE_FILE, {**state, "settings": settings})
+        steps = [p for p in (out / CHECKPOINTS).iterdir() if p.name.isdecimal()]
+        for old in sorted(steps, key=lambda path: int(path.name))[:-keep] if keep else []:
+            shutil.rmtree(old)
+    trainer.processes.wait()
+
+
+def checkpoint_path(out: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return out / CHECKPOINTS / f"{step:06d}"
+
+
+def _link(path: Path, target: Path) -> None:
+    """A relative link in place of the one before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.relative_to(path.parent))
+    temporary.replace(path)
+
+
+def _require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    for name in {**before, **now}:
+        if before.get(name) != now.get(name):
+            raise ConfigError(
+                f"--resume: {name}: expected {before.get(name)}, with which the run began, found "
+                f"{now.get(name)}. Resume with the same options, or begin another run."
+            )
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted; a second one ends the process as usual."""
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

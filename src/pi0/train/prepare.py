@@ -1,0 +1,277 @@
+"""From what a user says to a trainer: dataset, robot, pipeline, statistics, tokenizer, model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pi0.checkpoint.layouts import LEROBOT, OPENPI
+from pi0.checkpoint.synth import PALIGEMMA_VOCABULARY
+from pi0.config import Pi0Config
+from pi0.data.statistics import OPENPI as OPENPI_STATISTICS
+from pi0.errors import ConfigError, Pi0Error
+from pi0.findings import enforce
+from pi0.model import Pi0
+from pi0.model.precision import parse_dtype
+from pi0.policy.normalize import Statistics, identity, make_normalizer
+from pi0.policy.pipeline import Pipeline
+from pi0.policy.robot import Robot
+from pi0.policy.robots import find_robot
+from pi0.policy.statistics import read_norm_stats
+from pi0.policy.tokenizer import (
+    FILE_NAMES,
+    PromptFormat,
+    Tokenizer,
+    find_tokenizer,
+    load_tokenizer,
+)
+from pi0.train.augment import Augmentation
+from pi0.train.checks import examine, match_cameras
+from pi0.train.lora import LoraOptions, add_lora
+from pi0.train.loss import AuxiliaryHead
+from pi0.train.optimizer import OptimizerOptions
+from pi0.train.processes import Processes
+from pi0.train.samples import (
+    Chunks,
+    SampleOptions,
+    Samples,
+    measure_statistics,
+    normalised_columns,
+)
+from pi0.train.save import Export
+from pi0.train.start import Start
+from pi0.train.trainer import Trainer, TrainerOptions, freeze
+from pi0.train.vocabulary import write_vocabulary
+
+if TYPE_CHECKING:
+    from pi0.data.read import Dataset
+
+LAYOUTS = {"openpi": OPENPI, "lerobot": LEROBOT}
+VOCABULARY = "tokenizer.json"
+Progress = Callable[[str, int, int], None]  # what is done, of how many, how many more
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What a user may say about a run, besides the dataset and what it starts from.
+
+    Attributes:
+        robot: a name, a `Robot`, or the path of a TOML file.
+        layout: "openpi" or "lerobot", whose files and preprocessing; None: as the checkpoint that
+            training starts from, else openpi's.
+        dtype: of written weights, "float32" or "bfloat16".
+        tokenizer: a file; None: the checkpoint's, or a vocabulary of the dataset's sentences.
+        norm_stats: a norm_stats.json; None: measured on the dataset.
+        state_in_prompt: of a π0.5.
+        heads: (column, block) of auxiliary heads; a block of None: the last but one.
+        head_weight: of their losses.
+        freeze: patterns of parameters that stay as they are.
+        lora: train an adapter of a checkpoint; None: the model.
+        seed: of random weights, of the order of frames, noise and augmentation.
+    """
+
+    robot: str | Path | Robot = "generic"
+    layout: str | None = None
+    dtype: str = "float32"
+    tokenizer: Path | None = None
+    norm_stats: Path | None = None
+    state_in_prompt: bool = True
+    heads: tuple[tuple[str, int | None], ...] = ()
+    head_weight: float = 1.0
+    freeze: tuple[str, ...] = ()
+    lora: LoraOptions | None = None
+    batch_size: int = 32
+    draws: int = 1
+    seed: int = 0
+    augmentation: Augmentation | None = field(default_factory=Augmentation)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    trainer: TrainerOptions = field(default_factory=TrainerOptions)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trainer, and how its weights are written."""
+
+    trainer: Trainer
+    export: Export
+
+
+def prepare_run(
+    start: Start,
+    dataset: Dataset,
+    out: Path,
+    options: TrainOptions,
+    processes: Processes,
+    progress: Progress = lambda *_: None,
+) -> Run:
+    """Everything that a run needs; a vocabulary that is made for it is written into `out`.
+
+    Raises:
+        Pi0Error: something is missing or does not fit.
+    """
+    config = start.config
+    if options.lora and (start.checkpoint is None or start.checkpoint.adapter):
+        raise ConfigError(
+            f"--lora: expected the checkpoint of a full model to start from, found {start.name}."
+        )
+    robot = find_robot(options.robot, config.adaptive_norm)
+    layout = LAYOUTS[_layout(start, options)]
+    blocks = {
+        column: max(config.vlm.depth - 2, 0) if block is None else block
+        for column, block in options.heads
+    }
+    enforce([*dataset.check(decode=False), *examine(dataset, robot, config, blocks)])
+    cameras = match_cameras(dataset, robot)
+    tokenizer = _tokenizer(start, dataset, out, options, processes)
+    pipeline = _pipeline(config, robot, tokenizer, layout.name, options.state_in_prompt)
+    chunks = Chunks(dataset, config.horizon)
+    statistics = _statistics(chunks, pipeline, options)
+    pipeline = with_statistics(pipeline, statistics)
+    with processes.first_alone():
+        frames = {
+            ours: dataset.frames(
+                theirs, config.vision.image_size, pipeline.resize,
+                progress=lambda done, key=theirs: progress(key, dataset.num_frames, done),
+            )
+            for ours, theirs in cameras.items()
+        }  # fmt: skip
+    columns = normalised_columns(dataset, list(blocks))
+    samples = Samples(
+        dataset,
+        chunks,
+        pipeline,
+        frames,
+        columns,
+        SampleOptions(options.batch_size, options.draws, options.seed, options.augmentation),
+    )
+    model = start.model(options.seed, processes.device)
+    change_model(model, options, list(blocks.values()))
+    heads = [
+        AuxiliaryHead(name, columns[name].shape[1], block, options.head_weight, config.vlm)
+        for name, block in blocks.items()
+    ]
+    trainer = Trainer(model, samples, heads, options.optimizer, options.trainer, processes)
+    names = tuple(key.rpartition(".")[2] for key in cameras.values())
+    export = Export(
+        layout,
+        parse_dtype(options.dtype),
+        pipeline,
+        names,
+        statistics,
+        options.lora,
+        start.checkpoint.path if start.checkpoint else None,
+    )
+    return Run(trainer, export)
+
+
+def change_model(model: Pi0, options: TrainOptions, read_blocks: list[int]) -> None:
+    """Adds the adapter that is asked for, and freezes what is not trained.
+
+    Args:
+        read_blocks: see `freeze`.
+
+    Raises:
+        Pi0Error: see `add_lora` and `freeze`.
+    """
+    if options.lora:
+        add_lora(model, options.lora, options.seed)
+    freeze(model, options.freeze, read_blocks)
+
+
+def settings_of(start: Start, dataset: Dataset, options: TrainOptions) -> dict[str, str]:
+    """What a run was asked for, as plain data: a run resumes only as itself."""
+    named = {field.name: repr(getattr(options, field.name)) for field in fields(options)}
+    robot = options.robot
+    return named | {
+        "robot": robot.name if isinstance(robot, Robot) else str(robot),
+        "start": start.name,
+        "config": repr(start.config),
+        "frames": str(dataset.num_frames),
+        "episodes": str(dataset.num_episodes),
+    }
+
+
+def with_statistics(pipeline: Pipeline, statistics: Mapping[str, Statistics]) -> Pipeline:
+    """The pipeline as `pi0.policy.prepare` makes it for a checkpoint with these statistics."""
+    mode = "quantiles" if pipeline.config.adaptive_norm else "mean_std"
+    state, actions = (
+        make_normalizer(what, mode, pipeline.resize, statistics[what])
+        for what in ("state", "actions")
+    )
+    return replace(pipeline, state_stats=state, action_stats=actions, target_stats=actions)
+
+
+def _pipeline(
+    config: Pi0Config, robot: Robot, tokenizer: Tokenizer, convention: str, state_in_prompt: bool
+) -> Pipeline:
+    """A pipeline without statistics."""
+    if convention == "lerobot" and (robot.encode_state or robot.encode_actions or robot.delta):
+        raise ConfigError(
+            "--layout lerobot: expected a robot whose actions are absolute and without conventions "
+            f"of its own, found {robot.name}, which LeRobot's files cannot say. Use --layout "
+            "openpi."
+        )
+    state = config.adaptive_norm and state_in_prompt
+    nothing = identity("state", config.state_dim), identity("actions", config.action_dim)
+    return Pipeline(
+        config=config,
+        robot=robot,
+        tokenizer=tokenizer,
+        resize=convention,
+        prompt=PromptFormat(convention, config.max_tokens, newline=not state, state=state),
+        state_stats=nothing[0],
+        action_stats=nothing[1],
+        target_stats=nothing[1],
+    )
+
+
+def _statistics(
+    chunks: Chunks, pipeline: Pipeline, options: TrainOptions
+) -> Mapping[str, Statistics]:
+    if options.norm_stats is None:
+        return measure_statistics(chunks, pipeline)
+    tables = read_norm_stats(options.norm_stats)
+    for what, table in tables.items():
+        missing = [name for name in OPENPI_STATISTICS if name not in table]
+        if missing:
+            raise Pi0Error(
+                f"{options.norm_stats}: {what}: expected {', '.join(OPENPI_STATISTICS)}, found no "
+                f"{missing[0]}. Leave out --norm-stats to measure them on the data."
+            )
+    return tables
+
+
+def _layout(start: Start, options: TrainOptions) -> str:
+    if options.layout is None:
+        checkpoint = start.checkpoint
+        return "lerobot" if checkpoint and checkpoint.names.layout == "lerobot" else "openpi"
+    if options.layout not in LAYOUTS:
+        raise ConfigError(
+            f"--layout: expected one of {', '.join(LAYOUTS)}, found {options.layout!r}."
+        )
+    return options.layout
+
+
+def _tokenizer(
+    start: Start, dataset: Dataset, out: Path, options: TrainOptions, processes: Processes
+) -> Tokenizer:
+    vocabulary = start.config.vocab_size
+    path = options.tokenizer
+    if path is None and start.checkpoint is not None:
+        path = find_tokenizer(start.checkpoint.folder_of(*FILE_NAMES))
+    elif path is None and vocabulary >= PALIGEMMA_VOCABULARY:
+        path = find_tokenizer(out)
+    elif path is None:
+        path = out / VOCABULARY
+        with processes.first_alone():
+            if not path.is_file():
+                write_vocabulary(path, map(str, set(dataset.tasks)), vocabulary)
+    tokenizer = load_tokenizer(path.expanduser())
+    if tokenizer.size > vocabulary:
+        raise Pi0Error(
+            f"tokenizer {path}: expected at most the {vocabulary} pieces of the model's "
+            f"vocabulary, found {tokenizer.size}. Name another with --tokenizer."
+        )
+    return tokenizer

@@ -1,0 +1,134 @@
+"""`pi0 train` on a real dataset's folder, from its first picture to an action."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dataset_folder import pictures
+from episodes import SIZES
+from PIL import Image
+from test_cli import pi0, refused
+
+from pi0.checkpoint.infer import to_config_json
+from pi0.data import Recording, Schema, finish, write_shard
+from pi0.train.log import read_log
+from pi0.train.save import STATE_FILE, load_state
+
+ROBOT = """
+name = "arm"
+control_hz = 10
+
+[[cameras]]
+key = "observation/image"
+names = ["base"]
+
+[[state]]
+key = "observation/state"
+length = 5
+
+[[actions]]
+name = "x"
+relative = true
+
+[[actions]]
+name = "gripper"
+"""
+BASE = "observation.images.base"
+COLUMNS = {"observation.state": tuple("abcde"), "action": ("x", "gripper"), "aux.place": ("p",)}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dataset, a robot's file and one of sizes."""
+    folder = tmp_path_factory.mktemp("verb")
+    rng = np.random.default_rng(0)
+    recordings = [
+        Recording(
+            task=task,
+            images={BASE: pictures(rng, 6, 32, 48)},
+            columns={
+                k: rng.normal(size=(6, len(v))).astype(np.float32) for k, v in COLUMNS.items()
+            },
+        )
+        for task in ("lift the cube", "push the ball")
+    ]
+    schema = Schema(fps=10, robot="arm", cameras={BASE: (32, 48)}, columns=COLUMNS)
+    write_shard(folder / "data", 0, 0, recordings, schema)
+    finish(folder / "data", schema)
+    (folder / "arm.toml").write_text(ROBOT)
+    (folder / "sizes.json").write_text(json.dumps(to_config_json(SIZES)))
+    return folder
+
+
+def words(place: Path, out: Path, *more: object) -> list[object]:
+    return [
+        "train", place / "sizes.json", "--data", place / "data", "--out", out,
+        "--robot", place / "arm.toml", "--batch-size", 4, "--warmup", 1, "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("default")
+def test_from_pictures_to_actions(place: Path, tmp_path: Path) -> None:
+    """Trained in two halves; then an action, by an engine, from the files alone."""
+    out = tmp_path / "run"
+    options = ["--steps", 4, "--learning-rate", "1e-3", "--aux", "aux.place@0", "--log-every", 2]
+    done = pi0(*words(place, out, *options, "--save-every", 2, "--draws", 2))
+    assert done.returncode == 0, done.stderr
+    assert "from random weights: 2 episodes, 12 frames" in done.stdout
+    assert "step 4: loss flow " in done.stdout
+    assert "aux.place " in done.stdout
+    assert done.stdout.endswith(f"wrote {out}/checkpoints/000004\n")
+    assert [entry["step"] for entry in read_log(out / "log.jsonl")] == [2, 4]
+    Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save(tmp_path / "base.png")
+    acted = pi0(
+        "act", out / "last", "--robot", place / "arm.toml", "--image", f"base={tmp_path}/base.png",
+        "--prompt", "lift the cube", "--state", "0,0,0,0,0", "--json",
+    )  # fmt: skip
+    assert acted.returncode == 0, acted.stderr
+    assert np.array(json.loads(acted.stdout)["actions"]).shape == (6, 2)
+    assert "expected a folder without a run" in refused(*words(place, out, *options))
+
+
+def test_sigterm_saves_and_resumes(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    long = [str(word) for word in words(place, out, "--steps", 100_000, "--log-every", 1)]
+    command = [sys.executable, "-m", "pi0.cli.main", *long]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 3"):
+                process.send_signal(signal.SIGTERM)
+            if line.startswith("stopped"):
+                assert "Go on with the same command and --resume." in line
+        assert process.wait() == 128 + signal.SIGTERM
+    step = load_state(out / STATE_FILE)["done"]
+    assert step >= 3
+    assert (out / "checkpoints" / f"{step:06d}" / "model.safetensors").is_file()
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--robot", "libero"], "cameras: expected observation.images.NAME for the cameras image"),
+        (["--aux", "aux.goal"], "aux.goal: expected this column in the dataset"),
+        (["--aux", "aux.place@9"], "expected a block from 0 to 1"),
+        (["--batch-size", "0"], "batch-size"),
+        (["--ema", "1"], "ema: expected 0 to"),
+        (["--crop", "7"], "crop: expected 0.1 to 1, found 7"),
+        (["--layout", "jax"], "--layout: expected one of openpi, lerobot, found 'jax'"),
+        (["--layout", "lerobot"], "expected a robot whose actions are absolute"),
+        (["--max-tokens", "3"], "task 'lift the cube': prompt: expected at most 3 tokens"),
+        (["--lora", "4"], "--lora: expected the checkpoint of a full model"),
+        (["--resume"], "expected a run to resume, found no training_state.pt"),
+        (["--freeze", "eyes"], "--freeze eyes: expected a pattern"),
+    ],
+)
+def test_refused(more: list[str], message: str, place: Path, tmp_path: Path) -> None:
+    assert message in refused(*words(place, tmp_path / "out", *more))

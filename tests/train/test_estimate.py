@@ -1,0 +1,66 @@
+"""Memory by arithmetic: what is counted, and what makes it less."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from episodes import SIZES
+
+from pi0.config import PRESETS
+from pi0.model import Pi0
+from pi0.train.estimate import TrainingMemory, estimate
+from pi0.train.lora import LoraOptions, add_lora
+from pi0.train.trainer import TrainerOptions, freeze
+
+SMALL = replace(PRESETS["small"], vocab_size=64)
+
+
+def measured(**changes: Any) -> TrainingMemory:
+    values: dict[str, Any] = {
+        "config": SMALL,
+        "prepare": lambda model: None,
+        "options": TrainerOptions(),
+        "batch": 2,
+        "cameras": 2,
+        "tokens": 8,
+        "draws": 1,
+        "ema": True,
+    }
+    return estimate(**values | changes)
+
+
+def test_weights_and_optimizer_are_counted() -> None:
+    count = sum(p.numel() for p in Pi0(SIZES).parameters())
+    found = measured(config=SIZES)
+    assert found.weights == found.gradients == found.average == 4 * count
+    assert found.optimizer == 8 * count
+    assert measured(config=SIZES, ema=False).average == 0
+    assert found.total == sum(vars(found).values())
+
+
+def test_passes_grow_with_the_batch() -> None:
+    one, two, four = (measured(batch=n).passes for n in (1, 2, 4))
+    assert four - two == pytest.approx(2 * (two - one), rel=0.01)
+
+
+def test_what_saves_memory_saves_it() -> None:
+    whole = measured().passes
+    assert measured(options=TrainerOptions(recompute=True)).passes < 0.6 * whole
+    assert measured(options=TrainerOptions(bfloat16=True)).passes < 0.9 * whole
+    assert measured(draws=4).passes > whole
+
+
+def test_frozen_weights_have_no_gradient() -> None:
+    def frozen(model: Pi0) -> None:
+        freeze(model, ["vision_tower.*"], [])
+
+    assert measured(prepare=frozen).gradients < measured().gradients
+    assert measured(prepare=frozen).passes < measured().passes
+
+
+def test_an_adapter_is_small() -> None:
+    pytest.importorskip("peft")
+    found = measured(prepare=lambda model: add_lora(model, LoraOptions(4), 0))
+    assert found.gradients < 0.1 * found.weights

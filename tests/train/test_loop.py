@@ -1,0 +1,182 @@
+"""Runs: what they write, how they stop and go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from episodes import FAST, PI05_SIZES, ROBOT, SIZES, Episodes, make_run
+
+from pi0.checkpoint.load import load_model, open_checkpoint
+from pi0.config import Pi0Config
+from pi0.errors import ConfigError, Pi0Error
+from pi0.policy import Policy, PolicyOptions, prepare
+from pi0.train.log import LOG, PLOT, read_log
+from pi0.train.loop import LAST, LoopOptions, require_folder, save, train
+from pi0.train.save import STATE_FILE, load_state
+
+SAVES = LoopOptions(log_every=2, save_every=3)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_model(open_checkpoint(folder)).named_parameters())
+
+
+def test_resuming_is_bit_for_bit(tmp_path: Path) -> None:
+    """6 steps at once, and 3, then 3 in another process's memory."""
+    changes: dict[str, Any] = {"heads": (("aux.place", 0),), "draws": 2}
+    straight = train(make_run(tmp_path / "a", **changes), tmp_path / "a", {}, SAVES)
+    first = make_run(tmp_path / "b", **changes)
+    for _ in range(3):
+        first.trainer.step()
+    save(first, tmp_path / "b", {})
+    second = make_run(tmp_path / "b", **changes)
+    resumed = train(second, tmp_path / "b", {}, SAVES, resume=True)
+    assert straight.step == resumed.step == 6
+    ours, theirs = weights_of(straight.checkpoint), weights_of(resumed.checkpoint)
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+    a, b = (load_state(tmp_path / run / STATE_FILE) for run in "ab")
+    for name in a["parameters"]:
+        assert torch.equal(a["parameters"][name], b["parameters"][name])
+    for x, y in zip(
+        a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True
+    ):
+        assert all(torch.equal(x[name], y[name]) for name in x)
+
+
+def test_a_run_resumes_only_as_itself(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    run.trainer.step()
+    save(run, tmp_path, {"draws": "1"})
+    with pytest.raises(ConfigError, match="--resume: draws: expected 1, .* found 2"):
+        train(make_run(tmp_path), tmp_path, {"draws": "2"}, SAVES, resume=True)
+    with pytest.raises(ConfigError, match="expected a run to resume, found no training_state"):
+        train(make_run(tmp_path / "new"), tmp_path / "new", {}, SAVES, resume=True)
+    with pytest.raises(ConfigError, match="expected a folder without a run"):
+        require_folder(tmp_path, resume=False)
+
+
+def test_what_is_written(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    logged: list[dict[str, float]] = []
+    outcome = train(run, tmp_path, {}, SAVES, on_log=logged.append)
+    assert (outcome.step, outcome.signal) == (6, None)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["000003", "000006"]
+    assert (tmp_path / LAST).resolve() == outcome.checkpoint.resolve()
+    entries = read_log(tmp_path / LOG)
+    assert [entry["step"] for entry in entries] == [2, 4, 6]
+    assert entries == logged
+    assert {"flow", "total", "learning_rate", "gradient_norm", "samples_per_second"} <= set(
+        entries[0]
+    )
+    assert (tmp_path / PLOT).read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_keeps_the_newest(tmp_path: Path) -> None:
+    train(make_run(tmp_path), tmp_path, {}, LoopOptions(save_every=2, keep=2))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["000004", "000006"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_stop(tmp_path: Path, number: int) -> None:
+    before = signal.getsignal(number)
+    steps = 0
+
+    def on_step(_: dict[str, float]) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 2:
+            os.kill(os.getpid(), number)
+
+    outcome = train(make_run(tmp_path), tmp_path, {}, LoopOptions(), on_step=on_step)
+    # The step during which the signal arrives, or the one after it.
+    assert outcome.signal == number
+    assert outcome.step in (2, 3)
+    assert outcome.checkpoint.is_dir()
+    assert load_state(tmp_path / STATE_FILE)["done"] == outcome.step
+    assert signal.getsignal(number) == before
+
+
+def test_not_finite_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+
+    def on_step(_: dict[str, float]) -> None:
+        if run.trainer.done == 4:
+            run.trainer.samples.states[:] = float("inf")
+
+    with pytest.raises(Pi0Error, match="step 4: .* expected a finite number"):
+        train(run, tmp_path, {}, SAVES, on_step=on_step)
+    assert load_state(tmp_path / STATE_FILE)["done"] == 3
+    assert weights_of(tmp_path / LAST)
+
+
+@pytest.mark.parametrize("config", [SIZES, PI05_SIZES], ids=["pi0", "pi05"])
+@pytest.mark.parametrize("layout", ["openpi", "lerobot"])
+def test_engines_give_the_trained_models_actions(
+    tmp_path: Path, config: Pi0Config, layout: str
+) -> None:
+    """Through the whole policy, from the files alone. 1e-4: float32 in another order."""
+    episodes = Episodes()
+    run = make_run(tmp_path, episodes, config=config, layout=layout, optimizer=replace(FAST, ema=0))
+    folder = train(run, tmp_path, {}, LoopOptions()).checkpoint
+    samples = run.trainer.samples
+    observation = {
+        "observation/image": episodes.pictures["observation.images.base"][3],
+        "observation/wrist_image": episodes.pictures["observation.images.wrist"][3],
+        "observation/state": episodes.column("observation.state")[3],
+        "prompt": episodes.tasks[3],
+    }
+    inputs, state = samples.pipeline.encode(observation)
+    noise = torch.randn(1, config.horizon, config.action_dim)
+    expected = run.trainer.module.model.sample_actions(inputs, noise)
+    actions = samples.pipeline.decode(expected[0].numpy(), state)
+    for engine in ("reference", "cpu"):
+        with Policy.from_checkpoint(folder, robot=ROBOT, engine=engine) as policy:
+            found = policy.infer(observation, noise=noise)["actions"]
+            np.testing.assert_allclose(found, actions, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [SIZES, PI05_SIZES], ids=["pi0", "pi05"])
+@pytest.mark.parametrize("layout", ["openpi", "lerobot"])
+def test_the_policys_pipeline_is_that_of_training(
+    tmp_path: Path, config: Pi0Config, layout: str
+) -> None:
+    run = make_run(tmp_path, config=config, layout=layout)
+    run.export.write(tmp_path / "made", run.trainer.exported())
+    setup = prepare(open_checkpoint(tmp_path / "made"), PolicyOptions(robot=ROBOT))
+    assert [f.code for f in setup.findings if f.severity == "error"] == []
+    theirs, ours = setup.require(), run.trainer.samples.pipeline
+    assert theirs.config == ours.config
+    assert (theirs.resize, theirs.prompt) == (ours.resize, ours.prompt)
+    for name in ("state_stats", "action_stats", "target_stats"):
+        a, b = getattr(theirs, name), getattr(ours, name)
+        for part in ("offset", "scale", "inverse_scale"):
+            # LeRobot keeps statistics in float32.
+            np.testing.assert_allclose(getattr(a, part), getattr(b, part), rtol=1e-6)
+        assert a.shift == b.shift
+
+
+def test_files_of_an_openpi_checkpoint(tmp_path: Path) -> None:
+    run = make_run(tmp_path, dtype="bfloat16")
+    run.export.write(tmp_path / "made", run.trainer.exported())
+    names = {str(p.relative_to(tmp_path / "made")) for p in (tmp_path / "made").rglob("*.*")}
+    assert names == {
+        "model.safetensors",
+        "config.json",
+        "assets/table/norm_stats.json",
+        "tokenizer.json",
+    }
+    stats = json.loads((tmp_path / "made/assets/table/norm_stats.json").read_text())["norm_stats"]
+    assert set(stats["actions"]) == {"mean", "std", "q01", "q99"}
+    assert len(stats["state"]["mean"]) == 5
+    stored = {info.dtype for info in open_checkpoint(tmp_path / "made").tensors.values()}
+    assert stored == {"BF16"}

@@ -1,0 +1,122 @@
+"""Batches: what is in them is what the policy would see, whoever asks for them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from episodes import PI05_SIZES, ROBOT, SIZES, TASKS, Episodes, make_run
+
+from pi0.config import Pi0Config
+from pi0.errors import Pi0Error
+from pi0.train.augment import Augmentation
+from pi0.train.samples import Chunks, Samples
+
+CPU = torch.device("cpu")
+
+
+def samples(tmp_path: Path, episodes: Episodes | None = None, **changes: object) -> Samples:
+    return make_run(tmp_path, episodes, **changes).trainer.samples
+
+
+@pytest.mark.parametrize("config", [SIZES, PI05_SIZES], ids=["pi0", "pi05"])
+@pytest.mark.parametrize("layout", ["openpi", "lerobot"])
+def test_inputs_are_those_of_the_policy(tmp_path: Path, config: Pi0Config, layout: str) -> None:
+    """Exactly, but for padding of the text, which training leaves out where all rows have it."""
+    episodes = Episodes()
+    made = samples(tmp_path, episodes, config=config, layout=layout)
+    batch = made.batch(0, slice(None), CPU)
+    for row, frame in enumerate(made.frames_of(0)):
+        observation = {
+            "observation/image": episodes.pictures["observation.images.base"][frame],
+            "observation/wrist_image": episodes.pictures["observation.images.wrist"][frame],
+            "observation/state": episodes.column("observation.state")[frame],
+            "prompt": episodes.tasks[frame],
+        }
+        inputs, _ = made.pipeline.encode(observation)
+        ours = batch.inputs.row(row)
+        length = ours.tokens.shape[1]
+        assert torch.equal(ours.images, inputs.images)
+        assert torch.equal(ours.tokens, inputs.tokens[:, :length])
+        assert torch.equal(ours.token_mask, inputs.token_mask[:, :length])
+        assert not inputs.token_mask[:, length:].any()
+        assert torch.equal(ours.state, inputs.state)
+
+
+def test_actions_are_decoded_to_the_recorded_ones(tmp_path: Path) -> None:
+    """Relative actions, too: subtracted here, added by the policy. float32: 1e-5."""
+    robot = replace(ROBOT, delta=(2, -1))
+    episodes = Episodes()
+    made = samples(tmp_path, episodes, robot=robot)
+    batch = made.batch(0, slice(None), CPU)
+    frames = made.frames_of(0)
+    states, actions = made.chunks.at(frames)
+    decoded = made.pipeline.decode(batch.actions.numpy(), states)
+    np.testing.assert_allclose(decoded, actions, atol=1e-5)
+    assert not batch.actions[..., 3:].any()
+
+
+def test_chunks_repeat_the_last_action_of_an_episode() -> None:
+    episodes = Episodes(lengths=(3, 4))
+    episodes.columns["action"] = np.arange(7, dtype=np.float32)[:, None]
+    chunks = Chunks(episodes, 4)  # type: ignore[arg-type]
+    _, actions = chunks.at(np.array([0, 1, 2, 3, 6]))
+    assert actions[..., 0].tolist() == [
+        [0, 1, 2, 2],
+        [1, 2, 2, 2],
+        [2, 2, 2, 2],
+        [3, 4, 5, 6],
+        [6, 6, 6, 6],
+    ]
+
+
+def test_statistics_are_of_relative_chunks(tmp_path: Path) -> None:
+    """What the model predicts has mean 0 and deviation 1 over all frames and chunks."""
+    robot = replace(ROBOT, delta=(2, -1))
+    made = samples(tmp_path, robot=robot, batch_size=26)
+    actions = made.batch(0, slice(None), CPU).actions[..., :3].flatten(0, 1)
+    torch.testing.assert_close(actions.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(actions.std(0, correction=0), torch.ones(3), atol=1e-5, rtol=0)
+
+
+def test_every_frame_once_an_epoch(tmp_path: Path) -> None:
+    made = samples(tmp_path)  # 26 frames in batches of 8
+    frames = np.concatenate([made.frames_of(step) for step in range(13)])
+    for epoch in range(4):
+        assert sorted(frames[epoch * 26 : (epoch + 1) * 26]) == list(range(26))
+    assert not np.array_equal(frames[:26], frames[26:52])
+
+
+def test_shares_make_up_the_batch(tmp_path: Path) -> None:
+    """Noise, time and augmentation do not depend on how many processes share a batch."""
+    made = samples(tmp_path, draws=2, augmentation=Augmentation(), heads=(("aux.place", 1),))
+    whole = made.batch(3, slice(None), CPU)
+    parts = [made.batch(3, slice(i, i + 4), CPU) for i in (0, 4)]
+    for name in ("actions", "noise", "time"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(p, name) for p in parts]))
+    for name, value in vars(whole.inputs).items():
+        # Sines differ in their last bit by the place of an image in the batch.
+        joined = torch.cat([getattr(p.inputs, name) for p in parts])
+        torch.testing.assert_close(value, joined, atol=1e-5, rtol=0)
+    assert torch.equal(
+        whole.columns["aux.place"], torch.cat([part.columns["aux.place"] for part in parts])
+    )
+    assert not torch.equal(whole.noise, made.batch(4, slice(None), CPU).noise)
+
+
+def test_long_tasks_are_named(tmp_path: Path) -> None:
+    episodes = Episodes()
+    episodes.tasks[3] = "Ω" * 40
+    with pytest.raises(Pi0Error, match="task 'Ω.*expected at most 24 tokens"):
+        samples(tmp_path, episodes, tokenizer=byte_file(tmp_path))
+    assert TASKS[0] in episodes.tasks
+
+
+def byte_file(folder: Path) -> Path:
+    from pi0.checkpoint.synth import byte_tokenizer
+
+    byte_tokenizer().save(str(folder / "bytes.json"))
+    return folder / "bytes.json"

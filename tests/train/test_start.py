@@ -1,0 +1,81 @@
+"""What training starts from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pi0.checkpoint.infer import to_config_json
+from pi0.config import PRESETS
+from pi0.errors import CheckpointError, ConfigError
+from pi0.inputs import random_inputs
+from pi0.train.start import find_start, read_sizes
+
+CPU = torch.device("cpu")
+
+
+def test_presets_files_and_checkpoints(tmp_path: Path, tiny_path: Path) -> None:
+    assert find_start("tiny").config == PRESETS["tiny"]
+    file = tmp_path / "sizes.json"
+    file.write_text(json.dumps(to_config_json(PRESETS["pi05_tiny"])))
+    assert find_start(str(file)).config == PRESETS["pi05_tiny"]
+    assert find_start(str(file), horizon=7, image_size=56).config.horizon == 7
+    start = find_start(str(tiny_path), image_size=56)
+    assert start.checkpoint is not None
+    assert start.config.vision.image_size == 56
+    assert start.model(0, CPU).config == start.config
+    with pytest.raises(CheckpointError):
+        find_start(str(tmp_path / "nothing"))
+
+
+def test_sizes_in_toml(tmp_path: Path) -> None:
+    lines = []
+    for name, value in to_config_json(PRESETS["tiny"]).items():
+        if not isinstance(value, dict):
+            lines.insert(0, f"{name} = {json.dumps(value)}")
+        else:
+            lines += [f"[{name}]", *(f"{key} = {number}" for key, number in value.items())]
+    (tmp_path / "sizes.toml").write_text("\n".join(lines))
+    assert read_sizes(tmp_path / "sizes.toml") == PRESETS["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"horizon": None}, "found horizon missing"),
+        ({"width": 3}, "found width as well"),
+        ({"horizon": 0}, "horizon: expected a count, found 0"),
+        ({"vlm": 3}, "expected a table vlm, found 3"),
+        ({"type": "act"}, "type: expected pi0 or pi05, found 'act'"),
+    ],
+)
+def test_wrong_sizes_are_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    table = to_config_json(PRESETS["tiny"]) | change
+    path = tmp_path / "sizes.json"
+    path.write_text(json.dumps({k: v for k, v in table.items() if v is not None}))
+    with pytest.raises(ConfigError, match=message):
+        find_start(str(path))
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "pi05_tiny"])
+def test_random_weights_keep_their_scale(name: str) -> None:
+    """Every stage has values of the order of 1; the seed decides them."""
+    start = find_start(name)
+    model = start.model(3, CPU)
+    again = start.model(3, CPU).state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in model.state_dict().items())
+    scales: dict[str, float] = {}
+
+    def tap(name: str, value: torch.Tensor) -> torch.Tensor:
+        if value.is_floating_point():
+            scales[name] = float(value.detach().std())
+        return value
+
+    inputs, noise = random_inputs(start.config, cameras=2, tokens=8, seed=0)
+    model(inputs, noise, torch.tensor([0.5]), tap)
+    assert scales.pop("velocity") == scales.pop("action_projection") == 0
+    for stage, scale in scales.items():
+        assert 0.05 < scale < 5, (stage, scale)

@@ -58,6 +58,7 @@ ARROWS = {
         "checkpoint",
         "engines",
     },
+    "serve": {"errors", "policy"},
     "data": {"errors", "findings", "checkpoint", "policy"},
     "sim": {"errors", "data"},
     "train": {
@@ -73,6 +74,7 @@ ARROWS = {
     },
     "eval": {"errors", "figures", "checkpoint", "policy", "sim", "workers"},
     "cli": {
+        "serve",
         "errors",
         "plugins",
         "findings",

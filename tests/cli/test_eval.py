@@ -18,6 +18,8 @@ from pi0.cli.main import main
 
 DOTS = Path(__file__).parents[1] / "eval"
 ENV = ("--env", "dots:test/Dots-v0")
+# Said once in a process, by whichever test comes first.
+pytestmark = pytest.mark.filterwarnings("default:robot dots states no limits")
 
 
 @pytest.fixture
@@ -51,7 +53,6 @@ def run(*options: str) -> tuple[int, str, str]:
     return code, stdout.getvalue(), stderr.getvalue()
 
 
-@pytest.mark.filterwarnings("default:robot dots states no limits")
 def test_table_json_and_films(
     tiny_path: Path, robot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

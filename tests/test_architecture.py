@@ -18,6 +18,7 @@ ARROWS = {
     "plugins": {"errors"},
     "findings": {"errors"},
     "figures": set(),
+    "workers": {"errors"},
     "config": {"errors"},
     "inputs": {"errors", "config"},
     "model": {"errors", "config", "inputs"},
@@ -57,7 +58,9 @@ ARROWS = {
         "checkpoint",
         "engines",
     },
+    "serve": {"errors", "policy"},
     "data": {"errors", "findings", "checkpoint", "policy"},
+    "sim": {"errors", "data"},
     "train": {
         "errors",
         "findings",
@@ -69,7 +72,9 @@ ARROWS = {
         "policy",
         "data",
     },
+    "eval": {"errors", "figures", "checkpoint", "policy", "sim", "workers"},
     "cli": {
+        "serve",
         "errors",
         "plugins",
         "findings",
@@ -81,10 +86,12 @@ ARROWS = {
         "engines",
         "policy",
         "data",
+        "sim",
         "train",
         "trace",
         "verify",
         "bench",
+        "eval",
     },
 }
 

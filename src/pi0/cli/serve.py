@@ -1,0 +1,193 @@
+"""`pi0 serve`: a policy behind openpi's websocket protocol."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pi0.cli import options
+
+if TYPE_CHECKING:
+    import socket
+
+    from pi0.policy import Policy
+    from pi0.serve.options import ServeOptions
+
+SECOND_SIGNAL = 130  # exit code if a second Ctrl-C ends what the first began
+
+
+def serve(
+    checkpoint: options.Checkpoint,
+    robot: options.RobotName = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0: all of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: one that is free.")
+    ] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="File with the key that clients must show: `openssl rand -hex 32 >FILE`.",
+            show_default=False,
+        ),
+    ] = None,
+    allow_no_key: Annotated[
+        bool,
+        typer.Option(
+            "--allow-no-key", help="Let everybody in who reaches an address of this machine."
+        ),
+    ] = False,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(metavar="PEM", help="Certificate, for wss://.", show_default=False),
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="PEM", help="Its private key.", show_default=False)
+    ] = None,
+    max_clients: Annotated[int, typer.Option(min=1, help="Robots connected at once.")] = 64,
+    max_message: Annotated[
+        int, typer.Option(min=1, metavar="MB", help="Size of an observation; an array: half.")
+    ] = 32,
+    timeout: Annotated[
+        float, typer.Option(min=0.001, help="Seconds from an observation to its answer.")
+    ] = 60.0,
+    on_limit: Annotated[
+        str, typer.Option(help="Actions beyond the robot's limits: error, clamp or warn.")
+    ] = "error",
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Denoising steps; default: what a LeRobot checkpoint says, else 10.",
+            show_default=False,
+        ),
+    ] = None,
+    seed: options.Seed = 0,
+    default_prompt: Annotated[
+        str | None,
+        typer.Option(help="For observations without a prompt.", show_default=False),
+    ] = None,
+    tokenizer: options.TokenizerFile = None,
+    norm_stats: options.NormStats = None,
+    norm_mode: options.NormMode = None,
+    preprocessing: options.Preprocessing = None,
+    resize: options.Resize = None,
+    prompt_mode: options.PromptMode = None,
+    state_in_prompt: options.StateInPrompt = None,
+    image_size: options.ImageSize = None,
+    horizon: options.Horizon = None,
+    max_tokens: options.MaxTokens = None,
+    base: options.Base = None,
+    engine: options.EngineOrAuto = "auto",
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    weight_cache: options.WeightCache = False,
+) -> None:
+    """Serve a policy over the network: clients of openpi connect as they are.
+
+    The port also answers /healthz, /readyz (200 once the policy is warm), /metrics for Prometheus,
+    and / with a live page. Ctrl-C or SIGTERM ends it after the answers that are under way.
+
+    **Examples**
+
+        pi0 serve pi0_libero --robot libero
+        pi0 serve pi0_aloha --robot aloha --engine cpu:int8 \\
+            --host 0.0.0.0 --api-key-file key
+    """
+    from pi0.serve import require_packages
+
+    require_packages()
+
+    from pi0.checkpoint.load import open_checkpoint
+    from pi0.cli.engine import load_engine
+    from pi0.policy import Policy, PolicyOptions, choose_engine, prepare
+    from pi0.serve.binding import bind, check_exposure, make_tls, read_api_key
+    from pi0.serve.options import ServeOptions
+    from pi0.serve.wire import MessageLimits
+
+    _log_to_stderr()
+    key = read_api_key(api_key_file) if api_key_file else None
+    tls = make_tls(tls_cert, tls_key)
+    with bind(host, port) as sock:
+        check_exposure(sock, key, tls is not None, allow_no_key)
+        opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
+        setup = prepare(
+            opened,
+            PolicyOptions(
+                robot=robot,
+                tokenizer=tokenizer,
+                norm_stats=norm_stats,
+                norm_mode=norm_mode,
+                preprocessing=preprocessing,
+                resize=resize,
+                prompt=prompt_mode,
+                state_in_prompt=state_in_prompt,
+                image_size=image_size,
+                default_prompt=default_prompt,
+            ),
+        )
+        pipeline = setup.require()
+        spec = choose_engine(engine, opened.config, dtype, device, image_size)
+        cameras, tokens = len(pipeline.robot.cameras), pipeline.prompt.max_tokens
+        made = load_engine(opened, spec, cameras, tokens, image_size, weight_cache=weight_cache)
+        with Policy(
+            pipeline,
+            made,
+            steps=steps or setup.steps,
+            seed=seed,
+            n_action_steps=setup.n_action_steps,
+            on_limit=on_limit,
+            metadata=setup.describe(),
+        ) as policy:
+            limits = MessageLimits(max_message << 20, max_message << 19)
+            run(policy, sock, ServeOptions(key, tls, limits, max_clients, timeout))
+
+
+def run(policy: Policy, sock: socket.socket, settings: ServeOptions) -> None:
+    """Serves a policy on a bound socket until SIGINT or SIGTERM; a second one ends at once."""
+    import asyncio
+    import os
+    import signal
+
+    from pi0.cli.show import print_line
+    from pi0.serve.server import PolicyServer
+
+    host, port, *_ = sock.getsockname()
+    scheme = "wss" if settings.tls else "ws"
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def ready(seconds: float) -> None:
+        print_line(
+            f"serving robot {policy.robot.name} on {scheme}://{address}, live page "
+            f"http{scheme[2:]}://{address}/ (the first chunk took {seconds:.2f} s)"
+        )
+
+    async def serve_until_signal() -> None:
+        stop = asyncio.Event()
+
+        def on_signal() -> None:
+            if stop.is_set():
+                os._exit(SECOND_SIGNAL)
+            stop.set()
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal)
+        await PolicyServer(policy, settings).serve(sock, stop, ready)
+
+    asyncio.run(serve_until_signal())
+
+
+def _log_to_stderr() -> None:
+    """The server's log, with times."""
+    import logging
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("pi0.serve")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)

@@ -1,0 +1,170 @@
+"""The HTTP side of the port: health, metrics, and a live page that needs nothing from elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from collections.abc import Iterator
+from http import HTTPStatus
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from websockets.asyncio.server import ServerConnection
+from websockets.datastructures import Headers
+from websockets.http11 import Request, Response
+
+from pi0.policy.observation import check_observation, lookup, read_image
+from pi0.serve.answer import Chunk
+from pi0.serve.binding import shows_key
+
+if TYPE_CHECKING:
+    from pi0.policy import Pipeline
+    from pi0.serve.server import PolicyServer
+
+PICTURE_SIDE = 320  # pixels, at most
+PLOTTED = 32  # actions of a chunk, at most
+RECENT = 60  # seconds that the page's quantiles tell of
+NEED_KEY = (
+    "key: expected the header Authorization: Api-Key KEY with this server's key, found none.\n"
+)
+# Nothing from elsewhere, and nobody else's page around this one.
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src 'self'; connect-src 'self'; frame-ancestors 'none'"
+)
+
+
+class Site:
+    """Answers HTTP requests to a server's port; those for a websocket it lets in or refuses."""
+
+    def __init__(self, server: PolicyServer) -> None:
+        self._server = server
+        self._page = (files("pi0.serve") / "page.html").read_bytes()
+
+    async def respond(self, connection: ServerConnection, request: Request) -> Response | None:
+        """The response to a request; None: it becomes a websocket."""
+        path = request.path.partition("?")[0]
+        server = self._server
+        if path == "/healthz":
+            return connection.respond(HTTPStatus.OK, "OK\n")  # as openpi's server says it
+        if path == "/readyz":
+            status = HTTPStatus.OK if server.ready else HTTPStatus.SERVICE_UNAVAILABLE
+            return connection.respond(status, "ready\n" if server.ready else "not ready\n")
+        key = server.options.api_key
+        if key is not None and not shows_key(request.headers.get_all("Authorization"), key):
+            server.metrics.refused("key")
+            refused = connection.respond(HTTPStatus.UNAUTHORIZED, NEED_KEY)
+            refused.headers["WWW-Authenticate"] = 'Basic realm="pi0: the password is the API key"'
+            return refused
+        if "websocket" in request.headers.get("Upgrade", "").lower():
+            return self._admit(connection)
+        return await self._content(connection, path)
+
+    def _admit(self, connection: ServerConnection) -> Response | None:
+        server, most = self._server, self._server.options.max_clients
+        if server.stopping:
+            reason, text = "stopping", "server: expected it to run, found it ending."
+        elif len(server.sessions) >= most:
+            reason = "clients"
+            text = f"clients: expected at most {most} at once, found as many. Come back later."
+        else:
+            return None
+        server.metrics.refused(reason)
+        return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, f"{text}\n")
+
+    async def _content(self, connection: ServerConnection, path: str) -> Response:
+        if path == "/":
+            return _response("text/html; charset=utf-8", self._page)
+        if path == "/metrics":
+            return _response(
+                "text/plain; version=0.0.4; charset=utf-8", self._server.metrics.exposition()
+            )
+        if path == "/status.json":
+            text = json.dumps(self._status(), allow_nan=False)
+            return _response("application/json", text.encode())
+        if path.startswith("/images/"):
+            picture = await asyncio.to_thread(self._picture, path.removeprefix("/images/"))
+            if picture:
+                return _response("image/png", picture)
+        return connection.respond(HTTPStatus.NOT_FOUND, "not found\n")
+
+    def _status(self) -> dict[str, Any]:
+        server, last = self._server, self._server.answerer.last
+        policy = server.answerer.policy
+        recent = server.metrics.latency(RECENT)
+        return {
+            "ready": server.ready,
+            "robot": policy.robot.name,
+            "engine": policy.metadata["engine"]["name"],
+            "precision": policy.metadata["engine"]["precision"],
+            "clients": len(server.sessions),
+            "waiting": sum(session.waiting for session in server.sessions),
+            "outcomes": dict(server.metrics.outcomes),
+            "recent": recent and vars(recent),
+            "latencies": list(server.metrics.latencies),
+            "last": last and _describe(last, policy.pipeline),
+        }
+
+    def _picture(self, name: str) -> bytes | None:
+        """A camera's last image as PNG, small; None if there is none."""
+        last, pipeline = self._server.answerer.last, self._server.answerer.policy.pipeline
+        if last is None or not name.isdecimal():
+            return None
+        arrays = dict(enumerate(array for _, array in _images(last, pipeline)))
+        if int(name) not in arrays:
+            return None
+        image = Image.fromarray(_eight_bit(arrays[int(name)]))
+        image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+        out = io.BytesIO()
+        image.save(out, "PNG")
+        return out.getvalue()
+
+
+def _describe(chunk: Chunk, pipeline: Pipeline) -> dict[str, Any]:
+    robot = pipeline.robot
+    observation = chunk.observation
+    actions = chunk.actions[:, :PLOTTED]
+    return {
+        "number": chunk.number,
+        "prompt": str(observation.get("prompt", observation.get("task", ""))),
+        "cameras": [key for key, _ in _images(chunk, pipeline)],
+        "actions": actions.tolist(),
+        "names": list(robot.action_names[:PLOTTED] or map(str, range(actions.shape[1]))),
+        "units": list(robot.action_units[:PLOTTED]),
+        "rate_hz": robot.control_hz,
+    }
+
+
+def _images(chunk: Chunk, pipeline: Pipeline) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
+    """Keys and images of an observation that the policy has read."""
+    observation = check_observation(chunk.observation, pipeline.robot, pipeline.rename)
+    for camera in pipeline.robot.cameras:
+        image = lookup(observation, camera.key)
+        if image is not None:
+            yield camera.key, read_image(camera.key, image)
+
+
+def _eight_bit(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """[H, W, 3] uint8 of an image as robots send it: either axis order, uint8 or in [0, 1]."""
+    if image.shape[-1] != 3:
+        image = image.transpose(1, 2, 0)
+    if image.dtype != np.uint8:
+        image = (image.astype(np.float32).clip(0, 1) * 255).astype(np.uint8)
+    return np.ascontiguousarray(image)
+
+
+def _response(kind: str, body: bytes) -> Response:
+    headers = Headers(
+        {
+            "Content-Type": kind,
+            "Content-Length": str(len(body)),
+            "Cache-Control": "no-store",
+            "Content-Security-Policy": POLICY,
+            "X-Content-Type-Options": "nosniff",
+            "Connection": "close",
+        }
+    )
+    return Response(HTTPStatus.OK.value, HTTPStatus.OK.phrase, headers, body)

@@ -1,0 +1,201 @@
+"""A server in a thread, policies whose answers tell whose observation they saw, a plain client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from websockets.sync.client import ClientConnection, connect
+
+from pi0.checkpoint.synth import byte_tokenizer
+from pi0.config import PRESETS
+from pi0.engines.base import Capabilities, Engine, EngineOptions
+from pi0.inputs import ModelInputs
+from pi0.model import Tap
+from pi0.model.pi0 import no_tap
+from pi0.policy import ROBOTS, Pipeline, Policy
+from pi0.policy.normalize import make_normalizer
+from pi0.policy.tokenizer import PromptFormat, Tokenizer
+from pi0.serve.binding import bind
+from pi0.serve.options import ServeOptions
+from pi0.serve.server import PolicyServer
+from pi0.serve.wire import MessageLimits, pack, unpack
+
+OPENPI_PYTHON = Path(__file__).parents[2] / ".venv-openpi" / "bin" / "python"
+NO_OPENPI = "needs openpi-client in .venv-openpi (make .venv-openpi/installed)"
+IMAGE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+WIDTH = 14  # of states and actions
+SOON = 20.0  # seconds in which a busy machine does what takes milliseconds
+
+
+class StateEngine(Engine):
+    """Its actions are the state's first value, each of them; it computes as long as it is told."""
+
+    name = "state"
+    capabilities = Capabilities(precisions=("float32",))
+
+    def __init__(self, seconds: float = 0.0, scale: float = 1.0) -> None:
+        super().__init__(SimpleNamespace(config=PRESETS["tiny"]), EngineOptions("float32"))
+        self.seconds, self.scale = seconds, scale
+        self.computed: list[float] = []
+        self.gate = threading.Event()  # calls wait for it
+        self.gate.set()
+        self.started = threading.Semaphore(0)
+
+    def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> ModelInputs:
+        return inputs
+
+    def velocity(self, x_t: Tensor, t: Tensor, cache: ModelInputs, tap: Tap = no_tap) -> Tensor:
+        raise NotImplementedError
+
+    def _sample(
+        self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: Callable[[], None]
+    ) -> Tensor:
+        self.started.release()
+        self.gate.wait(SOON)
+        value = float(inputs.state[0, 0])
+        for _ in range(steps):
+            time.sleep(self.seconds / steps)
+            on_step()
+        self.computed.append(value)
+        return torch.full_like(noise, value * self.scale)
+
+
+def make_policy(engine: Engine, robot: str = "generic", **options: Any) -> Policy:
+    """A policy that changes nothing of the engine's actions but cutting them to the robot."""
+    backend = byte_tokenizer()
+    stats = {"mean": np.zeros(WIDTH), "std": np.ones(WIDTH)}
+    state, actions = (
+        make_normalizer(what, "mean_std", "openpi", stats) for what in ("state", "actions")
+    )
+    pipeline = Pipeline(
+        config=PRESETS["tiny"],
+        robot=ROBOTS[robot],
+        tokenizer=Tokenizer(lambda text: list(backend.encode(text).ids), 2, 260, Path("bytes")),
+        resize="openpi",
+        prompt=PromptFormat("openpi", 48),
+        state_stats=state,
+        action_stats=actions,
+        target_stats=actions,
+    )
+    return Policy(pipeline, engine, **options)
+
+
+def observation(value: float, **changes: Any) -> dict[str, Any]:
+    """An observation of robot generic whose state begins with a value; None removes a key."""
+    state = np.zeros(WIDTH, np.float32)
+    state[0] = value
+    made = {"images": {"base": IMAGE}, "state": state, "prompt": "go", **changes}
+    return {key: inner for key, inner in made.items() if inner is not None}
+
+
+@dataclass
+class Running:
+    """A server that runs, and what a test needs of it."""
+
+    server: PolicyServer
+    port: int
+    loop: asyncio.AbstractEventLoop
+    stop_event: asyncio.Event
+    ready: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def stop(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self.loop.call_soon_threadsafe(self.stop_event.set)
+
+    @contextlib.contextmanager
+    def connect(self, **options: Any) -> Iterator[ClientConnection]:
+        """A connection that has read the metadata."""
+        address = f"ws://{self.address}"
+        with connect(address, compression=None, max_size=None, **options) as client:
+            read(client)
+            yield client
+
+
+@contextlib.contextmanager
+def running(
+    policy: Policy,
+    options: ServeOptions | None = None,
+    wait: bool = True,
+    send_buffer: int | None = None,
+) -> Iterator[Running]:
+    """A server of a policy on a free port; it has ended when the block ends.
+
+    Args:
+        wait: until the policy is warm.
+        send_buffer: bytes that the system keeps for a client that does not read.
+    """
+    sock = bind("127.0.0.1", 0)
+    if send_buffer:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    ready, failures, made = threading.Event(), [], []
+    created = threading.Event()
+
+    async def serve() -> None:
+        server = PolicyServer(policy, options)
+        stop = asyncio.Event()
+        made.append(Running(server, sock.getsockname()[1], asyncio.get_running_loop(), stop, ready))
+        created.set()
+        await server.serve(sock, stop, lambda _: ready.set())
+
+    def run() -> None:
+        try:
+            asyncio.run(serve())
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            created.set()
+            ready.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert created.wait(SOON)
+        if wait:
+            assert ready.wait(SOON)
+        if failures:
+            raise failures[0]
+        yield made[0]
+    finally:
+        if made:
+            made[0].stop()
+        thread.join(SOON)
+        sock.close()
+    assert not thread.is_alive()
+    if failures:
+        raise failures[0]
+
+
+def read(client: ClientConnection) -> Any:
+    """The next frame: unpacked, or a text as it is."""
+    frame = client.recv(timeout=SOON)
+    return frame if isinstance(frame, str) else unpack(frame, MessageLimits())
+
+
+def ask(client: ClientConnection, value: dict[str, Any]) -> Any:
+    """The answer to an observation."""
+    client.send(pack(value))
+    return read(client)
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Waits until a condition holds."""
+    end = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)

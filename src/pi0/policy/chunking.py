@@ -194,14 +194,15 @@ class ActionBuffer:
         self.close()
 
     def _next(self, observation: Observation) -> Floats:
-        if self._pending and self._pending[1].done():
+        waits = self._last is None or self.when_dry == "wait"
+        if self._pending and (self._pending[1].done() or (waits and not len(self._rest()))):
             self._take_in()
         rest = self._rest()
-        due = self._plan is None or self._tick - self._observed >= self.execution_horizon
+        due = self._tick - self._observed >= self.execution_horizon
         if self._pending is None and (due or not len(rest)):
             self._start(observation, rest)
         if not len(rest):
-            if self._last is not None and self.when_dry != "wait":
+            if self._last is not None and not waits:
                 return self._run_dry(self._last)
             self._take_in()
             rest = self._rest()

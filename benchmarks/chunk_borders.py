@@ -1,10 +1,10 @@
-"""How far actions jump where chunks meet: `python benchmarks/chunk_borders.py CKPT --robot generic`.
+"""How far actions jump where chunks meet: `python benchmarks/chunk_borders.py CKPT`.
 
-Chunks follow each other as in an `ActionBuffer`: each starts from the observation half a chunk after
-the last one's and takes over some ticks later. The plan before it had an action for that tick, too:
-the jump is the distance between the two, root mean square over dimensions and borders, in units of
-the action's spread within the chunks. Images and noise differ from chunk to chunk. Counts ticks,
-times nothing.
+Chunks follow each other as in an `ActionBuffer`: each starts from the observation half a chunk
+after the last one's and takes over some ticks later. The plan before it had an action for that
+tick, too: the jump is the distance between the two, root mean square over dimensions and borders,
+in units of the action's spread within the chunks. Images and noise differ from chunk to chunk.
+Counts ticks, times nothing.
 """
 
 from __future__ import annotations

@@ -85,9 +85,7 @@ def test_ensemble_is_acts(decay: float) -> None:
     actions, robot, _ = run(1, 20, overlap="ensemble", decay=decay, execution_horizon=2)
     starts = [k for k, _ in robot.calls]
     for k, action in enumerate(actions):
-        covering = [
-            (n, s) for n, s in enumerate(starts) if (s < k or s == 0) and k < s + HORIZON
-        ]
+        covering = [(n, s) for n, s in enumerate(starts) if (s < k or s == 0) and k < s + HORIZON]
         weights = np.exp(-decay * np.arange(len(covering)))
         expected = np.sum(weights * [k + 100 * n for n, _ in covering]) / weights.sum()
         assert action == pytest.approx(expected, rel=1e-6)  # rounded to float32

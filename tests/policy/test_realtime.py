@@ -133,7 +133,7 @@ def test_independent_actions_are_met_exactly(steps: int) -> None:
     settings = RealTimeChunking(max_guidance=1e6, schedule="ones")
     guidance = Inpainting(settings, chunk(1)[:5], 0, HORIZON)
     found = guided(velocity, guidance, noise, steps)
-    torch.testing.assert_close(found[0, :5], chunk(1)[:5], atol=1e-4, rtol=0)  # float32, w up to 1e6
+    torch.testing.assert_close(found[0, :5], chunk(1)[:5], atol=1e-4, rtol=0)  # w up to 1e6
     free = integrate(velocity, noise, steps)
     torch.testing.assert_close(found[0, 5:], free[0, 5:], atol=1e-5, rtol=0)
 
@@ -212,7 +212,12 @@ def sample(engine: Engine, jacobian: str, remaining: int = 30, delay: int = 5) -
 
 @pytest.mark.parametrize(
     ("spec", "jacobian"),
-    [("reference", "exact"), ("reference", "identity"), ("cpu", "identity"), ("cpu:int8", "identity")],
+    [
+        ("reference", "exact"),
+        ("reference", "identity"),
+        ("cpu", "identity"),
+        ("cpu:int8", "identity"),
+    ],
 )
 def test_engines_continue_a_chunk(each_path: Path, spec: str, jacobian: str) -> None:
     """The actions that are executed in any case are met; the border jumps less than a tenth."""
@@ -253,13 +258,16 @@ def test_inside_inference_mode(tiny_path: Path) -> None:
 
 
 def test_engines_without_gradients_refuse(tiny_path: Path) -> None:
-    with make_engine("cpu", open_checkpoint(tiny_path)) as engine:
-        with pytest.raises(EngineError, match="engine cpu: expected one whose velocity autograd"):
-            sample(engine, "exact")
+    refusal = "engine cpu: expected one whose velocity autograd can follow"
+    with (
+        make_engine("cpu", open_checkpoint(tiny_path)) as engine,
+        pytest.raises(EngineError, match=refusal),
+    ):
+        sample(engine, "exact")
 
 
 def test_a_velocity_without_gradient_is_no_identity() -> None:
-    """What is declared differentiable and is not would leave the identity in the Jacobian's place."""
+    """What is declared differentiable and is not would leave the identity for the Jacobian."""
     guidance = Inpainting(RealTimeChunking(), chunk(0), 0, HORIZON)
     with pytest.raises(EngineError, match="expected one that autograd can follow"):
         guidance(lambda x: x.detach(), chunk(1)[None], torch.tensor([0.5]))

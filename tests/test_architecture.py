@@ -18,6 +18,7 @@ ARROWS = {
     "plugins": {"errors"},
     "findings": {"errors"},
     "figures": set(),
+    "workers": {"errors"},
     "config": {"errors"},
     "inputs": {"errors", "config"},
     "model": {"errors", "config", "inputs"},
@@ -59,6 +60,7 @@ ARROWS = {
     },
     "serve": {"errors", "policy"},
     "data": {"errors", "findings", "checkpoint", "policy"},
+    "sim": {"errors", "data"},
     "train": {
         "errors",
         "findings",
@@ -70,6 +72,7 @@ ARROWS = {
         "policy",
         "data",
     },
+    "eval": {"errors", "figures", "checkpoint", "policy", "sim", "workers"},
     "cli": {
         "serve",
         "errors",
@@ -83,10 +86,12 @@ ARROWS = {
         "engines",
         "policy",
         "data",
+        "sim",
         "train",
         "trace",
         "verify",
         "bench",
+        "eval",
     },
 }
 

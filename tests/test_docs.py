@@ -46,9 +46,13 @@ PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/
 SHELL = [command for page in PAGES for block in blocks(page) for command in commands(block)]
 
 # Checkpoints that pages name, and the widths of state and actions in their statistics.
-CHECKPOINTS = {"pi0_base": (32, 32), "pi0_libero": (8, 7), "my_libero": (8, 7), "CKPT": (32, 32)}
+CHECKPOINTS = {
+    **{"pi0_base": (32, 32), "pi0_libero": (8, 7), "my_libero": (8, 7), "CKPT": (32, 32)},
+    "my_tabletop": (5, 4),
+}
 # What would take minutes as the page has it, made short.
 SHORT = {
+    "eval": {"--episodes": "1", "--max-steps": "3"},
     "bench": {"--repeat": "1", "--rounds": "1", "--seeds": "1"},
     "verify": {"--oracle": "none"},
 }

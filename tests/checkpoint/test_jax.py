@@ -200,6 +200,25 @@ def test_factors_of_different_ranks(lora: Path) -> None:
         open_checkpoint(lora)
 
 
+@pytest.mark.parametrize("stated", [{}, {"alpha": [4, 3]}])
+def test_a_leaf_of_another_rank(stated: dict[str, object], lora: Path) -> None:
+    """Not only where the rank is stated, and the first leaf is as good as any."""
+    set_lora(lora, **stated)
+    for name, shape in (("lora_a", (2, 2, 1, 64, 5)), ("lora_b", (2, 2, 1, 5, 16))):
+        put(lora, f"{PREFIX}attn.kv_einsum.{name}.value", torch.zeros(shape))
+    with pytest.raises(
+        CheckpointError, match="kv_einsum/lora_a: expected rank 4, as the other leaves of the VLM"
+    ):
+        open_checkpoint(lora)
+
+
+def test_leaves_without_their_lora(lora: Path) -> None:
+    """Attention has LoRA in all of its leaves or in none."""
+    edit(lora, lambda store: remove(store, f"{PREFIX}attn.q_einsum_1.lora_"))
+    with pytest.raises(CheckpointError, match="2 missing: PaliGemma.*q_einsum_1/lora_a, "):
+        open_checkpoint(lora)
+
+
 def test_factors_of_rank_0(lora: Path) -> None:
     for name, shape in (("lora_a", (2, 8, 64, 0)), ("lora_b", (2, 8, 0, 16))):
         put(lora, f"{PREFIX}attn.q_einsum.{name}.value", torch.zeros(shape))

@@ -112,7 +112,7 @@ def test_scale(adapter: Path, fields: dict[str, Any], scale: float) -> None:
 
 def test_trained_tensors_replace_those_of_the_base(adapter: Path) -> None:
     bias, weight = torch.randn(32), torch.randn(32)
-    configure(adapter, modules_to_save=["norm"], bias="lora_only")
+    configure(adapter, modules_to_save=["gemma_expert.model.norm"], bias="lora_only")
 
     def add(tensors: dict[str, Tensor]) -> None:
         for name in ("state_proj", "action_in_proj", "action_out_proj", "action_time_mlp_in"):
@@ -170,6 +170,7 @@ def test_fast_engine_does_not_round_what_is_merged(tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     synthesise(base, PRESETS["pi05_tiny"], LAYOUTS["lerobot"], seed=0, dtype=torch.bfloat16)
     write_adapter(adapter, "base")
+    configure(adapter, target_modules=["gemma_expert.model.layers.0.input_layernorm.dense"])
     dense = EXPERT + "0.input_layernorm.dense"
     factors = {f"{dense}.lora_A.weight": torch.ones(2, 32) / 300}
     save_file(
@@ -264,7 +265,31 @@ def test_adapter_beside_a_full_model(adapter: Path) -> None:
         ({"alpha_pattern": {"q_proj": None}}, "alpha_pattern.q_proj: expected a number from 0"),
         ({"r": 8}, "expected rank 8, as it states, found lora_A of rank 4"),
         ({"rank_pattern": {"q_proj": 2}}, "q_proj: expected rank 2, as it states"),
-        ({"modules_to_save": ["state_proj"]}, "expected the tensors of state_proj, which"),
+        (
+            {"modules_to_save": ["state_proj"]},
+            "state_proj.bias: expected the whole tensor, as modules_to_save of "
+            "adapter_config.json says, found none",
+        ),
+        ({"target_modules": None}, "target_modules: expected names of modules or a regular expr"),
+        ({"target_modules": [1]}, "target_modules: expected names of modules or a regular expr"),
+        ({"target_modules": "("}, "target_modules: expected regular expressions, found '('"),
+        (
+            {"target_modules": ["q_proj", "v_proj"]},
+            "action_in_proj.weight: expected no lora_A",
+        ),
+        ({"target_modules": "all-linear"}, "blocks.0.down_proj.weight: expected lora_A and"),
+        ({"exclude_modules": ["state_proj"]}, "state_proj.weight: expected no lora_A and lora_B"),
+        ({"exclude_modules": {"q": 1}}, "exclude_modules: expected names of modules or a regular"),
+        ({"layers_to_transform": [0]}, "layers_to_transform: expected it unset, since target_mod"),
+        ({"layers_pattern": ["h"]}, "layers_pattern: expected it unset, since target_modules"),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": "0"},
+            "layers_to_transform: expected a number or a list of numbers, found '0'",
+        ),
+        (
+            {"target_modules": ["q_proj"], "layers_pattern": "layers"},
+            "layers_to_transform: expected numbers beside layers_pattern, found None",
+        ),
         ({"modules_to_save": "state_proj"}, "modules_to_save: expected a list of names"),
         ({"modules_to_save": 5}, "modules_to_save: expected a list of names"),
         ({"use_rslora": "false"}, "use_rslora: expected true or false, found 'false'"),
@@ -284,7 +309,14 @@ def test_a_module_that_is_saved_in_part(adapter: Path) -> None:
     tensors = {k: v for k, v in load_file(path).items() if "action_out_proj.lora" not in k}
     save_file(tensors | {f"{PREFIX}action_out_proj.weight": torch.ones(32, 32)}, path)
     configure(adapter, modules_to_save=["action_out_proj"])
-    assert "action_out_proj.bias: expected it beside" in refused(adapter)
+    assert "action_out_proj.bias: expected the whole tensor, as modules_to_save" in refused(adapter)
+
+
+def test_truncated_adapter(adapter: Path) -> None:
+    """peft loads the rest without a word."""
+    rewrite(adapter, lambda tensors: [tensors.pop(f"{Q}.lora_{f}.weight") for f in "AB"])
+    message = refused(adapter)
+    assert "expert.blocks.0.q_proj.weight: expected lora_A and lora_B, as target_modules" in message
 
 
 def drop(key: str) -> Callable[[dict[str, Tensor]], object]:
@@ -370,6 +402,7 @@ def test_adapter_of_pi05(adapter: Path, tmp_path: Path) -> None:
     (adapter / "config.json").unlink()
     assert "action_time_mlp_in.weight: expected the base to have it" in refused(adapter, base)
     modules = {f"{PREFIX}time_mlp_in": (32, 32), f"{EXPERT}0.input_layernorm.dense": (96, 32)}
+    configure(adapter, target_modules=["time_mlp_in", "0.input_layernorm.dense"])
 
     def replace_all(tensors: dict[str, Tensor]) -> None:
         tensors.clear()

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from dataset_folder import BASE, SCHEMA, WRIST, edit_column, edit_json, pictures, write_folder
-from hypothesis import given
+from dataset_folder import BASE, SCHEMA, WRIST, edit_column, edit_json, pictures, psnr, write_folder
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pi0.data import Dataset
@@ -276,3 +277,53 @@ def test_nearest(steps: list[float], values: list[float]) -> None:
     distance = np.abs(times - asked[:, None])
     found = nearest(times, asked)
     np.testing.assert_array_equal(distance[np.arange(len(asked)), found], distance.min(axis=1))
+
+
+def test_other_codecs(folder: Path) -> None:
+    """H.264 with frames that are decoded in another order than they are shown."""
+    before = Dataset.open(folder).frames(BASE)[9:]
+    path = folder / VIDEO.format(BASE, 1)
+    options = {"crf": "10", "bf": "2", "g": "250"}
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", 10, options)
+        stream.height, stream.width, stream.pix_fmt = 64, 96, "yuv420p"
+        for picture in before:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    with av.open(str(path)) as container:
+        stored = [p.pts for p in container.demux(video=0) if p.pts is not None]
+    assert stored != sorted(stored)
+    dataset = Dataset.open(folder)
+    assert dataset.check() == []
+    for found, expected in zip(dataset.frames(BASE)[9:], before, strict=True):
+        assert psnr(found, expected) > 35  # a frame in another's place has less than 30
+
+
+def test_older_files_of_tasks(folder: Path) -> None:
+    """The index of the pandas table has no name."""
+    path = folder / "meta/tasks.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.rename_columns(["task_index", "__index_level_0__"]), path)
+    assert Dataset.open(folder).tasks[0] == table["task"][0].as_py()
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_any_damage_is_an_error_or_a_finding(
+    written: tuple[Path, Any], tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Bytes of any file: no other exception, and one line each."""
+    folder = tmp_path_factory.mktemp("damaged") / "set"
+    shutil.copytree(written[0], folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    path = data.draw(st.sampled_from(files))
+    content = bytearray(path.read_bytes())
+    start = data.draw(st.integers(0, len(content) - 1))
+    new = data.draw(st.binary(max_size=40))
+    content[start : start + data.draw(st.integers(1, 40))] = new
+    path.write_bytes(content[: data.draw(st.sampled_from([start, len(content)]))])
+    try:
+        sentences = [finding.sentence for finding in Dataset.open(folder).check()]
+    except DataError as error:
+        sentences = [str(error)]
+    assert not any("\n" in sentence for sentence in sentences)

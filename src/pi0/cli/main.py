@@ -22,6 +22,7 @@ from pi0.cli.convert import convert
 from pi0.cli.demos import demos
 from pi0.cli.diff import diff
 from pi0.cli.doctor import doctor
+from pi0.cli.eval import evaluate
 from pi0.cli.forward import sample, trace
 from pi0.cli.options import PluginCommand
 from pi0.cli.serve import serve
@@ -59,6 +60,7 @@ for verb in (act, trace, sample, verify, doctor, serve):
     app.command(cls=PluginCommand)(verb)
 # Left-over words are given to `bench`, which says how several engines are named.
 app.command(cls=PluginCommand, context_settings={"allow_extra_args": True})(bench)
+app.command("eval", cls=PluginCommand)(evaluate)
 app.command()(inspect)
 app.command()(convert)
 app.command()(demos)

@@ -59,6 +59,21 @@ def step_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 @contextlib.contextmanager
+def count_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with steps done and time left; yields a function that takes how many more are done."""
+    with _bar(what, total, MofNCompleteColumn()) as advance:
+        yield advance
+
+
+@contextlib.contextmanager
+def tally_progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar with steps done and time left; yields a function that takes, after each step, what is
+    said beside it from then on."""
+    with _bar(what, total, MofNCompleteColumn()) as advance:
+        yield lambda text: advance(1, text)
+
+
+@contextlib.contextmanager
 def stage_progress(what: str) -> Iterator[Callable[[str], None]]:
     """A spinner; yields a function that takes what is being done."""
     with err.status(what) as status:
@@ -66,7 +81,7 @@ def stage_progress(what: str) -> Iterator[Callable[[str], None]]:
 
 
 @contextlib.contextmanager
-def _bar(what: str, total: int, *columns: ProgressColumn) -> Iterator[Callable[[int], None]]:
+def _bar(what: str, total: int, *columns: ProgressColumn) -> Iterator[Callable[..., None]]:
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -77,7 +92,11 @@ def _bar(what: str, total: int, *columns: ProgressColumn) -> Iterator[Callable[[
         disable=not err.is_terminal,
     ) as progress:
         task = progress.add_task(what, total=total)
-        yield lambda done: progress.advance(task, done)
+
+        def advance(done: int, text: str | None = None) -> None:
+            progress.update(task, advance=done, description=text)
+
+        yield advance
 
 
 def print_line(sentence: str) -> None:

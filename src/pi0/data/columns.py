@@ -59,7 +59,7 @@ def open_parquet(file: Path) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(file) as parquet:
             yield parquet
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # the last: a name is no UTF-8
         raise DataError(
             f"{file}: expected a parquet file, found: {str(error).splitlines()[0]}. Copy or "
             "download it again."

@@ -23,6 +23,8 @@ from pi0.data.schema import INFO, TASKS, VERSION, VIDEO, Array
 from pi0.errors import CheckpointError, DataError
 from pi0.findings import Finding
 
+__all__ = ["Dataset", "FrameStore"]
+
 CONVERT = (
     "LeRobot converts it: python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=NAME "
     "--root=FOLDER --push-to-hub=false."
@@ -143,7 +145,10 @@ class Dataset:
         # The sentences are the index of a pandas table, which may have any name.
         names = [name for name in column_names(path) if name != "task_index"]
         table = read_table(path, ["task_index", *names[-1:]])
-        texts = table[names[-1]].to_pylist() if names else []
+        try:
+            texts = table[names[-1]].to_pylist() if names else []
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: expected texts in UTF-8, found {error}.") from error
         return {
             number: text if isinstance(text, str) else ""
             for number, text in zip(table["task_index"].to_pylist(), texts, strict=True)
@@ -284,7 +289,7 @@ def _features(root: Path, info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         picture = table.get("dtype") in ("video", "image")
         if table and not (picture or _is_numeric(table)):
             continue  # texts
-        shape = table.get("shape")
+        shape: Any = table.get("shape")
         fits = isinstance(shape, list) and all(isinstance(n, int) and n > 0 for n in shape)
         if not fits or (picture and len(shape) != 3):
             raise DataError(

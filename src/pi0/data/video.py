@@ -98,7 +98,11 @@ def inspect_video(path: Path) -> VideoInfo:
     """
     with _open(path) as (container, stream):
         base = stream.time_base or Fraction(1)
-        times = [float(p.pts * base) for p in container.demux(stream) if p.pts is not None]
+        times = [
+            float(packet.pts * base)
+            for packet in container.demux(stream)
+            if packet.pts is not None and not packet.is_discard
+        ]
         return VideoInfo(
             stream.height,
             stream.width,
@@ -127,10 +131,15 @@ def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, VideoStream
     if not path.is_file():
         raise DataError(f"{path}: expected a video, found no file. Copy or download it.")
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise DataError(f"{path}: expected a video, found a file without one.")
-            yield container, container.streams.video[0]
+            stream = container.streams.video[0]
+            if getattr(stream, "codec_context", None) is None:
+                raise DataError(
+                    f"{path}: expected a video of a codec that FFmpeg knows, found none."
+                )
+            yield container, stream
     except av.error.FFmpegError as error:
         raise DataError(
             f"{path}: expected a video that can be decoded, found: {error.strerror or error}."

@@ -39,6 +39,8 @@ from pi0.data.statistics import PixelStatistics
 from pi0.data.video import sync, write_video
 from pi0.errors import DataError
 
+__all__ = ["Recording", "Schema", "finish", "shard_done", "write_shard"]
+
 SHARD = b"pi0.shard"  # in the parquet file's metadata: JSON, see `Shard`
 
 
@@ -210,7 +212,7 @@ def _read_shards(root: Path, schema: Schema) -> Iterator[Shard]:
         if described["first_episode"] != expected_episode:
             raise DataError(
                 f"{path}: expected episode {expected_episode} as its first, found "
-                f"{described['first_episode']}. A shard before it is missing: write it first."
+                f"{described['first_episode']}. A shard before it is missing or has fewer episodes."
             )
         expected_episode += len(described["tasks"])
         described.pop("schema")

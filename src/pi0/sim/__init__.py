@@ -1,4 +1,4 @@
-"""The tabletop: a robot arm, cubes, a bowl and a plate, and sentences that say what to do with them.
+"""The tabletop: a robot arm, cubes, a bowl and a plate, and sentences that say what to do.
 
 Importing this registers the Gymnasium environment `pi0/Tabletop-v0`; MuJoCo is loaded when one is
 made. Needs the extra `[sim]`.

@@ -6,9 +6,10 @@ inverse kinematics", 2004), one joint target for each control step; servos follo
 
 from __future__ import annotations
 
-import mujoco
 import numpy as np
 from numpy.typing import NDArray
+
+from pi0.sim.render import mujoco
 
 Floats = NDArray[np.float64]
 
@@ -58,4 +59,5 @@ class Arm:
         mujoco.mju_mat2Quat(now, self.data.site_xmat[self.site])
         mujoco.mju_mat2Quat(down, POINTING_DOWN)
         mujoco.mju_subQuat(difference, down, now)  # in the hand's frame
-        return self.data.site_xmat[self.site].reshape(3, 3) @ difference
+        rotation: Floats = self.data.site_xmat[self.site].reshape(3, 3)
+        return np.asarray(rotation @ difference)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0.data.write import Recording, Schema
+from pi0.data.schema import Recording, Schema
 from pi0.sim.env import IMAGE_SIZE, TabletopEnv
 from pi0.sim.experts import expert_action
 

@@ -20,9 +20,10 @@ from gymnasium.spaces import Box, Dict
 from numpy.typing import NDArray
 
 from pi0.errors import ConfigError, ObservationError
+from pi0.sim.arm import WIDTH
 from pi0.sim.layout import draw_instruction, draw_layout, other_instruction
-from pi0.sim.scene import HALF_CUBE, REACH, TICK, WIDTH, Scene
-from pi0.sim.tasks import DIRECTIONS, PUSHED, TASKS, VERBS, Instruction, check_task, done, wrong
+from pi0.sim.scene import HALF_CUBE, REACH, TICK, Scene
+from pi0.sim.tasks import DIRECTIONS, PUSHED, VERBS, Instruction, check_task, done, wrong
 
 Floats = NDArray[np.float64]
 Observation = dict[str, Any]
@@ -30,6 +31,7 @@ Observation = dict[str, Any]
 IMAGE_SIZE = 112
 MOVE = 0.03  # metres of an action of 1
 FILM = (480, 640)  # pixels, height and width, of what `render` gives
+RISE = 0.1  # metres, to where a lifted cube is to be
 OPTIONS = {"task", "instruction"}
 
 
@@ -41,7 +43,11 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         render_mode: "rgb_array" or None.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": round(1 / TICK)}  # noqa: RUF012
+    metadata = {  # noqa: RUF012
+        "render_modes": ["rgb_array"],
+        "render_fps": round(1 / TICK),
+        "robot": "tabletop",  # whose keys the observations have
+    }
     tasks = VERBS
 
     def __init__(self, image_size: int = IMAGE_SIZE, render_mode: str | None = None) -> None:
@@ -115,7 +121,7 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         success = info["success"]
         return self._observe(), float(success), success, False, info
 
-    def render(self) -> NDArray[np.uint8] | None:  # type: ignore[override]
+    def render(self) -> NDArray[np.uint8] | None:
         """A picture [480, 640, 3] from beside the table camera, for films."""
         return self.scene.picture("film", *FILM) if self.render_mode else None
 
@@ -149,10 +155,9 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
         """Where the named cube is to be, [3] metres."""
         start, goal = self._start[self.instruction.color], self.instruction.goal
         if self.instruction.verb == "lift":
-            return start + [0, 0, 0.1]
-        if self.instruction.verb == "put":
-            return places[goal] + [0, 0, HALF_CUBE]
-        return start + [*(DIRECTIONS[goal] * PUSHED), 0]
-
-
-__all__ = ["TASKS", "TabletopEnv"]
+            there, further = start, np.array([0, 0, RISE])
+        elif self.instruction.verb == "put":
+            there, further = places[goal], np.array([0, 0, HALF_CUBE])
+        else:
+            there, further = start, np.append(DIRECTIONS[goal] * PUSHED, 0)
+        return np.asarray(there + further)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pi0.sim.arm import WIDTH
 from pi0.sim.env import MOVE, TabletopEnv
 from pi0.sim.scene import HALF_CUBE
-from pi0.sim.tasks import DIRECTIONS, RESTING
+from pi0.sim.tasks import DIRECTIONS
 
 Floats = NDArray[np.float64]
 
@@ -100,6 +100,3 @@ def _towards(hand: Floats, target: Floats, gripper: float) -> NDArray[np.float32
     move = (target - hand) / MOVE
     move /= max(1.0, float(np.abs(move).max()))
     return np.array([*move, gripper], np.float32)
-
-
-__all__ = ["RESTING", "expert_action"]

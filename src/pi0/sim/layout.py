@@ -35,9 +35,7 @@ LANE = 0.07  # metres to the centre of anything beside the way of a pushed cube
 ATTEMPTS = 10_000
 
 
-def draw_instruction(
-    task: str, rng: np.random.Generator
-) -> tuple[Instruction, tuple[str, ...]]:
+def draw_instruction(task: str, rng: np.random.Generator) -> tuple[Instruction, tuple[str, ...]]:
     """An instruction of a task, and the colours of the scene's cubes."""
     if task == "unseen-pairs":
         verb, color = UNSEEN_PAIRS[rng.integers(len(UNSEEN_PAIRS))]
@@ -58,18 +56,16 @@ def draw_layout(
     """Places for everything, drawn until the instruction can be carried out; and all instructions
     that could be, which demonstrations show in general."""
     for _ in range(ATTEMPTS):
-        cubes = rng.uniform(*CUBES_WITHIN, (len(colors), 2))
-        places = rng.uniform(*PLACES_WITHIN, (len(PLACES), 2))
+        cubes = rng.uniform(CUBES_WITHIN[0], CUBES_WITHIN[1], (len(colors), 2))
+        places = rng.uniform(PLACES_WITHIN[0], PLACES_WITHIN[1], (len(PLACES), 2))
         if _crowded(cubes, places):
             continue
         at = dict(zip(colors, cubes, strict=True))
-        allowed = [
-            other for other in _all_instructions(colors) if _is_free(other, at, places)
-        ]
+        allowed = [other for other in _all_instructions(colors) if _is_free(other, at, places)]
         if not any(_same(other, instruction) for other in allowed):
             continue
         turned = {color: (at[color], float(rng.uniform(-TURN, TURN))) for color in colors}
-        hand = rng.uniform(*HAND_WITHIN)
+        hand = rng.uniform(HAND_WITHIN[0], HAND_WITHIN[1])
         return Layout(turned, dict(zip(PLACES, places, strict=True)), hand), allowed
     raise Pi0Error(f"simulator: found no room for {instruction.prompt!r}.")
 

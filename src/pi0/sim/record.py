@@ -9,9 +9,10 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from pi0.data.schema import Recording
 from pi0.data.write import finish, shard_done, write_shard
 from pi0.errors import ConfigError, Pi0Error
 from pi0.sim import MAX_STEPS
@@ -38,7 +39,7 @@ class Plan:
     seed: int = 0
     tasks: tuple[str, ...] = VERBS
     image_size: int = 112
-    disturbance: Disturbance = Disturbance()
+    disturbance: Disturbance = field(default_factory=Disturbance)
 
     def __post_init__(self) -> None:
         for task in self.tasks:
@@ -95,7 +96,7 @@ def _record_shard(plan: Plan, out: Path, shard: int) -> int:
     episodes = plan.episodes_of(shard)
     first_seed = plan.seed + shard * SHARD_EPISODES * SEEDS_EACH
     seeds = iter(range(first_seed, first_seed + SHARD_EPISODES * SEEDS_EACH))
-    recordings = []
+    recordings: list[Recording] = []
     for episode in episodes:
         task = plan.tasks[episode % len(plan.tasks)]
         recording = None

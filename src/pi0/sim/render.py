@@ -1,7 +1,7 @@
-"""Pictures without a screen: through EGL, else OSMesa.
+"""MuJoCo, drawing without a screen: through EGL, else OSMesa.
 
-MuJoCo takes its way of drawing from MUJOCO_GL when drawing is first asked for; it is chosen here
-where the user has not.
+MuJoCo reads from MUJOCO_GL how to draw when it is imported; where the user has not set it, it is
+chosen here. The other modules take MuJoCo from here.
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ def choose_backend() -> str:
             stacklevel=2,
         )
     else:
-        raise Pi0Error(
-            f"simulator: expected EGL or OSMesa to draw with, found neither. {INSTALL}."
-        )
+        raise Pi0Error(f"simulator: expected EGL or OSMesa to draw with, found neither. {INSTALL}.")
     os.environ["MUJOCO_GL"] = backend
     return backend
 
@@ -56,3 +54,13 @@ def _has_egl_device() -> bool:
     )(address)
     count = ctypes.c_int()
     return bool(query(0, None, ctypes.byref(count))) and count.value > 0
+
+
+choose_backend()
+
+try:
+    import mujoco as mujoco
+except ImportError as error:
+    raise Pi0Error(
+        "simulator: expected the package mujoco, found none. pip install 'pi0[sim]'."
+    ) from error

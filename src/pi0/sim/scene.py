@@ -14,19 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0.errors import Pi0Error
-from pi0.sim.render import INSTALL, choose_backend
+from pi0.sim.arm import JOINTS, READY, WIDTH, Arm
+from pi0.sim.render import INSTALL, mujoco
 from pi0.sim.tasks import COLORS, PLACES
-
-choose_backend()  # before MuJoCo is imported, which reads it then
-
-try:
-    import mujoco
-except ImportError as error:
-    raise Pi0Error(
-        "simulator: expected the package mujoco, found none. pip install 'pi0[sim]'."
-    ) from error
-
-from pi0.sim.arm import JOINTS, READY, WIDTH, Arm  # noqa: E402  (imports MuJoCo)
 
 Floats = NDArray[np.float64]
 
@@ -36,7 +26,7 @@ HALF_CUBE = 0.018  # metres
 REACH = np.array([[0.28, -0.36, 0.012], [0.74, 0.36, 0.32]])
 TABLES = ("oak", "slate", "linen", "walnut", "stone")
 AWAY = np.array([3.0, 0.0, -2.0])  # where cubes are that a scene does not show
-SMOOTH = 200_000  # pixels from which a picture is drawn with smooth edges, which takes twice as long
+SMOOTH = 200_000  # pixels from which pictures get smooth edges, which takes twice the time
 CAMERA_SHIFT, CAMERA_TURN = 0.02, 0.02  # metres and radians, greatest, on each axis
 LIGHT_SHIFT = 0.4  # metres
 
@@ -79,13 +69,14 @@ class Scene:
         for name, centre in layout.places.items():
             self.model.body(name).pos = [*centre, 0]
         for color in COLORS:
-            centre, turn = layout.cubes.get(color, (None, 0.0))
-            position = AWAY if centre is None else [*centre, HALF_CUBE]
+            shown = color in layout.cubes
+            centre, turn = layout.cubes[color] if shown else (AWAY, 0.0)
+            position = [*centre, HALF_CUBE] if shown else AWAY
             half = turn / 2
             self.data.joint(color).qpos = [*position, np.cos(half), 0, 0, np.sin(half)]
             # One that is not shown stays where it is instead of falling for ever.
             body = self.model.body(color).id
-            self.model.body_gravcomp[body] = 1.0 if centre is None else 0.0
+            self.model.body_gravcomp[body] = 0.0 if shown else 1.0
         self.commanded, self.opening = layout.hand.copy(), 1.0
         joints = READY
         for _ in range(5):  # far from READY one call of a few iterations does not converge
@@ -127,7 +118,7 @@ class Scene:
         """[height, width, 3] of what a camera sees ("table", "wrist" or "film")."""
         renderer = self._renderer(height, width)
         renderer.update_scene(self.data, camera)
-        return renderer.render().copy()
+        return np.array(renderer.render())
 
     def close(self) -> None:
         for renderer in self._renderers.values():

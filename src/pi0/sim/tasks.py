@@ -65,7 +65,10 @@ PHRASINGS = {
 }
 UNSEEN_PHRASINGS = {
     "lift": ("grab the {color} {cube} and raise it", "lift the {color} {cube} off the table"),
-    "put": ("grab the {color} {cube} and drop it {into}", "lift the {color} {cube} and put it {into}"),
+    "put": (
+        "grab the {color} {cube} and drop it {into}",
+        "lift the {color} {cube} and put it {into}",
+    ),
     "push": ("move the {color} {cube} {to}", "slide the {color} {cube} across the table {to}"),
 }
 CUBE_WORDS = ("cube", "block")
@@ -116,9 +119,7 @@ def check_task(task: str) -> str:
     return task
 
 
-def phrase(
-    instruction: Instruction, rng: np.random.Generator, unseen: bool = False
-) -> Instruction:
+def phrase(instruction: Instruction, rng: np.random.Generator, unseen: bool = False) -> Instruction:
     """The instruction with a sentence drawn from those that ask for it."""
     templates = (UNSEEN_PHRASINGS if unseen else PHRASINGS)[instruction.verb]
     template = templates[rng.integers(len(templates))]

@@ -19,7 +19,7 @@ PREFIX = "observation.images."
 
 def match_cameras(dataset: Dataset, robot: Robot) -> dict[str, str]:
     """The robot's camera keys, in its order → the dataset's."""
-    found = {}
+    found: dict[str, str] = {}
     for key in dataset.cameras:
         ours = robot.camera_key(key) or robot.camera_key(key.removeprefix(PREFIX))
         if ours is not None:

@@ -72,7 +72,10 @@ def estimate(
             keep_float32(model, "cpu")
         module = TrainingModel(model, config.action_dim, recompute=options.recompute)
         inputs = _inputs(config, batch, cameras, tokens, draws)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * FLOAT32
+        learning = [p for p in model.parameters() if p.requires_grad]
+        trained = sum(p.numel() for p in learning) * FLOAT32
+        for parameter in learning:  # there already, as in all parts of a batch but the first
+            parameter.grad = torch.zeros_like(parameter)
         with _LiveBytes() as live:
             with autocast("cpu", options.bfloat16):
                 loss = module(inputs)["total"]
@@ -82,7 +85,7 @@ def estimate(
         gradients=trained,
         optimizer=2 * trained,
         average=trained if ema else 0,
-        passes=max(0, live.peak - trained),
+        passes=live.peak,
     )
 
 

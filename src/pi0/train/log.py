@@ -123,4 +123,4 @@ def _tensorboard(folder: Path, done: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder), purge_step=done or None)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder), purge_step=done or None)

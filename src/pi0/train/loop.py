@@ -158,7 +158,8 @@ def _require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
 def _signals() -> Iterator[list[int]]:
     """SIGINT and SIGTERM are noted; a second one ends the process as usual."""
     received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
 
     def note(number: int, frame: object) -> None:
         received.append(number)

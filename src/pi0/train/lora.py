@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -77,8 +77,8 @@ def add_lora(model: Pi0, options: LoraOptions, seed: int) -> None:
         )
     config = LoraConfig(
         r=options.rank,
-        lora_alpha=options.scale_alpha,
-        target_modules=chosen,  # type: ignore[arg-type]
+        lora_alpha=cast(int, options.scale_alpha),
+        target_modules=chosen,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

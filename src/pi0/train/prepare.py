@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,7 +134,7 @@ def prepare_run(
         frames = {
             ours: dataset.frames(
                 theirs, config.vision.image_size, pipeline.resize,
-                progress=lambda done, key=theirs: progress(key, dataset.num_frames, done),
+                progress=partial(progress, theirs, dataset.num_frames),
             )
             for ours, theirs in cameras.items()
         }  # fmt: skip

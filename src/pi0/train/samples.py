@@ -28,7 +28,7 @@ from pi0.train.augment import NUMBERS, Augmentation
 from pi0.train.loss import Batch, time_of_uniform
 
 if TYPE_CHECKING:
-    from pi0.data.read import Dataset, FrameStore
+    from pi0.data import Dataset, FrameStore
 
 STATE, ACTION = "observation.state", "action"
 BLOCK = 8192  # frames that statistics are taken of at once

@@ -27,9 +27,9 @@ def shard(module: TrainingModel, processes: Processes) -> None:
         fully_shard(block, mesh=mesh)
     for trunk in (model.vlm, model.expert):
         for block in trunk.blocks:
-            for norm in (block.norm1, block.norm2):
-                if hasattr(norm, "dense"):
-                    fully_shard(norm.dense, mesh=mesh)
+            for name, inner in block.named_modules():
+                if name.endswith(".dense"):
+                    fully_shard(inner, mesh=mesh)
             fully_shard(block, mesh=mesh)
             for half in ("qkv", "post_attention"):
                 register_fsdp_forward_method(block, half)

@@ -85,7 +85,9 @@ def find_start(name: str, base: Path | None = None, **changes: int | None) -> St
     checkpoint = None
     if _is_sizes(path) or (name in PRESETS and not path.exists()):
         config = read_sizes(path) if path.exists() else PRESETS[name]
-        config = replace(config, **{k: v for k, v in changes.items() if v is not None})
+        for field, value in changes.items():
+            if value is not None:
+                config = replace(config, **{field: value})  # type: ignore[arg-type]
     else:
         checkpoint = open_checkpoint(path, changes.get("horizon"), changes.get("max_tokens"), base)
         config = checkpoint.config

@@ -339,7 +339,7 @@ def _line(entry: dict[str, float]) -> str:
 
 def _print_estimate(start: Any, wanted: TrainOptions) -> None:
     """What one process on one device needs, with full prompts from all of the robot's cameras."""
-    from pi0.cli.show import human_bytes, table
+    from pi0.cli.show import human_bytes, print_line, table
     from pi0.policy.robots import find_robot
     from pi0.train.estimate import estimate
     from pi0.train.prepare import change_model
@@ -359,8 +359,12 @@ def _print_estimate(start: Any, wanted: TrainOptions) -> None:
     )
     parts = {name: human_bytes(value) for name, value in vars(memory).items()}
     parts["passes"] += f" (batch of {size})"
+    print_line(
+        f"{start.name}: {len(robot.cameras)} cameras of {config.vision.image_size} px, "
+        f"{config.max_tokens} tokens, {wanted.draws} draws"
+    )
     table(
-        f"Memory on one device, {len(robot.cameras)} cameras of {config.vision.image_size} px",
+        "Memory on one device",
         ["", "bytes"],
         [*([name, text] for name, text in parts.items()), ["total", human_bytes(memory.total)]],
     )

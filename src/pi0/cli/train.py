@@ -187,7 +187,7 @@ def train(
     from pi0.train.lora import TARGETS, LoraOptions
     from pi0.train.optimizer import OptimizerOptions
     from pi0.train.prepare import TrainOptions, parse_head
-    from pi0.train.start import find_start, require_weights
+    from pi0.train.start import find_start, require_weights, set_threads
     from pi0.train.trainer import TrainerOptions
 
     augmentation = Augmentation(crop, rotate, colour)
@@ -225,7 +225,7 @@ def train(
     if data is None or out is None:
         raise ConfigError("--data and --out: expected a folder for each, found none.")
     require_weights(found)
-    _set_threads(threads, found.config)
+    set_threads(threads, found.config)
     outcome = _run(
         found, data, out, wanted, LoopOptions(log_every, save_every, keep), device, resume
     )
@@ -381,13 +381,3 @@ def _finish(outcome: Outcome, out: Path) -> None:
         "command and --resume."
     )
     raise typer.Exit(128 + outcome.signal)
-
-
-def _set_threads(threads: int | None, config: Any) -> None:
-    """One thread for small models, for which more only wait for each other."""
-    import torch
-
-    from pi0.train.start import is_small
-
-    if threads is not None or is_small(config):
-        torch.set_num_threads(threads or 1)

@@ -147,17 +147,19 @@ class PointingHead(nn.Module):
         query = self.query(text_mean(hidden, valid)).float().unflatten(1, (self.points, -1))
         patches = hidden[:, : self.grid**2].float()
         keys = self.key(F.layer_norm(patches, patches.shape[-1:])).float()
-        return query @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5
+        logits: Tensor = query @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5
+        return logits
 
     def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The mean cross entropy over the points that are in the picture."""
         logits = self(hidden, batch.inputs.token_mask)
-        u, v = batch.columns[self.column].unflatten(1, (self.points, 2)).unbind(-1)
+        u, v = batch.columns[self.column].view(-1, self.points, 2).unbind(-1)
         inside = (u >= 0) & (u < 1) & (v >= 0) & (v < 1)
         patch = (v * self.grid).long() * self.grid + (u * self.grid).long()
         patch = patch.clamp(0, self.grid**2 - 1)
         each = F.cross_entropy(logits.flatten(0, 1), patch.flatten(), reduction="none")
-        return (each * inside.flatten()).sum() / inside.sum().clamp_min(1)
+        loss: Tensor = (each * inside.flatten()).sum() / inside.sum().clamp_min(1)
+        return loss
 
 
 def text_mean(hidden: Tensor, valid: Tensor) -> Tensor:

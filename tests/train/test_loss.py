@@ -152,6 +152,15 @@ def test_heads_see_the_text(tmp_path: Path) -> None:
     assert not any("heads" in name for name in run.trainer.exported())
 
 
+def test_drawn_heads_follow_from_the_seed(tmp_path: Path) -> None:
+    first, second = (
+        make_run(tmp_path / name, points=(("aux.place", 0),)).trainer.parameters for name in "ab"
+    )
+    assert any(name.startswith("heads.") for name in first)
+    for name, parameter in first.items():
+        assert torch.equal(parameter, second[name]), name
+
+
 def test_random_start_predicts_nothing(tmp_path: Path) -> None:
     """The first loss is that of velocity 0: E(noise − actions)² = 2 for normalised actions."""
     model = Start("sizes", SIZES).model(0, CPU)

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from pi0.train.loop import Outcome
     from pi0.train.prepare import TrainOptions
 
-MODEL, LEARNING, IMAGES, RUN = "Model", "Learning", "Augmentation", "Run"
-
 
 def train(
     start: Annotated[
@@ -315,6 +313,7 @@ def _display(
     )
 
     from pi0.cli.show import err, print_line
+    from pi0.train.log import describe
 
     with Progress(
         TextColumn("training"),
@@ -332,26 +331,14 @@ def _display(
             progress.update(task, completed=trainer.done, news=f"loss {metrics['flow']:.4f}")
 
         def on_log(entry: dict[str, float]) -> None:
-            print_line(_line(entry))
+            print_line(describe(entry))
 
         yield on_step, on_log
 
 
-def _line(entry: dict[str, float]) -> str:
-    from pi0.train.log import NOT_LOSSES
-
-    losses = {n: v for n, v in entry.items() if n not in (*NOT_LOSSES, "total")}
-    words = [f"{name} {value:.4f}" for name, value in losses.items()]
-    return (
-        f"step {entry['step']:.0f}: loss {', '.join(words)}; gradient "
-        f"{entry['gradient_norm']:.2f}; rate {entry['learning_rate']:.2e}; "
-        f"{entry['samples_per_second']:.1f} samples/s"
-    )
-
-
 def _print_estimate(start: Any, wanted: TrainOptions) -> None:
     """What one process on one device needs, with full prompts from all of the robot's cameras."""
-    from pi0.cli.show import human_bytes, table
+    from pi0.cli.show import human_bytes, print_line, table
     from pi0.policy.robots import find_robot
     from pi0.train.estimate import estimate
     from pi0.train.prepare import change_model
@@ -371,8 +358,12 @@ def _print_estimate(start: Any, wanted: TrainOptions) -> None:
     )
     parts = {name: human_bytes(value) for name, value in vars(memory).items()}
     parts["passes"] += f" (batch of {size})"
+    print_line(
+        f"{start.name}: {len(robot.cameras)} cameras of {config.vision.image_size} px, "
+        f"{config.max_tokens} tokens, {wanted.draws} draws"
+    )
     table(
-        f"Memory on one device, {len(robot.cameras)} cameras of {config.vision.image_size} px",
+        "Memory on one device",
         ["", "bytes"],
         [*([name, text] for name, text in parts.items()), ["total", human_bytes(memory.total)]],
     )

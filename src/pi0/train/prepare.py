@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from pi0.checkpoint.layouts import LEROBOT, OPENPI
 from pi0.checkpoint.synth import PALIGEMMA_VOCABULARY
 from pi0.config import Pi0Config
@@ -159,10 +161,12 @@ def prepare_run(
         AuxiliaryHead(name, columns[name].shape[1], block, options.head_weight, config.vlm)
         for name, block in blocks.items()
     ]
-    pointers = [
-        PointingHead(name, columns[name].shape[1] // 2, block, options.head_weight, config)
-        for name, block in pointing.items()
-    ]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)  # their weights are drawn
+        pointers = [
+            PointingHead(name, columns[name].shape[1] // 2, block, options.head_weight, config)
+            for name, block in pointing.items()
+        ]
     trainer = Trainer(
         model, samples, [*heads, *pointers], options.optimizer, options.trainer, processes
     )

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from pi0.train.loop import Outcome
     from pi0.train.prepare import TrainOptions
 
-MODEL, LEARNING, IMAGES, RUN = "Model", "Learning", "Augmentation", "Run"
-
 
 def train(
     start: Annotated[
@@ -69,7 +67,9 @@ def train(
             show_default=False,
         ),
     ] = None,
-    aux_weight: Annotated[float, typer.Option(help="Weight of the losses of --aux.")] = 1.0,
+    aux_weight: Annotated[
+        float, typer.Option(help="Weight of the losses of --aux and --point.")
+    ] = 1.0,
     lora: Annotated[
         int | None,
         typer.Option(
@@ -88,6 +88,15 @@ def train(
             metavar="REGEX",
             help="Names of the linear layers that it changes; default: attention and MLP of both "
             "trunks, and the projections of state, actions and time.",
+            show_default=False,
+        ),
+    ] = None,
+    point: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN[@BLOCK]",
+            help="Also say which patch of the first camera's picture holds a column's points, "
+            "(u, v) in [0, 1]; block as in --aux.",
             show_default=False,
         ),
     ] = None,
@@ -177,8 +186,8 @@ def train(
     from pi0.train.loop import LoopOptions
     from pi0.train.lora import TARGETS, LoraOptions
     from pi0.train.optimizer import OptimizerOptions
-    from pi0.train.prepare import TrainOptions
-    from pi0.train.start import find_start, require_weights
+    from pi0.train.prepare import TrainOptions, parse_head
+    from pi0.train.start import find_start, require_weights, set_threads
     from pi0.train.trainer import TrainerOptions
 
     augmentation = Augmentation(crop, rotate, colour)
@@ -189,8 +198,9 @@ def train(
         tokenizer=tokenizer,
         norm_stats=norm_stats,
         state_in_prompt=state_in_prompt is not False,
-        heads=tuple(map(_parse_head, aux or ())),
+        heads=tuple(map(parse_head, aux or ())),
         head_weight=aux_weight,
+        points=tuple(map(parse_head, point or ())),
         freeze=tuple(freeze or ()),
         lora=LoraOptions(lora, lora_alpha, lora_targets or TARGETS) if lora else None,
         batch_size=batch_size,
@@ -215,7 +225,7 @@ def train(
     if data is None or out is None:
         raise ConfigError("--data and --out: expected a folder for each, found none.")
     require_weights(found)
-    _set_threads(threads, found.config)
+    set_threads(threads, found.config)
     outcome = _run(
         found, data, out, wanted, LoopOptions(log_every, save_every, keep), device, resume
     )
@@ -303,6 +313,7 @@ def _display(
     )
 
     from pi0.cli.show import err, print_line
+    from pi0.train.log import describe
 
     with Progress(
         TextColumn("training"),
@@ -320,26 +331,14 @@ def _display(
             progress.update(task, completed=trainer.done, news=f"loss {metrics['flow']:.4f}")
 
         def on_log(entry: dict[str, float]) -> None:
-            print_line(_line(entry))
+            print_line(describe(entry))
 
         yield on_step, on_log
 
 
-def _line(entry: dict[str, float]) -> str:
-    from pi0.train.log import NOT_LOSSES
-
-    losses = {n: v for n, v in entry.items() if n not in (*NOT_LOSSES, "total")}
-    words = [f"{name} {value:.4f}" for name, value in losses.items()]
-    return (
-        f"step {entry['step']:.0f}: loss {', '.join(words)}; gradient "
-        f"{entry['gradient_norm']:.2f}; rate {entry['learning_rate']:.2e}; "
-        f"{entry['samples_per_second']:.1f} samples/s"
-    )
-
-
 def _print_estimate(start: Any, wanted: TrainOptions) -> None:
     """What one process on one device needs, with full prompts from all of the robot's cameras."""
-    from pi0.cli.show import human_bytes, table
+    from pi0.cli.show import human_bytes, print_line, table
     from pi0.policy.robots import find_robot
     from pi0.train.estimate import estimate
     from pi0.train.prepare import change_model
@@ -359,8 +358,12 @@ def _print_estimate(start: Any, wanted: TrainOptions) -> None:
     )
     parts = {name: human_bytes(value) for name, value in vars(memory).items()}
     parts["passes"] += f" (batch of {size})"
+    print_line(
+        f"{start.name}: {len(robot.cameras)} cameras of {config.vision.image_size} px, "
+        f"{config.max_tokens} tokens, {wanted.draws} draws"
+    )
     table(
-        f"Memory on one device, {len(robot.cameras)} cameras of {config.vision.image_size} px",
+        "Memory on one device",
         ["", "bytes"],
         [*([name, text] for name, text in parts.items()), ["total", human_bytes(memory.total)]],
     )
@@ -378,23 +381,3 @@ def _finish(outcome: Outcome, out: Path) -> None:
         "command and --resume."
     )
     raise typer.Exit(128 + outcome.signal)
-
-
-def _parse_head(text: str) -> tuple[str, int | None]:
-    """COLUMN[@BLOCK]."""
-    from pi0.errors import ConfigError
-
-    column, at, block = text.partition("@")
-    if not column or (at and not block.isdecimal()):
-        raise ConfigError(f"--aux: expected COLUMN or COLUMN@BLOCK, found {text!r}.")
-    return column, int(block) if at else None
-
-
-def _set_threads(threads: int | None, config: Any) -> None:
-    """One thread for small models, for which more only wait for each other."""
-    import torch
-
-    from pi0.train.start import is_small
-
-    if threads is not None or is_small(config):
-        torch.set_num_threads(threads or 1)

@@ -78,6 +78,17 @@ class TrainingLog:
             self._board.close()
 
 
+def describe(entry: Entry) -> str:
+    """An entry as a line of text."""
+    losses = {n: v for n, v in entry.items() if n not in (*NOT_LOSSES, "total")}
+    words = [f"{name} {value:.4f}" for name, value in losses.items()]
+    return (
+        f"step {entry['step']:.0f}: loss {', '.join(words)}; gradient "
+        f"{entry['gradient_norm']:.2f}; rate {entry['learning_rate']:.2e}; "
+        f"{entry['samples_per_second']:.1f} samples/s"
+    )
+
+
 def read_log(path: Path) -> list[Entry]:
     """The entries of a log file.
 

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from pi0.errors import Pi0Error
     from pi0.inputs import ModelInputs
     from pi0.model import Pi0
-    from pi0.policy import ROBOTS, Camera, Policy, Robot
+    from pi0.policy import ROBOTS, ActionBuffer, Camera, Policy, RealTimeChunking, Robot
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ActionBuffer": "pi0.policy",
     "Camera": "pi0.policy",
     "ModelInputs": "pi0.inputs",
     "PRESETS": "pi0.config",
@@ -32,6 +33,7 @@ _HOMES = {
     "Pi0Error": "pi0.errors",
     "Policy": "pi0.policy",
     "ROBOTS": "pi0.policy",
+    "RealTimeChunking": "pi0.policy",
     "Robot": "pi0.policy",
     "load_model": "pi0.checkpoint.load",
     "make_engine": "pi0.engines.base",
@@ -40,12 +42,14 @@ _HOMES = {
 __all__ = [
     "PRESETS",
     "ROBOTS",
+    "ActionBuffer",
     "Camera",
     "ModelInputs",
     "Pi0",
     "Pi0Config",
     "Pi0Error",
     "Policy",
+    "RealTimeChunking",
     "Robot",
     "__version__",
     "load_model",

@@ -72,7 +72,9 @@ def test_two_engines(tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         assert engine["peak_bytes"] > 1e8
         parts = [stage["stage"] for stage in engine["stages"]]
         assert parts == ["vision", "rest of prefill", "one step", "all"]
-        assert all(stage["times_roofline"] > 0 for stage in engine["stages"])
+        # The rest of prefill is a difference of two timings, which noise may turn round.
+        timed = [stage for stage in engine["stages"] if stage["stage"] != "rest of prefill"]
+        assert all(stage["times_roofline"] > 0 for stage in timed)
     assert "baseline" in stdout
     with Image.open(plot) as image:
         assert image.width > image.height

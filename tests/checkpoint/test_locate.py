@@ -100,7 +100,13 @@ def test_jax(tmp_path: Path) -> None:
 def test_adapters(folder: Path) -> None:
     shutil.copy(folder / "model.safetensors", folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(
-        json.dumps({"base_model_name_or_path": "lerobot/pi0_base", "peft_type": "LORA"})
+        json.dumps(
+            {
+                "base_model_name_or_path": "lerobot/pi0_base",
+                "peft_type": "LORA",
+                "target_modules": ["q_proj"],
+            }
+        )
     )
     (found,) = open_checkpoint(folder).findings
     assert (found.severity, found.code) == ("warning", "adapter-ignored")

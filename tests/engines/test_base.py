@@ -17,7 +17,8 @@ import torch._inductor.exc
 import pi0
 from pi0.checkpoint.load import open_checkpoint
 from pi0.config import PRESETS
-from pi0.engines.base import Engine, EngineOptions, fastest_engine, make_engine
+from pi0.engines.base import Engine, EngineOptions, make_engine
+from pi0.engines.fastest import fastest_engine
 from pi0.engines.reference import ReferenceEngine
 from pi0.engines.registry import find_engine
 from pi0.errors import EngineError

@@ -166,6 +166,18 @@ class Unlocked(Float32):
         return actions + 1 if disturbed else actions
 
 
+class Detached(Float32):
+    capabilities = Capabilities(precisions=("float32",), differentiable=True)
+
+    def velocity(self, x_t: Tensor, *args: Any) -> Tensor:
+        return super().velocity(x_t.detach(), *args)
+
+
+class AnothersGradient(Detached):
+    def velocity(self, x_t: Tensor, *args: Any) -> Tensor:
+        return super().velocity(x_t, *args) + x_t - x_t.detach()
+
+
 class NeverCloses(Float32):
     def close(self) -> None:
         pass
@@ -198,6 +210,8 @@ class OtherStages(Float32):
         (SeesMasked, "expected other actions for other image_mask, found the same"),
         (OneRow, "expected row 1 of a batch to be what it is alone"),
         (Unlocked, "expected the same bits from 4 threads as from one, found"),
+        (Detached, "expected a velocity that autograd can follow, as capabilities.differentiable"),
+        (AnothersGradient, "expected the velocity to change as its gradient says, by"),
         (NeverCloses, "expected an EngineError from sample after close, found an answer"),
         (OtherStages, r"expected the reference's projector \(all valid\), found that"),
     ],

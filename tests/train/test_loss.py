@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from episodes import FAST, PI05_SIZES, SIZES, make_run
 from torch import Tensor
 
 from pi0.config import Pi0Config
-from pi0.train.loss import AuxiliaryHead, Batch, TrainingModel, squared_errors, time_of_uniform
+from pi0.train.loss import (
+    AuxiliaryHead,
+    Batch,
+    PointingHead,
+    TrainingModel,
+    squared_errors,
+    time_of_uniform,
+)
 from pi0.train.start import Start
 
 BOTH = pytest.mark.parametrize("config", [SIZES, PI05_SIZES], ids=["pi0", "pi05"])
@@ -115,6 +123,24 @@ def test_heads_read_valid_text_alone(tmp_path: Path) -> None:
     assert torch.equal(head(hidden, valid), before)
     hidden[0, 2] += 100 * torch.randn(SIZES.vlm.width)
     assert not torch.equal(head(hidden, valid)[0], before[0])
+
+
+def test_pointing_is_judged_by_the_patch_that_holds_the_point() -> None:
+    head = PointingHead("points", 2, 0, 1.0, SIZES)
+    grid, width = SIZES.vision.grid, SIZES.vlm.width
+    hidden = torch.randn(3, 2 * grid**2 + 4, width)  # two views, four text tokens
+    valid = torch.ones(3, 4, dtype=torch.bool)
+    logits = head(hidden, valid)
+    assert logits.shape == (3, 2, grid**2)
+    inside = torch.tensor([[0.01, 0.99], [0.99, 0.01], [0.6, 0.1]])  # (u, v) of the first point
+    outside = torch.tensor([[-1.0, -1.0], [1.0, 0.5], [0.5, 1.2]])  # of the second, left out
+    patch = (inside[:, 1] * grid).long() * grid + (inside[:, 0] * grid).long()
+    expected = torch.nn.functional.cross_entropy(logits[:, 0], patch)
+    inputs = SimpleNamespace(token_mask=valid)
+    batch = SimpleNamespace(inputs=inputs, columns={"points": torch.cat([inside, outside], dim=1)})
+    torch.testing.assert_close(head.loss(hidden, batch), expected)  # type: ignore[arg-type]
+    batch.columns = {"points": torch.cat([outside, outside], dim=1)}
+    assert head.loss(hidden, batch) == 0  # type: ignore[arg-type]
 
 
 def test_heads_see_the_text(tmp_path: Path) -> None:

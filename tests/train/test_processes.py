@@ -21,7 +21,8 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 def run(folder: Path, *words: str) -> None:
     command, arguments = [w for w in words if w != "shard"], [w for w in words if w == "shard"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    paths = [str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
         [*command, str(WORKER), str(folder), *arguments],
         env=environment,

@@ -136,9 +136,9 @@ def evaluate(
 
     **Examples**
 
-        pi0 eval tabletop --episodes 100 --workers 2 \\
+        pi0 eval my_tabletop --episodes 100 --workers 2 \\
             --out results.json
-        pi0 eval tabletop --tasks lift --prompt-swap
+        pi0 eval my_tabletop --tasks lift --prompt-swap
         pi0 eval my_aloha --env gym_aloha:gym_aloha/AlohaInsertion-v0 \\
             --robot aloha_gym.toml --prompt "insert the peg" --video films
     """

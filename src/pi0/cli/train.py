@@ -69,7 +69,9 @@ def train(
             show_default=False,
         ),
     ] = None,
-    aux_weight: Annotated[float, typer.Option(help="Weight of the losses of --aux.")] = 1.0,
+    aux_weight: Annotated[
+        float, typer.Option(help="Weight of the losses of --aux and --point.")
+    ] = 1.0,
     lora: Annotated[
         int | None,
         typer.Option(
@@ -88,6 +90,15 @@ def train(
             metavar="REGEX",
             help="Names of the linear layers that it changes; default: attention and MLP of both "
             "trunks, and the projections of state, actions and time.",
+            show_default=False,
+        ),
+    ] = None,
+    point: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="COLUMN[@BLOCK]",
+            help="Also say which patch of the first camera's picture holds a column's points, "
+            "(u, v) in [0, 1]; block as in --aux.",
             show_default=False,
         ),
     ] = None,
@@ -177,8 +188,8 @@ def train(
     from pi0.train.loop import LoopOptions
     from pi0.train.lora import TARGETS, LoraOptions
     from pi0.train.optimizer import OptimizerOptions
-    from pi0.train.prepare import TrainOptions
-    from pi0.train.start import find_start, require_weights
+    from pi0.train.prepare import TrainOptions, parse_head
+    from pi0.train.start import find_start, require_weights, set_threads
     from pi0.train.trainer import TrainerOptions
 
     augmentation = Augmentation(crop, rotate, colour)
@@ -189,8 +200,9 @@ def train(
         tokenizer=tokenizer,
         norm_stats=norm_stats,
         state_in_prompt=state_in_prompt is not False,
-        heads=tuple(map(_parse_head, aux or ())),
+        heads=tuple(map(parse_head, aux or ())),
         head_weight=aux_weight,
+        points=tuple(map(parse_head, point or ())),
         freeze=tuple(freeze or ()),
         lora=LoraOptions(lora, lora_alpha, lora_targets or TARGETS) if lora else None,
         batch_size=batch_size,
@@ -215,7 +227,7 @@ def train(
     if data is None or out is None:
         raise ConfigError("--data and --out: expected a folder for each, found none.")
     require_weights(found)
-    _set_threads(threads, found.config)
+    set_threads(threads, found.config)
     outcome = _run(
         found, data, out, wanted, LoopOptions(log_every, save_every, keep), device, resume
     )
@@ -378,23 +390,3 @@ def _finish(outcome: Outcome, out: Path) -> None:
         "command and --resume."
     )
     raise typer.Exit(128 + outcome.signal)
-
-
-def _parse_head(text: str) -> tuple[str, int | None]:
-    """COLUMN[@BLOCK]."""
-    from pi0.errors import ConfigError
-
-    column, at, block = text.partition("@")
-    if not column or (at and not block.isdecimal()):
-        raise ConfigError(f"--aux: expected COLUMN or COLUMN@BLOCK, found {text!r}.")
-    return column, int(block) if at else None
-
-
-def _set_threads(threads: int | None, config: Any) -> None:
-    """One thread for small models, for which more only wait for each other."""
-    import torch
-
-    from pi0.train.start import is_small
-
-    if threads is not None or is_small(config):
-        torch.set_num_threads(threads or 1)

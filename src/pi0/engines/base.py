@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from pi0.checkpoint.load import Checkpoint, Progress, empty_model
+from pi0.checkpoint.load import Checkpoint, Progress
 from pi0.config import Pi0Config
+from pi0.engines.guidance import Guidance
 from pi0.engines.registry import find_engine, plugin_origin
-from pi0.engines.spec import EngineSpec, canonical_precision
+from pi0.engines.spec import EngineSpec
 from pi0.errors import EngineError, Pi0Error
 from pi0.inputs import ModelInputs
 from pi0.model import Tap
@@ -30,12 +31,6 @@ from pi0.model.pi0 import no_tap
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Engines that have float32, from fast to slow, and why one is chosen.
-FASTEST = {
-    "cuda": "the fastest engine, with a CUDA device",
-    "cpu": "the fastest engine without a CUDA device",
-    "reference": "no faster engine is available here",
-}
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 P = ParamSpec("P")
@@ -74,6 +69,8 @@ class Capabilities:
         weight_cache: it can keep packed weights beside the checkpoint.
         shows_stages: its taps see the stages, but for those of `Engine.hidden_stages`.
         feedable: what a tap returns replaces the tensor.
+        differentiable: autograd follows `velocity` from an x_t that requires a gradient, with the
+            cache of a `prefill` outside inference mode.
         peer: another implementation of π0, with which ours are compared.
     """
 
@@ -83,6 +80,7 @@ class Capabilities:
     weight_cache: bool = False
     shows_stages: bool = True
     feedable: bool = True
+    differentiable: bool = False
     peer: bool = False
 
 
@@ -209,6 +207,7 @@ class Engine(ABC):
         noise: Tensor,
         steps: int = 10,
         on_step: Callable[[], None] = lambda: None,
+        guidance: Guidance | None = None,
     ) -> Tensor:
         """Actions [B, horizon, action_dim] from noise of that shape.
 
@@ -216,11 +215,17 @@ class Engine(ABC):
 
         Args:
             on_step: called once per denoising step.
+            guidance: changes the velocity of each step. It goes through `prefill` and `velocity`,
+                not through a faster way that the engine may have.
 
         Raises:
-            EngineError: the result is not finite, or the engine is closed.
+            EngineError: the result is not finite, the engine is closed, or it cannot differentiate
+                what the guidance differentiates.
         """
-        actions = self._sample(inputs, noise, steps, on_step)
+        if guidance is None:
+            actions = self._sample(inputs, noise, steps, on_step)
+        else:
+            actions = self._guided_sample(inputs, noise, steps, on_step, guidance)
         if actions.shape != noise.shape:
             raise EngineError(
                 f"engine {self.name}: expected actions of shape {list(noise.shape)}, found "
@@ -240,6 +245,35 @@ class Engine(ABC):
             return v
 
         return integrate(velocity, noise, steps)
+
+    @torch.inference_mode(False)  # of the caller: its tensors cannot be differentiated
+    def _guided_sample(
+        self,
+        inputs: ModelInputs,
+        noise: Tensor,
+        steps: int,
+        on_step: Callable[[], None],
+        guidance: Guidance,
+    ) -> Tensor:
+        """What `sample` returns with guidance."""
+        self.check_guidance(guidance.differentiates)
+        cache = self.prefill(inputs)
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            v = guidance(lambda x_t: self.velocity(x_t, t, cache), x, t)
+            on_step()
+            return v
+
+        return integrate(velocity, noise.clone(), steps)
+
+    @classmethod
+    def check_guidance(cls, differentiates: bool) -> None:
+        """Raises EngineError if guidance differentiates the velocity and this engine cannot."""
+        if differentiates and not cls.capabilities.differentiable:
+            raise EngineError(
+                f"engine {cls.name}: expected one whose velocity autograd can follow, found one "
+                'that computes without it. Use jacobian="identity", or engine reference.'
+            )
 
     def close(self) -> None:
         """Releases what the engine holds; waits for a call that runs. Closing twice is harmless."""
@@ -343,54 +377,3 @@ def make_engine(
             f"engine {spec.name}: expected plug-in {origin} to make an engine, found "
             f"{type(error).__name__}: {error}."
         ) from error
-
-
-def fastest_engine(
-    config: Pi0Config,
-    precision: str | None = None,
-    device: str | None = None,
-    image_size: int | None = None,
-) -> tuple[EngineSpec, str]:
-    """The fastest engine on this machine within the limits that `pi0 verify` has for float32.
-
-    Args:
-        config: the checkpoint's.
-        precision, device: what was asked for; the fastest engine that has it is chosen.
-
-    Returns:
-        The engine, and why it was chosen: a phrase.
-
-    Raises:
-        EngineError: none that has this precision and device is available.
-    """
-    precision = canonical_precision(precision) or "float32"
-    reasons = []
-    for name, reason in FASTEST.items():
-        engine = find_engine(name)
-        options = EngineOptions(precision, device, image_size)
-        try:
-            if precision not in engine.capabilities.precisions:
-                raise EngineError(f"engine {name} has no {precision}.")
-            engine.check_available(config, options)
-            if name == "cuda":
-                _check_cuda_memory(config, precision, device)
-        except EngineError as error:
-            reasons.append(str(error))
-            continue
-        return EngineSpec(name, precision, device), reason
-    raise EngineError(
-        f"engine auto: expected an engine with precision {precision}"
-        f"{f' on device {device}' if device else ''}, found none: {' '.join(reasons)}"
-    )
-
-
-def _check_cuda_memory(config: Pi0Config, precision: str, device: str | None) -> None:
-    """Raises EngineError if the weights do not fit into a CUDA device's free memory."""
-    needed = sum(p.numel() for p in empty_model(config, torch.float32).parameters())
-    needed *= {"float32": 4, "bfloat16": 2}.get(precision, 1)
-    free, _ = torch.cuda.mem_get_info(torch.device(device or "cuda"))
-    if needed > free:
-        raise EngineError(
-            f"engine cuda: expected {needed / 1e9:.1f} GB of free GPU memory for the weights, "
-            f"found {free / 1e9:.1f} GB."
-        )

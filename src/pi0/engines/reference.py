@@ -22,7 +22,9 @@ class ReferenceEngine(Engine):
     """See `Engine`; results stay on the device between prefill and velocity."""
 
     name = "reference"
-    capabilities = Capabilities(precisions=tuple(DTYPES), devices=("cpu", "cuda"))
+    capabilities = Capabilities(
+        precisions=tuple(DTYPES), devices=("cpu", "cuda"), differentiable=True
+    )
 
     def __init__(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
         super().__init__(checkpoint, options)
@@ -38,14 +40,14 @@ class ReferenceEngine(Engine):
         parse_device(options.device or "cpu")
 
     @exclusive
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: guidance differentiates `velocity`, which reads this
     def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> PrefixCache:
         return self.model.prefill(inputs.to(self.device), tap)
 
     @exclusive
-    @torch.inference_mode()
     def velocity(self, x_t: Tensor, t: Tensor, cache: PrefixCache, tap: Tap = no_tap) -> Tensor:
-        return self.model.velocity(x_t.to(self.device), t.to(self.device), cache, tap).cpu()
+        with torch.inference_mode(not x_t.requires_grad):
+            return self.model.velocity(x_t.to(self.device), t.to(self.device), cache, tap).cpu()
 
     def _close(self) -> None:
         del self.model

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,13 +23,16 @@ from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
 from pi0.config import Pi0Config
-from pi0.engines.base import Engine, fastest_engine, make_engine
+from pi0.engines.base import Engine, make_engine
+from pi0.engines.fastest import fastest_engine
+from pi0.engines.guidance import Guidance
 from pi0.engines.spec import EngineSpec
 from pi0.errors import ConfigError, EngineError
 from pi0.inputs import check_noise, to_tensor
 from pi0.policy.limits import ON_LIMIT, apply_limits, as_data, summary
 from pi0.policy.observation import Observation
 from pi0.policy.pipeline import Pipeline
+from pi0.policy.realtime import RealTimeChunking, make_inpainting, require_inverse
 from pi0.policy.resolve import prepare
 from pi0.policy.robot import Robot
 from pi0.policy.setup import PolicyOptions
@@ -49,6 +53,7 @@ class Policy:
         steps: denoising steps.
         n_action_steps: actions of a chunk that `select_action` hands out before it computes anew.
         on_limit: "error", "clamp" or "warn", for actions beyond the robot's limits.
+        real_time: how `infer` continues a previous chunk; None: it does not.
         metadata: what this policy is, as plain data.
     """
 
@@ -61,6 +66,7 @@ class Policy:
         seed: int = 0,
         n_action_steps: int | None = None,
         on_limit: str = "error",
+        real_time: RealTimeChunking | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         if engine.config != pipeline.config:
@@ -80,12 +86,17 @@ class Policy:
                 f"on_limit: expected one of {', '.join(ON_LIMIT)}, found {on_limit!r}."
             )
         self.on_limit = on_limit
+        self.real_time = real_time
+        if real_time is not None:
+            engine.check_guidance(real_time.jacobian == "exact")
+            require_inverse(pipeline)
         self.metadata = {
             **(metadata or {}),
             "engine": engine.info,
             "steps": self.steps,
             "n_action_steps": self.n_action_steps,
             "on_limit": on_limit,
+            "real_time": asdict(real_time) if real_time else None,
         }
         self._generator = torch.Generator().manual_seed(_count("seed", seed, 0, 2**63 - 1))
         self._queue: deque[NDArray[np.float32]] = deque()
@@ -119,6 +130,7 @@ class Policy:
         seed: int = 0,
         n_action_steps: int | None = None,
         on_limit: str = "error",
+        real_time: RealTimeChunking | None = None,
         weight_cache: bool = False,
         progress: Callable[[int], None] = lambda _: None,
     ) -> Policy:
@@ -137,7 +149,7 @@ class Policy:
             base: the full model of an adapter; None: the one that the adapter names.
             steps: denoising steps; None: what a LeRobot checkpoint says, else 10.
             seed: of the noise.
-            n_action_steps, on_limit: see the attributes.
+            n_action_steps, on_limit, real_time: see the attributes.
             weight_cache: keep packed weights in a file beside the checkpoint, for the next start.
             progress: called with bytes of weights read.
 
@@ -176,6 +188,7 @@ class Policy:
             seed=seed,
             n_action_steps=setup.n_action_steps if n_action_steps is None else n_action_steps,
             on_limit=on_limit,
+            real_time=real_time,
             metadata=setup.describe(),
         )
 
@@ -184,6 +197,9 @@ class Policy:
         observation: Observation,
         noise: NDArray[np.floating] | Tensor | None = None,
         on_step: Callable[[], None] = lambda: None,
+        *,
+        previous: NDArray[np.floating] | None = None,
+        delay: int = 0,
     ) -> dict[str, Any]:
         """The actions for an observation.
 
@@ -192,6 +208,10 @@ class Policy:
             noise: [horizon, action_dim of the model] or [1, …], any floating point; None: drawn
                 from the policy's generator.
             on_step: called after each denoising step.
+            previous: [n, D] in robot units, actions of an earlier chunk that are still to be
+                executed, the first at the tick of this observation: the new chunk continues them
+                (`real_time`). None: a chunk of its own.
+            delay: how many of them will have been executed when the new chunk arrives.
 
         Returns:
             "actions" [horizon, D] float32 in robot units; "model_actions" [horizon, action_dim of
@@ -202,8 +222,9 @@ class Policy:
             ObservationError: something in the observation cannot be used.
             LimitError: an action is beyond the robot's limits, and `on_limit` is "error".
             EngineError: the engine's answer is not finite.
+            ConfigError: `previous` is given, and `real_time` is None.
         """
-        return self._infer(observation, noise, on_step, before=None)
+        return self._infer(observation, noise, on_step, None, previous, delay)
 
     def _infer(
         self,
@@ -211,13 +232,16 @@ class Policy:
         noise: NDArray[np.floating] | Tensor | None,
         on_step: Callable[[], None],
         before: NDArray[np.float64] | None,
+        previous: NDArray[np.floating] | None = None,
+        delay: int = 0,
     ) -> dict[str, Any]:
         """See `infer`; `before` is the action [D] that the robot executed last, if it is known."""
         start = time.perf_counter()
         inputs, state = self.pipeline.encode(observation)
         x = self._noise(noise)
+        guidance = self._guidance(previous, delay, state)
         ready = time.perf_counter()
-        sampled = self.engine.sample(inputs, x, self.steps, on_step)[0].numpy()
+        sampled = self.engine.sample(inputs, x, self.steps, on_step, guidance)[0].numpy()
         done = time.perf_counter()
         actions = self.pipeline.decode(sampled, state)
         with np.errstate(over="ignore"):
@@ -295,6 +319,18 @@ class Policy:
         if given.is_floating_point():
             given = given.detach().to("cpu", torch.float32)
         return check_noise(self.engine.config, 1, given if given.ndim == 3 else given[None])
+
+    def _guidance(
+        self, previous: NDArray[np.floating] | None, delay: int, state: NDArray[np.float64]
+    ) -> Guidance | None:
+        if previous is None:
+            return None
+        if self.real_time is None:
+            raise ConfigError(
+                "previous: expected a policy made with real_time=RealTimeChunking(), found one "
+                "without."
+            )
+        return make_inpainting(self.real_time, self.pipeline, previous, delay, state)
 
     def _guard(
         self,

@@ -6,8 +6,9 @@ that learns from it sees how to come back to the way (Laskey et al., "DART", arX
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from pi0.data.schema import Recording, Schema
 from pi0.sim.env import IMAGE_SIZE, TabletopEnv
 from pi0.sim.experts import expert_action
+from pi0.sim.tasks import COLORS, PLACES
 
 Floats = NDArray[np.float64]
 
@@ -25,6 +27,8 @@ CAMERAS = {
 STATE_NAMES = ("x", "y", "z", "opening", "width")
 ACTION_NAMES = ("x", "y", "z", "gripper")
 POINT_NAMES = ("x", "y", "z")
+OBJECTS = (*COLORS, *PLACES)
+ABSENT = np.array([-1.0, -1.0])  # of an object that a scene does not show
 FIRST_RESERVED_SEED = 9_000_000  # for evaluation alone
 
 
@@ -59,6 +63,8 @@ def schema(image_size: int = IMAGE_SIZE) -> Schema:
             "action": ACTION_NAMES,
             "aux.target_position": POINT_NAMES,
             "aux.goal_position": POINT_NAMES,
+            "aux.target_point": ("u", "v"),
+            "aux.object_points": tuple(f"{name}_{axis}" for name in OBJECTS for axis in "uv"),
         },
     )
 
@@ -71,11 +77,11 @@ def record_episode(
     rng = np.random.default_rng([seed, 1])  # not the episode's own numbers again
     disturbed = rng.random() < disturbance.episodes
     frames: list[tuple[dict[str, NDArray[np.generic]], NDArray[np.float32]]] = []
-    points: list[tuple[Floats, Floats]] = []
+    points: list[dict[str, Floats]] = []
     for _ in range(max_steps):
         action = expert_action(env)
         frames.append((observation, action))
-        points.append((info["target_position"], info["goal_position"]))
+        points.append(_points(env, info))
         executed = _disturb(action, env, disturbance, rng) if disturbed else action
         observation, _, done, _, info = env.step(executed)
         if done:
@@ -86,19 +92,32 @@ def record_episode(
 def _recording(
     prompt: str,
     frames: Sequence[tuple[dict[str, NDArray[np.generic]], NDArray[np.float32]]],
-    points: Sequence[tuple[Floats, Floats]],
+    points: Sequence[Mapping[str, Floats]],
 ) -> Recording:
-    targets, ends = zip(*points, strict=True)
     return Recording(
         task=prompt,
         images={key: np.stack([o[own] for o, _ in frames]) for key, own in CAMERAS.items()},
         columns={
             "observation.state": np.stack([o["observation/state"] for o, _ in frames]),
             "action": np.stack([action for _, action in frames]),
-            "aux.target_position": np.stack(targets).astype(np.float32),
-            "aux.goal_position": np.stack(ends).astype(np.float32),
+            **{key: np.stack([p[key] for p in points]).astype(np.float32) for key in points[0]},
         },
     )
+
+
+def _points(env: TabletopEnv, info: Mapping[str, Any]) -> dict[str, Floats]:
+    """What auxiliary losses may ask for: in metres, and in the table camera's picture."""
+    scene = env.scene
+    things = {**scene.cubes(), **scene.places()}
+    seen = [
+        scene.in_picture("table", things[name]) if name in things else ABSENT for name in OBJECTS
+    ]
+    return {
+        "aux.target_position": info["target_position"],
+        "aux.goal_position": info["goal_position"],
+        "aux.target_point": scene.in_picture("table", info["target_position"]),
+        "aux.object_points": np.concatenate(seen),
+    }
 
 
 def _disturb(

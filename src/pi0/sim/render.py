@@ -6,6 +6,7 @@ chosen here. The other modules take MuJoCo from here.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import ctypes.util
 import os
@@ -57,6 +58,10 @@ def _has_egl_device() -> bool:
 
 
 choose_backend()
+with contextlib.suppress(ImportError):
+    # Mesa and Triton each bring an LLVM: the process ends if Mesa's is loaded first, and PyTorch
+    # may load Triton at any time.
+    import triton._C.libtriton  # noqa: F401
 
 try:
     import mujoco as mujoco

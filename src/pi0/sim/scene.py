@@ -114,6 +114,15 @@ class Scene:
         """Centre [3] of bowl and plate on the table, in metres."""
         return {name: self.model.body(name).pos.copy() for name in PLACES}
 
+    def in_picture(self, camera: str, point: Floats) -> Floats:
+        """Where a point [3] in metres is in a camera's square picture: (u, v) in [0, 1] from the
+        top left, if it is in it."""
+        number = self.model.camera(camera).id
+        rotation = self.data.cam_xmat[number].reshape(3, 3)
+        x, y, z = rotation.T @ (point - self.data.cam_xpos[number])  # the camera looks along -z
+        size = 2 * np.tan(np.radians(self.model.cam_fovy[number]) / 2) * -z
+        return np.array([0.5 + x / size, 0.5 - y / size])
+
     def picture(self, camera: str, height: int, width: int) -> NDArray[np.uint8]:
         """[height, width, 3] of what a camera sees ("table", "wrist" or "film")."""
         renderer = self._renderer(height, width)

@@ -29,6 +29,7 @@ from pi0.verify.run import default_cases, verify
 from pi0.verify.thresholds import limits_of, looser, threshold
 
 CAMERAS, TOKENS, STEPS, THREADS = 2, 12, 2, 4
+DIFFERENCE = 1.0  # norm of a step over a whole chunk: bfloat16 resolves it
 
 Make = Callable[[Checkpoint], Engine]
 
@@ -106,6 +107,8 @@ def _check(make: Make, checkpoint: Checkpoint) -> None:
         _check_fresh(label, engine, checkpoint, inputs, noise)
         if engine.capabilities.batch:
             _check_batch(label, engine, inputs, noise)
+        if engine.capabilities.differentiable:
+            _check_gradient(label, engine, inputs, noise)
         _check_threads(label, engine, inputs, noise)
         _check_close(label, engine, inputs, noise)
     _check_verify(label, make, checkpoint)
@@ -192,6 +195,30 @@ def _check_batch(label: str, engine: Engine, inputs: ModelInputs, noise: Tensor)
             f"{label}: expected row {i} of a batch to be what it is alone, found a relative error "
             f"of {found.rel_l2:.2g}.",
         )
+
+
+def _check_gradient(label: str, engine: Engine, inputs: ModelInputs, noise: Tensor) -> None:
+    """Against the difference of two velocities along the gradient, roughly: it is there, and it is
+    not that of something else."""
+    cache, t = engine.prefill(inputs), torch.full((len(noise),), 0.5)
+    x = noise.clone().requires_grad_()
+    v = engine.velocity(x, t, cache)
+    _require(
+        v.requires_grad,
+        f"{label}: expected a velocity that autograd can follow, as capabilities.differentiable "
+        "says, found one without a gradient.",
+    )
+    weights = noise.roll(1, dims=1)
+    (gradient,) = torch.autograd.grad(v, x, weights)
+    slope = gradient.norm()
+    along = DIFFERENCE * gradient / slope
+    ahead, behind = (engine.velocity(noise + step, t, cache) for step in (along, -along))
+    found = (weights * (ahead - behind)).sum() / (2 * DIFFERENCE)
+    _require(
+        bool((found - slope).abs() <= 0.2 * slope),
+        f"{label}: expected the velocity to change as its gradient says, by {slope:.3g}, found "
+        f"{found:.3g}.",
+    )
 
 
 def _check_threads(label: str, engine: Engine, inputs: ModelInputs, noise: Tensor) -> None:

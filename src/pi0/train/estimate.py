@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from pi0.checkpoint.load import empty_model
 from pi0.config import Pi0Config
 from pi0.inputs import ModelInputs
 from pi0.model import Pi0
@@ -65,9 +66,10 @@ def estimate(
         batch: samples that are computed at once.
         tokens: of the longest prompt.
     """
+    model = empty_model(config, torch.float32).requires_grad_(True)
+    prepare(model)
     with FakeTensorMode():
-        model = Pi0(config)
-        prepare(model)
+        _make_fake(model)
         if options.bfloat16:
             keep_float32(model, "cpu")
         module = TrainingModel(model, config.action_dim, recompute=options.recompute)
@@ -87,6 +89,14 @@ def estimate(
         average=trained if ema else 0,
         passes=live.peak,
     )
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Gives a model on the meta device, which has no autocast, fake parameters of the CPU."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            fake = nn.Parameter(torch.empty(parameter.shape), parameter.requires_grad)
+            setattr(module, name, fake)
 
 
 def _inputs(config: Pi0Config, batch: int, cameras: int, tokens: int, draws: int) -> Batch:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pi0.config import GemmaConfig
+from pi0.config import GemmaConfig, Pi0Config
 from pi0.inputs import ModelInputs
 from pi0.model import Pi0, PrefixCache
 from pi0.train.recompute import prefill, recompute_vision
@@ -38,7 +38,7 @@ class Batch:
         actions: [B, H, action_dim of the model] float32, normalised and zero-padded.
         noise: [B, K, H, action_dim of the model] float32.
         time: [B, K] float32.
-        columns: what auxiliary heads predict, by column: [B, D] float32, normalised.
+        columns: what auxiliary heads predict, by column: [B, D] float32, normalised but for points.
     """
 
     inputs: ModelInputs
@@ -111,12 +111,64 @@ class AuxiliaryHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, hidden: Tensor, valid: Tensor) -> Tensor:
-        """hidden [B, L, E], valid [B, L] bool → [B, width] float32."""
-        weights = valid.float() / valid.sum(dim=1, keepdim=True)
-        mean = (hidden.float() * weights[..., None]).sum(dim=1)
-        # Residual streams grow with depth; a linear layer reads them at one scale.
-        out: Tensor = self.linear(F.layer_norm(mean, mean.shape[-1:]))
+        """hidden [B, X, E], valid [B, L] bool of the text → [B, width] float32."""
+        out: Tensor = self.linear(text_mean(hidden, valid))
         return out.float()
+
+    def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """The mean square error; hidden as `forward`'s."""
+        return F.mse_loss(self(hidden, batch.inputs.token_mask), batch.columns[self.column])
+
+
+class PointingHead(nn.Module):
+    """Says which patch of the first camera's picture holds a point, or each of several.
+
+    Queries come from the text tokens' output of one block of the VLM, keys from the patches' of the
+    same block. It teaches the model to find what words name, which a mean square error on
+    positions does not in a model that starts from random weights (docs/log.md). Training-only.
+
+    Attributes:
+        column: of the dataset, points as (u, v) in [0, 1] from the top left; others are left out.
+        block, weight: as an `AuxiliaryHead`'s.
+    """
+
+    def __init__(
+        self, column: str, points: int, block: int, weight: float, config: Pi0Config
+    ) -> None:
+        super().__init__()
+        self.column, self.block, self.weight = column, block, weight
+        self.points, self.grid = points, config.vision.grid
+        width = config.vlm.width
+        self.query = nn.Linear(width, points * width)
+        self.key = nn.Linear(width, width, bias=False)
+
+    def forward(self, hidden: Tensor, valid: Tensor) -> Tensor:
+        """hidden [B, X, E], valid [B, L] bool of the text → logits [B, points, P] float32."""
+        query = self.query(text_mean(hidden, valid)).float().unflatten(1, (self.points, -1))
+        patches = hidden[:, : self.grid**2].float()
+        keys = self.key(F.layer_norm(patches, patches.shape[-1:])).float()
+        logits: Tensor = query @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5
+        return logits
+
+    def loss(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """The mean cross entropy over the points that are in the picture."""
+        logits = self(hidden, batch.inputs.token_mask)
+        u, v = batch.columns[self.column].view(-1, self.points, 2).unbind(-1)
+        inside = (u >= 0) & (u < 1) & (v >= 0) & (v < 1)
+        patch = (v * self.grid).long() * self.grid + (u * self.grid).long()
+        patch = patch.clamp(0, self.grid**2 - 1)
+        each = F.cross_entropy(logits.flatten(0, 1), patch.flatten(), reduction="none")
+        loss: Tensor = (each * inside.flatten()).sum() / inside.sum().clamp_min(1)
+        return loss
+
+
+def text_mean(hidden: Tensor, valid: Tensor) -> Tensor:
+    """The mean [B, E] float32 over the valid text tokens at the end of hidden [B, X, E], at one
+    scale: residual streams grow with depth."""
+    text = hidden[:, -valid.shape[1] :].float()
+    weights = valid.float() / valid.sum(dim=1, keepdim=True)
+    mean = (text * weights[..., None]).sum(dim=1)
+    return F.layer_norm(mean, mean.shape[-1:])
 
 
 class TrainingModel(nn.Module):
@@ -133,7 +185,7 @@ class TrainingModel(nn.Module):
         self,
         model: Pi0,
         action_dim: int,
-        heads: Sequence[AuxiliaryHead] = (),
+        heads: Sequence[AuxiliaryHead | PointingHead] = (),
         recompute: bool = False,
     ) -> None:
         super().__init__()
@@ -151,10 +203,8 @@ class TrainingModel(nn.Module):
         losses = {"flow": errors[..., : self.action_dim].mean()}
         # Weighs padding like any other dimension: a sum over all, by the count of real values.
         total = errors.sum() / errors[..., : self.action_dim].numel()
-        length = batch.inputs.token_mask.shape[1]
         for head in self.heads:
-            assert isinstance(head, AuxiliaryHead)
-            predicted = head(outputs[head.block][:, -length:], batch.inputs.token_mask)
-            losses[head.column] = F.mse_loss(predicted, batch.columns[head.column])
+            assert isinstance(head, AuxiliaryHead | PointingHead)
+            losses[head.column] = head.loss(outputs[head.block], batch)
             total = total + head.weight * losses[head.column]
         return {"total": total, **losses}

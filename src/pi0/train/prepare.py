@@ -31,7 +31,7 @@ from pi0.policy.tokenizer import (
 from pi0.train.augment import Augmentation
 from pi0.train.checks import examine, match_cameras
 from pi0.train.lora import LoraOptions, add_lora
-from pi0.train.loss import AuxiliaryHead
+from pi0.train.loss import AuxiliaryHead, PointingHead
 from pi0.train.optimizer import OptimizerOptions
 from pi0.train.processes import Processes
 from pi0.train.samples import (
@@ -40,6 +40,7 @@ from pi0.train.samples import (
     Samples,
     measure_statistics,
     normalised_columns,
+    points_of,
 )
 from pi0.train.save import Export
 from pi0.train.start import Start
@@ -68,6 +69,7 @@ class TrainOptions:
         state_in_prompt: of a π0.5.
         heads: (column, block) of auxiliary heads; a block of None: the last but one.
         head_weight: of their losses.
+        points: as `heads`, of pointing heads.
         freeze: patterns of parameters that stay as they are.
         lora: train an adapter of a checkpoint; None: the model.
         seed: of random weights, of the order of frames, noise and augmentation.
@@ -81,6 +83,7 @@ class TrainOptions:
     state_in_prompt: bool = True
     heads: tuple[tuple[str, int | None], ...] = ()
     head_weight: float = 1.0
+    points: tuple[tuple[str, int | None], ...] = ()
     freeze: tuple[str, ...] = ()
     lora: LoraOptions | None = None
     batch_size: int = 32
@@ -119,11 +122,14 @@ def prepare_run(
         )
     robot = find_robot(options.robot, config.adaptive_norm)
     layout = LAYOUTS[_layout(start, options)]
-    blocks = {
-        column: max(config.vlm.depth - 2, 0) if block is None else block
-        for column, block in options.heads
-    }
-    enforce([*dataset.check(decode=False), *examine(dataset, robot, config, blocks)])
+    blocks, pointing = (
+        {
+            column: max(config.vlm.depth - 2, 0) if block is None else block
+            for column, block in asked
+        }
+        for asked in (options.heads, options.points)
+    )
+    enforce([*dataset.check(decode=False), *examine(dataset, robot, config, blocks | pointing)])
     cameras = match_cameras(dataset, robot)
     tokenizer = _tokenizer(start, dataset, out, options, processes)
     pipeline = _pipeline(config, robot, tokenizer, layout.name, options.state_in_prompt)
@@ -138,7 +144,7 @@ def prepare_run(
             )
             for ours, theirs in cameras.items()
         }  # fmt: skip
-    columns = normalised_columns(dataset, list(blocks))
+    columns = normalised_columns(dataset, list(blocks)) | points_of(dataset, list(pointing))
     samples = Samples(
         dataset,
         chunks,
@@ -148,12 +154,18 @@ def prepare_run(
         SampleOptions(options.batch_size, options.draws, options.seed, options.augmentation),
     )
     model = start.model(options.seed, processes.device)
-    change_model(model, options, list(blocks.values()))
+    change_model(model, options, [*blocks.values(), *pointing.values()])
     heads = [
         AuxiliaryHead(name, columns[name].shape[1], block, options.head_weight, config.vlm)
         for name, block in blocks.items()
     ]
-    trainer = Trainer(model, samples, heads, options.optimizer, options.trainer, processes)
+    pointers = [
+        PointingHead(name, columns[name].shape[1] // 2, block, options.head_weight, config)
+        for name, block in pointing.items()
+    ]
+    trainer = Trainer(
+        model, samples, [*heads, *pointers], options.optimizer, options.trainer, processes
+    )
     names = tuple(key.rpartition(".")[2] for key in cameras.values())
     export = Export(
         layout,
@@ -165,6 +177,14 @@ def prepare_run(
         start.checkpoint.path if start.checkpoint else None,
     )
     return Run(trainer, export)
+
+
+def parse_head(text: str) -> tuple[str, int | None]:
+    """COLUMN[@BLOCK]."""
+    column, at, block = text.partition("@")
+    if not column or (at and not block.isdecimal()):
+        raise ConfigError(f"--aux: expected COLUMN or COLUMN@BLOCK, found {text!r}.")
+    return column, int(block) if at else None
 
 
 def change_model(model: Pi0, options: TrainOptions, read_blocks: list[int]) -> None:

@@ -228,6 +228,24 @@ def _tokenize(pipeline: Pipeline, task: str, state: Floats | None) -> tuple[Tens
         ) from error
 
 
+def points_of(dataset: Dataset, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+    """Columns [N, 2·points] float32 of points in a picture, as they are.
+
+    Raises:
+        Pi0Error: a column that holds no pairs.
+    """
+    out = {}
+    for name in names:
+        values = dataset.column(name).astype(np.float32)
+        out[name] = values.reshape(len(values), -1)
+        if out[name].shape[1] % 2:
+            raise Pi0Error(
+                f"--point {name}: expected pairs (u, v) of points in the first camera's picture, "
+                f"found {out[name].shape[1]} values."
+            )
+    return out
+
+
 def normalised_columns(dataset: Dataset, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
     """Columns [N, D] float32 of mean 0 and deviation 1 (those without spread: 0)."""
     out = {}

@@ -160,6 +160,12 @@ def is_small(config: Pi0Config) -> bool:
     return sum(p.numel() for p in empty_model(config, torch.float32).parameters()) < SMALL
 
 
+def set_threads(threads: int | None, config: Pi0Config) -> None:
+    """One thread for small models, for which more only wait for each other."""
+    if threads is not None or is_small(config):
+        torch.set_num_threads(threads or 1)
+
+
 @torch.no_grad()
 def initialise(model: Pi0, seed: int) -> None:
     """Fills every parameter in place; the same seed gives the same values."""

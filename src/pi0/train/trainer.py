@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pi0.errors import ConfigError, Pi0Error
 from pi0.model import Pi0
 from pi0.model.precision import Float32
-from pi0.train.loss import AuxiliaryHead, TrainingModel
+from pi0.train.loss import AuxiliaryHead, PointingHead, TrainingModel
 from pi0.train.optimizer import MovingAverage, OptimizerOptions, make_optimizer
 from pi0.train.processes import Processes
 from pi0.train.samples import Samples
@@ -57,7 +57,7 @@ class Trainer:
         self,
         model: Pi0,
         samples: Samples,
-        heads: Sequence[AuxiliaryHead],
+        heads: Sequence[AuxiliaryHead | PointingHead],
         optimizer_options: OptimizerOptions,
         options: TrainerOptions,
         processes: Processes,

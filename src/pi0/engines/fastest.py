@@ -1,0 +1,70 @@
+"""Which engine is the fastest on this machine: what "auto" means."""
+
+from __future__ import annotations
+
+import torch
+
+from pi0.checkpoint.load import empty_model
+from pi0.config import Pi0Config
+from pi0.engines.base import EngineOptions
+from pi0.engines.registry import find_engine
+from pi0.engines.spec import EngineSpec, canonical_precision
+from pi0.errors import EngineError
+
+# Engines that have float32, from fast to slow, and why one is chosen.
+FASTEST = {
+    "cuda": "the fastest engine, with a CUDA device",
+    "cpu": "the fastest engine without a CUDA device",
+    "reference": "no faster engine is available here",
+}
+
+
+def fastest_engine(
+    config: Pi0Config,
+    precision: str | None = None,
+    device: str | None = None,
+    image_size: int | None = None,
+) -> tuple[EngineSpec, str]:
+    """The fastest engine on this machine within the limits that `pi0 verify` has for float32.
+
+    Args:
+        config: the checkpoint's.
+        precision, device: what was asked for; the fastest engine that has it is chosen.
+
+    Returns:
+        The engine, and why it was chosen: a phrase.
+
+    Raises:
+        EngineError: none that has this precision and device is available.
+    """
+    precision = canonical_precision(precision) or "float32"
+    reasons = []
+    for name, reason in FASTEST.items():
+        engine = find_engine(name)
+        options = EngineOptions(precision, device, image_size)
+        try:
+            if precision not in engine.capabilities.precisions:
+                raise EngineError(f"engine {name} has no {precision}.")
+            engine.check_available(config, options)
+            if name == "cuda":
+                _check_cuda_memory(config, precision, device)
+        except EngineError as error:
+            reasons.append(str(error))
+            continue
+        return EngineSpec(name, precision, device), reason
+    raise EngineError(
+        f"engine auto: expected an engine with precision {precision}"
+        f"{f' on device {device}' if device else ''}, found none: {' '.join(reasons)}"
+    )
+
+
+def _check_cuda_memory(config: Pi0Config, precision: str, device: str | None) -> None:
+    """Raises EngineError if the weights do not fit into a CUDA device's free memory."""
+    needed = sum(p.numel() for p in empty_model(config, torch.float32).parameters())
+    needed *= {"float32": 4, "bfloat16": 2}.get(precision, 1)
+    free, _ = torch.cuda.mem_get_info(torch.device(device or "cuda"))
+    if needed > free:
+        raise EngineError(
+            f"engine cuda: expected {needed / 1e9:.1f} GB of free GPU memory for the weights, "
+            f"found {free / 1e9:.1f} GB."
+        )

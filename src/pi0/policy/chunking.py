@@ -1,0 +1,266 @@
+"""A robot's loop that does not wait: a chunk is executed while the next one is computed.
+
+Time is counted in ticks, calls of `ActionBuffer.step`. A chunk computed from the observation of
+tick k has its first action for tick k; when its result is there at tick k + d, the delay d is a
+fact, and its actions from the d-th on are used. Nothing here looks at a clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pi0.errors import ConfigError, EngineError
+from pi0.policy.limits import apply_limits
+from pi0.policy.observation import Observation
+from pi0.policy.policy import Policy
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+OVERLAPS = ("replace", "ensemble", "average", "inpaint")
+WHEN_DRY = ("wait", "hold", "error")
+DELAYS_KEPT = 10
+
+Floats = NDArray[np.float64]
+
+
+class ChunkPolicy(Protocol):
+    """What computes chunks: a `Policy`, or a client of one elsewhere. `infer` returns "actions"
+    [horizon, D] in the robot's units; to inpaint it takes `previous` and `delay`, too."""
+
+    def infer(self, observation: Observation, /, **inpainting: Any) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be executed from a tick on.
+
+    Attributes:
+        start: the tick of the first action.
+        actions: [n, D], in the robot's units.
+        weight, count: [n], of the chunks that an ensemble has averaged for a tick: the sum of their
+            weights, and their number.
+    """
+
+    start: int
+    actions: Floats
+    weight: Floats
+    count: NDArray[np.int64]
+
+    @classmethod
+    def of_chunk(cls, start: int, actions: Floats) -> Plan:
+        """One chunk alone."""
+        return cls(start, actions, np.ones(len(actions)), np.ones(len(actions), np.int64))
+
+    def from_tick(self, tick: int) -> Plan:
+        """Without what is before a tick."""
+        past = max(0, tick - self.start)
+        return Plan(self.start + past, self.actions[past:], self.weight[past:], self.count[past:])
+
+
+def merge(old: Plan, new: Plan, overlap: str, decay: float) -> Plan:
+    """A new chunk after an old plan, both from the same tick on.
+
+    - "replace", "inpaint": the new chunk.
+    - "average": from the old to the new along a line; of n overlapping actions the j-th is
+      new · (j+1)/(n+1) + old · (n-j)/(n+1).
+    - "ensemble": the mean of all chunks with weights exp(-decay · i), i = 0 being the oldest (ACT,
+      arXiv 2304.13705, section IV-B and its `imitate_episodes.py`, which has decay 0.01).
+    """
+    n = min(len(old.actions), len(new.actions))
+    share, weight, count = np.ones(n), new.weight.copy(), new.count.copy()
+    if overlap == "average":
+        share = np.arange(1, n + 1) / (n + 1)
+    elif overlap == "ensemble":
+        added = np.exp(-decay * old.count[:n])
+        weight[:n], count[:n] = old.weight[:n] + added, old.count[:n] + 1
+        share = added / weight[:n]
+    actions = new.actions.copy()
+    actions[:n] = old.actions[:n] + share[:, None] * (new.actions[:n] - old.actions[:n])
+    return Plan(new.start, actions, weight, count)
+
+
+class ActionBuffer:
+    """Hands out one action per tick, and has the next chunk computed in the background meanwhile.
+
+    One robot's loop at a time. The first chunk of an episode is waited for.
+
+    Attributes:
+        delays: how many ticks passed between observation and result, of the last few chunks that
+            the robot did not stand still for. With "inpaint" the largest is what the next chunk is
+            told (the paper's algorithm 1); before there is one, that all of the overlap will be
+            executed.
+        held: how many ticks repeated an action because the plan had run dry.
+    """
+
+    def __init__(
+        self,
+        policy: ChunkPolicy | Policy,
+        *,
+        execution_horizon: int,
+        overlap: str = "replace",
+        when_dry: str = "wait",
+        decay: float = 0.01,
+        executor: Executor | None = None,
+    ) -> None:
+        """
+        Args:
+            policy: computes chunks. The actions handed out obey a `Policy`'s limits at the borders
+                of chunks as well, as its `on_limit` says; the limits of others are their own.
+            execution_horizon: ticks from the observation of one chunk to that of the next, s in
+                arXiv 2506.07339; more if computing takes longer.
+            overlap: how a new chunk and the rest of the old plan become one; see `merge`.
+                "inpaint": the policy makes the new chunk continue the old one (`real_time`).
+            when_dry: what `step` does if the plan has no action for this tick: "wait" for the
+                chunk (the robot's time stands still), "hold": repeat the last action, which keeps a
+                robot in its place only where actions are positions, or "error".
+            decay: of an ensemble's weights; larger: old chunks count more.
+            executor: where `policy.infer` runs; None: a thread of its own.
+
+        Raises:
+            ConfigError: a setting that does not exist, or a policy that cannot inpaint.
+        """
+        for name, value, allowed in (
+            ("overlap", overlap, OVERLAPS),
+            ("when_dry", when_dry, WHEN_DRY),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}.")
+        if execution_horizon < 1:
+            raise ConfigError(
+                f"execution_horizon: expected at least 1 tick, found {execution_horizon}."
+            )
+        if overlap == "inpaint" and isinstance(policy, Policy) and policy.real_time is None:
+            raise ConfigError(
+                "overlap inpaint: expected a policy made with real_time=RealTimeChunking(), found "
+                "one without."
+            )
+        self.policy = policy
+        self.execution_horizon = execution_horizon
+        self.overlap, self.when_dry, self.decay = overlap, when_dry, decay
+        self.delays: deque[int] = deque(maxlen=DELAYS_KEPT)
+        self.held = 0
+        self._executor = executor or ThreadPoolExecutor(1, "pi0-chunks")
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the plan, and the chunk that is being computed: a new episode begins."""
+        self._tick = 0
+        self._observed = 0  # the tick of the newest chunk's observation
+        self._plan: Plan | None = None
+        self._last: Floats | None = None
+        self._pending: tuple[int, Future[Mapping[str, Any]]] | None = None
+
+    def step(self, observation: Observation) -> NDArray[np.float32]:
+        """The action [D] for this tick, in the robot's units.
+
+        Args:
+            observation: of this tick; it is not read unless the next chunk begins with it, and then
+                from another thread: do not change it afterwards.
+
+        Raises:
+            EngineError: the plan has run dry and `when_dry` is "error", or a chunk took longer to
+                compute than it lasts.
+            Pi0Error: what `policy.infer` raised in the background, at the first tick after. The
+                next call begins anew with its observation.
+        """
+        try:
+            return self._next(observation).astype(np.float32)
+        finally:
+            self._tick += 1  # the tick has passed, with an action or without
+
+    def close(self) -> None:
+        """Waits for the chunk that is being computed, and ends the thread."""
+        self._executor.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _next(self, observation: Observation) -> Floats:
+        waits = self._last is None or self.when_dry == "wait"
+        if self._pending and (self._pending[1].done() or (waits and not len(self._rest()))):
+            self._take_in()
+        rest = self._rest()
+        due = self._tick - self._observed >= self.execution_horizon
+        if self._pending is None and (due or not len(rest)):
+            self._start(observation, rest)
+        if not len(rest):
+            if self._last is not None and not waits:
+                return self._run_dry(self._last)
+            self._take_in()
+            rest = self._rest()
+        self._last = self._within_limits(rest[0])
+        return self._last
+
+    def _rest(self) -> Floats:
+        """The plan from this tick on, [n, D]; n is 0 if it has run dry."""
+        if self._plan is None:
+            return np.empty((0, 0))
+        self._plan = self._plan.from_tick(self._tick)
+        return self._plan.actions
+
+    def _start(self, observation: Observation, rest: Floats) -> None:
+        inpainting: dict[str, Any] = {}
+        if self.overlap == "inpaint" and len(rest):
+            expected = max(self.delays, default=len(rest))
+            inpainting = {"previous": rest.astype(np.float32), "delay": min(expected, len(rest))}
+        infer = partial(self.policy.infer, observation, **inpainting)
+        self._pending = self._tick, self._executor.submit(infer)
+
+    def _take_in(self) -> None:
+        """Makes the pending chunk part of the plan; waits for it if need be."""
+        assert self._pending is not None
+        start, future = self._pending
+        self._pending = None
+        actions = np.array(future.result()["actions"], np.float64)
+        delay = self._tick - start
+        if delay >= len(actions):
+            raise EngineError(
+                f"delay: expected a chunk before its {len(actions)} actions were over, found it "
+                f"{delay} ticks after its observation. The policy is too slow for this rate: see "
+                "`pi0 bench`."
+            )
+        new = Plan.of_chunk(start, actions).from_tick(self._tick)
+        if self._plan is not None:
+            self.delays.append(delay)
+            new = merge(self._plan.from_tick(self._tick), new, self.overlap, self.decay)
+        self._plan, self._observed = new, start
+
+    def _run_dry(self, last: Floats) -> Floats:
+        if self.when_dry == "error":
+            raise EngineError(
+                f"action buffer: expected an action for tick {self._tick}, found the plan at its "
+                "end and the next chunk still being computed. Start it earlier (a smaller "
+                'execution_horizon), or choose when_dry="hold" or "wait".'
+            )
+        self.held += 1
+        return last
+
+    def _within_limits(self, action: Floats) -> Floats:
+        """The action as the robot may execute it after the last one: a chunk's own limits were
+        applied without knowing what would be executed before it."""
+        policy = self.policy
+        if not isinstance(policy, Policy) or policy.robot.limits is None:
+            return action
+        limits = replace(policy.robot.limits, state=(None,) * len(action))
+        names, none = policy.robot.action_names, np.empty(0)
+        guarded, _ = apply_limits(limits, action[None], none, policy.on_limit, names, self._last)
+        executed: Floats = guarded[0]
+        return executed

@@ -1,0 +1,66 @@
+"""Demonstrations: what they hold, and that they do not depend on who records them."""
+
+import numpy as np
+import pytest
+
+from pi0.data.read import Dataset
+from pi0.errors import ConfigError
+from pi0.sim.demos import OBJECTS, Disturbance, record_episode
+from pi0.sim.env import TabletopEnv
+from pi0.sim.record import Plan, record
+from pi0.sim.tasks import COLORS
+
+
+def test_points_lie_where_the_camera_sees_them():
+    """The pixel at a cube's point has the cube's colour."""
+    env = TabletopEnv(image_size=112)
+    for seed in range(3):
+        observation, _ = env.reset(seed=seed)
+        for color, centre in env.scene.cubes().items():
+            u, v = env.scene.in_picture("table", centre)
+            pixel = observation["observation/image"][int(v * 112), int(u * 112)].astype(int)
+            strongest = {"red": [0], "green": [1], "blue": [2], "yellow": [0, 1]}[color]
+            others = [i for i in range(3) if i not in strongest]
+            assert pixel[strongest].min() > 1.5 * pixel[others].max(), (seed, color, pixel)
+    env.close()
+
+
+def test_recording_is_what_the_expert_wanted():
+    env = TabletopEnv(image_size=16)
+    recording = record_episode(env, 1, "lift", Disturbance(episodes=1), 80)
+    assert recording is not None
+    length = recording.length
+    assert recording.images["observation.images.table"].shape == (length, 16, 16, 3)
+    points = recording.columns["aux.object_points"].reshape(length, len(OBJECTS), 2)
+    absent = [i for i, name in enumerate(COLORS) if name not in env.scene.cubes()]
+    assert (points[:, absent] == -1).all()
+    state, action = recording.columns["observation.state"], recording.columns["action"]
+    moved = np.diff(state[:, :3], axis=0) / 0.03
+    assert np.abs(moved - action[:-1, :3]).max() > 0.05  # executed with noise, recorded without
+    env.close()
+
+
+@pytest.mark.parametrize(("episodes", "seed"), [(1, -1), (30, 8_999_999), (0, 0)])
+def test_reserved_seeds_are_refused(episodes, seed):
+    with pytest.raises(ConfigError, match=r"seed: expected 0 to 9000000|at least one episode"):
+        Plan(episodes, seed)
+
+
+def test_interrupted_recording_goes_on(tmp_path):
+    plan = Plan(22, seed=7, tasks=("lift",), image_size=16)
+    done = []
+    record(plan, tmp_path / "whole", 2, done.append)
+    assert sum(done) == 22
+    # A run that was stopped has some shards, and no meta files.
+    again = tmp_path / "again"
+    record(plan, again, 1, lambda _: None)
+    (again / "data/chunk-000/file-001.parquet").unlink()
+    for path in (again / "meta").rglob("*.json"):
+        path.unlink()
+    done.clear()
+    record(plan, again, 1, done.append)
+    assert done == [20, 2]
+    one, other = Dataset.open(tmp_path / "whole"), Dataset.open(again)
+    assert one.num_episodes == other.num_episodes == 22
+    for key in ("observation.state", "action", "aux.target_point"):
+        np.testing.assert_array_equal(one.column(key), other.column(key))

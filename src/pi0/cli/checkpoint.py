@@ -68,10 +68,11 @@ def synth(
     print_line(f"{folder}: {len(tensors)} tensors, {size}, layout {layout}")
 
 
+@options.with_policy
 def inspect(
     checkpoint: options.Checkpoint,
+    wishes: options.PolicyOptions,
     cameras: options.Cameras = 3,
-    image_size: options.ImageSize = None,
     tokens: options.Tokens = None,
     horizon: options.Horizon = None,
     max_tokens: options.MaxTokens = None,
@@ -82,14 +83,6 @@ def inspect(
             "--stats", help="Read the weights, too: mean, std, largest magnitude, hash of each."
         ),
     ] = False,
-    robot: options.RobotName = None,
-    tokenizer: options.TokenizerFile = None,
-    norm_stats: options.NormStats = None,
-    norm_mode: options.NormMode = None,
-    preprocessing: options.Preprocessing = None,
-    resize: options.Resize = None,
-    prompt_mode: options.PromptMode = None,
-    state_in_prompt: options.StateInPrompt = None,
     as_json: options.Json = False,
 ) -> None:
     """Say what is in a checkpoint, and what `pi0 act` would use, without loading it.
@@ -110,26 +103,14 @@ def inspect(
     from pi0.checkpoint.load import open_checkpoint
     from pi0.checkpoint.report import report
     from pi0.cli.show import print_json
-    from pi0.policy import PolicyOptions, prepare
+    from pi0.policy import prepare
 
     opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
     config = opened.config
     data = report(
-        opened, cameras, tokens or config.max_tokens, image_size or config.vision.image_size
+        opened, cameras, tokens or config.max_tokens, wishes.image_size or config.vision.image_size
     )
-    setup = prepare(
-        opened,
-        PolicyOptions(
-            robot=robot,
-            tokenizer=tokenizer,
-            norm_stats=norm_stats,
-            norm_mode=norm_mode,
-            preprocessing=preprocessing,
-            resize=resize,
-            prompt=prompt_mode,
-            state_in_prompt=state_in_prompt,
-        ),
-    )
+    setup = prepare(opened, wishes)
     data["policy"] = setup.describe()
     if stats:
         data["contents"] = _read_contents(opened)

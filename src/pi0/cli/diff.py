@@ -17,18 +17,12 @@ if TYPE_CHECKING:
 SHOWN = 20  # rows of a table; --json has all
 
 
+@options.with_policy
 def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint.", show_default=False)],
     b: Annotated[Path, typer.Argument(metavar="B", help="Another.", show_default=False)],
+    wishes: options.PolicyOptions,
     base: options.Base = None,
-    robot: options.RobotName = None,
-    tokenizer: options.TokenizerFile = None,
-    norm_stats: options.NormStats = None,
-    norm_mode: options.NormMode = None,
-    preprocessing: options.Preprocessing = None,
-    resize: options.Resize = None,
-    prompt_mode: options.PromptMode = None,
-    state_in_prompt: options.StateInPrompt = None,
     horizon: options.Horizon = None,
     max_tokens: options.MaxTokens = None,
     tolerance: Annotated[
@@ -51,23 +45,13 @@ def diff(
     from pi0.checkpoint.diff import diff_weights
     from pi0.checkpoint.load import check
     from pi0.cli.show import byte_progress, print_json
-    from pi0.policy import PolicyOptions, prepare
+    from pi0.policy import prepare
     from pi0.policy.diff import diff_policies
 
     left, right = opened = tuple(_open(path, base, horizon, max_tokens) for path in (a, b))
     _require_use(base, opened)
     for checkpoint in opened:  # what cannot be loaded is no policy
         check(checkpoint)
-    wishes = PolicyOptions(
-        robot=robot,
-        tokenizer=tokenizer,
-        norm_stats=norm_stats,
-        norm_mode=norm_mode,
-        preprocessing=preprocessing,
-        resize=resize,
-        prompt=prompt_mode,
-        state_in_prompt=state_in_prompt,
-    )
     policies = diff_policies(prepare(left, wishes), prepare(right, wishes))
     with byte_progress("comparing", sum(c.read_bytes for c in opened)) as progress:
         weights = diff_weights(left, right, tolerance, progress)

@@ -331,6 +331,34 @@ def test_nothing_is_half_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_out_that_somebody_else_has_filled_meanwhile(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, values = tmp_path / "out", module._values
+
+    def write_too(*arguments: object) -> Iterator[object]:
+        yield from values(*arguments)  # type: ignore[arg-type]
+        out.mkdir()
+        (out / "theirs").write_text("")
+
+    monkeypatch.setattr(module, "_values", write_too)
+    with pytest.raises(Pi0Error, match="out: expected a new or empty folder, found a full one"):
+        run(sources["openpi"], out, "openpi")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
+
+
+def test_a_full_disk_in_our_words(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(pending: list[object]) -> None:
+        raise ValueError('RESOURCE_EXHAUSTED: Error writing "d/0": Failed writing')
+
+    monkeypatch.setattr(orbax, "_wait", fill)
+    with pytest.raises(Pi0Error, match=r"^\S*/out: expected room for \S+ kB, found: No space left"):
+        run(sources["openpi"], tmp_path / "out", "jax")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_room_is_compared_before(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,7 +373,7 @@ def test_a_database_that_cannot_be_written(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(pending: list[object]) -> None:
-        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+        raise ValueError("PERMISSION_DENIED: read-only")
 
     monkeypatch.setattr(orbax, "_wait", full)
     with pytest.raises(Pi0Error, match="expected a place where JAX arrays can be written.*Make"):

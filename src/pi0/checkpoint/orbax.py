@@ -10,9 +10,11 @@ Knows nothing of π0.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -40,6 +42,7 @@ STREAMED_BYTES = 16 << 20  # an array of so many is not held in memory whole
 PENDING_BYTES = 256 << 20  # written at once; the database joins what is written at once
 HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 DICT_KEY = 2  # orbax's number for a level of the tree that is a dict
+FULL = "RESOURCE_EXHAUSTED"  # tensorstore's word for a full disk or a quota
 # What tensorstore raises: one class for each kind of status.
 FAILURES = (ValueError, OSError, KeyError, NotImplementedError, RuntimeError)
 
@@ -338,6 +341,8 @@ def _translate_writing(folder: Path) -> Iterator[None]:
         yield
     except FAILURES as error:
         reason = " ".join(str(error).split())
+        if FULL in reason:  # said by who asked for the folder, with its name
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise Pi0Error(
             f"{folder}: expected a place where JAX arrays can be written, found: {reason[:300]}. "
             "Make room, or name another place."

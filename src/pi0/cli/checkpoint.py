@@ -12,6 +12,7 @@ from pi0.cli import options
 if TYPE_CHECKING:
     from pi0.checkpoint.load import Checkpoint
 
+MODELS = {"pi0": "π0", "pi05": "π0.5"}
 HASH_DIGITS = 12  # of 64, that the table shows
 
 
@@ -154,9 +155,9 @@ def _print_contents(contents: dict[str, Any]) -> None:
 
 
 def _print_report(data: dict[str, Any]) -> None:
-    from pi0.cli.show import human_bytes, print_line, table
+    from pi0.cli.show import count, human_bytes, print_line, table
 
-    print_line(f"{data['path']}: {data['model']}, {data['tensors']} tensors")
+    print_line(f"{data['path']}: {MODELS[data['model']]}, {count(data['tensors'], 'tensor')}")
     print_line(f"layout {data['layout']}: {data['layout_explanation']}")
     if adapter := data["adapter"]:
         print_line(
@@ -187,7 +188,7 @@ def _print_report(data: dict[str, Any]) -> None:
         ["", *towers],
         [[field, *(str(config[tower].get(field, "")) for tower in towers)] for field in fields],
     )
-    plain = {name: value for name, value in config.items() if name not in towers}
+    plain = {n: value for n, value in config.items() if n not in (*towers, "adaptive_norm")}
     print_line(
         ", ".join(
             f"{name} {value}{' (assumed)' if name in data['assumed'] else ''}"
@@ -227,11 +228,16 @@ def _print_policy(policy: dict[str, Any]) -> None:
     robot, sources = policy["robot"], policy["sources"]
     print_line("pi0 act would use")
     if robot:
-        cameras = ", ".join(camera["key"] for camera in robot["cameras"])
+        cameras = ", ".join(
+            f"{camera['key']}{'' if camera['required'] else ' (optional)'}"
+            for camera in robot["cameras"]
+        )
         state = ", ".join(f"{key} [{length or '?'}]" for key, length in robot["state"].items())
         print_line(
             f"  robot {robot['name']} ({sources['robot']}): cameras {cameras}; state {state}"
         )
+        names = [(*camera["names"], camera["key"])[0] for camera in robot["cameras"]]
+        print_line(f"  {' '.join(f'--image {name}=FILE' for name in names)}")
         relative = sum(robot["relative"])
         print_line(
             f"  actions: {policy['horizon']} of {robot['action_dim'] or '?'}, {relative} of them "

@@ -76,7 +76,7 @@ def _examine(opened: Checkpoint, wishes: PolicyOptions, no_weights: bool) -> lis
 def _show(path: str, findings: list[Finding], as_json: bool) -> None:
     from rich.text import Text
 
-    from pi0.cli.show import print_json, print_line, table
+    from pi0.cli.show import count, print_json, print_line, table
 
     errors = sum(finding.severity == "error" for finding in findings)
     warnings = len(findings) - errors
@@ -89,4 +89,4 @@ def _show(path: str, findings: list[Finding], as_json: bool) -> None:
             [Text(f.severity, COLOURS[f.severity]), f.code, f.sentence] for f in findings
         ]
         table("", ["", "code", "finding"], rows, left=3)
-    print_line(f"{path}: {errors} errors, {warnings} warnings")
+    print_line(f"{path}: {count(errors, 'error')}, {count(warnings, 'warning')}")

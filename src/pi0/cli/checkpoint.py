@@ -160,10 +160,10 @@ def _print_report(data: dict[str, Any]) -> None:
     print_line(f"{data['path']}: {MODELS[data['model']]}, {count(data['tensors'], 'tensor')}")
     print_line(f"layout {data['layout']}: {data['layout_explanation']}")
     if adapter := data["adapter"]:
+        merged, replaced = (len(adapter[name]) for name in ("merged", "replaced"))
         print_line(
             f"LoRA of rank {', '.join(map(str, adapter['ranks']))} merged into "
-            f"{len(adapter['merged'])} tensors of {adapter['base']}, {len(adapter['replaced'])} "
-            "replaced"
+            f"{count(merged, 'tensor')} of {adapter['base']}, {replaced} replaced"
         )
     print_line(f"token embedding {data['embedding']}\n")
     table(

@@ -86,7 +86,13 @@ def diff_policies(a: PolicySetup, b: PolicySetup) -> PolicyDiff:
             left["usable"], right["usable"] = not errors["A"], not errors["B"]
         not_compared = " ".join(f"{name}: {found[0]}" for name, found in errors.items() if found)
     names = dict.fromkeys([*left, *right])
-    found = [d for name in names for d in _diff(name, left.get(name), right.get(name))]
+    # An offset is small or large beside the scale of the same values.
+    sizes = {f"{n.removesuffix('.scale')}.offset": v for n, v in left.items() if ".scale" in n}
+    found = [
+        d
+        for name in names
+        for d in _diff(name, left.get(name), right.get(name), sizes.get(name, 0.0))
+    ]
     return PolicyDiff(_by_cause(found), not_compared)
 
 
@@ -143,11 +149,13 @@ def _by_cause(differences: list[Difference]) -> list[Difference]:
     ]
 
 
-def _diff(name: str, a: Any, b: Any) -> list[Difference]:
+def _diff(name: str, a: Any, b: Any, size: Any) -> list[Difference]:
+    """What differs in a value; numbers as large as `size` set what rounding is."""
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         if a.shape != b.shape:
             return [Difference(f"{name}: length", len(a), len(b))]
-        if np.allclose(a, b, rtol=ROUNDING, atol=ROUNDING * np.abs(a).max(initial=0)):
+        largest = max(np.abs(a).max(initial=0), np.abs(size).max(initial=0))
+        if np.allclose(a, b, rtol=ROUNDING, atol=ROUNDING * largest):
             return []
         at = int(np.abs(a - b).argmax())
         return [Difference(f"{name}[{at}], the largest", float(a[at]), float(b[at]))]

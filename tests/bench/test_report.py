@@ -13,7 +13,7 @@ from matplotlib.text import Text
 from pi0.bench.flops import Work, needed
 from pi0.bench.plot import plot_scaling, plot_times
 from pi0.bench.report import accuracy_cells, engine_rows, to_data
-from pi0.bench.roofline import Rate
+from pi0.bench.roofline import Rate, make_products
 from pi0.bench.run import BenchPlan, BenchResult, EngineResult
 from pi0.bench.scaling import workloads_around
 from pi0.bench.task import Trial, Workload
@@ -130,6 +130,15 @@ def test_the_worst_displacement_error_is_told(tmp_path: Path) -> None:
     assert accuracy_cells(small, made["baseline"])[0] == "1e-05 %"
     faulty = {**made["engines"][1], "pcc": None, "fault": "candidate is constant (0)"}
     assert accuracy_cells(faulty, made["baseline"]) == ("no number", "—")
+
+
+def test_products_of_a_precision_are_of_the_same_matrices() -> None:
+    """int8 has a rate of the engine's own product, too: PyTorch's has no fast one without VNNI."""
+    a, b = torch.randn(64, 64), torch.randn(64, 64)
+    expected = a @ b.T
+    assert [len(make_products(p, a, b)) for p in ("float32", "bfloat16", "fp8")] == [1, 1, 0]
+    _, ours = make_products("int8", a, b)
+    assert torch.nn.functional.cosine_similarity(ours().flatten(), expected.flatten(), dim=0) > 0.99
 
 
 def test_roofline() -> None:

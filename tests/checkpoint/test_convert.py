@@ -27,6 +27,7 @@ from pi0.checkpoint.lerobot import POSTPROCESSOR, PREPROCESSOR
 from pi0.checkpoint.load import Checkpoint, load_model, open_checkpoint
 from pi0.checkpoint.orbax import open_folder
 from pi0.checkpoint.synth import synthesise, tensor_list
+from pi0.config import PRESETS
 from pi0.errors import CheckpointError, ConfigError, Pi0Error
 from pi0.inputs import from_npz, random_inputs
 from pi0.model import Pi0
@@ -291,6 +292,59 @@ def test_a_state_in_the_prompt_that_nobody_stated(tmp_path: Path) -> None:
     assert "state-in-prompt-assumed" in codes
 
 
+@pytest.mark.parametrize("stated", [True, False])
+@pytest.mark.parametrize("target", ["lerobot", "openpi"])
+def test_a_state_in_the_prompt_that_the_user_states(
+    tmp_path: Path, stated: bool, target: str
+) -> None:
+    checkpoint = open_checkpoint(copy_oracle("jax_pi05", tmp_path / "source"))
+    export = export_files(checkpoint, target, "float32", state_in_prompt=stated)
+    codes = {f.code for f in export.findings if f.code.startswith("state-in-prompt")}
+    assert codes == ({"state-in-prompt"} if target == "lerobot" and not stated else set())
+    found = json.loads(export.files["config.json"]).get("discrete_state_input")
+    assert found == (stated if target == "openpi" else None)
+
+
+def test_a_mode_of_normalisation_for_lerobot(tmp_path: Path) -> None:
+    """openpi's files do not say it, and LeRobot's have to: both normalise alike after it."""
+    source = tmp_path / "source"
+    synthesise(source, PRESETS["tiny"], LAYOUTS["openpi"], 0, torch.float32)
+    (stats,) = source.glob("assets/*/norm_stats.json")
+    content = json.loads(stats.read_text())
+    for table in content["norm_stats"].values():
+        table |= {"mean": [0.5] * 32, "std": [2.0] * 32, "q01": [-3.0] * 32, "q99": [5.0] * 32}
+    stats.write_text(json.dumps(content))
+    checkpoint, out = open_checkpoint(source), tmp_path / "out"
+    export = export_files(checkpoint, "lerobot", "float32", norm_mode="quantiles")
+    convert(checkpoint, out, "lerobot", export.files)
+    ours, theirs = (
+        prepare(open_checkpoint(path), PolicyOptions(norm_mode=mode)).statistics
+        for path, mode in ((source, "quantiles"), (out, None))
+    )
+    assert ours
+    assert theirs
+    values = np.linspace(-4, 6, 32)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a.normalize(values), b.normalize(values), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "options", "message"),
+    [
+        ("openpi", "lerobot", {"norm_mode": "x"}, "norm_mode: expected one of mean_std, quant"),
+        ("openpi", "jax", {"norm_mode": "quantiles"}, "found target jax, which states none"),
+        ("lerobot", "lerobot", {"norm_mode": "quantiles"}, "files, found LeRobot's own"),
+        ("openpi", "lerobot", {"state_in_prompt": True}, "expected a π0.5 .* found a π0, which"),
+    ],
+)
+def test_what_has_no_place_in_the_target(
+    source: str, target: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    synthesise(tmp_path / "source", PRESETS["tiny"], LAYOUTS[source], 0, torch.bfloat16)
+    with pytest.raises(Pi0Error, match=message):
+        export_files(open_checkpoint(tmp_path / "source"), target, "float32", **options)
+
+
 # What does not fit, and failures
 
 
@@ -331,6 +385,34 @@ def test_nothing_is_half_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_out_that_somebody_else_has_filled_meanwhile(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, values = tmp_path / "out", module._values
+
+    def write_too(*arguments: object) -> Iterator[object]:
+        yield from values(*arguments)  # type: ignore[arg-type]
+        out.mkdir()
+        (out / "theirs").write_text("")
+
+    monkeypatch.setattr(module, "_values", write_too)
+    with pytest.raises(Pi0Error, match="out: expected a new or empty folder, found a full one"):
+        run(sources["openpi"], out, "openpi")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
+
+
+def test_a_full_disk_in_our_words(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(pending: list[object]) -> None:
+        raise ValueError('RESOURCE_EXHAUSTED: Error writing "d/0": Failed writing')
+
+    monkeypatch.setattr(orbax, "_wait", fill)
+    with pytest.raises(Pi0Error, match=r"^\S*/out: expected room for \S+ kB, found: No space left"):
+        run(sources["openpi"], tmp_path / "out", "jax")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_room_is_compared_before(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,7 +427,7 @@ def test_a_database_that_cannot_be_written(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(pending: list[object]) -> None:
-        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+        raise ValueError("PERMISSION_DENIED: read-only")
 
     monkeypatch.setattr(orbax, "_wait", full)
     with pytest.raises(Pi0Error, match="expected a place where JAX arrays can be written.*Make"):

@@ -65,6 +65,19 @@ def test_constant(folder: Path) -> None:
     assert "and 2 more" in sentence
 
 
+def test_huge(folder: Path) -> None:
+    """As after a flipped bit of an exponent, which neither safetensors nor JAX folders notice."""
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        bits = {2: torch.int16, 4: torch.int32}[tensors[GATE].element_size()]
+        tensors[GATE].view(bits)[0, 0] ^= 1 << (torch.iinfo(bits).bits - 2)
+
+    rewrite(folder, damage)
+    severity, sentence = found(folder)["weights-huge"]
+    assert severity == "warning"
+    assert "found larger ones in expert.blocks.0.gate_proj.weight (up to" in sentence
+
+
 def test_misfit_and_mixed_dtypes(folder: Path) -> None:
     def damage(tensors: dict[str, Tensor]) -> None:
         del tensors["state_proj.bias"]

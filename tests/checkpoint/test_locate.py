@@ -60,7 +60,7 @@ def test_step_of_a_lerobot_run(folder: Path, tmp_path: Path, link: bool) -> None
         ("hf://lerobot/pi0_base", "hf download lerobot/pi0_base"),
         ("https://huggingface.co/lerobot/pi0_base/tree/main", "hf download lerobot/pi0_base "),
         ("https://example.org/pi0.safetensors", "found an address. Download it first."),
-        ("gs://openpi-assets/checkpoints/pi0_base", "gsutil -m cp -r gs://openpi-assets/check"),
+        ("gs://openpi-assets/checkpoints/pi0_base", "gs://openpi-assets/checkpoints/pi0_base . ("),
         (Path("s3://bucket/run/pi0"), "s3://bucket/run/pi0: expected"),
         ("s3://bucket/run/pi0", "aws s3 cp --recursive s3://bucket/run/pi0 pi0"),
     ],

@@ -110,6 +110,9 @@ def test_synth_inspect_trace(tmp_path: Path) -> None:
     table = pi0("inspect", folder).stdout
     assert "layout openpi" in table
     assert "action expert" in table
+    assert f"{folder}: π0, 89 tensors" in table
+    assert "adaptive_norm" not in table
+    assert "--image base=FILE --image wrist=FILE --image right_wrist=FILE" in table
     data = json.loads(pi0("inspect", folder, "--json", "--cameras", "2", "--tokens", "32").stdout)
     assert data["sequence"]["total"] == 2 * 4 + 32 + 51
     assert data["modules"][0]["dtypes"] == ["BF16"]

@@ -35,7 +35,7 @@ def statistics(folder: Path, **values: object) -> None:
 def settings(a: Path, b: Path, **options: str) -> dict[str, tuple[object, object]]:
     wishes = PolicyOptions(**options)  # type: ignore[arg-type]
     found = diff_policies(*(prepare(open_checkpoint(path), wishes) for path in (a, b)))
-    return {d.what: (d.a, d.b) for d in found.differences}
+    return {d.what: (d.a, d.b) for first in found.differences for d in (first, *first.also)}
 
 
 def test_same(tiny_path: Path, folder: Path) -> None:
@@ -62,7 +62,7 @@ def test_different_weights(tiny_path: Path, folder: Path) -> None:
     done = pi0("diff", tiny_path, folder)
     assert done.returncode == 1
     assert "action_out_proj.weight" in done.stdout
-    assert "different: 1 tensors (88 compared), 0 settings" in done.stdout
+    assert "different: 1 tensor (88 compared), 0 settings" in done.stdout
     assert pi0("diff", tiny_path, folder, "--tolerance", "0.6").returncode == 0
 
 
@@ -82,6 +82,14 @@ def test_statistics_beyond_float32_are_the_same(tiny_path: Path, folder: Path) -
     assert not settings(tiny_path, folder)
 
 
+def test_the_small_constants_of_openpi_and_lerobot_are_the_same(tmp_path: Path) -> None:
+    """1e-6 that openpi adds to a range moves its middle, which is 0, by 5e-7 of the scale."""
+    for name in ("openpi", "lerobot"):
+        synthesise(tmp_path / name, PRESETS["pi05_tiny"], LAYOUTS[name], 0, torch.float32)
+    found = settings(tmp_path / "openpi", tmp_path / "lerobot")
+    assert not [name for name in found if name.startswith("statistics")]
+
+
 def test_settings(tiny_path: Path, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"horizon": 10}))
@@ -97,6 +105,29 @@ def test_conventions_of_lerobot(tiny_path: Path, tmp_path: Path) -> None:
         f"observation.images.{name} (optional)"
         for name in ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
     ]
+
+
+def test_one_row_for_each_cause(tiny_path: Path, tmp_path: Path) -> None:
+    """With the option that makes both the same; a statistic is named once."""
+    other = tmp_path / "b"
+    synthesise(other, PRESETS["tiny"], LAYOUTS["openpi"], 0, torch.float32)
+    path = other / "assets/synthetic/norm_stats.json"
+    content = json.loads(path.read_text())
+    content["norm_stats"]["actions"] |= {"mean": [0.5] * 32, "std": [2.0] * 32}
+    path.write_text(json.dumps(content))
+    (row,) = [r for r in pi0("diff", tiny_path, other).stdout.splitlines() if "statistics" in r]
+    assert row.split("  ")[0] == "statistics.actions.offset[0], the largest"
+    for words in ("0.5", "statistics.actions, statistics.targets", "--norm-stats, --norm-mode"):
+        assert row.count(words) == 1
+    synthesise(tmp_path / "c", PRESETS["tiny"], LAYOUTS["lerobot"], 0, torch.float32)
+    done = pi0("diff", tiny_path, tmp_path / "c")
+    assert "different: 0 tensors (88 compared), 2 settings" in done.stdout
+    assert [line.split()[-1] for line in done.stdout.splitlines() if "lerobot  " in line] == [
+        "--robot",
+        "--preprocessing",
+    ]
+    words = ("--robot", "generic", "--preprocessing", "openpi", "--norm-stats", path)
+    assert pi0("diff", other, tmp_path / "c", *words).returncode == 0
 
 
 def test_tokenizers(tiny_path: Path, folder: Path) -> None:

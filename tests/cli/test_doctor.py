@@ -38,6 +38,13 @@ def test_nothing_found(tiny_path: Path) -> None:
     assert pi0("doctor", tiny_path, *words).stdout == f"{tiny_path}: 0 errors, 0 warnings\n"
 
 
+def test_one_error_is_one(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    words = ("--robot", "generic", "--norm-stats", "none", "--preprocessing", "openpi")
+    shown = pi0("doctor", folder, "--no-weights", *words).stdout
+    assert f"{folder}: 1 error, 0 warnings" in shown
+
+
 def test_errors_come_first(folder: Path) -> None:
     damage(folder)
     (folder / "tokenizer.json").unlink()

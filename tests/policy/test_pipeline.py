@@ -177,14 +177,21 @@ def test_renamed_observations() -> None:
         made.encode({**given, "observation.images.front": image, "observation.images.top": image})
 
 
+@pytest.mark.parametrize("value", [1e20, 1e39, 1e300])
+def test_a_state_with_which_the_model_overflows(value: float) -> None:
+    """One sentence that names the state; not of damaged weights, nor a warning besides."""
+    made = openpi("droid", "mean_std")
+    given = {**values(("droid", "mean_std", "0"), "obs."), "prompt": "go"}
+    given["observation/joint_position"] = np.full(7, value)
+    with pytest.raises(ObservationError, match=r"^state: expected values less than 1e\+12 "):
+        made.encode(given)
+
+
 def test_a_state_far_from_the_statistics_is_one_short_warning() -> None:
     made = openpi("droid", "mean_std")
     given = {**values(("droid", "mean_std", "0"), "obs."), "prompt": "go"}
-    given["observation/joint_position"] = np.full(7, 1e300)
-    with (
-        pytest.warns(UserWarning, match=r"state\[0\] = 1e\+300, .* and 3 more: ") as caught,
-        pytest.raises(ObservationError, match="state: expected finite"),
-    ):
+    given["observation/joint_position"] = np.full(7, 1e6)
+    with pytest.warns(UserWarning, match=r"state\[0\] = 1e\+06, .* and 3 more: ") as caught:
         made.encode(given)
     assert len(caught) == 1
     assert len(str(caught[0].message)) < 300

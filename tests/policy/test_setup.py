@@ -311,11 +311,23 @@ def test_settings_are_carried_out_or_refused(
         assert f"config.json {key}: expected" in setup.findings[-1].sentence
 
 
+def test_missing_processors_hide_nothing_else(lerobot: LerobotFolder) -> None:
+    folder = lerobot.write()
+    for path in (*folder.glob("policy_*.json"), *folder.glob("tokenizer*")):
+        path.unlink()
+    found = codes(made(folder, robot="arm_of_nobody"))
+    assert found.keys() >= {"processors-missing", "robot-unknown", "tokenizer-unusable"}
+
+
 def test_a_robot_without_the_checkpoints_relative_actions(lerobot: LerobotFolder) -> None:
     lerobot.set_relative(exclude_joints=["gripper"], action_names=["a", "b", "c", "d", "Gripper"])
     folder = lerobot.write()
     assert codes(made(folder)) == {}
     setup = made(folder, robot="generic")
     assert codes(setup)["relative-differs"] == "error"
+    assert (
+        "in dimensions 0 to 3 of 5, as the checkpoint's processors have them, found no dimension:"
+        in setup.findings[-1].sentence
+    )
     table = replace(ROBOTS["generic"], action_dim=5, delta=(4, -1))
     assert "relative-differs" not in codes(made(folder, robot=table))

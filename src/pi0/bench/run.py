@@ -36,6 +36,7 @@ class BenchPlan:
         seeds: of noise, over which accuracy is the worst.
         scaling: also sweep cameras, text, steps and batch.
         base: an adapter's full model; None: the one that the adapter names.
+        horizon, max_tokens: as for `open_checkpoint`.
     """
 
     checkpoint: Path
@@ -48,6 +49,8 @@ class BenchPlan:
     seed: int
     scaling: bool
     base: Path | None = None
+    horizon: int | None = None
+    max_tokens: int | None = None
 
     def job(self, spec: EngineSpec, first: bool) -> WorkerTask:
         """The task of a visit; accuracy is measured in the first."""
@@ -67,7 +70,8 @@ class BenchPlan:
     ) -> WorkerTask:
         base = None if self.base is None else str(self.base)
         place = str(self.checkpoint)
-        return WorkerTask(place, spec, self.point, repeat, seeds, self.seed, points, base)
+        sizes = self.horizon, self.max_tokens
+        return WorkerTask(place, spec, self.point, repeat, seeds, self.seed, points, base, *sizes)
 
 
 @dataclass

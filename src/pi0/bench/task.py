@@ -51,6 +51,7 @@ class WorkerTask:
 
     Attributes:
         checkpoint, base: paths; the second is an adapter's full model, if it is named.
+        horizon, max_tokens: as for `open_checkpoint`.
         repeat: timed calls at each point.
         seeds: of noise, for accuracy; 0: no accuracy.
         sweep: workloads to time instead of a visit to `point`.
@@ -64,6 +65,8 @@ class WorkerTask:
     seed: int
     sweep: tuple[Workload, ...] = ()
     base: str | None = None
+    horizon: int | None = None
+    max_tokens: int | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -75,7 +75,8 @@ def sweep(job: WorkerTask) -> dict[str, Any]:
 
 
 def load(job: WorkerTask) -> Engine:
-    return make_engine(job.spec, open_checkpoint(job.checkpoint, base=job.base))
+    opened = open_checkpoint(job.checkpoint, job.horizon, job.max_tokens, job.base)
+    return make_engine(job.spec, opened)
 
 
 def sample_times(

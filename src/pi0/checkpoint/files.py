@@ -178,10 +178,7 @@ def write_slabs(
 @contextlib.contextmanager
 def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
     """A temporary name beside `path` that takes its place if the block succeeds; if it fails,
-    nothing remains. A device or a pipe is written to directly.
-
-    Args:
-        size: bytes that will be written, if known, for the message.
+    nothing remains. A device or a pipe is written to directly. `size` is for the message.
 
     Raises:
         Pi0Error: the path is a folder, or it cannot be written.
@@ -216,14 +213,14 @@ def new_folder(path: Path, size: int) -> Iterator[Path]:
     """
     with _translate_write_errors(path, size):
         target = _target(path)
-        if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
-            raise Pi0Error(f"{path}: expected a new or empty folder, found a full one or a file.")
+        _refuse_full(path, target)
         made = [folder for folder in target.parents if not folder.exists()]
         _require_room(target, size)
         temporary = _temporary(target)
         temporary.mkdir(parents=True)
         try:
             yield temporary
+            _refuse_full(path, target)  # by another process meanwhile
             temporary.replace(target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -233,11 +230,13 @@ def new_folder(path: Path, size: int) -> Iterator[Path]:
             raise
 
 
-def require_writable(*paths: Path | None, size: int = 0) -> None:
-    """Tries the places of files to be written: before the work, not after it.
+def _refuse_full(path: Path, target: Path) -> None:
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise Pi0Error(f"{path}: expected a new or empty folder, found a full one or a file.")
 
-    Args:
-        size: bytes that have to fit.
+
+def require_writable(*paths: Path | None, size: int = 0) -> None:
+    """Tries the places of files of `size` bytes to be written: before the work, not after it.
 
     Raises:
         Pi0Error: one is a folder, lies under a file, or is read-only or full.

@@ -10,6 +10,8 @@ from pi0.errors import CheckpointError
 from pi0.findings import Finding, error, warning
 
 NAMED = 3  # tensors that a finding names
+# Of a weight: trained ones stay below a few hundred, a flipped bit of an exponent gives up to 3e38.
+LARGEST = 1e4
 TOWERS = ("vision_tower", "vlm", "expert")
 
 
@@ -59,6 +61,16 @@ def weight_findings(checkpoint: Checkpoint, progress: Progress = lambda _: None)
                 f"weights: expected values that differ within a tensor, found one value only in "
                 f"{_some(named)}. They were not trained, or not loaded before they were saved: "
                 "compare with the checkpoint that was trained from (pi0 diff).",
+            )
+        )
+    huge = [f"{n} (up to {c.max_abs:.1e})" for n, c in contents.items() if c.max_abs > LARGEST]
+    if huge:
+        found.append(
+            warning(
+                "weights-huge",
+                f"weights: expected magnitudes up to {LARGEST:g}, as of trained weights, found "
+                f"larger ones in {_some(huge)}. Bits of the file may have changed, which it has no "
+                "checksum for: compare it with its origin (gcloud storage hash, sha256sum).",
             )
         )
     return found + _adapter_findings(checkpoint)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pi0.checkpoint.chunk import ChunkReader
 from pi0.checkpoint.files import (
     DTYPE_NAMES,
     SLAB_BYTES,
@@ -353,7 +354,7 @@ def _require_leaves(folder: Path, expected: set[str], found: set[str]) -> None:
 
 
 def _slabs(
-    array: ArrayReader, index: Index, leaf: Leaf, info: TensorInfo
+    array: ArrayReader | ChunkReader, index: Index, leaf: Leaf, info: TensorInfo
 ) -> Iterator[tuple[slice, Tensor]]:
     """One of our tensors, whole; the token embedding in slabs of rows."""
     if leaf.targets != (EMBEDDING,):

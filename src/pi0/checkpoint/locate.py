@@ -233,7 +233,7 @@ def _download(scheme: str, rest: str) -> str:
         "gs": f"gsutil -m cp -r gs://{rest} .",
         "s3": f"aws s3 cp --recursive s3://{rest} {local}",
     }.get(scheme)
-    how = f": {command}" if command else ""
+    how = f": {command} (then name the folder {local})" if command else ""
     return f"{EXPECTED} on this machine, found an address. Download it first{how}."
 
 

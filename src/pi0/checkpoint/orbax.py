@@ -10,8 +10,11 @@ Knows nothing of π0.
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import json
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pi0.checkpoint.chunk import ChunkReader, Place, find_places, find_zstd
 from pi0.checkpoint.files import TORCH_DTYPES
 from pi0.errors import CheckpointError, Pi0Error, install_hint
 
@@ -33,9 +37,12 @@ METADATA = "_METADATA"
 ITEM = "params."  # the item of the checkpoint, first in every path
 VALUE = ".value"  # the last level where flax's nnx wrote the tree
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # zarr's names → safetensors'
+ZARR_DTYPES = {"<f4": "F32", "bfloat16": "BF16"}  # as .zarray spells them, little-endian
+STREAMED_BYTES = 16 << 20  # an array of so many is not held in memory whole
 PENDING_BYTES = 256 << 20  # written at once; the database joins what is written at once
 HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 DICT_KEY = 2  # orbax's number for a level of the tree that is a dict
+FULL = "RESOURCE_EXHAUSTED"  # tensorstore's word for a full disk or a quota
 # What tensorstore raises: one class for each kind of status.
 FAILURES = (ValueError, OSError, KeyError, NotImplementedError, RuntimeError)
 
@@ -64,12 +71,14 @@ class ArrayInfo:
         key: in the database.
         dtype: safetensors' name of it; zarr's, if the model cannot read it.
         layered: no chunk spans several places of the first axis.
+        codec: of an array that is one chunk in C order: "zstd", or "raw"; None: it is another one.
     """
 
     key: str
     shape: tuple[int, ...]
     dtype: str
     layered: bool = field(default=False, compare=False)
+    codec: str | None = field(default=None, compare=False)
 
     @property
     def bytes(self) -> int:
@@ -88,19 +97,39 @@ class ArrayFolder:
         return self.folder / MANIFEST
 
     @contextlib.contextmanager
-    def open(self, name: str) -> Iterator[ArrayReader]:
+    def open(self, name: str) -> Iterator[ArrayReader | ChunkReader]:
         """An array to be read in parts.
 
-        While it is open, a chunk that spans several parts stays in memory once it is decoded.
+        A large one that is a single chunk is decoded from front to back. Of any other, a chunk that
+        spans several parts stays in memory once it is decoded, while the array is open.
         """
         info = self.arrays[name]
         ts = import_tensorstore(self.folder)
         with _translate(self.folder, name):
+            chunk = self._large_chunk(ts, info)
+            if chunk:
+                with contextlib.closing(chunk):
+                    yield chunk
+                return
             limit = 0 if info.layered else info.bytes
             context = ts.Context({"cache_pool": {"total_bytes_limit": limit}})
             # Else a chunk that was lost would be read as zeros.
             spec = {**_array_spec(self.folder, info.key), "fill_missing_data_reads": False}
             yield ArrayReader(ts.open(spec, context=context, read=True).result())
+
+    def _large_chunk(self, ts: Any, info: ArrayInfo) -> ChunkReader | None:
+        """An array that is decoded step by step; None: by tensorstore, which takes more memory
+        where there is no package that decodes zstd so."""
+        zstd = find_zstd() if info.codec == "zstd" else None
+        if info.layered or info.bytes < STREAMED_BYTES or not (zstd or info.codec == "raw"):
+            return None
+        place = self._places.get(f"{info.key}/{'.'.join('0' * len(info.shape))}")
+        dtype = TORCH_DTYPES[info.dtype]
+        return ChunkReader(place, info.shape, dtype, zstd) if place else None
+
+    @functools.cached_property
+    def _places(self) -> dict[str, Place]:
+        return find_places(import_tensorstore(self.folder), self.folder)
 
 
 @dataclass(frozen=True)
@@ -141,18 +170,28 @@ def open_folder(folder: Path) -> ArrayFolder:
             dtype = DTYPES.get(array.dtype.name, array.dtype.name)
             name = path.removeprefix(ITEM).removesuffix(VALUE).replace(".", "/")
             layered = tuple(array.chunk_layout.read_chunk.shape or ())[:1] == (1,)
+            codec = _codec_of_one_chunk(array.spec().to_json()["metadata"])
             if name in arrays:
                 raise CheckpointError(
                     f"{folder}: {name}: expected one array, found {arrays[name].key} and {path}. "
                     "Copy or download the folder of one checkpoint."
                 )
-            arrays[name] = ArrayInfo(path, tuple(array.shape), dtype, layered)
+            arrays[name] = ArrayInfo(path, tuple(array.shape), dtype, layered, codec)
     if not arrays:
         raise CheckpointError(
             f"{manifest}: expected arrays, found none. The folder is incomplete: copy or download "
             "it again."
         )
     return ArrayFolder(folder, arrays)
+
+
+def _codec_of_one_chunk(metadata: Mapping[str, Any]) -> str | None:
+    """How the bytes of an array are packed that is a single chunk, as they lie in memory."""
+    plain = metadata["order"] == "C" and not metadata["filters"]
+    if not plain or metadata["chunks"] != metadata["shape"] or metadata["dtype"] not in ZARR_DTYPES:
+        return None
+    compressor = metadata["compressor"]
+    return "zstd" if compressor and compressor["id"] == "zstd" else None if compressor else "raw"
 
 
 @dataclass(frozen=True)
@@ -238,7 +277,7 @@ def _zarr_metadata(array: ArraySpec) -> dict[str, Any]:
         "chunks": list(array.chunks),
         "compressor": {"id": "zstd", "level": 1},
         "dimension_separator": ".",
-        "dtype": {"F32": "<f4", "BF16": "bfloat16"}[array.dtype],
+        "dtype": next(zarr for zarr, name in ZARR_DTYPES.items() if name == array.dtype),
         "fill_value": None,
         "filters": None,
         "order": "C",
@@ -302,6 +341,8 @@ def _translate_writing(folder: Path) -> Iterator[None]:
         yield
     except FAILURES as error:
         reason = " ".join(str(error).split())
+        if FULL in reason:  # said by who asked for the folder, with its name
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         raise Pi0Error(
             f"{folder}: expected a place where JAX arrays can be written, found: {reason[:300]}. "
             "Make room, or name another place."

@@ -22,6 +22,7 @@ PRINTED_COLUMNS = 8
 EIGHT_BIT_MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr")  # others PIL would clip
 
 
+@options.with_policy
 def act(
     checkpoint: options.Checkpoint,
     image: Annotated[
@@ -33,7 +34,7 @@ def act(
         str,
         typer.Option(help='Joint state, "0.1,0.2,…" or a .npy file.', show_default=False),
     ],
-    robot: options.RobotName = None,
+    wishes: options.PolicyOptions,
     steps: options.Steps = 10,
     seed: options.Seed = 0,
     out: Annotated[
@@ -53,14 +54,6 @@ def act(
     on_limit: Annotated[
         str, typer.Option(help="Actions beyond the robot's limits: error, clamp or warn.")
     ] = "error",
-    tokenizer: options.TokenizerFile = None,
-    norm_stats: options.NormStats = None,
-    norm_mode: options.NormMode = None,
-    preprocessing: options.Preprocessing = None,
-    resize: options.Resize = None,
-    prompt_mode: options.PromptMode = None,
-    state_in_prompt: options.StateInPrompt = None,
-    image_size: options.ImageSize = None,
     horizon: options.Horizon = None,
     max_tokens: options.MaxTokens = None,
     base: options.Base = None,
@@ -98,7 +91,7 @@ def act(
     from pi0.cli.show import print_json, print_line, step_progress
     from pi0.errors import ConfigError
     from pi0.inputs import to_npz
-    from pi0.policy import Policy, PolicyOptions, choose_engine, prepare
+    from pi0.policy import Policy, choose_engine, prepare
     from pi0.trace import trace
 
     require_writable(out, plot, save_inputs)
@@ -110,27 +103,14 @@ def act(
     given = _split(image)
     values = _read_state(state)
     opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
-    setup = prepare(
-        opened,
-        PolicyOptions(
-            robot=robot,
-            tokenizer=tokenizer,
-            norm_stats=norm_stats,
-            norm_mode=norm_mode,
-            preprocessing=preprocessing,
-            resize=resize,
-            prompt=prompt_mode,
-            state_in_prompt=state_in_prompt,
-            image_size=image_size,
-        ),
-    )
+    setup = prepare(opened, wishes)
     pipeline = setup.require()
     table = pipeline.robot
     observation = table.observation(_read_images(table, given), values, prompt)
     inputs, _ = pipeline.encode(observation)  # what does not fit is said before weights are loaded
-    spec = choose_engine(engine, opened.config, dtype, device, image_size)
+    spec = choose_engine(engine, opened.config, dtype, device, wishes.image_size)
     cameras, tokens = inputs.images.shape[1], inputs.tokens.shape[1]
-    made = load_engine(opened, spec, cameras, tokens, image_size, weight_cache=weight_cache)
+    made = load_engine(opened, spec, cameras, tokens, wishes.image_size, weight_cache=weight_cache)
     policy = Policy(
         pipeline, made, steps=steps, seed=seed, on_limit=on_limit, metadata=setup.describe()
     )

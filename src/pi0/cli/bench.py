@@ -50,6 +50,8 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Visits to each engine, in turn.")] = 2,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of noise for accuracy.")] = 10,
     seed: options.Seed = 0,
+    horizon: options.Horizon = None,
+    max_tokens: options.MaxTokens = None,
     base: options.Base = None,
     out: Annotated[
         Path | None,
@@ -99,13 +101,12 @@ def bench(
     if plot:
         require_matplotlib()
     specs = [EngineSpec.parse(text) for text in [*engines, *against]]
-    opened = open_checkpoint(checkpoint, base=base)
+    opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
     check(opened)
     tokens = tokens or opened.config.max_tokens
     point = Workload(cameras, masked, tokens, tokens if valid is None else valid, steps)
-    plan = BenchPlan(
-        checkpoint, specs, len(against), point, repeat, rounds, seeds, seed, scaling, base
-    )
+    measured = len(against), point, repeat, rounds, seeds, seed, scaling
+    plan = BenchPlan(checkpoint, specs, *measured, base, horizon, max_tokens)
     _run(plan, opened.config, out, plot, as_json)
 
 

@@ -12,6 +12,7 @@ from pi0.cli import options
 if TYPE_CHECKING:
     from pi0.checkpoint.load import Checkpoint
 
+MODELS = {"pi0": "π0", "pi05": "π0.5"}
 HASH_DIGITS = 12  # of 64, that the table shows
 
 
@@ -68,10 +69,11 @@ def synth(
     print_line(f"{folder}: {len(tensors)} tensors, {size}, layout {layout}")
 
 
+@options.with_policy
 def inspect(
     checkpoint: options.Checkpoint,
+    wishes: options.PolicyOptions,
     cameras: options.Cameras = 3,
-    image_size: options.ImageSize = None,
     tokens: options.Tokens = None,
     horizon: options.Horizon = None,
     max_tokens: options.MaxTokens = None,
@@ -82,14 +84,6 @@ def inspect(
             "--stats", help="Read the weights, too: mean, std, largest magnitude, hash of each."
         ),
     ] = False,
-    robot: options.RobotName = None,
-    tokenizer: options.TokenizerFile = None,
-    norm_stats: options.NormStats = None,
-    norm_mode: options.NormMode = None,
-    preprocessing: options.Preprocessing = None,
-    resize: options.Resize = None,
-    prompt_mode: options.PromptMode = None,
-    state_in_prompt: options.StateInPrompt = None,
     as_json: options.Json = False,
 ) -> None:
     """Say what is in a checkpoint, and what `pi0 act` would use, without loading it.
@@ -110,26 +104,14 @@ def inspect(
     from pi0.checkpoint.load import open_checkpoint
     from pi0.checkpoint.report import report
     from pi0.cli.show import print_json
-    from pi0.policy import PolicyOptions, prepare
+    from pi0.policy import prepare
 
     opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
     config = opened.config
     data = report(
-        opened, cameras, tokens or config.max_tokens, image_size or config.vision.image_size
+        opened, cameras, tokens or config.max_tokens, wishes.image_size or config.vision.image_size
     )
-    setup = prepare(
-        opened,
-        PolicyOptions(
-            robot=robot,
-            tokenizer=tokenizer,
-            norm_stats=norm_stats,
-            norm_mode=norm_mode,
-            preprocessing=preprocessing,
-            resize=resize,
-            prompt=prompt_mode,
-            state_in_prompt=state_in_prompt,
-        ),
-    )
+    setup = prepare(opened, wishes)
     data["policy"] = setup.describe()
     if stats:
         data["contents"] = _read_contents(opened)
@@ -173,15 +155,15 @@ def _print_contents(contents: dict[str, Any]) -> None:
 
 
 def _print_report(data: dict[str, Any]) -> None:
-    from pi0.cli.show import human_bytes, print_line, table
+    from pi0.cli.show import count, human_bytes, print_line, table
 
-    print_line(f"{data['path']}: {data['model']}, {data['tensors']} tensors")
+    print_line(f"{data['path']}: {MODELS[data['model']]}, {count(data['tensors'], 'tensor')}")
     print_line(f"layout {data['layout']}: {data['layout_explanation']}")
     if adapter := data["adapter"]:
+        merged, replaced = (len(adapter[name]) for name in ("merged", "replaced"))
         print_line(
             f"LoRA of rank {', '.join(map(str, adapter['ranks']))} merged into "
-            f"{len(adapter['merged'])} tensors of {adapter['base']}, {len(adapter['replaced'])} "
-            "replaced"
+            f"{count(merged, 'tensor')} of {adapter['base']}, {replaced} replaced"
         )
     print_line(f"token embedding {data['embedding']}\n")
     table(
@@ -206,7 +188,7 @@ def _print_report(data: dict[str, Any]) -> None:
         ["", *towers],
         [[field, *(str(config[tower].get(field, "")) for tower in towers)] for field in fields],
     )
-    plain = {name: value for name, value in config.items() if name not in towers}
+    plain = {n: value for n, value in config.items() if n not in (*towers, "adaptive_norm")}
     print_line(
         ", ".join(
             f"{name} {value}{' (assumed)' if name in data['assumed'] else ''}"
@@ -246,11 +228,16 @@ def _print_policy(policy: dict[str, Any]) -> None:
     robot, sources = policy["robot"], policy["sources"]
     print_line("pi0 act would use")
     if robot:
-        cameras = ", ".join(camera["key"] for camera in robot["cameras"])
+        cameras = ", ".join(
+            f"{camera['key']}{'' if camera['required'] else ' (optional)'}"
+            for camera in robot["cameras"]
+        )
         state = ", ".join(f"{key} [{length or '?'}]" for key, length in robot["state"].items())
         print_line(
             f"  robot {robot['name']} ({sources['robot']}): cameras {cameras}; state {state}"
         )
+        names = [(*camera["names"], camera["key"])[0] for camera in robot["cameras"]]
+        print_line(f"  {' '.join(f'--image {name}=FILE' for name in names)}")
         relative = sum(robot["relative"])
         print_line(
             f"  actions: {policy['horizon']} of {robot['action_dim'] or '?'}, {relative} of them "

@@ -31,6 +31,15 @@ def convert(
     horizon: options.Horizon = None,
     max_tokens: options.MaxTokens = None,
     norm_stats: options.NormStats = None,
+    norm_mode: Annotated[
+        str | None,
+        typer.Option(
+            help="With --to lerobot, how openpi's policy normalises: mean_std, quantiles or "
+            "min_max; default: mean_std for π0 and quantiles for π0.5.",
+            show_default=False,
+        ),
+    ] = None,
+    state_in_prompt: options.StateInPrompt = None,
     tokenizer: options.TokenizerFile = None,
 ) -> None:
     """Write a checkpoint in another project's form, with LoRA merged.
@@ -60,7 +69,9 @@ def convert(
     checkpoint = open_checkpoint(source, horizon, max_tokens, base)
     stored = {info.dtype for info in checkpoint.tensors.values()}
     precision = dtype or ("bfloat16" if stored == {"BF16"} else "float32")
-    export = export_files(checkpoint, to, precision, norm_stats, tokenizer)
+    export = export_files(
+        checkpoint, to, precision, norm_stats, tokenizer, norm_mode, state_in_prompt
+    )
     enforce(export.findings)
     out = expand_user(out)
     with byte_progress(f"writing {out.name}", checkpoint.read_bytes) as progress:

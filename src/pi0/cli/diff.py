@@ -12,23 +12,17 @@ from pi0.cli import options
 if TYPE_CHECKING:
     from pi0.checkpoint.diff import WeightsDiff
     from pi0.checkpoint.load import Checkpoint
-    from pi0.policy.diff import PolicyDiff
+    from pi0.policy.diff import Difference, PolicyDiff
 
 SHOWN = 20  # rows of a table; --json has all
 
 
+@options.with_policy
 def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint.", show_default=False)],
     b: Annotated[Path, typer.Argument(metavar="B", help="Another.", show_default=False)],
+    wishes: options.PolicyOptions,
     base: options.Base = None,
-    robot: options.RobotName = None,
-    tokenizer: options.TokenizerFile = None,
-    norm_stats: options.NormStats = None,
-    norm_mode: options.NormMode = None,
-    preprocessing: options.Preprocessing = None,
-    resize: options.Resize = None,
-    prompt_mode: options.PromptMode = None,
-    state_in_prompt: options.StateInPrompt = None,
     horizon: options.Horizon = None,
     max_tokens: options.MaxTokens = None,
     tolerance: Annotated[
@@ -51,23 +45,13 @@ def diff(
     from pi0.checkpoint.diff import diff_weights
     from pi0.checkpoint.load import check
     from pi0.cli.show import byte_progress, print_json
-    from pi0.policy import PolicyOptions, prepare
+    from pi0.policy import prepare
     from pi0.policy.diff import diff_policies
 
     left, right = opened = tuple(_open(path, base, horizon, max_tokens) for path in (a, b))
     _require_use(base, opened)
     for checkpoint in opened:  # what cannot be loaded is no policy
         check(checkpoint)
-    wishes = PolicyOptions(
-        robot=robot,
-        tokenizer=tokenizer,
-        norm_stats=norm_stats,
-        norm_mode=norm_mode,
-        preprocessing=preprocessing,
-        resize=resize,
-        prompt=prompt_mode,
-        state_in_prompt=state_in_prompt,
-    )
     policies = diff_policies(prepare(left, wishes), prepare(right, wishes))
     with byte_progress("comparing", sum(c.read_bytes for c in opened)) as progress:
         weights = diff_weights(left, right, tolerance, progress)
@@ -126,10 +110,15 @@ def _print(opened: tuple[Checkpoint, ...], weights: WeightsDiff, policies: Polic
             left=2,
         )
     if policies.differences:
-        rows = [[d.what, str(d.a), str(d.b)] for d in policies.differences]
-        table("Settings that differ", ["what", "A", "B"], rows, left=3)
-    for dtype, count in weights.rounded.items():
-        print_line(f"{count} tensors were rounded to {dtype}, in which one of the two is stored")
+        rows = [
+            [d.what, _short(d.a), _short(d.b), _names(d.also), d.remedy]
+            for d in policies.differences
+        ]
+        columns = ["what", "A", "B", "so that also", "say it with"]
+        table("Settings that differ", columns, rows, left=5)
+    for dtype, rounded in weights.rounded.items():
+        were = "tensor was" if rounded == 1 else "tensors were"
+        print_line(f"{rounded} {were} rounded to {dtype}, in which one of the two is stored")
     if policies.not_compared:
         print_line(f"conventions and tokenizer not compared. {policies.not_compared}")
     print_line(_verdict(weights, policies))
@@ -139,11 +128,30 @@ def _numbers(values: list[tuple[float | None, str]]) -> list[str]:
     return ["" if value is None else format(value, form) for value, form in values]
 
 
+def _names(differences: tuple[Difference, ...]) -> str:
+    """What they are of, each once: "statistics.actions" for its offset and for its scale."""
+    names = [d.what.partition("[")[0].partition(":")[0] for d in differences]
+    return ", ".join(dict.fromkeys(_statistics_of(name) for name in names))
+
+
+def _statistics_of(name: str) -> str:
+    return name.rpartition(".")[0] if name.startswith("statistics.") else name
+
+
+def _short(value: Any) -> str:
+    return f"{value:.7g}" if isinstance(value, float) else str(value)
+
+
 def _verdict(weights: WeightsDiff, policies: PolicyDiff) -> str:
+    from pi0.cli.show import count
+
     tensors, settings = len(weights.differences), len(policies.differences)
     if tensors or settings:
-        found = f"different: {tensors} tensors ({weights.compared} compared), {settings} settings"
+        found = (
+            f"different: {count(tensors, 'tensor')} ({weights.compared} compared), "
+            f"{count(settings, 'setting')}"
+        )
         return f"{found} of those compared" if policies.not_compared else found
     what = "the same weights" if policies.not_compared else "the same policy"
     within = f", {weights.within} of them within the tolerance" if weights.within else ""
-    return f"{what}: {weights.compared} tensors{within}"
+    return f"{what}: {count(weights.compared, 'tensor')}{within}"

@@ -17,17 +17,10 @@ if TYPE_CHECKING:
 COLOURS = {"error": "bold red", "warning": "yellow"}
 
 
+@options.with_policy
 def doctor(
     checkpoint: options.Checkpoint,
-    robot: options.RobotName = None,
-    tokenizer: options.TokenizerFile = None,
-    norm_stats: options.NormStats = None,
-    norm_mode: options.NormMode = None,
-    preprocessing: options.Preprocessing = None,
-    resize: options.Resize = None,
-    prompt_mode: options.PromptMode = None,
-    state_in_prompt: options.StateInPrompt = None,
-    image_size: options.ImageSize = None,
+    wishes: options.PolicyOptions,
     horizon: options.Horizon = None,
     max_tokens: options.MaxTokens = None,
     base: options.Base = None,
@@ -52,19 +45,7 @@ def doctor(
     from pi0.checkpoint.load import open_checkpoint
     from pi0.errors import ConfigError
     from pi0.findings import error
-    from pi0.policy import PolicyOptions
 
-    wishes = PolicyOptions(
-        robot=robot,
-        tokenizer=tokenizer,
-        norm_stats=norm_stats,
-        norm_mode=norm_mode,
-        preprocessing=preprocessing,
-        resize=resize,
-        prompt=prompt_mode,
-        image_size=image_size,
-        state_in_prompt=state_in_prompt,
-    )
     try:
         opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
     except ConfigError as contradiction:
@@ -95,7 +76,7 @@ def _examine(opened: Checkpoint, wishes: PolicyOptions, no_weights: bool) -> lis
 def _show(path: str, findings: list[Finding], as_json: bool) -> None:
     from rich.text import Text
 
-    from pi0.cli.show import print_json, print_line, table
+    from pi0.cli.show import count, print_json, print_line, table
 
     errors = sum(finding.severity == "error" for finding in findings)
     warnings = len(findings) - errors
@@ -108,4 +89,4 @@ def _show(path: str, findings: list[Finding], as_json: bool) -> None:
             [Text(f.severity, COLOURS[f.severity]), f.code, f.sentence] for f in findings
         ]
         table("", ["", "code", "finding"], rows, left=3)
-    print_line(f"{path}: {errors} errors, {warnings} warnings")
+    print_line(f"{path}: {count(errors, 'error')}, {count(warnings, 'warning')}")

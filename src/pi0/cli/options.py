@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperOption
+
+if TYPE_CHECKING:
+    from pi0.policy import PolicyOptions as PolicyOptions
+else:  # typer evaluates annotations; this one it never sees (`with_policy`)
+    PolicyOptions = Any
 
 Checkpoint = Annotated[
     Path,
@@ -97,7 +105,7 @@ Inputs = Annotated[
         metavar="IN.npz", help="Inputs and noise as for `pi0 sample`.", show_default=False
     ),
 ]
-# What `act` and `inspect` take for pre- and post-processing; see `pi0.policy.PolicyOptions`.
+# What verbs with a policy take for pre- and post-processing (`with_policy`).
 RobotName = Annotated[
     str | None,
     typer.Option(
@@ -155,6 +163,45 @@ StateInPrompt = Annotated[
         show_default=False,
     ),
 ]
+# Parameter of a verb → its option, and the field of `PolicyOptions`.
+POLICY = {
+    "robot": (RobotName, "robot"),
+    "tokenizer": (TokenizerFile, "tokenizer"),
+    "norm_stats": (NormStats, "norm_stats"),
+    "norm_mode": (NormMode, "norm_mode"),
+    "preprocessing": (Preprocessing, "preprocessing"),
+    "resize": (Resize, "resize"),
+    "prompt_mode": (PromptMode, "prompt"),
+    "state_in_prompt": (StateInPrompt, "state_in_prompt"),
+    "image_size": (ImageSize, "image_size"),
+}
+
+
+def with_policy(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb with the options of `POLICY` in place of its parameter `wishes`, which gets them as
+    `PolicyOptions`."""
+
+    @functools.wraps(verb)
+    def command(**given: Any) -> None:
+        from pi0.policy import PolicyOptions
+
+        said = {field: given.pop(name) for name, (_, field) in POLICY.items()}
+        verb(**given, wishes=PolicyOptions(**said))
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    options = [
+        inspect.Parameter(name, keyword, default=None, annotation=option)
+        for name, (option, _) in POLICY.items()
+    ]
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(verb, eval_str=True).parameters.values():
+        own = [parameter.replace(kind=keyword)]
+        parameters += options if parameter.name == "wishes" else own
+    command.__dict__["__signature__"] = inspect.Signature(parameters, return_annotation=None)
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
 ENGINE_OPTIONS = ("engine", "engines", "against")
 
 

@@ -161,5 +161,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def count(number: int, noun: str) -> str:
+    """A number of things, as in "1 tensor" and "2 tensors"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def human_dims(shape: list[int]) -> str:
     return "×".join(map(str, shape))

@@ -44,6 +44,8 @@ def dry_run(
     cameras: options.Cameras = 2,
     tokens: options.Tokens = None,
     steps: options.Steps = 1,
+    horizon: options.Horizon = None,
+    max_tokens: options.MaxTokens = None,
     base: options.Base = None,
     as_json: options.Json = False,
 ) -> None:
@@ -71,8 +73,13 @@ def dry_run(
 
     if (checkpoint is None) == (preset is None):
         raise ConfigError("dry-run: expected a checkpoint or --preset, found both or neither.")
+    if preset and (horizon or max_tokens or base):
+        raise ConfigError(
+            "--horizon, --max-tokens, --base: expected with a checkpoint, found --preset, whose "
+            "sizes are known. Leave them out."
+        )
     if checkpoint:
-        opened = open_checkpoint(checkpoint, base=base)
+        opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
         check(opened)
         config = opened.config
     elif preset in PRESETS:

@@ -52,6 +52,8 @@ def verify(
         ),
     ] = "auto",
     seed: options.Seed = 0,
+    horizon: options.Horizon = None,
+    max_tokens: options.MaxTokens = None,
     base: options.Base = None,
     as_json: options.Json = False,
 ) -> None:
@@ -86,7 +88,7 @@ def verify(
     _check_options(mode, min_pcc, report)
     a, b = (EngineSpec.parse(text) for text in engines)
     arrays = read_npz(inputs) if inputs else None
-    opened = open_checkpoint(checkpoint, base=base)
+    opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
     size = image_side(arrays) or image_size or opened.config.vision.image_size
     config = opened.config.with_image_size(size)
     cases = (

@@ -8,7 +8,7 @@ rounding of float32, in which LeRobot keeps them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,16 +22,33 @@ from pi0.policy.tokenizer import Tokenizer
 PLACES = ("checkpoint", "base", "layout", "sources", "findings", "prompt", "horizon")
 # Prompts that tokenizers of different vocabularies split differently.
 ROUNDING = 1e-6  # of numbers that were stored as float32
+# What settings of the same cause begin with, and the option that makes them the same.
+CAUSES = (
+    (("robot.",), "--robot"),
+    (("resize", "prompt.convention", "prompt.newline"), "--preprocessing"),
+    (("prompt.state", "state_in_prompt"), "--state-in-prompt"),
+    (("statistics.",), "--norm-stats, --norm-mode"),
+    (("tokenizer.",), "--tokenizer"),
+    (("model.horizon", "n_action_steps"), "--horizon"),
+    (("model.max_tokens", "max_tokens", "prompt.max_tokens"), "--max-tokens"),
+)
 PROBES = ("pick up the red cube", "Fold the towel, then close drawer 12.\n", "naïve größe 箱")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A setting that is not the same in A and B, such as "model.horizon"."""
+    """A setting that is not the same in A and B, such as "model.horizon".
+
+    Attributes:
+        also: other settings that differ for the same cause.
+        remedy: the option that makes both the same; empty: none does.
+    """
 
     what: str
     a: Any
     b: Any
+    also: tuple[Difference, ...] = ()
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,8 +86,14 @@ def diff_policies(a: PolicySetup, b: PolicySetup) -> PolicyDiff:
             left["usable"], right["usable"] = not errors["A"], not errors["B"]
         not_compared = " ".join(f"{name}: {found[0]}" for name, found in errors.items() if found)
     names = dict.fromkeys([*left, *right])
-    found = [d for name in names for d in _diff(name, left.get(name), right.get(name))]
-    return PolicyDiff(found, not_compared)
+    # An offset is small or large beside the scale of the same values.
+    sizes = {f"{n.removesuffix('.scale')}.offset": v for n, v in left.items() if ".scale" in n}
+    found = [
+        d
+        for name in names
+        for d in _diff(name, left.get(name), right.get(name), sizes.get(name, 0.0))
+    ]
+    return PolicyDiff(_by_cause(found), not_compared)
 
 
 def _settings(setup: PolicySetup) -> dict[str, Any]:
@@ -114,17 +137,31 @@ def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     return {"tokenizer.size": tokenizer.size, "tokenizer.bos": tokenizer.bos, **ids}
 
 
-def _diff(name: str, a: Any, b: Any) -> list[Difference]:
+def _by_cause(differences: list[Difference]) -> list[Difference]:
+    """One difference for each cause: the first, with the others."""
+    groups: dict[str, list[Difference]] = {}
+    for difference in differences:
+        remedy = next((r for starts, r in CAUSES if difference.what.startswith(starts)), "")
+        groups.setdefault(remedy or difference.what, []).append(difference)
+    return [
+        replace(first, also=tuple(rest), remedy=cause if cause.startswith("--") else "")
+        for cause, (first, *rest) in groups.items()
+    ]
+
+
+def _diff(name: str, a: Any, b: Any, size: Any) -> list[Difference]:
+    """What differs in a value; numbers as large as `size` set what rounding is."""
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         if a.shape != b.shape:
             return [Difference(f"{name}: length", len(a), len(b))]
-        if np.allclose(a, b, rtol=ROUNDING, atol=ROUNDING * np.abs(a).max(initial=0)):
+        largest = max(np.abs(a).max(initial=0), np.abs(size).max(initial=0))
+        if np.allclose(a, b, rtol=ROUNDING, atol=ROUNDING * largest):
             return []
         at = int(np.abs(a - b).argmax())
         return [Difference(f"{name}[{at}], the largest", float(a[at]), float(b[at]))]
     if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
-        lengths = (None if v is None else len(v) for v in (a, b))
-        return [Difference(f"{name}: length", *lengths)]
+        left, right = (None if v is None else len(v) for v in (a, b))
+        return [Difference(f"{name}: length", left, right)]
     return [] if a == b else [Difference(name, a, b)]
 
 

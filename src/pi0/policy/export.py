@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ from pi0.checkpoint.load import CONFIG, Checkpoint
 from pi0.config import GEMMA_2B, GEMMA_300M, SO400M
 from pi0.errors import Pi0Error
 from pi0.findings import Finding, warning
+from pi0.policy.lerobot import is_lerobot
 from pi0.policy.lerobot.statistics import NEEDED
+from pi0.policy.normalize import NEEDED as MODES
 from pi0.policy.sources import (
     KEYS,
     OPENPI_MODES,
@@ -72,6 +74,8 @@ def export_files(
     dtype: str,
     norm_stats: Path | str | None = None,
     tokenizer: Path | None = None,
+    norm_mode: str | None = None,
+    state_in_prompt: bool | None = None,
 ) -> Export:
     """The files to be written beside the weights.
 
@@ -80,14 +84,21 @@ def export_files(
         dtype: of the weights, for config.json.
         norm_stats: a norm_stats.json, or "none" to write no statistics; None: the checkpoint's.
         tokenizer: a file to copy; None: the checkpoint's, if it has one.
+        norm_mode: "mean_std", "quantiles" or "min_max", as LeRobot is told how openpi's policy
+            normalises; None: as openpi does for this model.
+        state_in_prompt: whether the prompts of a π0.5 hold the state; None: as files say.
 
     Raises:
-        Pi0Error: a file cannot be read, or a statistic that the target needs is missing.
+        Pi0Error: a file cannot be read, a statistic that the target needs is missing, or an
+            argument has no place in the target.
     """
+    if state_in_prompt is not None:
+        checkpoint = _with_state_in_prompt(checkpoint, target, state_in_prompt)
     source = read_source(checkpoint, norm_stats)
+    _check_norm_mode(source, target, norm_mode)
     export = Export(findings=list(checkpoint.findings))
     if target == "lerobot":
-        _lerobot(source, export)
+        _lerobot(source, export, norm_mode)
     else:
         _openpi(source, export, dtype)
     path = tokenizer.expanduser() if tokenizer else _own_tokenizer(checkpoint)
@@ -96,6 +107,36 @@ def export_files(
             raise Pi0Error(f"tokenizer {path}: expected a file, found none.")
         export.files[tokenizer_name(path)] = path
     return export
+
+
+def _with_state_in_prompt(checkpoint: Checkpoint, target: str, stated: bool) -> Checkpoint:
+    """The checkpoint as if its config.json said so."""
+    folder = checkpoint.folder_of(PREPROCESSOR, POSTPROCESSOR)
+    if not checkpoint.config.adaptive_norm:
+        found = "a π0, which has a token of the state"
+    elif target == "lerobot" and is_lerobot(folder, checkpoint.settings):
+        found = "LeRobot's own files, which say it"
+    else:
+        return replace(checkpoint, settings={**checkpoint.settings, "discrete_state_input": stated})
+    raise Pi0Error(
+        "state_in_prompt (--state-in-prompt): expected a π0.5 with files of openpi, found "
+        f"{found}. Leave it out."
+    )
+
+
+def _check_norm_mode(source: Source, target: str, norm_mode: str | None) -> None:
+    if norm_mode is None:
+        return
+    if norm_mode not in MODES:
+        raise Pi0Error(f"norm_mode: expected one of {', '.join(MODES)}, found {norm_mode!r}.")
+    if target != "lerobot" or source.is_lerobot:
+        found = (
+            "LeRobot's own files" if target == "lerobot" else f"target {target}, which states none"
+        )
+        raise Pi0Error(
+            f"norm_mode (--norm-mode): expected target lerobot from openpi's files, found {found}. "
+            "Leave it out, and say it where the result is used."
+        )
 
 
 # openpi's form
@@ -150,9 +191,11 @@ def _openpi_config(source: Source, dtype: str) -> dict[str, Any]:
 # LeRobot's form
 
 
-def _lerobot(source: Source, export: Export) -> None:
+def _lerobot(source: Source, export: Export, norm_mode: str | None) -> None:
     checkpoint = source.checkpoint
     settings = make_config_json(checkpoint.config)
+    if norm_mode:
+        settings["normalization_mapping"] |= dict.fromkeys(("STATE", "ACTION"), norm_mode.upper())
     if source.is_lerobot:
         settings |= dict(checkpoint.settings) | (MERGED if checkpoint.adapter else {})
     if source.processors:
@@ -191,7 +234,8 @@ def _lerobot(source: Source, export: Export) -> None:
             warning(
                 "state-in-prompt-assumed",
                 f"{checkpoint.path}: no file says whether its prompts hold the state, which "
-                "LeRobot's π0.5 always writes. Was it trained so? openpi's pi05_libero was not.",
+                "LeRobot's π0.5 always writes. Was it trained so? openpi's pi05_libero was not. "
+                "Say it with --state-in-prompt or --no-state-in-prompt.",
             )
         )
     if stated is False:

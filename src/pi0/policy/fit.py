@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,22 @@ def relative_findings(relative: tuple[bool, ...] | None, robot: Robot) -> list[F
     return [
         error(
             "relative-differs",
-            f"robot {robot.name}: expected the relative actions of the checkpoint's processors, "
-            f"{list(relative or [])}, found {ours}: the state would be added wrongly. Leave out "
-            "--robot, or give the robot's table the same `relative` (`delta`).",
+            f"robot {robot.name}: expected actions relative to the state in "
+            f"{_positions(relative or ())}, as the checkpoint's processors have them, found "
+            f"{_positions(ours)}: the state would be added wrongly. Leave out --robot, or give the "
+            "robot's table the same `relative` (`delta`).",
         )
     ]
+
+
+def _positions(mask: Sequence[bool]) -> str:
+    """Where a mask is set, in words: "dimensions 0 to 5, 7"."""
+    starts = [i for i, on in enumerate(mask) if on and not (i and mask[i - 1])]
+    ends = [i for i, on in enumerate(mask) if on and not any(mask[i + 1 : i + 2])]
+    runs = [f"{a} to {b}" if a < b else f"{a}" for a, b in zip(starts, ends, strict=True)]
+    if not runs:
+        return "no dimension"
+    return f"dimension{'' if sum(mask) == 1 else 's'} {', '.join(runs)} of {len(mask)}"
 
 
 def width_findings(

@@ -28,7 +28,7 @@ from pi0.config import Pi0Config
 from pi0.errors import ConfigError, ObservationError
 from pi0.inputs import MAX_PIXEL, ModelInputs
 from pi0.policy import images
-from pi0.policy.normalize import OUTLIER_SIGMA, Normalizer
+from pi0.policy.normalize import OUTLIER_SIGMA, OVERFLOW_SIGMA, Normalizer
 from pi0.policy.observation import (
     Observation,
     camera_keys,
@@ -88,7 +88,7 @@ class Pipeline:
         pixels = self._images(observation)
         prompt = read_prompt(observation, self.default_prompt)
         normalized = self.encode_state(state)
-        self._warn_of_outliers(state, normalized)
+        _check_outliers(state, normalized)
         tokens, token_mask = self.tokenizer.tokenize(prompt, self.prompt, normalized)
         inputs = ModelInputs.validated(
             self.config,
@@ -213,16 +213,25 @@ class Pipeline:
             )
         return pixels
 
-    def _warn_of_outliers(self, state: Floats, normalized: Floats) -> None:
-        outliers = np.flatnonzero(np.abs(normalized) > OUTLIER_SIGMA)
-        if outliers.size:
-            worst = ", ".join(f"state[{i}] = {state[i]:.6g}" for i in outliers[:4])
-            more = f" and {outliers.size - 4} more" if outliers.size > 4 else ""
-            warnings.warn(
-                f"state: {worst}{more}: more than {OUTLIER_SIGMA:.0f} standard deviations or half "
-                "ranges from what the checkpoint was trained on. Is it this robot's, in its units?",
-                stacklevel=4,
-            )
+
+def _check_outliers(state: Floats, normalized: Floats) -> None:
+    """Warns of values that nobody trained on, and refuses those that the model overflows with.
+
+    Raises:
+        ObservationError: the second.
+    """
+    outliers = np.flatnonzero(~(np.abs(normalized) <= OUTLIER_SIGMA))
+    if not outliers.size:
+        return
+    worst = ", ".join(f"state[{i}] = {state[i]:.6g}" for i in outliers[:4])
+    more = f" and {outliers.size - 4} more" if outliers.size > 4 else ""
+    found, question = f"{worst}{more}", "Is it this robot's, in its units?"
+    far = "standard deviations or half ranges from what the checkpoint was trained on"
+    if not np.all(np.abs(normalized) <= OVERFLOW_SIGMA):
+        raise ObservationError(
+            f"state: expected values less than {OVERFLOW_SIGMA:g} {far}, found {found}. {question}"
+        )
+    warnings.warn(f"state: {found}: more than {OUTLIER_SIGMA:.0f} {far}. {question}", stacklevel=4)
 
 
 def _padded(values: Floats, width: int) -> Tensor:

@@ -62,7 +62,8 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
         config = config.with_image_size(options.image_size)
     program = _program(checkpoint, options, setup)
     if any(finding.severity == "error" for finding in setup.findings):
-        return setup  # what follows would only repeat it
+        _examine_the_rest(checkpoint, options, config, setup)
+        return setup
     conventions = setup.attempt(
         "preprocessing-unknown", lambda: _conventions(checkpoint, options, program, setup)
     )
@@ -104,6 +105,17 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
         default_prompt=options.default_prompt,
     )
     return setup
+
+
+def _examine_the_rest(
+    checkpoint: Checkpoint, options: PolicyOptions, config: Pi0Config, setup: PolicySetup
+) -> None:
+    """Finds what is wrong apart from LeRobot's files; the rest would only repeat that of these."""
+    if options.robot is not None:
+        setup.robot = setup.attempt(
+            "robot-unknown", lambda: _robot(checkpoint, options, None, setup)
+        )
+    setup.attempt("tokenizer-unusable", lambda: _tokenizer(checkpoint, options, config, setup))
 
 
 def _program(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint
-from pi0.config import Pi0Config
+from pi0.config import PRESETS, Pi0Config
 from pi0.engines.base import Capabilities, Engine, EngineOptions, exclusive
 from pi0.engines.fast.cpu.int8 import Int8Kernels
 from pi0.engines.fast.cpu.native import Native, NativeUnavailable
@@ -25,7 +25,7 @@ from pi0.engines.fast.kernels import Kernels
 from pi0.engines.fast.network import VLM_OUTPUT, Cache, Network
 from pi0.engines.fast.plan import copy, make_token_plan
 from pi0.engines.fast.weight_cache import load_weights
-from pi0.engines.fast.weights import Scheme
+from pi0.engines.fast.weights import Matrix, PackedWeights, Scheme, quantise_rows
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
 from pi0.model import Tap
@@ -123,6 +123,22 @@ def product_seconds(dtype: torch.dtype) -> float:
         F.linear(x, weight)
         times.append(time.perf_counter() - start)
     return min(times[1:])
+
+
+def make_int8_product(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    """A product x · weightᵀ as the engine computes it in int8, but for quantising x.
+
+    Args:
+        x: [R, K] float32.
+        weight: [N, K] float32.
+    """
+    kernels = choose_kernels()
+    weights = PackedWeights(PRESETS["tiny"], Scheme(torch.float32))
+    quantised, scale = quantise_rows(weight, torch.int8)
+    matrix = weights.matrices["probe"] = Matrix(quantised, scale=scale)
+    kernels.prepare(weights)
+    operand = kernels.operand(x, matrix)
+    return lambda: kernels.project(operand, matrix)
 
 
 def choose_kernels() -> Kernels:

@@ -1,0 +1,91 @@
+"""Options that several verbs share: each verb has all of them, and hands them on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from pi0.bench import worker
+from pi0.bench.run import BenchPlan
+from pi0.bench.task import WorkerTask, Workload
+from pi0.cli import options
+from pi0.cli.act import act
+from pi0.cli.checkpoint import inspect
+from pi0.cli.diff import diff
+from pi0.cli.doctor import doctor
+from pi0.cli.main import app
+from pi0.engines.spec import EngineSpec
+from pi0.errors import ConfigError
+from pi0.policy import PolicyOptions
+
+FLAGS = {f"--{name.replace('_', '-')}" for name in options.POLICY}
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.mark.parametrize("verb", [act, inspect, diff, doctor])
+def test_verbs_with_a_policy_have_all_of_its_options(verb: Callable[..., None]) -> None:
+    single = typer.Typer()
+    single.command()(verb)
+    command = typer.main.get_command(single)
+    flags = {flag for parameter in command.params for flag in parameter.opts}
+    assert flags > FLAGS | {"--horizon", "--max-tokens", "--base"}
+
+
+def test_options_of_a_policy_arrive_as_one() -> None:
+    given: list[tuple[int, PolicyOptions]] = []
+
+    @options.with_policy
+    def verb(wishes: options.PolicyOptions, steps: int = 3) -> None:
+        given.append((steps, wishes))
+
+    single = typer.Typer()
+    single.command()(verb)
+    words = ["--robot", "droid", "--prompt-mode", "lerobot", "--image-size", "28"]
+    done = CliRunner().invoke(single, [*words, "--no-state-in-prompt", "--steps", "4"])
+    assert done.exit_code == 0, done.output
+    expected: dict[str, Any] = {"robot": "droid", "prompt": "lerobot", "image_size": 28}
+    assert given == [(4, PolicyOptions(**expected, state_in_prompt=False))]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("verify", "--engines", "reference", "reference", "--oracle", "none"),
+        ("bench", "--repeat", "1"),
+        ("ttnn", "dry-run"),
+    ],
+)
+@pytest.mark.parametrize("option", ["horizon", "max-tokens"])
+def test_sizes_that_contradict_config_json(words: Any, option: str, tiny_path: Path) -> None:
+    done = run(*words, tiny_path, f"--{option}", 7)
+    assert isinstance(done.exception, ConfigError), done.output
+    assert option.replace("-", "_") in str(done.exception)
+
+
+def test_sizes_of_a_preset_are_known() -> None:
+    done = run("ttnn", "dry-run", "--preset", "tiny", "--horizon", 7)
+    assert "expected with a checkpoint, found --preset" in str(done.exception)
+
+
+def test_horizon_reaches_the_workers_of_bench(tiny_path: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_path, tmp_path / "ckpt")
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["horizon"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    spec, point = EngineSpec("reference", "float32"), Workload(1, 0, 4, 4, 1)
+    plan = BenchPlan(folder, [spec], 0, point, 1, 1, 1, 0, False, None, 7, 30)
+    job = WorkerTask.from_json(plan.job(spec, first=True).to_json())
+    assert (job.horizon, job.max_tokens) == (7, 30)
+    with worker.load(replace(job, max_tokens=None)) as engine:
+        assert engine.config.horizon == 7

@@ -86,13 +86,7 @@ def diff_policies(a: PolicySetup, b: PolicySetup) -> PolicyDiff:
             left["usable"], right["usable"] = not errors["A"], not errors["B"]
         not_compared = " ".join(f"{name}: {found[0]}" for name, found in errors.items() if found)
     names = dict.fromkeys([*left, *right])
-    # An offset is small or large beside the scale of the same values.
-    sizes = {f"{n.removesuffix('.scale')}.offset": v for n, v in left.items() if ".scale" in n}
-    found = [
-        d
-        for name in names
-        for d in _diff(name, left.get(name), right.get(name), sizes.get(name, 0.0))
-    ]
+    found = [d for name in names for d in _diff(name, left.get(name), right.get(name))]
     return PolicyDiff(_by_cause(found), not_compared)
 
 
@@ -149,13 +143,11 @@ def _by_cause(differences: list[Difference]) -> list[Difference]:
     ]
 
 
-def _diff(name: str, a: Any, b: Any, size: Any) -> list[Difference]:
-    """What differs in a value; numbers as large as `size` set what rounding is."""
+def _diff(name: str, a: Any, b: Any) -> list[Difference]:
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         if a.shape != b.shape:
             return [Difference(f"{name}: length", len(a), len(b))]
-        largest = max(np.abs(a).max(initial=0), np.abs(size).max(initial=0))
-        if np.allclose(a, b, rtol=ROUNDING, atol=ROUNDING * largest):
+        if np.allclose(a, b, rtol=ROUNDING, atol=ROUNDING * np.abs(a).max(initial=0)):
             return []
         at = int(np.abs(a - b).argmax())
         return [Difference(f"{name}[{at}], the largest", float(a[at]), float(b[at]))]

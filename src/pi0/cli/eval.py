@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,8 +14,10 @@ if TYPE_CHECKING:
     from pi0.eval import CheckpointPolicy, EvalPlan, Results, Summary
 
 
+@options.with_policy
 def evaluate(
     checkpoint: options.Checkpoint,
+    wishes: options.PolicyOptions,
     env: Annotated[
         str,
         typer.Option(
@@ -112,14 +115,6 @@ def evaluate(
         Path | None,
         typer.Option(metavar="OUT.json", help="Write everything as JSON.", show_default=False),
     ] = None,
-    tokenizer: options.TokenizerFile = None,
-    norm_stats: options.NormStats = None,
-    norm_mode: options.NormMode = None,
-    preprocessing: options.Preprocessing = None,
-    resize: options.Resize = None,
-    prompt_mode: options.PromptMode = None,
-    state_in_prompt: options.StateInPrompt = None,
-    image_size: options.ImageSize = None,
     horizon: options.Horizon = None,
     max_tokens: options.MaxTokens = None,
     base: options.Base = None,
@@ -144,7 +139,6 @@ def evaluate(
     """
     from pi0.checkpoint.files import expand_user, require_writable
     from pi0.eval import CheckpointPolicy, EnvOptions, EvalPlan, FilmOptions
-    from pi0.policy import PolicyOptions
 
     require_writable(out)
     film = video and FilmOptions(expand_user(video), video_format, video_episodes)
@@ -161,17 +155,7 @@ def evaluate(
     )
     policy = CheckpointPolicy(
         checkpoint,
-        PolicyOptions(
-            robot=robot,
-            tokenizer=tokenizer,
-            norm_stats=norm_stats,
-            norm_mode=norm_mode,
-            preprocessing=preprocessing,
-            resize=resize,
-            prompt=prompt_mode,
-            state_in_prompt=state_in_prompt,
-            image_size=image_size,
-        ),
+        replace(wishes, robot=robot),
         engine,
         steps,
         on_limit,
@@ -187,7 +171,6 @@ def _resolved(
 ) -> tuple[CheckpointPolicy, EvalPlan]:
     """Both with robot, engine and tasks named; what does not fit is said before weights load."""
     from contextlib import closing
-    from dataclasses import replace
 
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.engine import require_memory

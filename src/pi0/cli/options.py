@@ -179,22 +179,24 @@ POLICY = {
 
 def with_policy(verb: Callable[..., None]) -> Callable[..., None]:
     """The verb with the options of `POLICY` in place of its parameter `wishes`, which gets them as
-    `PolicyOptions`."""
+    `PolicyOptions`; but for those that the verb has as parameters of its own."""
+    declared = inspect.signature(verb, eval_str=True).parameters
+    added = {name: entry for name, entry in POLICY.items() if name not in declared}
 
     @functools.wraps(verb)
     def command(**given: Any) -> None:
         from pi0.policy import PolicyOptions
 
-        said = {field: given.pop(name) for name, (_, field) in POLICY.items()}
+        said = {field: given.pop(name) for name, (_, field) in added.items()}
         verb(**given, wishes=PolicyOptions(**said))
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     options = [
         inspect.Parameter(name, keyword, default=None, annotation=option)
-        for name, (option, _) in POLICY.items()
+        for name, (option, _) in added.items()
     ]
     parameters: list[inspect.Parameter] = []
-    for parameter in inspect.signature(verb, eval_str=True).parameters.values():
+    for parameter in declared.values():
         own = [parameter.replace(kind=keyword)]
         parameters += options if parameter.name == "wishes" else own
     command.__dict__["__signature__"] = inspect.Signature(parameters, return_annotation=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
 SECOND_SIGNAL = 130  # exit code if a second Ctrl-C ends what the first began
 
 
+@options.with_policy
 def serve(
     checkpoint: options.Checkpoint,
-    robot: options.RobotName = None,
+    wishes: options.PolicyOptions,
     host: Annotated[
         str, typer.Option(help="Address to listen on; 0.0.0.0: all of this machine.")
     ] = "127.0.0.1",
@@ -71,14 +73,6 @@ def serve(
         str | None,
         typer.Option(help="For observations without a prompt.", show_default=False),
     ] = None,
-    tokenizer: options.TokenizerFile = None,
-    norm_stats: options.NormStats = None,
-    norm_mode: options.NormMode = None,
-    preprocessing: options.Preprocessing = None,
-    resize: options.Resize = None,
-    prompt_mode: options.PromptMode = None,
-    state_in_prompt: options.StateInPrompt = None,
-    image_size: options.ImageSize = None,
     horizon: options.Horizon = None,
     max_tokens: options.MaxTokens = None,
     base: options.Base = None,
@@ -104,7 +98,7 @@ def serve(
 
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.engine import load_engine
-    from pi0.policy import Policy, PolicyOptions, choose_engine, prepare
+    from pi0.policy import Policy, choose_engine, prepare
     from pi0.serve.binding import bind, check_exposure, make_tls, read_api_key
     from pi0.serve.options import ServeOptions
     from pi0.serve.wire import MessageLimits
@@ -115,25 +109,12 @@ def serve(
     with bind(host, port) as sock:
         check_exposure(sock, key, tls is not None, allow_no_key)
         opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
-        setup = prepare(
-            opened,
-            PolicyOptions(
-                robot=robot,
-                tokenizer=tokenizer,
-                norm_stats=norm_stats,
-                norm_mode=norm_mode,
-                preprocessing=preprocessing,
-                resize=resize,
-                prompt=prompt_mode,
-                state_in_prompt=state_in_prompt,
-                image_size=image_size,
-                default_prompt=default_prompt,
-            ),
-        )
+        setup = prepare(opened, replace(wishes, default_prompt=default_prompt))
         pipeline = setup.require()
-        spec = choose_engine(engine, opened.config, dtype, device, image_size)
+        size = wishes.image_size
+        spec = choose_engine(engine, opened.config, dtype, device, size)
         cameras, tokens = len(pipeline.robot.cameras), pipeline.prompt.max_tokens
-        made = load_engine(opened, spec, cameras, tokens, image_size, weight_cache=weight_cache)
+        made = load_engine(opened, spec, cameras, tokens, size, weight_cache=weight_cache)
         with Policy(
             pipeline,
             made,

@@ -60,7 +60,7 @@ ARROWS = {
     },
     "serve": {"errors", "policy"},
     "data": {"errors", "findings", "checkpoint", "policy"},
-    "sim": {"errors", "data"},
+    "sim": {"errors", "data", "workers"},
     "train": {
         "errors",
         "findings",

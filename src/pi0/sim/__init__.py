@@ -4,13 +4,13 @@ Importing this registers the Gymnasium environment `pi0/Tabletop-v0`; MuJoCo is 
 made. Needs the extra `[sim]`.
 """
 
-from pi0.errors import Pi0Error
+from pi0.errors import Pi0Error, install_hint
 
 try:
     import gymnasium
 except ImportError as error:
     raise Pi0Error(
-        "simulator: expected the package gymnasium, found none. pip install 'pi0[sim]'."
+        f"simulator: expected the package gymnasium, found none. {install_hint('sim')}"
     ) from error
 
 ENV_ID = "pi0/Tabletop-v0"

@@ -48,7 +48,6 @@ class Disturbance:
     jolts: float = 0.06
 
 
-NONE = Disturbance(episodes=0)
 LOW, HIGH = 0.04, 0.10  # metres of the fingertips where `near` and `far` hold
 
 

@@ -6,9 +6,9 @@ when, so that a stopped run goes on where it was and ends with the same dataset.
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from pi0.data.write import finish, shard_done, write_shard
 from pi0.errors import ConfigError, Pi0Error
 from pi0.sim import MAX_STEPS
 from pi0.sim.demos import FIRST_RESERVED_SEED, Disturbance, record_episode, schema
+from pi0.sim.env import IMAGE_SIZE, TabletopEnv
 from pi0.sim.tasks import VERBS, check_task
+from pi0.workers import run_here, run_in_processes
 
 SHARD_EPISODES = 20
 SEEDS_EACH = 2  # for each episode of a shard; those on which the expert fails are left out
@@ -38,7 +40,7 @@ class Plan:
     episodes: int
     seed: int = 0
     tasks: tuple[str, ...] = VERBS
-    image_size: int = 112
+    image_size: int = IMAGE_SIZE
     disturbance: Disturbance = field(default_factory=Disturbance)
 
     def __post_init__(self) -> None:
@@ -76,23 +78,23 @@ def record(plan: Plan, out: Path, workers: int, advance: Callable[[int], None]) 
     out.mkdir(parents=True, exist_ok=True)
     missing = [shard for shard in range(plan.shards) if not shard_done(out, shard)]
     advance(plan.episodes - sum(len(plan.episodes_of(shard)) for shard in missing))
-    # Spawned, for a process that draws cannot be forked.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(missing)) or 1, context) as pool:
-        jobs = [pool.submit(_record_shard, plan, out, shard) for shard in missing]
-        try:
-            for job in as_completed(jobs):
-                advance(job.result())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    make = functools.partial(_recorder, plan, out)
+    if workers == 1:
+        run_here(make, missing, advance)
+    else:
+        run_in_processes(make, missing, workers, advance)
     finish(out, schema(plan.image_size))
 
 
-def _record_shard(plan: Plan, out: Path, shard: int) -> int:
-    from pi0.sim.env import TabletopEnv
+@contextlib.contextmanager
+def _recorder(plan: Plan, out: Path) -> Iterator[Callable[[int], int]]:
+    """Makes an environment, and yields what records a shard with it and says how many episodes
+    that were."""
+    with contextlib.closing(TabletopEnv(plan.image_size)) as env:
+        yield functools.partial(_record_shard, env, plan, out)
 
-    env = TabletopEnv(plan.image_size)
+
+def _record_shard(env: TabletopEnv, plan: Plan, out: Path, shard: int) -> int:
     episodes = plan.episodes_of(shard)
     first_seed = plan.seed + shard * SHARD_EPISODES * SEEDS_EACH
     seeds = iter(range(first_seed, first_seed + SHARD_EPISODES * SEEDS_EACH))
@@ -111,5 +113,4 @@ def _record_shard(plan: Plan, out: Path, shard: int) -> int:
             recording = record_episode(env, seed, task, plan.disturbance, MAX_STEPS)
         recordings.append(recording)
     write_shard(out, shard, episodes.start, recordings, schema(plan.image_size))
-    env.close()
     return len(recordings)

@@ -12,7 +12,7 @@ import ctypes.util
 import os
 import warnings
 
-from pi0.errors import Pi0Error
+from pi0.errors import Pi0Error, install_hint
 
 INSTALL = "apt-get install libegl1 libgl1-mesa-dri (or libosmesa6)"
 
@@ -67,5 +67,5 @@ try:
     import mujoco as mujoco
 except ImportError as error:
     raise Pi0Error(
-        "simulator: expected the package mujoco, found none. pip install 'pi0[sim]'."
+        f"simulator: expected the package mujoco, found none. {install_hint('sim')}"
     ) from error

@@ -21,7 +21,9 @@ from pi0.cli.act import act
 from pi0.cli.checkpoint import inspect
 from pi0.cli.diff import diff
 from pi0.cli.doctor import doctor
+from pi0.cli.eval import evaluate
 from pi0.cli.main import app
+from pi0.cli.serve import serve
 from pi0.engines.spec import EngineSpec
 from pi0.errors import ConfigError
 from pi0.policy import PolicyOptions
@@ -33,7 +35,7 @@ def run(*words: object) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
-@pytest.mark.parametrize("verb", [act, inspect, diff, doctor])
+@pytest.mark.parametrize("verb", [act, inspect, diff, doctor, evaluate, serve])
 def test_verbs_with_a_policy_have_all_of_its_options(verb: Callable[..., None]) -> None:
     single = typer.Typer()
     single.command()(verb)

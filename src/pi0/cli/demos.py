@@ -46,7 +46,7 @@ def demos(
         pi0 demos --tasks lift,put,push,push --episodes 4000 --out demos --workers 8
     """
     from pi0.checkpoint.files import expand_user
-    from pi0.cli.show import count_progress, print_line
+    from pi0.cli.show import print_line, step_progress
     from pi0.errors import ConfigError
     from pi0.sim import ENV_ID
 
@@ -60,7 +60,7 @@ def demos(
     names = tuple(tasks.split(",")) if tasks else VERBS
     plan = Plan(episodes, seed, names, image_size, Disturbance(episodes=disturb))
     out = expand_user(out)
-    with count_progress(f"recording {out.name}", episodes) as advance:
+    with step_progress(f"recording {out.name}", episodes) as advance:
         record(plan, out, workers or os.cpu_count() or 1, advance)
     dataset = Dataset.open(out)
     print_line(f"{out}: {dataset.num_episodes} episodes, {dataset.num_frames} frames")

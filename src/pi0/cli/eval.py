@@ -197,18 +197,18 @@ def _resolved(
 
 def _run(policy: CheckpointPolicy, plan: EvalPlan, out: Path | None, as_json: bool) -> None:
     from pi0.checkpoint.files import replacing
-    from pi0.cli.show import print_json, print_line, tally_progress, to_json
+    from pi0.cli.show import print_json, print_line, step_progress, to_json
     from pi0.eval import Episode
     from pi0.eval import evaluate as run
 
     successes = 0
     total = plan.episodes * len(plan.tasks or [None])
-    with tally_progress("evaluating", total) as advance:
+    with step_progress("evaluating", total) as advance:
 
         def on_episode(episode: Episode) -> None:
             nonlocal successes
             successes += episode.success
-            advance(f"evaluating, {successes} successes")
+            advance(text=f"evaluating, {successes} successes")
 
         results = run(policy, plan, on_episode)
     data = results.to_data()

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.measure import Measurement
@@ -44,6 +44,12 @@ out = _Stdout(width=None if sys.stdout.isatty() else PIPED_WIDTH)
 err = Console(stderr=True)
 
 
+class Advance(Protocol):
+    """Moves a bar by what is done, and says something else beside it."""
+
+    def __call__(self, done: int = 1, text: str | None = None) -> None: ...
+
+
 @contextlib.contextmanager
 def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar with bytes, rate and time left; yields a function that takes bytes done."""
@@ -52,25 +58,11 @@ def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextlib.contextmanager
-def step_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar with steps done and time left; yields a function to call after each step."""
-    with _bar(what, total, MofNCompleteColumn()) as advance:
-        yield lambda: advance(1)
-
-
-@contextlib.contextmanager
-def count_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with steps done and time left; yields a function that takes how many more are done."""
+def step_progress(what: str, total: int) -> Iterator[Advance]:
+    """A bar with steps done and time left; yields a function to call after each step, or with how
+    many more are done, and with what is said beside the bar from then on."""
     with _bar(what, total, MofNCompleteColumn()) as advance:
         yield advance
-
-
-@contextlib.contextmanager
-def tally_progress(what: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A bar with steps done and time left; yields a function that takes, after each step, what is
-    said beside it from then on."""
-    with _bar(what, total, MofNCompleteColumn()) as advance:
-        yield lambda text: advance(1, text)
 
 
 @contextlib.contextmanager
@@ -81,7 +73,7 @@ def stage_progress(what: str) -> Iterator[Callable[[str], None]]:
 
 
 @contextlib.contextmanager
-def _bar(what: str, total: int, *columns: ProgressColumn) -> Iterator[Callable[..., None]]:
+def _bar(what: str, total: int, *columns: ProgressColumn) -> Iterator[Advance]:
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -93,7 +85,7 @@ def _bar(what: str, total: int, *columns: ProgressColumn) -> Iterator[Callable[.
     ) as progress:
         task = progress.add_task(what, total=total)
 
-        def advance(done: int, text: str | None = None) -> None:
+        def advance(done: int = 1, text: str | None = None) -> None:
             progress.update(task, advance=done, description=text)
 
         yield advance

@@ -268,32 +268,17 @@ def _run(
 
 @contextlib.contextmanager
 def _decoding() -> Iterator[Callable[[str, int, int], None]]:
-    """Bars of the cameras whose pictures are decoded; yields what to call for each."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    """A bar for each camera whose pictures are decoded; yields what to call for each."""
+    from pi0.cli.show import Advance, step_progress
 
-    from pi0.cli.show import err
-
-    tasks: dict[str, Any] = {}
-    with Progress(
-        TextColumn("decoding {task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-    ) as progress:
+    bars: dict[str, Advance] = {}
+    with contextlib.ExitStack() as shown:
 
         def advance(camera: str, total: int, done: int) -> None:
-            if camera not in tasks:
-                tasks[camera] = progress.add_task(camera, total=total)
-            progress.advance(tasks[camera], done)
+            if camera not in bars:
+                shown.close()  # of the camera before
+                bars[camera] = shown.enter_context(step_progress(f"decoding {camera}", total))
+            bars[camera](done)
 
         yield advance
 
@@ -302,33 +287,18 @@ def _decoding() -> Iterator[Callable[[str, int, int], None]]:
 def _display(
     steps: int, trainer: Any, first: bool
 ) -> Iterator[tuple[Callable[[dict[str, float]], None], Callable[[dict[str, float]], None]]]:
-    """A bar with time left and loss, and a line for every interval; yields what to call after
-    a step and after an interval."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    from pi0.cli.show import err, print_line
+    """A bar with time left and loss, and a line for every interval; yields what the first process
+    calls after a step and after an interval."""
+    from pi0.cli.show import print_line, step_progress
     from pi0.train.log import describe
 
-    with Progress(
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[news]}"),
-        console=err,
-        transient=True,
-        disable=not (first and err.is_terminal),
-    ) as progress:
-        task = progress.add_task("", total=steps, completed=trainer.done, news="")
+    with step_progress("training", steps) if first else contextlib.nullcontext() as advance:
+        if advance:
+            advance(trainer.done)
 
         def on_step(metrics: dict[str, float]) -> None:
-            progress.update(task, completed=trainer.done, news=f"loss {metrics['flow']:.4f}")
+            if advance:
+                advance(text=f"training, loss {metrics['flow']:.4f}")
 
         def on_log(entry: dict[str, float]) -> None:
             print_line(describe(entry))

@@ -44,7 +44,7 @@ def to_model(
     Raises:
         ObservationError: another shape, dtype or value range.
     """
-    image = _channels_last(name, image)
+    image = channels_last(name, image)
     pixels = (
         RESIZE[convention](image, size) if stats is None else _resize_lerobot(image, size, stats)
     )
@@ -60,8 +60,7 @@ def letterbox(height: int, width: int, size: int) -> tuple[int, int, int, int]:
 
 def _resize_openpi(image: Array, size: int) -> Tensor:
     """[H, W, 3] → [size, size, 3] float32 in [0, 1]; floats become uint8 by truncation first."""
-    if image.dtype != np.uint8:
-        image = (image.astype(np.float32) * 255).astype(np.uint8)
+    image = eight_bit(image)
     height, width, top, left = letterbox(image.shape[0], image.shape[1], size)
     out = np.zeros((size, size, 3), np.uint8)
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
@@ -89,7 +88,17 @@ RESIZE: dict[str, Callable[[Array, int], Tensor]] = {
 }
 
 
-def _channels_last(name: str, image: Array) -> Array:
+def eight_bit(image: Array) -> Array:
+    """An image in uint8; floats in [0, 1] become it by truncation, as in openpi."""
+    return image if image.dtype == np.uint8 else (image.astype(np.float32) * 255).astype(np.uint8)
+
+
+def channels_last(name: str, image: Array) -> Array:
+    """An image as [H, W, 3], floats within [0, 1].
+
+    Raises:
+        ObservationError: see `to_model`.
+    """
     if image.ndim != 3 or 3 not in (image.shape[0], image.shape[-1]):
         raise ObservationError(
             f"image {name}: expected shape [H, W, 3] or [3, H, W], found {list(image.shape)}."

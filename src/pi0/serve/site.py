@@ -16,6 +16,7 @@ from websockets.asyncio.server import ServerConnection
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
+from pi0.policy.images import channels_last, eight_bit
 from pi0.policy.observation import check_observation, lookup, read_image
 from pi0.serve.answer import Chunk
 from pi0.serve.binding import shows_key
@@ -116,7 +117,7 @@ class Site:
         arrays = dict(enumerate(array for _, array in _images(last, pipeline)))
         if int(name) not in arrays:
             return None
-        image = Image.fromarray(_eight_bit(arrays[int(name)]))
+        image = Image.fromarray(np.ascontiguousarray(eight_bit(arrays[int(name)])))
         image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
         out = io.BytesIO()
         image.save(out, "PNG")
@@ -144,16 +145,7 @@ def _images(chunk: Chunk, pipeline: Pipeline) -> Iterator[tuple[str, np.ndarray[
     for camera in pipeline.robot.cameras:
         image = lookup(observation, camera.key)
         if image is not None:
-            yield camera.key, read_image(camera.key, image)
-
-
-def _eight_bit(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """[H, W, 3] uint8 of an image as robots send it: either axis order, uint8 or in [0, 1]."""
-    if image.shape[-1] != 3:
-        image = image.transpose(1, 2, 0)
-    if image.dtype != np.uint8:
-        image = (image.astype(np.float32).clip(0, 1) * 255).astype(np.uint8)
-    return np.ascontiguousarray(image)
+            yield camera.key, channels_last(camera.key, read_image(camera.key, image))
 
 
 def _response(kind: str, body: bytes) -> Response:

@@ -23,13 +23,19 @@ def run(folder: Path, *words: str) -> None:
     command, arguments = [w for w in words if w != "shard"], [w for w in words if w == "shard"]
     paths = [str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(
+    with subprocess.Popen(
         [*command, str(WORKER), str(folder), *arguments],
         env=environment,
-        capture_output=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    ) as process:
+        try:
+            _, errors = process.communicate(timeout=600)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun passes it on to its workers; a kill would leave them
+            raise
+    assert process.returncode == 0, errors[-3000:]
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,10 @@ from pi0.train.trainer import TrainerOptions
 
 def main(folder: Path, shard: bool) -> None:
     torch.set_num_threads(1)
-    for name, config in (("pi0", SIZES), ("pi05", PI05_SIZES)):
-        with join_processes("cpu") as processes:
+    # One group for both models: a second one in the same processes would find the first one's
+    # addresses in torchrun's store and may wait for them for ever.
+    with join_processes("cpu") as processes:
+        for name, config in (("pi0", SIZES), ("pi05", PI05_SIZES)):
             run = make_run(
                 folder / name,
                 config=config,

@@ -181,6 +181,8 @@ def _openpi_config(source: Source, dtype: str) -> dict[str, Any]:
     names = {"horizon": "action_horizon", "max_tokens": "max_token_len"}
     for name in checkpoint.inferred.assumed:  # it would no longer be said that it is assumed
         del settings[names[name]]
+    if "robot" in checkpoint.settings:  # as `pi0 train` writes it
+        settings["robot"] = checkpoint.settings["robot"]
     stated = checkpoint.settings.get("discrete_state_input")
     if stated is None and config.adaptive_norm and source.has_processors:
         steps = read_steps(source.folder, PREPROCESSOR)

@@ -95,7 +95,7 @@ class Export:
         config, robot = self.pipeline.config, self.pipeline.robot
         if self.layout.name == "lerobot":
             return self._lerobot_files()
-        settings = to_config_json(config)
+        settings = {**to_config_json(config), "robot": robot.name}
         if config.adaptive_norm:
             settings["discrete_state_input"] = self.pipeline.prompt.state
         return {

@@ -89,7 +89,7 @@ def record_episode(
         points.append(_points(env, info))
         if disturbed and not left and rng.random() < disturbance.pushes:
             push, left = _push(env, disturbance, rng), disturbance.steps
-        executed = action + np.float32([*push, 0]) if left else action
+        executed = action + np.array([*push, 0], np.float32) if left else action
         left = max(0, left - 1)
         observation, _, done, _, info = env.step(executed)
         if done:

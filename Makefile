@@ -22,15 +22,19 @@ LOCKED := $(if $(filter $(TORCH_LOCKED),$(TORCH)),-c requirements/venv.txt)
 
 .PHONY: demo help test test-ttnn test-full lint tokenizer drawing parity lock clean
 
-demo: .venv/run ## a small random checkpoint, sample pictures, a chunk of actions, a plot (default)
-	@test -e $(DEMO)/checkpoint/model.safetensors || $(BIN)/pi0 synth --preset small $(DEMO)/checkpoint
-	$(BIN)/pi0 act $(DEMO)/checkpoint --robot libero --stages \
-	  --image base=examples/cameras/base.png --image wrist=examples/cameras/wrist.png \
-	  --prompt "put the red cube into the blue bowl" --state "0.1,-0.2,0.3,0,0.5,-0.1,0.04,-0.04" \
-	  --out $(DEMO)/actions.npy --plot $(DEMO)/chunk.png
+demo: .venv/run drawing ## a robot that does what sentences say, simulated, in films (default)
+	@if $(BIN)/python -c 'import pi0.sim.render' 2>/dev/null; then \
+	  $(BIN)/pi0 eval tabletop --tasks lift,put,push --episodes 2 \
+	    --video $(DEMO) --video-format gif --out $(DEMO)/results.json; \
+	else \
+	  echo "SKIPPED the closed loop: nothing to draw with. After apt-get install libegl1"; \
+	  echo "libgl1-mesa-dri (or libosmesa6) run make demo again. The same policy on a recording:"; \
+	  mkdir -p $(DEMO); \
+	  $(BIN)/python examples/replay.py tabletop examples/tabletop/episode --out $(DEMO)/replay.png; \
+	fi
 	@echo
 	@echo "pi0 is installed as $(BIN)/pi0. To call it as pi0: source $(BIN)/activate"
-	@echo "Next: $(BIN)/pi0 --help, $(BIN)/pi0 inspect $(DEMO)/checkpoint"
+	@echo "Next: $(BIN)/pi0 --help, $(BIN)/pi0 inspect tabletop"
 
 help: ## this list
 	@echo "make TARGET [VARIABLE=value]"
@@ -88,7 +92,7 @@ parity: .venv/test .venv-lerobot/installed ## against LeRobot and transformers, 
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q $(LOCKED) --upgrade pip setuptools
 	$(BIN)/pip install -q --no-deps $(TORCH)
-	$(BIN)/pip install -q $(LOCKED) --no-build-isolation -e '.[plot]'
+	$(BIN)/pip install -q $(LOCKED) --no-build-isolation -e '.[plot,sim]'
 	@touch $@
 
 .venv/test: .venv/run
@@ -123,7 +127,7 @@ COMPILE = .venv-lock/bin/uv pip compile --quiet --universal --no-python-download
 
 lock: .venv-lock/installed ## resolve requirements/*.txt again, to the newest versions
 	@printf '%s\n' pip setuptools $(TORCH_LOCKED) | $(COMPILE) --python-version 3.10 \
-	  pyproject.toml - --extra plot --extra test --extra lint -o requirements/venv.txt >/dev/null
+	  pyproject.toml - --extra plot --extra sim --extra test --extra lint -o requirements/venv.txt >/dev/null
 	@printf '%s\n' pip setuptools $(TEST_TTNN) | $(COMPILE) --python-version 3.10 \
 	  pyproject.toml - --extra ttnn --extra report -o requirements/ttnn.txt >/dev/null
 	@printf '%s\n' pip $(OPENPI) | $(COMPILE) --python-version 3.10 \

@@ -31,6 +31,14 @@ def synth(
     ] = "openpi",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights.")] = 0,
+    outliers: Annotated[
+        float,
+        typer.Option(
+            min=1.0,
+            help="How many times as large every hundredth channel of the norms is; 30 is like "
+            "trained models.",
+        ),
+    ] = 1.0,
 ) -> None:
     """Write a random checkpoint in exactly the real format.
 
@@ -42,6 +50,7 @@ def synth(
         pi0 synth --preset tiny tiny
         pi0 synth --preset pi0_base --seed 1 --dtype bfloat16 base
         pi0 synth --preset small --layout lerobot like_lerobot
+        pi0 synth --preset small --outliers 30 outliers
     """
     import math
 
@@ -63,7 +72,13 @@ def synth(
     parameters = sum(math.prod(shape) for _, shape in tensors.values())
     with byte_progress(f"writing {preset}", parameters * torch_dtype.itemsize) as progress:
         synthesise(
-            folder, config, names, seed, torch_dtype, lambda n: progress(n * torch_dtype.itemsize)
+            folder,
+            config,
+            names,
+            seed,
+            torch_dtype,
+            lambda n: progress(n * torch_dtype.itemsize),
+            outliers,
         )
     size = human_bytes((folder / "model.safetensors").stat().st_size)
     print_line(f"{folder}: {len(tensors)} tensors, {size}, layout {layout}")

@@ -147,7 +147,7 @@ def _with_outliers(name: str, values: Tensor, factor: float) -> Tensor:
     """A norm's channels, some `factor` times as large, or the columns that read them."""
     if ".blocks." not in name:
         return values
-    block, kind = name.split(".blocks.")[1].split(".")[1:3]
+    block, kind = name.split(".blocks.")[1].split(".")[1], name.rpartition(".")[2]
     vision, conditioned = name.startswith("vision_tower"), ".dense." in name
     if block in READERS and kind == "weight":
         sizes = torch.ones(values.shape[1])

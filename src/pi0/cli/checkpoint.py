@@ -128,12 +128,29 @@ def inspect(
     )
     setup = prepare(opened, wishes)
     data["policy"] = setup.describe()
+    data["int8"] = _read_outliers(opened)
     if stats:
         data["contents"] = _read_contents(opened)
     if as_json:
         print_json(data)
     else:
         _print_report(data)
+
+
+def _read_outliers(opened: Checkpoint) -> dict[str, Any]:
+    """Which norms' outliers engine cpu evens out in int8."""
+    from pi0.engines.fast.cpu.engine import SCHEMES
+    from pi0.engines.fast.equalise import find_equalisers
+
+    return {
+        "equalised": {
+            norm: {
+                "largest_channel_by_median": found.largest,
+                "expected_error": [found.before**0.5, found.after**0.5],
+            }
+            for norm, found in find_equalisers(opened, SCHEMES["int8"]).items()
+        }
+    }
 
 
 def _read_contents(opened: Checkpoint) -> dict[str, Any]:
@@ -231,9 +248,24 @@ def _print_report(data: dict[str, Any]) -> None:
             ],
             left=2,
         )
+    _print_outliers(data["int8"]["equalised"])
     if "contents" in data:
         _print_contents(data["contents"])
     _print_policy(data["policy"])
+
+
+def _print_outliers(norms: dict[str, Any]) -> None:
+    """Prints what engine cpu does about outliers in int8."""
+    from pi0.cli.show import count, print_line
+
+    if norms:
+        largest = max(norm["largest_channel_by_median"] for norm in norms.values())
+        print_line(
+            f"cpu:int8: outliers in {count(len(norms), 'norm')}, up to {largest:.0f} times the "
+            "median, are evened out between norm and matrices\n"
+        )
+    else:
+        print_line("cpu:int8: no outliers to even out between norms and matrices\n")
 
 
 def _print_policy(policy: dict[str, Any]) -> None:

@@ -36,9 +36,11 @@ SMALLEST = 1e-3  # of a typical size: what is less is not made larger any more
 
 class Equaliser(NamedTuple):
     """scale [E] float32: channels of the norm are divided by it, and its readers' columns are
-    multiplied. before, after: the expected squares of the error (`expected_error`)."""
+    multiplied. largest: the norm's largest channel by its median. before, after: `expected_error`.
+    """
 
     scale: Tensor
+    largest: float
     before: float
     after: float
 
@@ -62,14 +64,19 @@ def find_equalisers(checkpoint: Checkpoint, scheme: Scheme) -> dict[str, Equalis
 
 
 def equaliser(activations: Tensor, weights: Tensor) -> Equaliser:
-    """Of the mean squares of a norm's channels and of its readers' columns, both [E]."""
+    """Of the mean squares of a norm's channels and of its readers' columns, both [E].
+
+    Where no channel is held at `SMALLEST`, the expected error does not grow: with squares a and w,
+    2 · max √(a w) · Σ √(a w) ≤ 2 · √(max a · Σ w · max w · Σ a) ≤ max a · Σ w + max w · Σ a.
+    """
     sizes = [
         square.clamp(min=SMALLEST**2 * float(square.median())) for square in (activations, weights)
     ]
     scale = (sizes[0] / sizes[1]) ** 0.25
     scale /= scale.log().mean().exp()
     after = expected_error(activations / scale.square(), weights * scale.square())
-    return Equaliser(scale, expected_error(activations, weights), after)
+    largest = float((activations.max() / activations.median()).sqrt())
+    return Equaliser(scale, largest, expected_error(activations, weights), after)
 
 
 def expected_error(activations: Tensor, weights: Tensor) -> float:

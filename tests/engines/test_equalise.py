@@ -79,7 +79,7 @@ def test_ordinary_norms_stay_as_they_are(width: int, spread: float, seed: int) -
     assert found.before < GAIN * found.after
 
 
-@given(st.integers(128, 2048), st.floats(10, 100), st.integers(0, 1000))
+@given(st.integers(128, 2048), st.floats(20, 100), st.integers(0, 1000))
 def test_outliers_are_found(width: int, factor: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     a = (1 + 0.1 * torch.randn(width, generator=generator)).square()

@@ -58,6 +58,8 @@ def find_equalisers(checkpoint: Checkpoint, scheme: Scheme) -> dict[str, Equalis
         for norm, square in _norm_squares(checkpoint, scheme).items()
         if norm in readers and square.max() > UNEVEN * square.mean()
     }
+    if not uneven:
+        return {}
     columns = _column_squares(checkpoint, {norm: readers[norm] for norm in uneven})
     found = {norm: equaliser(square, columns[norm]) for norm, square in uneven.items()}
     return {norm: chosen for norm, chosen in found.items() if chosen.before > GAIN * chosen.after}

@@ -188,7 +188,7 @@ def pack(
             weights.tensors[ours].copy_(resize_positions(values, config.vision.grid))
         elif found := targets(config, scheme, ours):
             norm = norm_before(ours)
-            if norm in scales and ours.endswith(".weight"):
+            if norm is not None and norm in scales and ours.endswith(".weight"):
                 values = values * scales[norm]
             for target in found:
                 _put(weights, target, rows, values, ours.endswith(".bias"))

@@ -1,8 +1,8 @@
 """Outliers at full width: `python benchmarks/outliers.py [--preset pi05_base] [--blocks 3]`.
 
 Writes a model of the published widths with a few blocks, with and without outliers in its norms,
-and prints the error of `cpu:int8`, ‖a − a_ref‖ / ‖a_ref − noise‖, as the engine is and with norms left
-as they are. Takes 3 GB of memory and 0.8 of disk with three blocks.
+and prints the error of `cpu:int8`, ‖a − a_ref‖ / ‖a_ref − noise‖, as the engine is and with norms
+left as they are. Takes 3 GB of memory and 0.8 of disk with three blocks.
 """
 
 from __future__ import annotations

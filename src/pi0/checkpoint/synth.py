@@ -4,6 +4,10 @@ The values are drawn so that activations keep a sane scale through all layers: m
 N(0, 1/fan_in), the last matrix of every residual branch divided by √(2·depth). Every tensor has a
 generator of its own, seeded by seed and name, so that its values depend neither on the layout nor
 on the order of writing.
+
+Trained models have outliers: a few channels of their norms are tens of times as large as the
+others. On request every hundredth channel of the blocks' norms is; the matrices that read them are
+smaller as a whole, so that their results keep their scale.
 """
 
 from __future__ import annotations
@@ -34,6 +38,8 @@ NORM_STD = 0.1
 BIAS_STD = 0.02
 PALIGEMMA_VOCABULARY = 257152  # whose tokenizer is not ours to write
 RESIDUAL_ENDS = ("out_proj", "fc2", "o_proj", "down_proj")
+READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1")  # of a block's norms
+OUTLIERS_EVERY = 100  # channels
 UNREAD = "unread"  # our name for the expert's head, which no model has
 
 
@@ -44,6 +50,7 @@ def synthesise(
     seed: int,
     dtype: torch.dtype,
     progress: Callable[[int], None] = lambda _: None,
+    outliers: float = 1.0,
 ) -> None:
     """Writes model.safetensors, config.json and assets/synthetic/norm_stats.json; in LeRobot's
     layout also its processors and their statistics.
@@ -51,6 +58,7 @@ def synthesise(
     Args:
         folder: made if need be; its other files stay.
         progress: called with the number of parameters drawn since the last call.
+        outliers: how many times as large as the others some channels of norms are.
 
     Raises:
         CheckpointError: the folder holds a model already.
@@ -67,7 +75,7 @@ def synthesise(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for theirs, (ours, shape) in sources.items():
-            yield theirs, random_tensor(ours, shape, config, seed).to(dtype)
+            yield theirs, random_tensor(ours, shape, config, seed, outliers).to(dtype)
             progress(headers[theirs].parameters)
 
     settings = make_config_json(config) if layout.name == "lerobot" else to_config_json(config)
@@ -110,7 +118,9 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
 
 
-def random_tensor(name: str, shape: tuple[int, ...], config: Pi0Config, seed: int) -> Tensor:
+def random_tensor(
+    name: str, shape: tuple[int, ...], config: Pi0Config, seed: int, outliers: float = 1.0
+) -> Tensor:
     """The float32 values of one of our tensors."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
@@ -130,6 +140,25 @@ def random_tensor(name: str, shape: tuple[int, ...], config: Pi0Config, seed: in
     values = torch.empty(shape).normal_(mean, std, generator=generator)
     if conditioned and kind == "bias":
         values.chunk(3)[2].add_(1)  # gates near 1, as branches have without them
+    return values if outliers == 1 else _with_outliers(name, values, outliers)
+
+
+def _with_outliers(name: str, values: Tensor, factor: float) -> Tensor:
+    """A norm's channels, some `factor` times as large, or the columns that read them."""
+    if ".blocks." not in name:
+        return values
+    block, kind = name.split(".blocks.")[1].split(".")[1], name.rpartition(".")[2]
+    vision, conditioned = name.startswith("vision_tower"), ".dense." in name
+    if block in READERS and kind == "weight":
+        sizes = torch.ones(values.shape[1])
+        sizes[::OUTLIERS_EVERY] = factor
+        return values / sizes.square().mean().sqrt()
+    if "norm" in block and not (vision and kind == "bias"):
+        # Of a conditioned norm only the scale, which comes first; all but SigLIP's are 1 + this.
+        scale = values.chunk(3)[0] if conditioned else values
+        scale[::OUTLIERS_EVERY] *= factor
+        if not vision and not (conditioned and kind == "weight"):
+            scale[::OUTLIERS_EVERY] += factor - 1
     return values
 
 

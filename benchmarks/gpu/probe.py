@@ -94,31 +94,35 @@ def product_rows(device: torch.device, sizes: Any, stream: Any) -> list[dict[str
     rows = []
     for m, n, k in sizes:
         a, b = (torch.randn(size, k, device=device) for size in (m, n))
-        (left, left_scale), (right, scale) = quantise_rows(a, FP8), quantise_rows(b, FP8)
+        bias = torch.randn(n, device=device).bfloat16()
         for biased in (False, True):
-            bias = torch.randn(n, device=device).bfloat16() if biased else None
-            wanted = (left.double() * left_scale[:, None]) @ (right.double() * scale[:, None]).t()
-            wanted = wanted if bias is None else wanted + bias.double()
             for fast in (False, True):
-
-                def run(bias: Any = bias, fast: bool = fast, these: Any = (left, right)) -> Tensor:
-                    return torch._scaled_mm(
-                        these[0],
-                        these[1].t(),
-                        left_scale[:, None],
-                        scale[None],
-                        bias=bias,
-                        out_dtype=torch.bfloat16,
-                        use_fast_accum=fast,
-                    )
-
-                error = attempt(lambda run=run, wanted=wanted: relative(run(), wanted))
-                time = "-"
-                if isinstance(error, float):
-                    time = attempt(lambda run=run: microseconds([run], stream))
                 row = {"M": m, "N": n, "K": k, "bias": biased, "fast accumulation": fast}
-                rows.append(row | {"microseconds": time, "error": error})
+                rows.append(row | measure_product(a, b, bias if biased else None, fast, stream))
     return rows
+
+
+def measure_product(
+    a: Tensor, b: Tensor, bias: Tensor | None, fast: bool, stream: Any
+) -> dict[str, Any]:
+    (left, left_scale), (right, scale) = quantise_rows(a, FP8), quantise_rows(b, FP8)
+    wanted = (left.double() * left_scale[:, None]) @ (right.double() * scale[:, None]).t()
+    wanted = wanted if bias is None else wanted + bias.double()
+
+    def run() -> Tensor:
+        return torch._scaled_mm(
+            left,
+            right.t(),
+            left_scale[:, None],
+            scale[None],
+            bias=bias,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=fast,
+        )
+
+    error = attempt(lambda: relative(run(), wanted))
+    time = attempt(lambda: microseconds([run], stream)) if isinstance(error, float) else "-"
+    return {"microseconds": time, "error": error}
 
 
 @torch.inference_mode()

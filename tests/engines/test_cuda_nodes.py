@@ -107,13 +107,25 @@ def count(preset: str, precision: str) -> dict[str, int]:
         return {name: nodes(run) for name, run in parts.items()}
 
 
-MOST: dict[tuple[str, str], dict[str, int]] = {}
+# Of vision, prefill with vision, a step, and a call of 10 steps. PyTorch's attention counts as one,
+# though in float32 it is several.
+MOST = {
+    ("pi0_base", "bfloat16"): (281, 453, 194, 2440),
+    ("pi0_base", "fp8"): (308, 531, 248, 3058),
+    ("pi0_base", "float32"): (281, 453, 176, 2242),
+    ("pi05_base", "bfloat16"): (281, 471, 228, 2742),
+    ("pi05_base", "fp8"): (308, 549, 246, 3000),
+    ("pi05_base", "float32"): (281, 454, 210, 2545),
+}
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "fp8", "float32"])
-@pytest.mark.parametrize("preset", ["pi0_base", "pi05_base"])
+@pytest.mark.parametrize(("preset", "precision"), MOST)
 def test_nodes(preset: str, precision: str) -> None:
     """And that no operation mixes devices, which tensors without data refuse."""
-    found = count(preset, precision)
-    most = MOST[preset, precision]
-    assert all(found[part] <= most[part] for part in most), found
+    found = tuple(count(preset, precision).values())
+    assert all(map(int.__le__, found, MOST[preset, precision])), found
+
+
+def test_devices_that_mix_are_seen() -> None:
+    with pytest.raises(RuntimeError, match="device"):
+        torch.zeros(2, 3) @ torch.zeros(3, 2, device=META)

@@ -74,12 +74,14 @@ def compiling_for(capability: int, folder: Path) -> Iterator[list[Compiled]]:
             listed.append(compiled[made.hash])
 
     listed: list[Compiled] = []
+    before = dict(vars(triton.runtime.driver))
     triton.runtime.driver.set_active(Driver(capability))
     try:
         with patch.object(triton.JITFunction, "run", compile_only):
             yield listed
     finally:
-        triton.runtime.driver._active = None
+        vars(triton.runtime.driver).clear()
+        vars(triton.runtime.driver).update(before)
 
 
 def describe(name: str, made: Any, path: Path) -> Compiled:

@@ -262,7 +262,7 @@ def test_parts_are_timed_as_graphs(tiny_path: Path) -> None:
 def test_prompts_that_stay_have_no_mask(each_path: Path) -> None:
     """A mask keeps attention from its fastest kernels. π0.5's prompts change with the state."""
     engine = CudaEngine(open_checkpoint(each_path), EngineOptions("float32"))
-    inputs, _ = random_inputs(engine.config, 2, 16, 0)
+    inputs, _ = random_inputs(engine.config, 2, 40, 0)
     inputs.token_mask[:, 9:] = False
     plan = engine._plan(inputs)
     tokens = 2 * engine.config.vision.num_patches + 9

@@ -352,7 +352,17 @@ def test_gated_residual_with_a_damaged_value(value: float, damaged: int) -> None
     assert not kernels().project(a, matrix, residual, gate)[0, 3].isfinite()
 
 
+@pytest.fixture
+def small_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer queries are many: the interpreter takes a millisecond for a program."""
+    from pi0.engines.fast.cuda import triton_check, triton_kernels
+
+    for module in (triton_check, triton_kernels):
+        monkeypatch.setattr(module, "MOST_QUERIES", 48)
+
+
 @here
+@pytest.mark.usefixtures("small_many")
 @pytest.mark.parametrize("quantised", [False, True])
 def test_check_passes(quantised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from pi0.engines.fast.cuda import triton_check, triton_kernels
@@ -363,6 +373,7 @@ def test_check_passes(quantised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @here
+@pytest.mark.usefixtures("small_many")
 def test_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     from pi0.engines.fast.cuda import triton_check, triton_kernels
 

@@ -193,19 +193,21 @@ class Network:
 
     def _embed_prefix(self, inputs: ModelInputs, plan: TokenPlan, tap: Tap) -> Tensor:
         """The prefix tokens that take part, [B·X', E]."""
-        features = self._vision_tower(inputs.images.flatten(0, 1)[plan.views], plan, tap)
-        projector = self.weights.matrix("projector")
-        a = self.kernels.operand(features.flatten(0, 1), projector)
-        patches = self.kernels.project(a, projector)
-        patches = tap(
-            "projector",
-            plan.scatter_views(patches.view(*features.shape[:2], self.config.vlm.width)),
-        )
+        patches = self.embed_images(inputs, plan, tap)
         scale = self.config.vlm.width**0.5
         text = F.embedding(inputs.tokens, self.weights[EMBEDDING]).to(patches.dtype) * scale
         text = tap("token_embedding", text)
         prefix = torch.cat([patches.view(len(text), -1, patches.shape[-1]), text], dim=1)
         return plan.gather(tap("prefix", prefix)).flatten(0, 1)
+
+    def embed_images(self, inputs: ModelInputs, plan: TokenPlan, tap: Tap = no_tap) -> Tensor:
+        """The vision part of `prefill`: tokens of all images, [B·V, P, E], zeros where masked."""
+        features = self._vision_tower(inputs.images.flatten(0, 1)[plan.views], plan, tap)
+        projector = self.weights.matrix("projector")
+        a = self.kernels.operand(features.flatten(0, 1), projector)
+        patches = self.kernels.project(a, projector)
+        shape = (*features.shape[:2], self.config.vlm.width)
+        return tap("projector", plan.scatter_views(patches.view(shape)))
 
     def _vision_tower(self, images: Tensor, plan: TokenPlan, tap: Tap) -> Tensor:
         """Features [n, P, E] of images [n, 3, S, S]."""

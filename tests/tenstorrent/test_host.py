@@ -24,7 +24,8 @@ from pi0.engines.tenstorrent import engine as engine_module
 from pi0.engines.tenstorrent import timestep
 from pi0.engines.tenstorrent.backend import Upload
 from pi0.engines.tenstorrent.engine import TtnnHostEngine
-from pi0.engines.tenstorrent.host import HostBackend, HostTensor
+from pi0.engines.tenstorrent.golden import HostTensor
+from pi0.engines.tenstorrent.host import HostBackend
 from pi0.engines.tenstorrent.weights import RmsNorm
 from pi0.errors import ConfigError, EngineError
 from pi0.inputs import random_inputs
@@ -141,9 +142,9 @@ def padded_prefix_seen(engine: TtnnHostEngine) -> None:
     """The masks of the prefix are computed and not passed."""
     attend_masked = engine.network._attend
 
-    def unmasked(config, q, k, v, mask):
+    def unmasked(ops, q, k, v, mask, tables):
         open_mask = HostTensor(torch.zeros_like(mask.value), mask.dtype)
-        return attend_masked(config, q, k, v, open_mask)
+        return attend_masked(ops, q, k, v, open_mask, tables)
 
     engine.network._attend = unmasked
 

@@ -16,6 +16,7 @@ from pi0.engines.tenstorrent import golden
 from pi0.engines.tenstorrent.engine import TtnnHostEngine
 from pi0.engines.tenstorrent.golden import HostTensor
 from pi0.engines.tenstorrent.host import HostBackend
+from pi0.engines.tenstorrent.layout import MASKED
 from pi0.engines.tenstorrent.silicon import CARD, IDEAL
 from pi0.inputs import random_inputs
 from pi0.model.gemma import attend
@@ -163,7 +164,7 @@ def chunked(backend: HostBackend, q, k, v, mask, size: int, scale: float = 0.25)
     return backend.run(
         "transformer.scaled_dot_product_attention",
         *(HostTensor(x, "float32") for x in (q, k, v)),
-        attn_mask=None if mask is None else f32(mask),
+        attn_mask=None if mask is None else bf16(mask),
         is_causal=False,
         scale=scale,
         program_config=ttnn.SDPAProgramConfig(
@@ -178,7 +179,7 @@ def test_attention(ideal: HostBackend, card: HostBackend) -> None:
     visible = torch.rand(64, 192) < 0.5
     visible[:, 150] = True
     visible[5, :128] = False
-    mask = torch.zeros(1, 1, 64, 192).masked_fill(~visible, -1e9)
+    mask = torch.zeros(1, 1, 64, 192).masked_fill(~visible, MASKED)
     their = theirs(ideal, "transformer.scaled_dot_product_attention")
     tokens = lambda x: x.transpose(1, 2)  # noqa: E731
     model = attend(tokens(q) * 0.25 * 32**0.5, tokens(k), tokens(v), visible[None])
@@ -196,13 +197,17 @@ def test_attention(ideal: HostBackend, card: HostBackend) -> None:
     assert 1e-4 < errors[0] < errors[1] < 1e-2, "more chunks round the state more often"
 
 
-def test_masked_content_weighs_nothing(card: HostBackend) -> None:
-    """Not a bit, whatever is behind the mask and in which chunk it is."""
+@pytest.mark.parametrize("spread", [1, 8])
+def test_masked_content_weighs_nothing(card: HostBackend, spread: float) -> None:
+    """Not a bit, whatever is behind the mask, in whichever chunk it is, also if that is all of it
+    and logits are large."""
     q, (k, v) = torch.randn(1, 2, 32, 32), torch.randn(2, 1, 1, 128, 32)
+    k *= spread
     for hidden in (slice(0, 64), slice(64, 128), slice(32, 96)):
         mask = torch.zeros(1, 1, 32, 128)
-        mask[..., hidden] = -1e9
+        mask[..., hidden] = MASKED
         first = chunked(card, q, k, v, mask, 32)
+        assert first.isfinite().all()
         k[:, :, hidden] *= -3
         v[:, :, hidden] += 100
         assert torch.equal(chunked(card, q, k, v, mask, 32), first)

@@ -163,7 +163,7 @@ def test_planted_bug(checkpoint: Checkpoint, plant, stage: str) -> None:
 @pytest.mark.parametrize(
     "mistake",
     [
-        lambda norm: replace(norm, gate=None),
+        lambda norm: replace(norm, gate=replace(norm.gate, value=torch.ones_like(norm.gate.value))),
         lambda norm: replace(norm, shift=None),
         lambda norm: replace(norm, weight=norm.gate, gate=norm.weight),
         lambda norm: replace(norm, weight=norm.shift, shift=norm.weight),

@@ -79,8 +79,7 @@ class Ops:
         """
         dtype = self.backend.dtype(x)
         if self.backend.dtype(weights.weight) != dtype:
-            branch = self.linear(h, weights, dtype)
-            return self.backend.run("addcmul", x, branch, gate, memory_config=self._memory())
+            return self.addcmul(x, self.linear(h, weights, dtype), gate)
         return self.add_linear(x, h, weights, gate, dtype, self.precision.linear)
 
     def add_linear(

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pi0.engines.tenstorrent.silicon import CARD, IDEAL, TF32, Fpu, cut
+from pi0.engines.tenstorrent.silicon import CARD, IDEAL, TF32, Fpu, cut, nearest
 
 # Of tt-llk, golden_generators.py: which of 11 bits, the leading one included, each pass takes of
 # the operand in SrcA and of that in SrcB.
@@ -51,6 +51,17 @@ def test_cut(x: float, bits: int) -> None:
     assert 0 <= 1 - (kept / value).item() < 2.0**-bits
     assert torch.equal(cut(kept, bits), kept)
     assert math.frexp(kept.item())[0] * 2 ** (bits + 1) % 1 == 0
+
+
+@given(numbers, st.integers(1, 23))
+def test_nearest(x: float, bits: int) -> None:
+    value = torch.tensor([x])
+    below = cut(value, bits)
+    rounded = nearest(value, bits)
+    assert torch.equal(cut(rounded, bits), rounded)
+    assert (rounded - value).abs() <= (below - value).abs()
+    assert abs((rounded / value).item() - 1) <= 2.0 ** -(bits + 1)
+    assert torch.equal(nearest(value, 7), value.bfloat16().float()), "as torch rounds bfloat16"
 
 
 def test_what_is_not_finite_stays_so() -> None:

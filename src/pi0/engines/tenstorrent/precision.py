@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from pi0.engines.tenstorrent.silicon import MANTISSA, SRC_A, nearest
+
 BF16, BFP8, F32, U32 = "bfloat16", "bfloat8_b", "float32", "uint32"  # TTNN's names
 
 # Of each tower: the matrices that read the normed stream, and those that add to it.
@@ -38,6 +42,8 @@ class Precision:
             and action layers (HiFi4 multiplies with all mantissa bits; see `silicon.py`).
         float32_sums: whether sums are kept in float32 rather than bfloat16.
         loaded: what the checkpoint is read as before it is packed.
+        mantissa: explicit bits to which weights in float32 are rounded, since the matrix engine
+            would cut them off.
     """
 
     weights: Mapping[str, str]
@@ -52,6 +58,11 @@ class Precision:
     rest: str
     float32_sums: bool
     loaded: str = BF16
+    mantissa: int = SRC_A
+
+    def rounded(self, weight: Tensor, dtype: str) -> Tensor:
+        """A weight that the matrix engine takes as it is, if it is uploaded in this dtype."""
+        return nearest(weight, self.mantissa) if dtype == F32 else weight
 
 
 # Of a card and of the host.
@@ -106,5 +117,6 @@ EXACT = Precision(
     rest="HiFi4",
     float32_sums=True,
     loaded=F32,
+    mantissa=MANTISSA,
 )
 HOST_PRESETS = {**PRESETS, "exact": EXACT}

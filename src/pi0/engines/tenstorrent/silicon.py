@@ -100,3 +100,13 @@ def cut(x: Tensor, bits: int) -> Tensor:
     """x with so many explicit bits of mantissa, the others cut off; float32."""
     kept = -1 << (MANTISSA - bits)
     return (x.float().contiguous().view(torch.int32) & kept).view(torch.float32)
+
+
+def nearest(x: Tensor, bits: int) -> Tensor:
+    """x rounded to so many explicit bits of mantissa, halves to even; float32."""
+    dropped = MANTISSA - bits
+    if not dropped:
+        return x.float()
+    whole = x.float().contiguous().view(torch.int32)
+    half = (1 << (dropped - 1)) - 1 + ((whole >> dropped) & 1)
+    return ((whole + half) & (-1 << dropped)).view(torch.float32)

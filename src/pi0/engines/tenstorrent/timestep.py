@@ -68,8 +68,9 @@ def put_timesteps(
 
 def _put_norm(modulation: Tensor, precision: Precision, put: Put) -> RmsNorm:
     scale, shift, gate = modulation[None, None].chunk(3, dim=-1)  # each [1, 1, 1, E]
+    weight, shift = (precision.rounded(x, precision.norm) for x in (1 + scale, shift))
     return RmsNorm(
-        put(Upload(1 + scale, precision.norm)),
+        put(Upload(weight, precision.norm)),
         put(Upload(gate, precision.residual)),  # multiplied with the branch in one dtype
         put(Upload(shift, precision.norm)),
     )

@@ -194,7 +194,7 @@ class Packer:
     def _linear(self, kind: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """weight [out, in], as torch has it."""
         dtype = self.precision.weights[kind]
-        matrix = self._put(Upload(weight.t(), dtype))
+        matrix = self._put(Upload(self.precision.rounded(weight.t(), dtype), dtype))
         if bias is None:
             return Linear(matrix)
         bias_dtype = BF16 if dtype == BFP8 else dtype
@@ -204,7 +204,8 @@ class Packer:
         return self._linear(kind, layer.weight, layer.bias)
 
     def _norm(self, weight: Tensor) -> Handle:
-        return self._put(Upload(weight[None, None, None], self.precision.norm))
+        rounded = self.precision.rounded(weight[None, None, None], self.precision.norm)
+        return self._put(Upload(rounded, self.precision.norm))
 
     def _ones(self, width: int) -> Handle:
         """A gate that lets a branch through."""
@@ -248,7 +249,9 @@ class Packer:
 
     def _norms(self, trunk: GemmaTrunk) -> TrunkNorms:
         gate = self._ones(len(trunk.norm.weight))
-        *norms, final = (RmsNorm(self._norm(1 + norm.weight), gate) for norm in norms_of(trunk))
+        *norms, final = (
+            RmsNorm(self._norm(1 + norm.weight.float()), gate) for norm in norms_of(trunk)
+        )
         return TrunkNorms(pairs_of(norms), final)
 
     def _blocks(self, name: str, trunk: GemmaTrunk) -> list[TtnnGemmaBlock]:

@@ -21,9 +21,9 @@ from pi0.model.gemma import rotary_angles
 from pi0.model.pi0 import attention_mask, prefix_valid, token_blocks, token_positions
 
 TILE = 32
-# Added to logits that the mask excludes: exp() of it is 0, and bfloat16 holds it. Not lower, because
-# a row may see nothing of the keys that attention takes at a time (a masked camera's): their maximum
-# is rounded to bfloat16, here by at most 32, and exp() of what it is too low by has to be finite.
+# Added to logits that the mask excludes: exp() of it is 0, and bfloat16 holds it. Not lower: a row
+# may see nothing of the keys that attention takes at a time (a masked camera's), whose maximum is
+# rounded to bfloat16, here by at most 32; exp() of what it is too low by has to be finite.
 MASKED = -8192.0
 
 

@@ -200,7 +200,7 @@ def test_weights_have_to_fit(base: Pi0Config) -> None:
     expert = base.expert
     attended = expert.num_heads * expert.head_dim
     whole = table + expert.depth * expert.width * (attended + expert.mlp_dim)
-    assert fast == pytest.approx(2 * whole + 1.0625 * (parameters - whole), rel=0.02)
+    assert fast == pytest.approx(2 * whole + 1.0625 * (parameters - whole), rel=0.03)
     require_dram(base, PRECISIONS["accurate"], 12_000_000_000)
     with pytest.raises(EngineError, match=r"at most the 6.0 GB .* found 6.6 GB. Use --dtype fast"):
         require_dram(base, PRECISIONS["accurate"], 6_000_000_000)

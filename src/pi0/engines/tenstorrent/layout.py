@@ -154,7 +154,8 @@ class TileLayout:
         """Images [V, 3, H, W] → [1, 1, V · patches, tiled 3·14²]: whole patches, in rows."""
         patch, grid = self.config.vision.patch_size, self.config.vision.grid
         side, width = grid * patch, 3 * patch**2
-        cells = images[:, :, :side, :side].unflatten(2, (grid, patch)).unflatten(4, (grid, patch))
+        whole = images[:, :, :side, :side]
+        cells = whole.reshape(len(images), 3, grid, patch, grid, patch)
         flat = cells.permute(0, 2, 4, 3, 5, 1).reshape(len(images), grid**2, width)
         padded = (0, tiled(width) - width, 0, self.patches - grid**2)
         return torch.nn.functional.pad(flat, padded).flatten(0, 1)[None, None]

@@ -45,8 +45,9 @@ def matmul_blocks(
 ) -> MatmulBlocks:
     """Blocks of an [m, k] × [k, n] product, to which a tensor of the product's dtype may be added.
 
-    Least padding first, then most tiles in the registers: a core whose share is a prime number of
-    tiles is given one more rather than one at a time.
+    What a core pays is counted as one for a tile, for each time that its registers are filled, and
+    for each block: where its share is a prime number of tiles, it is given one more rather than few
+    at a time.
 
     Args:
         dtypes: of the two operands and of the product.
@@ -64,17 +65,25 @@ def matmul_blocks(
 
     sizes = range(1, LONGEST + 1)
     fitting = [
-        (-padded, sub_rows * sub_columns, rows * columns, inner, rows, columns, sub_rows)
+        (
+            -tiles * (1 + 1 / together + 1 / (rows * columns)),
+            inner,
+            rows,
+            columns,
+            sub_rows,
+            together,
+        )
         for rows in sizes
         for columns in sizes
-        for padded in [ceil(own_rows, rows) * rows * ceil(own_columns, columns) * columns]
+        for tiles in [ceil(own_rows, rows) * rows * ceil(own_columns, columns) * columns]
         for sub_rows in divisors(rows)
         for sub_columns in divisors(columns)
-        if 1 < sub_rows * sub_columns <= registers
+        for together in [sub_rows * sub_columns]
+        if 1 < together <= registers
         for inner in divisors(k)
         if inner <= LONGEST and memory(rows, columns, inner) <= BUDGET
     ]
-    _, together, _, inner, rows, columns, sub_rows = max(fitting)
+    _, inner, rows, columns, sub_rows, together = max(fitting)
     return MatmulBlocks(rows, columns, inner, sub_rows, together // sub_rows)
 
 

@@ -90,9 +90,10 @@ class Fpu:
     def _sums(self, x: Tensor, w: Tensor) -> Tensor:
         if self.float32_sums or not self.silicon.sums:
             return x @ w
-        total = x.new_zeros(*torch.broadcast_shapes(x.shape[:-2], w.shape[:-2]), 1, 1)
-        for part, rows in zip(x.split(TILE, dim=-1), w.split(TILE, dim=-2), strict=True):
-            total = (total + part @ rows).bfloat16().float()
+        total = torch.zeros(())
+        for start in range(0, x.shape[-1], TILE):
+            part = slice(start, start + TILE)
+            total = (total + x[..., part] @ w[..., part, :]).bfloat16().float()
         return total
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint, empty_model, load_model
 from pi0.config import Pi0Config
-from pi0.engines.base import Capabilities, Engine, EngineOptions, exclusive
-from pi0.engines.tenstorrent import ttnn_import
+from pi0.engines.base import Capabilities, Engine, EngineOptions, Threshold, exclusive
+from pi0.engines.tenstorrent import golden, ttnn_import
 from pi0.engines.tenstorrent.backend import Backend, Handle, Upload
 from pi0.engines.tenstorrent.boards import find_board
-from pi0.engines.tenstorrent.device import DeviceBackend, Replay
+from pi0.engines.tenstorrent.device import TORCH_DTYPES, DeviceBackend, Replay
 from pi0.engines.tenstorrent.host import HostBackend
 from pi0.engines.tenstorrent.layout import TILE, TileLayout, View, additive, tiled
 from pi0.engines.tenstorrent.network import (
@@ -26,8 +27,9 @@ from pi0.engines.tenstorrent.network import (
     no_handle_tap,
 )
 from pi0.engines.tenstorrent.ops import Ops
-from pi0.engines.tenstorrent.precision import BF16, F32, PRESETS, Precision
+from pi0.engines.tenstorrent.precision import BF16, F32, HOST_PRESETS, PRESETS, Precision
 from pi0.engines.tenstorrent.program_configs import TILE_BYTES
+from pi0.engines.tenstorrent.silicon import CARD, IDEAL
 from pi0.engines.tenstorrent.timestep import Timestep, put_timesteps
 from pi0.engines.tenstorrent.weights import Packer
 from pi0.errors import EngineError
@@ -64,11 +66,12 @@ class TtnnEngine(Engine):
 
     def __init__(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
         super().__init__(checkpoint, options)
-        precision = PRESETS[options.precision]
+        precision = HOST_PRESETS[options.precision]
         self.backend = self._open(options.device)
         if isinstance(self.backend, DeviceBackend):
             require_dram(checkpoint.config, precision, self.backend.dram()[1])
-        model = load_model(checkpoint, torch.bfloat16, "cpu", options.image_size, options.progress)
+        loaded = TORCH_DTYPES[precision.loaded]
+        model = load_model(checkpoint, loaded, "cpu", options.image_size, options.progress)
         self.network = build_network(model, self.backend, precision)
         self._constants: dict[tuple[int, int], Constants] = {}
         self._timesteps: list[Timestep] = []  # of the last number of steps
@@ -184,10 +187,11 @@ class TtnnEngine(Engine):
             return self.network.sample(on, given, timesteps, on_step)
 
         if not (isinstance(self.backend, DeviceBackend) and self.backend.can_replay):
-            return self.backend.get(call(self._put(uploads), on_step))[0]
+            x = self.backend.get(call(self._put(uploads), on_step))
+            return layout.view["actions"].cut(x)
         if self._replay is None:
             self._replay = key, Replay(self.backend, uploads, call)
-        actions = self._replay[1](uploads)[0]
+        actions = layout.view["actions"].cut(self._replay[1](uploads))
         for _ in range(steps):
             on_step()
         return actions
@@ -218,7 +222,7 @@ class TtnnEngine(Engine):
         if tap is no_tap:
             return cache.given
         prefix, suffix = (cache.on.layout.view[name] for name in ("prefix", "suffix"))
-        columns = torch.cat([prefix.rows, cache.on.layout.prefix + suffix.rows])
+        columns = torch.cat([cache.on.layout.suffix + prefix.rows, suffix.rows])
         upper = View(prefix.rows, prefix.shape, prefix.rows)
         lower = View(suffix.rows, suffix.shape, columns)
         masks = [self.backend.get(cache.given[f"{name}_mask"]) for name in ("prefix", "suffix")]
@@ -233,11 +237,14 @@ class TtnnEngine(Engine):
 
 class TtnnHostEngine(TtnnEngine):
     """The same network in golden functions on the host, rounded as on a card: no speed, only
-    numbers."""
+    numbers. In precision `exact` nothing is rounded, which shows the network itself."""
 
     name = "ttnn-host"
-    capabilities = Capabilities(precisions=tuple(PRESETS), batch=False)
-    notes = (HOST_NOTE,)
+    capabilities = Capabilities(precisions=tuple(HOST_PRESETS), batch=False)
+    thresholds: ClassVar = {
+        "exact": {"*": Threshold(0.999999, 2e-5, "nothing is rounded; sums in another order")}
+    }
+    notes = (HOST_NOTE, golden.NOTE)
 
     @classmethod
     def _require_device(cls, device: str | None) -> None:
@@ -250,7 +257,8 @@ class TtnnHostEngine(TtnnEngine):
         if not ttnn_import.has_device():  # its conversions ask for a chip, without touching it
             description = find_board("n150").write(ttnn_import.cache_folder())
             environment[ttnn_import.MOCK] = str(description)
-        return HostBackend(ttnn_import.load(environment))
+        silicon = IDEAL if self.options.precision == "exact" else CARD
+        return HostBackend(ttnn_import.load(environment), silicon)
 
 
 def build_network(model: Pi0, backend: Backend, precision: Precision) -> TtnnNetwork:

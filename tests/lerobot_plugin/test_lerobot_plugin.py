@@ -274,6 +274,7 @@ def run_lerobot_eval(folder: Path, home: Path, *options: str) -> float:
     snapshot = home / "hub" / TOKENIZER / "snapshots" / "0"
     if not snapshot.exists():
         tokenizer_of(folder).save_pretrained(snapshot)
+        (snapshot / "config.json").write_text('{"model_type": "paligemma"}')  # as on the hub
         (home / "hub" / TOKENIZER / "refs").mkdir()
         (home / "hub" / TOKENIZER / "refs" / "main").write_text("0")
     command = [sys.executable, "-c", "from lerobot.scripts.lerobot_eval import main; main()"]

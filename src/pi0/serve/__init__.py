@@ -7,6 +7,7 @@
     replicas.py  the same by several processes, with Ray
     session.py   one client: its newest observation, its turn, its answers in order
     server.py    all of them: start, warm-up, shutdown
+    load.py      clients that ask as fast as they can, for measurements
     metrics.py   what is counted and timed
     site.py      the HTTP side: health, metrics, the live page
 

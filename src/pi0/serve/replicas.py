@@ -185,6 +185,7 @@ class Replicas:
         description: Mapping[str, Any],
         at_once: int = 1,
         seed: int = 0,
+        lost: type[Exception] = ConnectionError,
         stop: Callable[[], None] = lambda: None,
     ) -> None:
         """
@@ -194,12 +195,13 @@ class Replicas:
             description: `PolicyReplica.describe`.
             seed: of the noise. It is drawn here, so that a request that is asked again has the
                 same answer.
+            lost: what a response raises if its replica is gone.
             stop: called by `close`.
         """
         self.policy = Described(pipeline, description["metadata"])
         self.limits = limits
         self.at_once = at_once
-        self._ask, self._stop = ask, stop
+        self._ask, self._lost, self._stop = ask, lost, stop
         self._greeting: bytes = description["greeting"]
         self._seconds: float = description["seconds"]
         self._generator = torch.Generator().manual_seed(seed)
@@ -229,8 +231,6 @@ class Replicas:
 
         A request whose replica is lost is asked once more.
         """
-        from ray.exceptions import RayActorError
-
         config = self.policy.pipeline.config
         noise = torch.randn(1, config.horizon, config.action_dim, generator=self._generator)
         fields = {
@@ -244,7 +244,7 @@ class Replicas:
             for _ in range(2):
                 try:
                     answer = self._wait(request, fields)
-                except RayActorError as error:
+                except self._lost as error:
                     logger.warning("a replica was lost while it computed (%s)", _reason(error))
                 else:
                     self._remember(request, answer)
@@ -290,6 +290,7 @@ def start_replicas(recipe: Recipe, pipeline: Pipeline, scale: Scale, seed: int =
     require_ray()
     import ray
     from ray import serve
+    from ray.exceptions import RayActorError
 
     started = _connect()
     most = scale.most or scale.replicas
@@ -310,6 +311,7 @@ def start_replicas(recipe: Recipe, pipeline: Pipeline, scale: Scale, seed: int =
         PolicyReplica,
         name="policy",
         max_ongoing_requests=1,
+        graceful_shutdown_timeout_s=5,
         ray_actor_options={"num_cpus": scale.cpus, "num_gpus": scale.gpus},
         **count,
     )
@@ -323,7 +325,8 @@ def start_replicas(recipe: Recipe, pipeline: Pipeline, scale: Scale, seed: int =
         raise Pi0Error(
             f"--replicas: expected {scale.replicas} to start, found an error: {_reason(error)}."
         ) from error
-    return Replicas(handle.answer.remote, pipeline, recipe.limits, described, most, seed, stop)
+    said = pipeline, recipe.limits, described, most, seed, RayActorError, stop
+    return Replicas(handle.answer.remote, *said)
 
 
 def require_ray() -> None:

@@ -54,15 +54,15 @@ class Response:
 
 
 class Cluster:
-    """Replicas in threads; `lose` of the next requests lose theirs."""
+    """Replicas in threads, one for each engine; `lose` of the next requests lose theirs."""
 
-    def __init__(self, count: int, engine: StateEngine) -> None:
-        self.policy = make_policy(engine)
-        self.made = [replica_of(make_policy(engine)) for _ in range(count)]
+    def __init__(self, *engines: StateEngine) -> None:
+        self.pipeline = make_policy(engines[0]).pipeline
+        self.made = [replica_of(make_policy(engine)) for engine in engines]
         self.idle = list(self.made)
         self.lose, self.asked = 0, []
         self.responses: list[Response] = []
-        self._pool = ThreadPoolExecutor(count)
+        self._pool = ThreadPoolExecutor(len(engines))
 
     def ask(self, request: dict[str, Any], age: float) -> Response:
         self.asked.append(request)
@@ -82,7 +82,7 @@ class Cluster:
     def replicas(self, **options: Any) -> Replicas:
         limits, made = MessageLimits(), self.made[0].describe()
         return Replicas(
-            self.ask, self.policy.pipeline, limits, made, len(self.made), lost=LostError, **options
+            self.ask, self.pipeline, limits, made, len(self.made), lost=LostError, **options
         )
 
 
@@ -93,8 +93,7 @@ def replica_of(policy: Any) -> PolicyReplica:
 
 
 def test_eight_clients_get_their_own_actions_of_two_replicas() -> None:
-    engine = StateEngine(seconds=0.01)
-    cluster = Cluster(2, engine)
+    cluster = Cluster(StateEngine(seconds=0.01), StateEngine(seconds=0.01))
     wrong: list[Any] = []
 
     def loop(me: int, client: Any) -> None:
@@ -116,24 +115,25 @@ def test_eight_clients_get_their_own_actions_of_two_replicas() -> None:
 
 
 def test_two_requests_are_computed_at_the_same_time() -> None:
-    engine = StateEngine()
-    with running(Cluster(2, engine).replicas()) as served:
-        engine.gate.clear()
-        for _ in range(2):  # the warm-ups
-            assert engine.started.acquire(timeout=SOON)
+    engines = [StateEngine(), StateEngine()]
+    with running(Cluster(*engines).replicas()) as served:
+        for engine in engines:
+            assert engine.started.acquire(timeout=SOON)  # the warm-up's
+            engine.gate.clear()
         with served.connect() as a, served.connect() as b:
             a.send(pack(observation(1)))
             b.send(pack(observation(2)))
-            for _ in range(2):
+            for engine in engines:
                 assert engine.started.acquire(timeout=SOON)
-            engine.gate.set()
+            for engine in engines:
+                engine.gate.set()
             np.testing.assert_allclose(read(a)["actions"], 1, rtol=1e-5)
             np.testing.assert_allclose(read(b)["actions"], 2, rtol=1e-5)
 
 
 def test_a_lost_replica_costs_nobody_an_answer(caplog: pytest.LogCaptureFixture) -> None:
     """The request is asked once more, with the noise that it had."""
-    cluster = Cluster(2, StateEngine())
+    cluster = Cluster(StateEngine(), StateEngine())
     with running(cluster.replicas()) as served, served.connect() as client:
         cluster.lose = 1
         np.testing.assert_allclose(ask(client, observation(1))["actions"], 1, rtol=1e-5)
@@ -145,7 +145,7 @@ def test_a_lost_replica_costs_nobody_an_answer(caplog: pytest.LogCaptureFixture)
 
 
 def test_two_lost_replicas_are_an_error_and_the_connection_stays() -> None:
-    cluster = Cluster(2, StateEngine())
+    cluster = Cluster(StateEngine(), StateEngine())
     with running(cluster.replicas()) as served, served.connect() as client:
         cluster.lose = 2
         assert "two replicas were lost" in ask(client, observation(1))
@@ -154,7 +154,7 @@ def test_two_lost_replicas_are_an_error_and_the_connection_stays() -> None:
 
 def test_a_client_that_left_is_not_waited_for() -> None:
     engine = StateEngine()
-    cluster = Cluster(1, engine)
+    cluster = Cluster(engine)
     with running(cluster.replicas()) as served:
         engine.gate.clear()
         with served.connect() as client:
@@ -165,7 +165,7 @@ def test_a_client_that_left_is_not_waited_for() -> None:
 
 
 def test_errors_of_a_replica_reach_the_client() -> None:
-    with running(Cluster(1, StateEngine()).replicas()) as served, served.connect() as client:
+    with running(Cluster(StateEngine()).replicas()) as served, served.connect() as client:
         assert "camera" in ask(client, observation(1, images={}))
         assert "actions" in ask(client, observation(1))
 
@@ -173,7 +173,7 @@ def test_errors_of_a_replica_reach_the_client() -> None:
 def test_noise_follows_from_the_seed() -> None:
     drawn: list[list[Tensor]] = []
     for _ in range(2):
-        cluster = Cluster(1, StateEngine())
+        cluster = Cluster(StateEngine())
         with running(cluster.replicas(seed=7)) as served, served.connect() as client:
             for value in (1, 2):
                 ask(client, observation(value))
@@ -182,7 +182,7 @@ def test_noise_follows_from_the_seed() -> None:
 
 
 def test_the_live_page_shows_the_last_answer() -> None:
-    with running(Cluster(1, StateEngine()).replicas()) as served, served.connect() as client:
+    with running(Cluster(StateEngine()).replicas()) as served, served.connect() as client:
         assert status(served.address)["last"] is None
         ask(client, observation(3))
         last = status(served.address)["last"]

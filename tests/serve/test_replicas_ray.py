@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,16 +45,18 @@ def served(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         **os.environ,
         "PYTHONPATH": str(SRC),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ADDRESS": "",  # never somebody's cluster
     }
+    environment.pop("RAY_ADDRESS", None)
     with (
+        # A folder of its own, so that no Ray that runs here is found; short, as sockets want it.
+        tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder,
         log.open("w") as errors,
         subprocess.Popen(
             [sys.executable, "-m", "pi0.cli.main", "serve", tiny_path, "--replicas", "2", *words],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env=environment,
+            env={**environment, "RAY_TMPDIR": folder},
         ) as process,
     ):
         assert process.stdout
@@ -131,12 +134,8 @@ def test_answers_are_those_of_the_policy(served: tuple[str, Path]) -> None:
 
 def test_what_cannot_be(tiny_path: Path) -> None:
     command = [sys.executable, "-m", "pi0.cli.main", "serve", tiny_path, "--robot", "generic"]
-    words = ["--port", "0", "--max-replicas", "3"]
-    done = subprocess.run(
-        [*command, *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(SRC)},
-    )
+    command += ["--port", "0", "--max-replicas", "3"]
+    environment = {**os.environ, "PYTHONPATH": str(SRC)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert "--max-replicas: expected --replicas beside it" in done.stderr

@@ -70,7 +70,7 @@ def served(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 def replicas(address: str) -> list[int]:
     """The processes of this server's replicas, which bear its port in their names."""
-    name = f"pi0-{address.rpartition(':')[2]}#".encode()
+    name = f"ServeReplica:pi0-{address.rpartition(':')[2]}:".encode()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

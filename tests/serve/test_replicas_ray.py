@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from serving import IMAGE, read
 from websockets.sync.client import connect
 
@@ -139,3 +140,11 @@ def test_what_cannot_be(tiny_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert "--max-replicas: expected --replicas beside it" in done.stderr
+
+
+def test_the_cluster_file_is_one() -> None:
+    """Ray's launcher takes it; machines it would reach only with `ray up`."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    text = (SRC.parent / "examples" / "ray_cluster.yaml").read_text()
+    validate_config(prepare_config(yaml.safe_load(text)))

@@ -245,7 +245,8 @@ class Replicas:
                 try:
                     answer = self._wait(request, fields)
                 except self._lost as error:
-                    logger.warning("a replica was lost while it computed (%s)", _reason(error))
+                    reason = _reason(error).partition(". ")[0]  # of several with addresses
+                    logger.warning("a replica was lost while it computed (%s)", reason)
                 else:
                     self._remember(request, answer)
                     return answer
@@ -303,9 +304,9 @@ def start_replicas(recipe: Recipe, pipeline: Pipeline, scale: Scale, seed: int =
         serve.delete(scale.name)
         if started:
             serve.shutdown()
-            ray.shutdown()
+        ray.shutdown()
 
-    _require_room(ray.cluster_resources(), scale, stop)
+    _require_room(ray.cluster_resources(), scale, ray.shutdown)
     serve.start(proxy_location="Disabled")  # robots speak to this server, not to Ray's
     deployment = serve.deployment(
         PolicyReplica,
@@ -320,8 +321,10 @@ def start_replicas(recipe: Recipe, pipeline: Pipeline, scale: Scale, seed: int =
             deployment.bind(recipe.with_absolute_paths()), name=scale.name, route_prefix=None
         )
         described = handle.describe.remote().result(timeout_s=START_TIMEOUT)
-    except Exception as error:  # Ray has many
+    except BaseException as error:  # Ray has many; Ctrl-C leaves no replicas behind either
         stop()
+        if not isinstance(error, Exception):
+            raise
         raise Pi0Error(
             f"--replicas: expected {scale.replicas} to start, found an error: {_reason(error)}."
         ) from error
@@ -358,12 +361,12 @@ def _connect() -> bool:
     return False
 
 
-def _require_room(resources: Mapping[str, float], scale: Scale, stop: Callable[[], None]) -> None:
-    """Raises ConfigError if the cluster can never hold so many replicas: Ray would wait."""
+def _require_room(resources: Mapping[str, float], scale: Scale, leave: Callable[[], None]) -> None:
+    """Leaves, and raises ConfigError, if the cluster can never hold so many: Ray would wait."""
     for what, each in (("CPU", scale.cpus), ("GPU", scale.gpus)):
         have = resources.get(what, 0)
         if each * scale.replicas > have:
-            stop()
+            leave()
             raise ConfigError(
                 f"--replicas: expected a Ray cluster with {each * scale.replicas} {what}s for "
                 f"{scale.replicas} replicas, found {have:g}. Ask for fewer, or add machines."

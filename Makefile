@@ -21,8 +21,7 @@ PYTHON_LEROBOT ?= $(call find,3.12)
 # libraries, which those pins would refuse, so it gets the newest of everything.
 LOCKED := $(if $(filter $(TORCH_LOCKED),$(TORCH)),-c requirements/venv.txt)
 
-.PHONY: demo help test test-ttnn test-ray test-lerobot-plugin test-full lint tokenizer drawing \
-  parity lock clean
+.PHONY: demo help test test-ttnn test-ray test-lerobot-plugin test-full lint tokenizer drawing parity lock clean
 
 demo: .venv/run ## a small random checkpoint, sample pictures, a chunk of actions, a plot (default)
 	@test -e $(DEMO)/checkpoint/model.safetensors || $(BIN)/pi0 synth --preset small $(DEMO)/checkpoint

@@ -11,8 +11,6 @@ import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import distribution
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +30,7 @@ from pi0.engines.tenstorrent.engine import (
 from pi0.engines.tenstorrent.layout import TileLayout
 from pi0.engines.tenstorrent.network import Constants
 from pi0.engines.tenstorrent.precision import PRESETS, Precision
+from pi0.engines.tenstorrent.replay import Inputs
 from pi0.engines.tenstorrent.timestep import put_timesteps
 from pi0.errors import EngineError
 from pi0.inputs import random_inputs
@@ -94,12 +93,13 @@ def dry_run(
         network = build_network(empty_model(config, torch.bfloat16), backend, precision)
         weights, _ = backend.dram()
         layout = TileLayout(config, cameras, tokens or config.max_tokens)
-        on, given = upload_inputs(layout, backend, precision)
+        on, inputs = upload_inputs(layout, backend, precision)
         times = torch.tensor(schedule(steps), device="meta")
         timesteps = put_timesteps(network.weights.time, times, precision, backend.put)
 
         def call() -> Handle:
-            return network.sample(on, given, timesteps)
+            inputs.move()  # as a replay does, which is more than a call by itself
+            return network.sample(on, inputs.given, timesteps)
 
         backend.get(call())
         first = time.perf_counter() - started
@@ -126,7 +126,7 @@ def dry_run(
 
 def upload_inputs(
     layout: TileLayout, backend: MockBackend, precision: Precision
-) -> tuple[Constants, dict[str, Handle]]:
+) -> tuple[Constants, Inputs]:
     """What a sampling call is given. Shapes only: masks may be larger than the model."""
     inputs, noise = random_inputs(layout.config, layout.views, layout.tokens, seed=0)
     backend.stage = "inputs"
@@ -134,7 +134,7 @@ def upload_inputs(
         inputs, noise = inputs.to(meta), noise.to(meta)
         on = upload_constants(layout, backend)
         uploads = layout.uploads(inputs, precision) | {"x_t": layout.actions(noise)}
-    return on, {name: backend.put(upload) for name, upload in uploads.items()}
+    return on, Inputs(backend, uploads)
 
 
 class MockBackend(DeviceBackend):
@@ -150,7 +150,7 @@ class MockBackend(DeviceBackend):
                 "compiler, found none. Install it: apt install gcc-riscv64-unknown-elf."
             )
         folder = ttnn_import.cache_folder()
-        package = Path(str(distribution("ttnn").locate_file("ttnn")))
+        package = ttnn_import.package_folder()
         root = stub_compiler.make_root(package, folder / f"root-{ttnn_import.VERSION}")
         (folder / "logs").mkdir(exist_ok=True)
         environment = {
@@ -159,7 +159,7 @@ class MockBackend(DeviceBackend):
             "TT_METAL_CACHE": str(folder / f"kernels-{ttnn_import.VERSION}"),
             "TT_METAL_LOGS_PATH": str(folder / "logs"),
         }
-        super().__init__(ttnn_import.load(environment), 0)
+        super().__init__(ttnn_import.load(environment), 0, found.ethernet_dispatch)
 
     @property
     def stage(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 BF16, BFP8, F32, U32 = "bfloat16", "bfloat8_b", "float32", "uint32"  # TTNN's names
 
@@ -83,3 +83,17 @@ PRESETS = {
         float32_sums=True,
     ),
 }
+
+
+def for_arch(precision: Precision, arch: str) -> Precision:
+    """The preset as an architecture can have it: "WORMHOLE_B0" or "BLACKHOLE".
+
+    Wormhole multiplies wrongly now and then with HiFi4 where sums are float32, off by powers of two
+    (tt-metal issue 38306; none seen with HiFi3: pull request 52327). TTNN's own defaults there are
+    HiFi3, too (pull request 40089).
+    """
+    if arch != "WORMHOLE_B0" or not precision.float32_sums:
+        return precision
+    kinds = ("linear", "attention", "rest")
+    sound = {kind: "HiFi3" for kind in kinds if getattr(precision, kind) == "HiFi4"}
+    return replace(precision, **sound)

@@ -17,8 +17,8 @@ from pi0.engines.tenstorrent.precision import BF16, F32, U32
 from pi0.engines.tenstorrent.ttnn_import import MOCK
 from pi0.errors import EngineError
 
-# Bytes of DRAM for captured commands. A call of 4 600 programs needs some 50 to 110 MB (an estimate);
-# left to TTNN (0), they would have to find room beside all that the call puts in DRAM.
+# Bytes of DRAM for captured commands: an estimated 50 to 110 MB for a call of 4 600 programs.
+# Left to TTNN (0), they would have to find room beside all that the call puts in DRAM.
 CAPTURE_REGION = 256 << 20
 L1_SMALL = 32 << 10  # bytes of each core for the bookkeeping of operations
 TORCH_DTYPES = {BF16: torch.bfloat16, F32: torch.float32, U32: torch.int32}

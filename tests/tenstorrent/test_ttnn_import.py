@@ -20,6 +20,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "tt_metal").mkdir(parents=True)
     (folder / "tt_metal" / "sfpi-version").write_text("sfpi_version='7.89.0'\nsfpi_build='1050'\n")
     monkeypatch.setattr(ttnn_import, "package_folder", lambda: folder)
+    monkeypatch.setattr(ttnn_import, "require_ttnn", lambda: None)
     monkeypatch.setattr(ttnn_import, "SFPI", tmp_path / "opt" / "sfpi")
     for name in ("TT_METAL_RUNTIME_ROOT", ttnn_import.EMULATOR):
         monkeypatch.delenv(name, raising=False)

@@ -29,8 +29,17 @@ from pi0.engines.tenstorrent.engine import (
 )
 from pi0.engines.tenstorrent.layout import TileLayout
 from pi0.engines.tenstorrent.network import Constants
+from pi0.engines.tenstorrent.observer import Observer
 from pi0.engines.tenstorrent.precision import PRESETS, Precision
 from pi0.engines.tenstorrent.replay import Inputs
+from pi0.engines.tenstorrent.time_model import (
+    LAUNCH_SECONDS,
+    PEAKS,
+    Operation,
+    Peaks,
+    StageTime,
+    stage_times,
+)
 from pi0.engines.tenstorrent.timestep import put_timesteps
 from pi0.errors import EngineError
 from pi0.inputs import random_inputs
@@ -48,7 +57,11 @@ class DryRun:
         peak_l1: bytes of the fullest core's memory.
         l1: bytes of it that tensors and buffers can have.
         weights, peak_dram, dram: bytes that weights take, that are taken at most, that there are.
-        seconds: of the first pass, which builds the programs, and of the second.
+        host_seconds: that this machine took for the first pass, which builds the programs, and for
+            the second. They say nothing of a card.
+        times: arithmetic of each stage and of the call, see `StageTime`.
+        launch_us: the cost of starting a program in it.
+        peaks: of the chip in it, and where they are from.
     """
 
     board: str
@@ -62,7 +75,10 @@ class DryRun:
     weights: int
     peak_dram: int
     dram: int
-    seconds: tuple[float, float]
+    host_seconds: tuple[float, float]
+    times: list[StageTime]
+    launch_us: float
+    peaks: Peaks
 
 
 def dry_run(
@@ -106,6 +122,8 @@ def dry_run(
         programs = backend.device.num_program_cache_entries()
         before, dram = backend.dram()
         second, peak_l1, more = backend.measure(call)
+        peaks = PEAKS[backend.arch.name]
+        times = stage_times(backend.observe(call, network.ops.precision), peaks)
         return DryRun(
             board,
             dtype,
@@ -119,6 +137,9 @@ def dry_run(
             before + more,
             dram,
             (first, second),
+            times,
+            LAUNCH_SECONDS * 1e6,
+            peaks,
         )
     finally:
         backend.close()
@@ -142,6 +163,7 @@ class MockBackend(DeviceBackend):
 
     def __init__(self, board: str, on_stage: Callable[[str], None]) -> None:
         self._stage, self._on_stage = "", on_stage
+        self._observer: Observer | None = None
         found = find_board(board)
         ttnn_import.require_ttnn()
         if not stub_compiler.has_compiler():
@@ -186,6 +208,21 @@ class MockBackend(DeviceBackend):
         nodes = graph.end_graph_capture()
         peak_l1: int = graph.extract_resource_usage_per_core(nodes).peak_total
         return seconds, peak_l1, peak_dram(nodes)
+
+    def run(self, name: str, *args: Any, dtype: str | None = None, **options: Any) -> Any:
+        def call() -> Any:
+            return super(MockBackend, self).run(name, *args, dtype=dtype, **options)
+
+        return self._observer(name, args, options, call) if self._observer else call()
+
+    def observe(self, call: Callable[[], Any], precision: Precision) -> list[Operation]:
+        """The operations of a call."""
+        self._observer = Observer(self, precision)
+        try:
+            call()
+            return self._observer.operations
+        finally:
+            self._observer = None
 
 
 def peak_dram(nodes: list[dict[str, Any]]) -> int:

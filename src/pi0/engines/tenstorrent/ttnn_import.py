@@ -57,6 +57,16 @@ def has_device() -> bool:
     return DRIVER.exists() or SIMULATOR in os.environ or EMULATOR in os.environ
 
 
+def sfpi_wanted() -> str:
+    """The version of Tenstorrent's compiler that the library wants.
+
+    Raises:
+        EngineError: the library is not installed in the right version.
+    """
+    require_ttnn()
+    return stub_compiler.sfpi_release(package_folder())["sfpi_version"]
+
+
 def find_compiler() -> Path | None:
     """Tenstorrent's compiler, where the library looks for it: in its runtime root, then in the
     system."""
@@ -76,7 +86,7 @@ def require_compiler() -> None:
     """
     if EMULATOR in os.environ:
         return
-    release = stub_compiler.sfpi_release(package_folder())["sfpi_version"]
+    release = sfpi_wanted()
     mend = (
         f"Install sfpi {release}: the package sfpi_{release}_x86_64_debian.deb (or _fedora.rpm) of "
         "https://github.com/tenstorrent/sfpi/releases."

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 from pi0.engines.tenstorrent import ttnn_import
-from pi0.engines.tenstorrent.device import DeviceBackend
 from pi0.errors import EngineError
 
 Status = Literal["ok", "warning", "error", "skipped"]
@@ -151,6 +150,8 @@ def _compiler() -> Check:
 
 def _device(root: Path) -> Iterator[Check]:
     """Opens card 0: its cores and its DRAM."""
+    from pi0.engines.tenstorrent.device import DeviceBackend  # torch: seconds
+
     try:
         ttnn_import.log_warnings()
         backend = DeviceBackend(ttnn_import.load({}), 0)

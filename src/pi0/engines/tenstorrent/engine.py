@@ -61,6 +61,9 @@ class TtnnEngine(Engine):
     computed. One capture is held at a time and released before anything else is put on the card:
     replayed, it writes where its tensors were, whatever is there by then. What cannot be captured
     runs without, with a warning.
+
+    Attributes:
+        captures: whether sampling calls are captured.
     """
 
     name = "ttnn"
@@ -77,7 +80,7 @@ class TtnnEngine(Engine):
         self._constants: dict[tuple[int, int], Constants] = {}
         self._timesteps: list[Timestep] = []  # of the last number of steps
         self._replay: tuple[tuple[int, int, int], Replay] | None = None
-        self._captures = isinstance(self.backend, DeviceBackend) and self.backend.can_replay
+        self.captures = isinstance(self.backend, DeviceBackend) and self.backend.can_replay
 
     @classmethod
     def check_available(cls, config: Pi0Config, options: EngineOptions) -> None:
@@ -157,7 +160,7 @@ class TtnnEngine(Engine):
             return self.network.sample(on, given, timesteps, on_step)
 
         rows = range(inputs.batch_size)
-        if self._captures and self._replay is None:
+        if self.captures and self._replay is None:
             self._capture(key, uploads(0), call)
         if self._replay is None:
             return torch.cat(
@@ -181,7 +184,7 @@ class TtnnEngine(Engine):
         try:
             self._replay = key, Replay(self.backend, uploads, call)
         except CaptureError as error:
-            self._captures = False
+            self.captures = False
             warnings.warn(
                 f"engine ttnn: {error} Calls run uncaptured from now on, which gives the same "
                 "actions, more slowly.",

@@ -19,7 +19,8 @@ from pi0.engines.tenstorrent.precision import U32, Precision
 from pi0.engines.tenstorrent.program_configs import TILE_BYTES
 from pi0.engines.tenstorrent.time_model import Operation, fidelity_of, least_bytes, matrix_flop
 
-RANGE = re.compile(r"x=(\d+),\s*y=(\d+)\)?\s*-\s*\(?x=(\d+),\s*y=(\d+)")
+RANGE = re.compile(r"\[(\d+)-(\d+) - (\d+)-(\d+)\]")
+PROGRAM = "circular_buffer_deallocate_all"  # the node with which each program begins
 
 
 class Observer:
@@ -99,14 +100,13 @@ class Observer:
 
 def programs_and_cores(nodes: list[dict[str, Any]]) -> tuple[int, int]:
     """How many programs a captured operation starts, and on how many cores at most."""
-    programs = sum(node["node_type"] == "program_execution" for node in nodes)
-    ranges = (
-        node["params"]["core_range_set"] for node in nodes if "core_range_set" in node["params"]
-    )
+    programs = sum(node["node_type"] == PROGRAM for node in nodes)
+    params = (node["params"] or {} for node in nodes)
+    ranges = (each["core_range_set"] for each in params if "core_range_set" in each)
     return programs, max(map(cores_in, ranges), default=0)
 
 
 def cores_in(ranges: str) -> int:
-    """Cores in a set of ranges as the library writes it: {[(x=0,y=0) - (x=7,y=7)]}."""
-    corners = (tuple(map(int, corner)) for corner in RANGE.findall(ranges))
+    """Cores in a set of ranges as the library writes it, x-y: {[0-0 - 10-0], [0-1 - 3-1]}."""
+    corners = (map(int, corner) for corner in RANGE.findall(ranges))
     return sum((x1 - x0 + 1) * (y1 - y0 + 1) for x0, y0, x1, y1 in corners)

@@ -40,6 +40,7 @@ class Inputs:
 
     def move(self) -> None:
         """Copies what has arrived to where the call reads."""
+        self._backend.stage = "inputs"
         for name, landing in self.landing.items():
             self._backend.run("copy", landing, self.given[name])
 

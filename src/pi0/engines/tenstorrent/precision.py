@@ -94,6 +94,13 @@ def for_arch(precision: Precision, arch: str) -> Precision:
     """
     if arch != "WORMHOLE_B0" or not precision.float32_sums:
         return precision
-    kinds = ("linear", "attention", "rest")
-    sound = {kind: "HiFi3" for kind in kinds if getattr(precision, kind) == "HiFi4"}
-    return replace(precision, **sound)
+
+    def sound(fidelity: str) -> str:
+        return "HiFi3" if fidelity == "HiFi4" else fidelity
+
+    return replace(
+        precision,
+        linear=sound(precision.linear),
+        attention=sound(precision.attention),
+        rest=sound(precision.rest),
+    )

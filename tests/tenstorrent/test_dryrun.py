@@ -39,8 +39,7 @@ def clean_environment() -> dict[str, str]:
     ("board", "grid", "dtype"),
     [
         ("n150", [8, 8], "accurate"),
-        ("n300", [8, 8], "fast"),
-        ("n300-8x7", [8, 7], "fast"),
+        ("n300", [8, 7], "fast"),
         ("p150", [11, 10], "fast"),
         ("p150-13x10", [13, 10], "fast"),
     ],

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from pi0.cli.ttnn import app
 from pi0.engines.tenstorrent import card_doctor, ttnn_import
 from pi0.engines.tenstorrent.card_doctor import HUGEPAGES, Check, examine
 from pi0.errors import EngineError
@@ -122,3 +126,13 @@ def test_the_device_is_opened_last(root: Path, monkeypatch: pytest.MonkeyPatch) 
     write(root, HUGEPAGES, "0")
     assert examine(root)[-1].status == "skipped"
     assert len(opened) == 1
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warning", 0), ("error", 1)])
+def test_the_verb(status: Any, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = [Check("driver", status, "tt-kmd 2.3.0", "Update it.")]
+    monkeypatch.setattr(card_doctor, "examine", lambda open_device: checks)
+    table, plain = (CliRunner().invoke(app, ["doctor", *words]) for words in ([], ["--json"]))
+    assert table.exit_code == plain.exit_code == code
+    assert "tt-kmd 2.3.0 Update it." in table.output
+    assert json.loads(plain.output)["checks"][0]["status"] == status

@@ -40,8 +40,7 @@ def clean_environment() -> dict[str, str]:
     ("board", "grid", "dtype"),
     [
         ("n150", [8, 8], "accurate"),
-        ("n300", [8, 8], "fast"),
-        ("n300-8x7", [8, 7], "fast"),
+        ("n300", [8, 7], "fast"),
         ("p150", [11, 10], "fast"),
         ("p150-13x10", [13, 10], "fast"),
     ],
@@ -59,7 +58,7 @@ def test_tiny(either_path: Path, board: str, grid: list[int], dtype: str) -> Non
     assert call["programs"] == sum(stage["programs"] for stage in stages)
     assert data["programs"] <= call["programs"] < 1000
     assert all(0 < stage["cores"] <= grid[0] * grid[1] for stage in stages if stage["programs"])
-    assert 0 < call["dram"] < 2 * data["peak_dram"]
+    assert call["dram"] > data["weights"] / 2  # the table of tokens is looked up
     assert call["bound_ms"] >= max(call["dram_ms"], call["math_ms"]) > 0
 
 

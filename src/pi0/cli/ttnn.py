@@ -39,8 +39,8 @@ def dry_run(
     board: Annotated[
         str,
         typer.Option(
-            help="n150 or n300 (one chip), 8×8 cores; p150, 11×10; n300-8x7, whose worker cores "
-            "dispatch; p150-13x10, with firmware before 19.5."
+            help="n150 (8×8 cores), n300 (one chip, 8×7), p150 (11×10) or p150-13x10, with "
+            "firmware before 19.5."
         ),
     ] = "n150",
     dtype: Annotated[str, typer.Option(help="accurate or fast.")] = "accurate",

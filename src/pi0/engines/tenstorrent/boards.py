@@ -58,15 +58,12 @@ class Board:
     Attributes:
         harvest_mask: lines of cores that are switched off, a bit each: rows on Wormhole, columns on
             Blackhole.
-        ethernet_dispatch: commands are dispatched by Ethernet cores, which leaves all others to the
-            model.
     """
 
     name: str
     board_type: str
     template: str
     harvest_mask: int
-    ethernet_dispatch: bool = False
 
     def write(self, folder: Path) -> Path:
         """Writes the description; returns its path."""
@@ -83,18 +80,13 @@ BOARDS = {
     for board in (
         Board("n150", "n150", WORMHOLE, 1),
         # One chip of an n300 by itself: described as an n300, TTNN would expect its twin.
-        Board("n300", "n150", WORMHOLE, 3, ethernet_dispatch=True),
+        Board("n300", "n150", WORMHOLE, 3),
         # Two columns are off since firmware 19.5 (tt-metal issue 47014, tt-umd pull request 1942).
         Board("p150", "p150", BLACKHOLE, 3),
-        # What there is beside these: an n300 whose worker cores dispatch, and a p150 with older
-        # firmware.
-        Board("n300-8x7", "n150", WORMHOLE, 3),
+        # With older firmware.
         Board("p150-13x10", "p150", BLACKHOLE, 0),
     )
 }
-
-# Boards with idle Ethernet cores, by TTNN's name for what is in the machine.
-ETHERNET_DISPATCH = ("N300",)
 
 
 def find_board(name: str) -> Board:

@@ -23,7 +23,7 @@ DRIVER = (2, 0, 0)  # KMD_MINIMUM_VERSION
 FIRMWARE = {"wormhole": (18, 3, 0), "blackhole": (18, 5, 0)}  # minimum_compatible_firmware_version
 NEWEST_FIRMWARE = (19, 14, 0)  # latest_supported_firmware_version
 ELEVEN_COLUMNS = (19, 5, 0)  # from here on a p150 has 11 × 10 cores, before 13 × 10
-GRIDS = {"n150": (8, 8), "n300": (8, 8), "p150": (11, 10)}
+GRIDS = {"n150": (8, 8), "n300": (8, 7), "p150": (11, 10)}
 HUGEPAGES = "sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages"
 INSTALLER = "https://github.com/tenstorrent/tt-installer"
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from pi0.engines.tenstorrent.backend import Backend, Grid, Handle, Upload
-from pi0.engines.tenstorrent.boards import ETHERNET_DISPATCH
 from pi0.engines.tenstorrent.precision import BF16, F32, U32
 from pi0.engines.tenstorrent.ttnn_import import MOCK
 from pi0.errors import EngineError
@@ -25,24 +24,15 @@ TORCH_DTYPES = {BF16: torch.bfloat16, F32: torch.float32, U32: torch.int32}
 
 
 class DeviceBackend(Backend):
-    """An open device. Tensors on torch's meta device become uninitialised ones of their shape.
+    """An open device. Tensors on torch's meta device become uninitialised ones of their shape."""
 
-    Args:
-        ethernet_dispatch: whether Ethernet cores dispatch the commands; None: where the board has
-            idle ones.
-    """
-
-    def __init__(self, ttnn: Any, device_id: int, ethernet_dispatch: bool | None = None) -> None:
+    def __init__(self, ttnn: Any, device_id: int) -> None:
         self.ttnn = ttnn
         # Neither a mock device, nor the emulator, which is one, nor slow dispatch can capture.
         self.can_replay = not {MOCK, "TT_METAL_SLOW_DISPATCH_MODE"} & set(os.environ)
         with translate_errors(f"engine ttnn: expected a device {device_id} that can be opened"):
-            if ethernet_dispatch is None:
-                ethernet_dispatch = ttnn.cluster.get_cluster_type().name in ETHERNET_DISPATCH
-            cores = ttnn.DispatchCoreType.ETH if ethernet_dispatch else None
             self.device = ttnn.open_device(
                 device_id=device_id,
-                dispatch_core_config=ttnn.DispatchCoreConfig(type=cores),
                 l1_small_size=L1_SMALL,
                 trace_region_size=CAPTURE_REGION if self.can_replay else 0,
                 num_command_queues=2 if self.can_replay else 1,

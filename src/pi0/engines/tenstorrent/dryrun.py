@@ -123,7 +123,7 @@ def dry_run(
         before, dram = backend.dram()
         second, peak_l1, more = backend.measure(call)
         peaks = PEAKS[backend.arch.name]
-        times = stage_times(backend.observe(call), peaks)
+        rows = stage_times(backend.observe(call), peaks)
         return DryRun(
             board,
             dtype,
@@ -137,7 +137,7 @@ def dry_run(
             before + more,
             dram,
             (first, second),
-            times,
+            rows,
             LAUNCH_SECONDS * 1e6,
             peaks,
         )
@@ -181,7 +181,7 @@ class MockBackend(DeviceBackend):
             "TT_METAL_CACHE": str(folder / f"kernels-{ttnn_import.VERSION}"),
             "TT_METAL_LOGS_PATH": str(folder / "logs"),
         }
-        super().__init__(ttnn_import.load(environment), 0, found.ethernet_dispatch)
+        super().__init__(ttnn_import.load(environment), 0)
 
     @property
     def stage(self) -> str:

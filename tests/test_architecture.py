@@ -58,7 +58,7 @@ ARROWS = {
         "checkpoint",
         "engines",
     },
-    "serve": {"errors", "policy"},
+    "serve": {"errors", "policy", "data"},
     "data": {"errors", "findings", "checkpoint", "policy"},
     "sim": {"errors", "data", "workers"},
     "train": {

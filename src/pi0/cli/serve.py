@@ -50,6 +50,14 @@ def serve(
     tls_key: Annotated[
         Path | None, typer.Option(metavar="PEM", help="Its private key.", show_default=False)
     ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Record observations and actions there, as episodes of a LeRobot dataset.",
+            show_default=False,
+        ),
+    ] = None,
     max_clients: Annotated[int, typer.Option(min=1, help="Robots connected at once.")] = 64,
     max_message: Annotated[
         int, typer.Option(min=1, metavar="MB", help="Size of an observation; an array: half.")
@@ -96,6 +104,7 @@ def serve(
 
     require_packages()
 
+    from pi0.checkpoint.files import expand_user, require_writable
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.engine import load_engine
     from pi0.policy import Policy, choose_engine, prepare
@@ -104,6 +113,11 @@ def serve(
     from pi0.serve.wire import MessageLimits
 
     _log_to_stderr()
+    if record:
+        from pi0.data.schema import INFO
+
+        record = expand_user(record)
+        require_writable(record / INFO)
     key = read_api_key(api_key_file) if api_key_file else None
     tls = make_tls(tls_cert, tls_key)
     with bind(host, port) as sock:
@@ -125,7 +139,8 @@ def serve(
             metadata=setup.describe(),
         ) as policy:
             limits = MessageLimits(max_message << 20, max_message << 19)
-            run(policy, sock, ServeOptions(key, tls, limits, max_clients, timeout))
+            settings = ServeOptions(key, tls, limits, max_clients, timeout, record=record)
+            run(policy, sock, settings)
 
 
 def run(policy: Policy, sock: socket.socket, settings: ServeOptions) -> None:

@@ -39,7 +39,7 @@ from pi0.data.statistics import PixelStatistics
 from pi0.data.video import sync, write_video
 from pi0.errors import DataError
 
-__all__ = ["Recording", "Schema", "finish", "shard_done", "write_shard"]
+__all__ = ["Recording", "Schema", "finish", "next_place", "shard_done", "write_shard"]
 
 SHARD = b"pi0.shard"  # in the parquet file's metadata: JSON, see `Shard`
 
@@ -65,6 +65,16 @@ class Shard:
 def shard_done(root: Path, index: int) -> bool:
     """Whether a shard is complete; what a stopped process left of one does not count."""
     return data_path(root, index).is_file()
+
+
+def next_place(root: Path, schema: Schema) -> tuple[int, int]:
+    """The index of the shard after those that are there, and the number of its first episode.
+
+    Raises:
+        DataError: the shards that are there were written with another schema, or one is missing.
+    """
+    shards = list(_read_shards(root, schema))
+    return (shards[-1].index + 1 if shards else 0), sum(len(shard.tasks) for shard in shards)
 
 
 def write_shard(

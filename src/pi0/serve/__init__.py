@@ -7,6 +7,9 @@
     session.py   one client: its newest observation, its turn, its answers in order
     server.py    all of them: start, warm-up, shutdown
     metrics.py   what is counted and timed
+    extras.py    what a client may say beside its observation
+    record.py    what was answered, as episodes of a dataset (needs pi0[train])
+    pictures.py  those of an observation
     site.py      the HTTP side: health, metrics, the live page
 
 This file imports nothing of the packages that the extra `pi0[serve]` brings.

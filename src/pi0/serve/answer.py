@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pi0 import __version__
 from pi0.errors import EngineError, LimitError, ObservationError, Pi0Error
 from pi0.policy import Policy
+from pi0.serve.extras import split_extras
 from pi0.serve.wire import MessageLimits, pack, unpack
 
 logger = logging.getLogger("pi0.serve")
@@ -46,6 +47,7 @@ class Request:
     Attributes:
         frame: as it came; text is no observation.
         timeout: seconds after which nobody wants the answer.
+        client: whose it is.
         arrived: `time.perf_counter()`.
         previous: seconds from arrival to answer of this client's previous observation.
         superseded: older observations of this client that this one replaced while they waited.
@@ -53,6 +55,7 @@ class Request:
 
     frame: bytes | str
     timeout: float
+    client: str = ""
     arrived: float = field(default_factory=time.perf_counter)
     previous: float | None = None
     superseded: int = 0
@@ -92,6 +95,29 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """An observation that was answered, as it is recorded.
+
+    Attributes:
+        client: whose it is.
+        observation: as the policy read it.
+        state: [D] float32.
+        actions: [H, D] float32.
+        reset: another episode begins with it.
+        arrived: `time.perf_counter()`.
+        size: bytes that it keeps in memory.
+    """
+
+    client: str
+    observation: Mapping[str, Any]
+    state: NDArray[np.float32]
+    actions: NDArray[np.float32]
+    reset: bool
+    arrived: float
+    size: int
+
+
+@dataclass(frozen=True)
 class Chunk:
     """The last observation that was answered, and its actions [H, D], for the live page."""
 
@@ -107,11 +133,15 @@ class Answerer:
         policy: computes.
         limits: of messages.
         last: the last observation and its actions; None: there was none yet.
+        on_frame: is given each observation with its actions, for a recording.
     """
 
-    def __init__(self, policy: Policy, limits: MessageLimits) -> None:
+    def __init__(
+        self, policy: Policy, limits: MessageLimits, on_frame: Callable[[Frame], None] | None = None
+    ) -> None:
         self.policy = policy
         self.limits = limits
+        self.on_frame = on_frame
         self.last: Chunk | None = None
         self._shape = (policy.engine.config.horizon, policy.pipeline.action_dim)
         self._numbers = itertools.count(1)
@@ -162,7 +192,7 @@ class Answerer:
                 "openpi's client, or pack as docs/serving.md shows."
             )
         start = time.perf_counter()
-        observation = unpack(request.frame, self.limits)
+        observation, extras = split_extras(unpack(request.frame, self.limits))
         stages["decode"] = time.perf_counter() - start
         result = self.policy.infer(observation, on_step=request.check)
         request.check()
@@ -170,6 +200,9 @@ class Answerer:
             stages[stage] = result["policy_timing"][f"{stage}_ms"] / 1e3
         check_actions(result["actions"], self._shape)
         self.last = Chunk(next(self._numbers), observation, result["actions"])
+        if self.on_frame:
+            told = (observation, result["state"], result["actions"], extras.reset)
+            self.on_frame(Frame(request.client, *told, request.arrived, len(request.frame)))
         return result
 
     def _pack(

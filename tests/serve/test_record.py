@@ -218,19 +218,6 @@ def test_a_killed_server_leaves_a_sound_dataset(folder: Path) -> None:
         assert episodes(folder) == [[1]]
 
 
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        ({"pi0/reset": 1}, "pi0/reset: expected true or false, found 1"),
-        ({"pi0/rset": True}, "that begin with pi0/ only pi0/reset, found pi0/rset"),
-    ],
-)
-def test_extra_keys_are_checked(extra: dict[str, Any], message: str) -> None:
-    with running(make_policy(StateEngine())) as served, served.connect() as client:
-        assert message in ask(client, observation(1, **extra))
-        assert "actions" in ask(client, observation(1, **{"pi0/reset": True}))
-
-
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_the_page_shows_the_error(folder: Path, tmp_path: Path, full_disk: list[bool]) -> None:
     with recording(folder) as served, served.connect() as client:

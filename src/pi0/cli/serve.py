@@ -77,6 +77,7 @@ def serve(
         ),
     ] = None,
     seed: options.Seed = 0,
+    real_time: options.RealTime = None,
     default_prompt: Annotated[
         str | None,
         typer.Option(help="For observations without a prompt.", show_default=False),
@@ -107,7 +108,7 @@ def serve(
     from pi0.checkpoint.files import expand_user, require_writable
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.engine import load_engine
-    from pi0.policy import Policy, choose_engine, prepare
+    from pi0.policy import Policy, RealTimeChunking, choose_engine, prepare
     from pi0.serve.binding import bind, check_exposure, make_tls, read_api_key
     from pi0.serve.options import ServeOptions
     from pi0.serve.wire import MessageLimits
@@ -136,6 +137,7 @@ def serve(
             seed=seed,
             n_action_steps=setup.n_action_steps,
             on_limit=on_limit,
+            real_time=RealTimeChunking(jacobian=real_time) if real_time else None,
             metadata=setup.describe(),
         ) as policy:
             limits = MessageLimits(max_message << 20, max_message << 19)

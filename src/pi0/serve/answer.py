@@ -30,7 +30,7 @@ SHOWN_CHARACTERS = 1000  # of an error
 # What clients may know of a policy: nothing that tells where files lie.
 PUBLIC_METADATA = (
     *("layout", "horizon", "robot", "resize", "prompt", "state_in_prompt", "default_prompt"),
-    *("engine", "steps", "n_action_steps", "on_limit"),
+    *("engine", "steps", "n_action_steps", "on_limit", "real_time"),
 )
 # What becomes of an observation, by the error that ended it.
 OUTCOMES = {ObservationError: "observation", LimitError: "limit", EngineError: "engine"}
@@ -149,6 +149,8 @@ class Answerer:
     def metadata(self) -> bytes:
         """The frame that greets a client."""
         known = {name: self.policy.metadata.get(name) for name in PUBLIC_METADATA}
+        config = self.policy.engine.config
+        known["noise_shape"] = [config.horizon, config.action_dim]
         return pack({**known, "server": f"pi0 {__version__}"})
 
     def warm_up(self, on_step: Callable[[], None]) -> float:
@@ -194,7 +196,18 @@ class Answerer:
         start = time.perf_counter()
         observation, extras = split_extras(unpack(request.frame, self.limits))
         stages["decode"] = time.perf_counter() - start
-        result = self.policy.infer(observation, on_step=request.check)
+        if extras.previous is not None and self.policy.real_time is None:
+            raise ObservationError(
+                "pi0/previous: expected a server that continues chunks, found one without. Start "
+                "it with --real-time, or leave the key out."
+            )
+        result = self.policy.infer(
+            observation,
+            extras.noise,
+            request.check,
+            previous=extras.previous,
+            delay=extras.delay,
+        )
         request.check()
         for stage in ("preprocess", "infer", "postprocess"):
             stages[stage] = result["policy_timing"][f"{stage}_ms"] / 1e3

@@ -72,7 +72,7 @@ ARROWS = {
         "policy",
         "data",
     },
-    "eval": {"errors", "figures", "checkpoint", "policy", "sim", "workers"},
+    "eval": {"errors", "figures", "checkpoint", "policy", "serve", "sim", "workers"},
     "cli": {
         "serve",
         "errors",

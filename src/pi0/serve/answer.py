@@ -149,8 +149,7 @@ class Answerer:
     def metadata(self) -> bytes:
         """The frame that greets a client."""
         known = {name: self.policy.metadata.get(name) for name in PUBLIC_METADATA}
-        config = self.policy.engine.config
-        known["noise_shape"] = [config.horizon, config.action_dim]
+        known["noise_shape"] = list(self.policy.noise_shape)
         return pack({**known, "server": f"pi0 {__version__}"})
 
     def warm_up(self, on_step: Callable[[], None]) -> float:

@@ -5,6 +5,7 @@ Robots need nothing of it: openpi's client, or thirty lines (`examples/robot_cli
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -44,13 +45,16 @@ class ServerPolicy:
         self._address, self._timeout = address, timeout
         self._reset = True
         headers = {} if api_key is None else {"Authorization": f"Api-Key {api_key}"}
+        self._open = ExitStack()
         try:
-            self._connection: ClientConnection = connect(
-                address,
-                compression=None,
-                max_size=None,
-                open_timeout=timeout,
-                additional_headers=headers,
+            self._connection: ClientConnection = self._open.enter_context(
+                connect(
+                    address,
+                    compression=None,
+                    max_size=None,
+                    open_timeout=timeout,
+                    additional_headers=headers,
+                )
             )
         except InvalidURI as error:
             raise Pi0Error(
@@ -108,7 +112,7 @@ class ServerPolicy:
 
     def close(self) -> None:
         """Ends the connection."""
-        self._connection.close()
+        self._open.close()
 
     def __enter__(self) -> Self:
         return self

@@ -152,7 +152,8 @@ def _worker(make_policy: MakePolicy, plan: EvalPlan) -> Iterator[Callable[[Job],
         with notes.collecting():
             env = Environment(plan.env, film=plan.film is not None)
             stack.callback(env.close)
-            policy = stack.enter_context(make_policy())
+            policy = make_policy()
+            stack.callback(policy.close)
             runner = Runner(policy, env, plan)
         about = {
             "checkpoint": policy.metadata.get("checkpoint"),

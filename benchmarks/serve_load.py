@@ -11,12 +11,13 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,26 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
 
 
 @contextlib.contextmanager
-def server(args: argparse.Namespace) -> Iterator[tuple[str, int]]:
-    """A server in a process of its own: its address and process id."""
-    words = [sys.executable, "-m", "pi0.cli.main", "serve", args.checkpoint, "--port", "0"]
-    words += ["--robot", args.robot, "--engine", args.engine, "--max-clients", "128"]
+def server(
+    args: argparse.Namespace,
+    port: int = 0,
+    more: Sequence[str] = (),
+    wrap: Callable[[str], list[str]] | None = None,
+) -> Iterator[tuple[str, int]]:
+    """A server in a process of its own: its address and process id.
+
+    Args:
+        more: options of `pi0 serve`.
+        wrap: the command that runs a command line, as words.
+    """
+    words = [sys.executable, "-m", "pi0.cli.main", "serve", args.checkpoint, "--port", port]
+    words += ["--robot", args.robot, "--engine", args.engine, "--max-clients", "128", *more]
+    command = list(map(str, words))
     with subprocess.Popen(
-        list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        wrap(shlex.join(command)) if wrap else command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     ) as process:
         try:
             assert process.stdout

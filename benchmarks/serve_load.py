@@ -34,7 +34,7 @@ SOAK_CLIENTS = 8
 def add_server_options(parser: argparse.ArgumentParser) -> None:
     """What says which policy is served."""
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--robot", default="libero", help="as for pi0 serve")
+    parser.add_argument("--robot", default="generic", help="as for pi0 serve")
     parser.add_argument("--engine", default="auto", help="as for pi0 serve")
 
 

@@ -57,7 +57,7 @@ class StateEngine(Engine):
         return inputs
 
     def velocity(self, x_t: Tensor, t: Tensor, cache: ModelInputs, tap: Tap = no_tap) -> Tensor:
-        raise NotImplementedError
+        return (x_t - float(cache.state[0, 0])) / t[:, None, None]
 
     def _sample(
         self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: Callable[[], None]

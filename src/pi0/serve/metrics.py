@@ -48,6 +48,7 @@ class Metrics:
     Attributes:
         outcomes: answers by outcome.
         latencies: seconds of the last chunks, for a chart.
+        recording: what became of frames and episodes that are recorded.
     """
 
     def __init__(self, clients: Callable[[], int], waiting: Callable[[], int]) -> None:
@@ -58,6 +59,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.outcomes: Tally[str] = Tally()
         self.latencies: deque[float] = deque(maxlen=CHARTED)
+        self.recording: Tally[str] = Tally()
         self._recent: deque[tuple[float, bool, float]] = deque(maxlen=REMEMBERED)
         ProcessCollector(registry=self.registry)  # memory, CPU, open files
         gauges = {
@@ -75,6 +77,12 @@ class Metrics:
         )
         self._warnings = Counter(
             "pi0_warnings", "Warnings sent with actions.", registry=self.registry
+        )
+        self._recorded = Counter(
+            "pi0_recorded",
+            "Of --record: episodes and frames, frames dropped, and errors.",
+            ["what"],
+            registry=self.registry,
         )
         self._seconds = Histogram(
             "pi0_stage_seconds",
@@ -97,6 +105,11 @@ class Metrics:
             self.latencies.append(total)
         if answer.outcome != "superseded":
             self._recent.append((time.monotonic(), ok, total))
+
+    def recorded(self, what: str, count: int) -> None:
+        """Counts "episodes", "frames", "dropped" frames or "errors" of a recording; any thread."""
+        self.recording[what] += count
+        self._recorded.labels(what).inc(count)
 
     def refused(self, reason: str) -> None:
         """Counts a connection that was refused."""

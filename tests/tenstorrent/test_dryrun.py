@@ -58,6 +58,8 @@ def test_tiny(either_path: Path, board: str, grid: list[int], dtype: str) -> Non
     assert call["programs"] == sum(stage["programs"] for stage in stages)
     assert data["programs"] <= call["programs"] < 1000
     assert all(0 < stage["cores"] <= grid[0] * grid[1] for stage in stages if stage["programs"])
+    arithmetic = {stage["stage"] for stage in stages if stage["flop"]}
+    assert {"projector", "action_projection"} <= arithmetic  # which have matrix products alone
     assert call["dram"] > data["weights"] / 2  # the table of tokens is looked up
     assert call["bound_ms"] >= max(call["dram_ms"], call["math_ms"]) > 0
 

@@ -146,6 +146,7 @@ def test_a_full_disk_does_not_stop_serving(
 ) -> None:
     """The error is in the log, the metrics and the page's status; recording goes on later."""
     with recording(folder) as served, served.connect() as client:
+        assert metric(served, 'pi0_recorded_total{what="dropped"}') == 0
         for value in (1, 2):
             np.testing.assert_allclose(ask(client, observation(value))["actions"], value, rtol=1e-5)
         eventually(lambda: metric(served, 'pi0_recorded_total{what="dropped"}') == 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sys
 import threading
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +34,15 @@ from pi0.serve.options import ServeOptions
 from pi0.serve.wire import pack
 
 ODD = np.add.outer(np.arange(23) * 5, np.arange(31) * 3)[..., None] + np.array([0, 20, 40])
+
+
+yield_to_others = record._yield_to_others
+
+
+@pytest.fixture(autouse=True)
+def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine threads of the lowest priority could take minutes."""
+    monkeypatch.setattr(record, "_yield_to_others", lambda: None)
 
 
 @pytest.fixture
@@ -118,6 +128,21 @@ def test_other_pictures_do_not_fit_and_leave_the_dataset_sound(folder: Path) -> 
 COUNTED = ("episodes", "errors")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has no priority of its own")
+def test_a_recording_thread_yields_to_others() -> None:
+    found = []
+
+    def run() -> None:
+        yield_to_others()
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [record.NICE]
+    assert os.getpriority(os.PRIO_PROCESS, 0) < record.NICE
+
+
 def test_long_episodes_are_cut(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "MAX_FRAMES", 2)
     with recording(folder) as served, served.connect() as client:
@@ -146,6 +171,7 @@ def test_a_full_disk_does_not_stop_serving(
 ) -> None:
     """The error is in the log, the metrics and the page's status; recording goes on later."""
     with recording(folder) as served, served.connect() as client:
+        assert metric(served, 'pi0_recorded_total{what="dropped"}') == 0
         for value in (1, 2):
             np.testing.assert_allclose(ask(client, observation(value))["actions"], value, rtol=1e-5)
         eventually(lambda: metric(served, 'pi0_recorded_total{what="dropped"}') == 1)

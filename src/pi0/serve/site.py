@@ -17,6 +17,7 @@ from websockets.http11 import Request, Response
 
 from pi0.serve.answer import Chunk
 from pi0.serve.binding import shows_key
+from pi0.serve.metrics import RECORDED
 from pi0.serve.pictures import read_pictures
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 PICTURE_SIDE = 320  # pixels, at most
 PLOTTED = 32  # actions of a chunk, at most
-RECORDED = ("episodes", "frames", "dropped", "errors")
 RECENT = 60  # seconds that the page's quantiles tell of
 NEED_KEY = (
     "key: expected the header Authorization: Api-Key KEY with this server's key, found none.\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import sys
 import threading
 import urllib.request
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,8 @@ from serving import SOON, StateEngine, ask, eventually, make_policy, observation
 from test_record import episodes
 from torch import Tensor
 
+from pi0.checkpoint.locate import find_files
+from pi0.cli.main import main
 from pi0.data import Dataset
 from pi0.errors import ConfigError, EngineError, Pi0Error
 from pi0.policy import Policy, PolicyOptions, RealTimeChunking
@@ -288,6 +291,21 @@ def test_paths_hold_in_another_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (made.checkpoint, made.base) == (tmp_path / "ckpt", tmp_path / "base")
     assert made.options.robot == tmp_path / "arm.toml"
     assert made.options.norm_stats == "none"
+
+
+def test_the_policy_that_ships_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where replicas look for it, too, for which a name would be a folder of theirs."""
+    found: list[Path] = []
+
+    def start(recipe: Recipe, *_: object) -> None:
+        found.append(recipe.with_absolute_paths().checkpoint)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("pi0.serve.replicas.start_replicas", start)
+    monkeypatch.setattr(sys, "argv", ["pi0", "serve", "tabletop", "--port", "0", "--replicas", "1"])
+    with pytest.raises(SystemExit):
+        main()
+    assert find_files(found[0]).path == found[0]
 
 
 def test_scale_and_missing_ray(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,7 +159,7 @@ def serve(
             from pi0.serve.replicas import Recipe, Scale, start_replicas
 
             said = horizon, max_tokens, base, steps, on_limit, weight_cache, limits, rtc
-            recipe = Recipe(checkpoint, wishes, spec.label, *said)
+            recipe = Recipe(opened.path, wishes, spec.label, *said)
             name = f"pi0-{sock.getsockname()[1]}"
             scale = Scale(replicas, max_replicas, replica_cpus, gpus_of(spec), name)
             with contextlib.closing(start_replicas(recipe, pipeline, scale, seed)) as many:

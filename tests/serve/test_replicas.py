@@ -99,7 +99,7 @@ class Cluster:
 
 def replica_of(policy: Any) -> PolicyReplica:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Recipe, "make_policy", lambda _: policy)
+        patch.setattr(Recipe, "make", lambda _: policy)
         return PolicyReplica(Recipe(Path("nowhere"), PolicyOptions(), "reference"))
 
 
@@ -195,7 +195,7 @@ def test_noise_follows_from_the_seed() -> None:
 def test_noise_and_previous_reach_a_replica(tiny_path: Path) -> None:
     """Bit for bit what `infer` gives here; the client's noise goes before the front's."""
     recipe = Recipe(tiny_path, PolicyOptions(robot="generic"), "reference", steps=2)
-    policy = replace(recipe, real_time=RealTimeChunking()).make_policy()
+    policy = replace(recipe, real_time=RealTimeChunking()).make()
     noise = np.random.default_rng(0).standard_normal((50, 32), np.float32)
     seen = observation(0.5, state=np.zeros(32))
     alone = policy.infer(seen, noise)["actions"]

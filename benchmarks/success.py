@@ -43,14 +43,35 @@ TABLES = {
 }
 
 
-def evaluate(checkpoint: str, row: Row, options: Sequence[str], out: Path) -> dict[str, Any]:
-    """The results of a row, from the file `out` if it is there."""
+def add_options(parser: argparse.ArgumentParser, episodes: int, out: str) -> None:
+    """Which episodes each row has, and where results go."""
+    parser.add_argument("--episodes", type=int, default=episodes, help="of each task and row")
+    parser.add_argument("--seed-start", type=int, default=9_000_000)
+    parser.add_argument("--execute", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path(out))
+
+
+def evaluate(
+    policy: Sequence[str], row: Row, workers: int, arguments: argparse.Namespace, out: Path
+) -> dict[str, Any]:
+    """The results of a row, from the file `out` if it is there.
+
+    Args:
+        policy: what `pi0 eval` is told of it: a checkpoint, or --server and an address.
+        arguments: of `add_options`.
+    """
+    episodes = {"episodes": arguments.episodes, "seed_start": arguments.seed_start}
     if not out.is_file():
+        options = {**episodes, "execute": arguments.execute, "workers": workers}
+        words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
         pi0 = str(Path(sys.executable).with_name("pi0"))
-        command = [pi0, "eval", checkpoint, "--tasks", ",".join(row.tasks)]
+        command = [pi0, "eval", *policy, "--tasks", ",".join(row.tasks)]
         # The row's own options come last, and override.
-        subprocess.run([*command, *options, *row.options, "--out", str(out)], check=True)
+        subprocess.run([*command, *words, *row.options, "--out", str(out)], check=True)
     results: dict[str, Any] = json.loads(out.read_text())
+    found = {"episodes": results["episodes_per_task"], "seed_start": results["seed_start"]}
+    if found != episodes:
+        raise SystemExit(f"{out}: expected {episodes}, found {found}. Remove it, or name --out.")
     return results
 
 
@@ -70,29 +91,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", nargs="?", default="tabletop")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--episodes", type=int, default=200, help="of each task and row")
-    parser.add_argument("--seed-start", type=int, default=9_000_000)
-    parser.add_argument("--execute", type=int, default=2)
+    add_options(parser, 200, "out/success")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("out/success"))
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    names = ("episodes", "seed_start", "execute", "workers")
-    options = [
-        word
-        for name in names
-        for word in (f"--{name.replace('_', '-')}", str(getattr(arguments, name)))
-    ]
+    policy, workers = [arguments.checkpoint], arguments.workers
     for name in arguments.tables:
-        rows = [
-            (
-                row,
-                evaluate(
-                    arguments.checkpoint, row, options, arguments.out / f"{name}-{number}.json"
-                ),
-            )
-            for number, row in enumerate(TABLES[name])
-        ]
+        rows = []
+        for number, row in enumerate(TABLES[name]):
+            out = arguments.out / f"{name}-{number}.json"
+            rows.append((row, evaluate(policy, row, workers, arguments, out)))
         print(f"\n{name}\n")
         print_table(rows)
 

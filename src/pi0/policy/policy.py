@@ -275,7 +275,7 @@ class Policy(Closing):
             LimitError, EngineError: see `infer`.
         """
         start, state = time.perf_counter(), encoded.state
-        actions = self.pipeline.decode(sampled.actions, state)
+        actions = self.pipeline.decode(sampled.actions.astype(np.float64), state)
         with np.errstate(over="ignore"):
             if not np.isfinite(actions.astype(np.float32)).all():
                 raise EngineError(

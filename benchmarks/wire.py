@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from success import VERBS, Row, add_options, evaluate
+from success import Row, add_options, evaluate
 
 from pi0.serve.load import server
 
@@ -52,38 +52,25 @@ class Cell:
     latency: int  # ms
     real_time: bool
 
-    @property
-    def file(self) -> str:
-        name = self.way.replace(",", "").replace(" ", "-")
-        return f"{name}-{self.latency}{'-real-time' if self.real_time else ''}.json"
-
-    def row(self, real_time: str) -> Row:
-        """What `pi0 eval` is told of it."""
-        chunks = ("--real-time", real_time) if self.real_time else ()
-        return Row(self.file, ("--latency", str(self.latency), *chunks), VERBS)
-
 
 def run(
     way: str, cells: Sequence[Cell], arguments: argparse.Namespace
 ) -> dict[Cell, dict[str, Any]]:
     """The results of the cells of one way, with a server for them if one is needed."""
-    engine, serve = ["--engine", arguments.engine], WAYS[way].serve
+    engine, real_time = ["--engine", arguments.engine], ["--real-time", arguments.real_time]
+    folder = arguments.out / way.replace(",", "").replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {
+        cell: Row(way, ("--latency", str(cell.latency), *(real_time if cell.real_time else ())))
+        for cell in cells
+    }
+    given = argparse.Namespace(**{**vars(arguments), "workers": WAYS[way].robots})
     with contextlib.ExitStack() as stack:
-        policy = [arguments.checkpoint, *engine]
-        if serve is not None and not all((arguments.out / cell.file).is_file() for cell in cells):
-            words = *engine, *serve, "--real-time", arguments.real_time
-            address, _ = stack.enter_context(server(arguments.checkpoint, *words))
-            policy = ["--server", address]
-        return {
-            cell: evaluate(
-                policy,
-                cell.row(arguments.real_time),
-                WAYS[way].robots,
-                arguments,
-                arguments.out / cell.file,
-            )
-            for cell in cells
-        }
+        policy, serve = [arguments.checkpoint, *engine], WAYS[way].serve
+        if serve is not None and not all((folder / row.file).is_file() for row in rows.values()):
+            served = server(arguments.checkpoint, *engine, *serve, *real_time)
+            policy = ["--server", stack.enter_context(served)[0]]
+        return {cell: evaluate(policy, row, given, folder) for cell, row in rows.items()}
 
 
 def summary(cell: Cell, results: dict[str, Any], local: dict[str, Any] | None) -> dict[str, Any]:

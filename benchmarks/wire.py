@@ -27,16 +27,16 @@ class Way:
     """From a robot to the policy.
 
     Attributes:
-        robots: at a time; the episodes are the same.
+        robots: at a time, None: as many as --workers says; the episodes are the same.
         serve: options of the server; None: the policy is in the robot's process.
     """
 
-    robots: int
+    robots: int | None
     serve: tuple[str, ...] | None
 
 
 WAYS = {
-    "in process": Way(1, None),
+    "in process": Way(None, None),
     "server, 1 robot": Way(1, ()),
     f"server, {ROBOTS} robots": Way(ROBOTS, ()),
     f"server, {ROBOTS} robots together": Way(ROBOTS, ("--batch", str(ROBOTS))),
@@ -64,7 +64,8 @@ def run(
         cell: Row(way, ("--latency", str(cell.latency), *(real_time if cell.real_time else ())))
         for cell in cells
     }
-    given = argparse.Namespace(**{**vars(arguments), "workers": WAYS[way].robots})
+    workers = WAYS[way].robots or arguments.workers
+    given = argparse.Namespace(**{**vars(arguments), "workers": workers})
     with contextlib.ExitStack() as stack:
         policy, serve = [arguments.checkpoint, *engine], WAYS[way].serve
         if serve is not None and not all((folder / row.file).is_file() for row in rows.values()):

@@ -55,15 +55,39 @@ TABLES = {
 }
 
 
-def evaluate(checkpoint: str, row: Row, options: Sequence[str], out: Path) -> dict[str, Any]:
-    """The results of a row, from its file in the folder `out` if it is there."""
+def add_options(parser: argparse.ArgumentParser, episodes: int, out: str) -> None:
+    """Which episodes each row has, and where results go."""
+    parser.add_argument("--episodes", type=int, default=episodes, help="of each task and row")
+    parser.add_argument("--seed-start", type=int, default=9_000_000)
+    parser.add_argument("--execute", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path(out))
+
+
+def evaluate(
+    policy: Sequence[str], row: Row, arguments: argparse.Namespace, out: Path
+) -> dict[str, Any]:
+    """The results of a row, from its file in the folder `out` if it is there.
+
+    Args:
+        policy: what `pi0 eval` is told of it: a checkpoint, or --server and an address.
+        arguments: of `add_options`.
+    """
     file = out / row.file
     if not file.is_file():
         pi0 = str(Path(sys.executable).with_name("pi0"))
-        command = [pi0, "eval", checkpoint, "--tasks", ",".join(row.tasks)]
+        command = [pi0, "eval", *policy, "--tasks", ",".join(row.tasks)]
+        for name in ("episodes", "seed_start", "execute", "workers"):
+            command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
         # The row's own options come last, and override.
-        subprocess.run([*command, *options, *row.options, "--out", str(file)], check=True)
+        subprocess.run([*command, *row.options, "--out", str(file)], check=True)
     results: dict[str, Any] = json.loads(file.read_text())
+    found = results["episodes_per_task"], results["seed_start"]
+    if found != (arguments.episodes, arguments.seed_start):
+        raise SystemExit(
+            f"{file}: expected {arguments.episodes} episodes from seed {arguments.seed_start}, "
+            f"found {found[0]} from {found[1]}. Remove it, or name another --out."
+        )
     return results
 
 
@@ -83,22 +107,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", nargs="?", default="tabletop")
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--episodes", type=int, default=200, help="of each task and row")
-    parser.add_argument("--seed-start", type=int, default=9_000_000)
-    parser.add_argument("--execute", type=int, default=2)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("out/success"))
+    add_options(parser, 200, "out/success")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    names = ("episodes", "seed_start", "execute", "workers")
-    options = [
-        word
-        for name in names
-        for word in (f"--{name.replace('_', '-')}", str(getattr(arguments, name)))
-    ]
     for name in arguments.tables:
         found = [
-            (row, evaluate(arguments.checkpoint, row, options, arguments.out))
+            (row, evaluate([arguments.checkpoint], row, arguments, arguments.out))
             for row in TABLES[name]
         ]
         print(f"\n{name}\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,10 @@ from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import open_checkpoint
 from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
+from pi0.errors import Pi0Error
 from pi0.policy import PolicyOptions, prepare
-from pi0.policy.doctor import PALIGEMMA_SIZE, examine
+from pi0.policy.doctor import examine
+from pi0.policy.fit import PALIGEMMA_SIZE, vocabulary_findings
 from pi0.policy.tokenizer import Tokenizer
 
 
@@ -78,15 +79,23 @@ def test_statistics_missing_flat_or_narrow(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("bos", "newline"), [(1, [108]), (2, [13]), (2, [5, 108])])
-def test_another_vocabulary(folder: Path, bos: int, newline: list[int]) -> None:
+def test_another_vocabulary(bos: int, newline: list[int]) -> None:
+    def found(bos: int, ids: list[int], vocab_size: int = PALIGEMMA_SIZE) -> list[str]:
+        tokenizer = Tokenizer(lambda _: ids, bos, 32000, Path("x"))
+        return [finding.code for finding in vocabulary_findings(tokenizer, vocab_size)]
+
+    assert found(bos, newline) == ["tokenizer-vocabulary"]
+    assert not found(2, [108])
+    assert not found(bos, newline, 512)
+
+
+def test_no_policy_reads_prompts_with_another_vocabulary(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pi0.policy.fit.PALIGEMMA_SIZE", PRESETS["tiny"].vocab_size)
     setup = prepare(open_checkpoint(folder), PolicyOptions(robot="generic"))
-    assert setup.pipeline
-    config = replace(setup.pipeline.config, vocab_size=PALIGEMMA_SIZE)
-    for ids, first, expected in (([108], 2, []), (newline, bos, ["tokenizer-vocabulary"])):
-        tokenizer = Tokenizer(lambda _, ids=ids: ids, first, 32000, Path("x"))  # type: ignore[misc]
-        pipeline = replace(setup.pipeline, config=config, tokenizer=tokenizer)
-        found = examine(replace(setup, pipeline=pipeline))
-        assert [finding.code for finding in found] == expected
+    with pytest.raises(Pi0Error, match="expected PaliGemma's, with <bos> 2 and a line break"):
+        setup.require()
 
 
 @pytest.fixture

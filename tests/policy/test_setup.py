@@ -264,6 +264,19 @@ def test_a_known_robot_anywhere_in_the_path(folder: Path, asset: str, code: str)
     assert code in codes(made(folder, preprocessing="openpi", norm_stats=path))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_statistics_that_are_not_finite(folder: Path, value: float) -> None:
+    table = {"mean": [0.0] * 14, "std": [1.0, 1.0, value, *[1.0] * 11]}
+    write_stats(
+        folder / "assets/mine/norm_stats.json",
+        14,
+        14,
+        norm_stats={"state": table, "actions": table},
+    )
+    setup = made(folder, robot="generic")
+    assert f"finite values of std, found {value} in dimension 2." in setup.findings[0].sentence
+
+
 @pytest.mark.parametrize(
     ("mode", "table"),
     [

@@ -22,6 +22,11 @@ ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, "adapter_model.bin")
 PRETRAINED = "pretrained_model"  # the folder inside each checkpoint of a LeRobot training run
 PARAMS = "params"  # the folder with the weights in a JAX checkpoint of openpi
 JAX_FILES = ("_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA")
+# Any of them shows that a folder holds a checkpoint.
+CHECKPOINT_FILES = (
+    WEIGHTS, INDEX, f"{PRETRAINED}/{WEIGHTS}", f"{PRETRAINED}/{INDEX}",
+    *(f"{PARAMS}/{name}" for name in JAX_FILES),
+)  # fmt: skip
 SHIPPED = "shipped"  # a folder of the package
 SHIPPED_POLICIES = ("tabletop",)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -152,7 +157,8 @@ def _loose(folder: Path) -> list[Path]:
     return sorted(
         file
         for file in folder.glob("*.safetensors")
-        if not file.name.startswith("policy_") and file.name not in ADAPTER_FILES
+        # macOS puts ._NAME beside a file that it packs.
+        if not file.name.startswith(("policy_", ".")) and file.name not in ADAPTER_FILES
     )
 
 
@@ -287,7 +293,7 @@ def _other_contents(path: Path) -> str:
     names = sorted(entry.name for entry in path.iterdir())
     if has_adapter(path):
         return ADAPTER
-    inner = list(_checkpoints_in(path))
+    inner = sorted(_checkpoints_in(path), key=_by_number)
     if inner:
         return f"found none, but {len(inner)} in folders below. Name one, such as {inner[-1]}."
     pickles = [path / name for name in names if Path(name).suffix in PICKLES]
@@ -296,15 +302,19 @@ def _other_contents(path: Path) -> str:
     return "found none." if names else "found none: the folder is empty."
 
 
-def _checkpoints_in(folder: Path) -> Iterator[Path]:
-    """Folders below that are worth naming: steps of a training run, snapshots of the hub."""
-    for inner in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
-        if any(
-            (inner / sub / name).exists() for sub in (".", PRETRAINED) for name in (WEIGHTS, INDEX)
-        ):
+def _checkpoints_in(folder: Path, depth: int = 3) -> Iterator[Path]:
+    """Folders below that are worth naming: steps of training runs, snapshots of the hub."""
+    for inner in (entry for entry in folder.iterdir() if entry.is_dir()):
+        if any((inner / name).exists() for name in CHECKPOINT_FILES):
             yield inner
-        elif inner.name in ("checkpoints", "snapshots"):
-            yield from _checkpoints_in(inner)
+        elif depth > 1 and os.access(inner, os.R_OK | os.X_OK):
+            yield from _checkpoints_in(inner, depth - 1)
+
+
+def _by_number(path: Path) -> tuple[tuple[int, str], ...]:
+    """A key that sorts step 10000 after step 5000."""
+    parts = re.split(r"(\d+)", str(path))
+    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in parts)
 
 
 def _pickle(path: Path) -> str:

@@ -12,17 +12,13 @@ import numpy as np
 
 from pi0.checkpoint.lerobot import EMPTY_CAMERA, POSTPROCESSOR, PREPROCESSOR, complete_features
 from pi0.checkpoint.load import Checkpoint
-from pi0.findings import Finding, error, warning
+from pi0.findings import Finding, warning
 from pi0.policy import lerobot
 from pi0.policy.normalize import OPENPI_EPS, Normalizer
 from pi0.policy.robot import Robot
 from pi0.policy.robots import ROBOT_OF_ASSETS, ROBOTS
 from pi0.policy.setup import PolicySetup
 from pi0.policy.statistics import FILE_NAME
-from pi0.policy.tokenizer import Tokenizer
-
-PALIGEMMA_SIZE = 257152  # pieces of PaliGemma's vocabulary
-PALIGEMMA_BOS, PALIGEMMA_NEWLINE = 2, [108]
 
 
 def examine(setup: PolicySetup) -> list[Finding]:
@@ -32,11 +28,9 @@ def examine(setup: PolicySetup) -> list[Finding]:
     if robot and setup.sources.get("robot") == "named":
         found += _cameras(checkpoint, robot)
         found += _another_robot(setup.sources.get("statistics", ""), robot)
-    if pipeline:
-        found += _vocabulary(pipeline.tokenizer, pipeline.config.vocab_size)
-        if setup.sources["statistics"].partition(":")[0] != "none":
-            found += _placeholders("state", pipeline.state_stats)
-            found += _placeholders("actions", pipeline.action_stats)
+    if pipeline and setup.sources["statistics"].partition(":")[0] != "none":
+        found += _placeholders("state", pipeline.state_stats)
+        found += _placeholders("actions", pipeline.action_stats)
     return found
 
 
@@ -95,22 +89,6 @@ def _another_robot(source: str, robot: Robot) -> list[Finding]:
             "statistics-of-another-robot",
             f"statistics: expected those of robot {robot.name}, found those of {folders[-1]}. Name "
             f"the robot, --robot {expected.pop()}, or the right statistics with --norm-stats.",
-        )
-    ]
-
-
-def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> list[Finding]:
-    """Whether a model with PaliGemma's vocabulary has PaliGemma's tokenizer."""
-    found = (tokenizer.bos, tokenizer.encode("\n"))
-    if vocab_size != PALIGEMMA_SIZE or found == (PALIGEMMA_BOS, PALIGEMMA_NEWLINE):
-        return []
-    return [
-        error(
-            "tokenizer-vocabulary",
-            f"tokenizer {tokenizer.source}: expected PaliGemma's, with <bos> {PALIGEMMA_BOS} and a "
-            f"line break {PALIGEMMA_NEWLINE}, found {found[0]} and {found[1]} in "
-            f"{tokenizer.size} pieces: the model would read other words. Use the tokenizer.model "
-            "of google/paligemma-3b-pt-224.",
         )
     ]
 

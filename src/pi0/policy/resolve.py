@@ -23,6 +23,7 @@ from pi0.policy.fit import (
     of_base,
     relative_findings,
     settings_findings,
+    vocabulary_findings,
     width_findings,
 )
 from pi0.policy.images import RESIZE
@@ -76,6 +77,8 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
     tokenizer = setup.attempt(
         "tokenizer-unusable", lambda: _tokenizer(checkpoint, options, config, setup)
     )
+    if tokenizer:
+        setup.findings += vocabulary_findings(tokenizer, config.vocab_size)
     if robot and stats:
         setup.findings += width_findings(config, robot, *stats[:2])
     if program and robot:
@@ -101,7 +104,7 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
         action_stats=stats[1],
         target_stats=stats[2],
         image_stats=program.images if program else {},
-        rename=program.rename if program else {},
+        rename=_renames(program, robot) if program else {},
         default_prompt=options.default_prompt,
     )
     return setup
@@ -349,6 +352,13 @@ def _prompt_format(
         program.padding_side,
         state,
     )
+
+
+def _renames(program: LerobotProgram, robot: Robot) -> dict[str, str]:
+    """The checkpoint's renames, but for those to keys that the robot's table does not have: a named
+    robot may state the keys as the robot itself calls them."""
+    keys = {camera.key for camera in robot.cameras} | {key for key, _ in robot.state}
+    return {key: name for key, name in program.rename.items() if name in keys | {*robot.ignored}}
 
 
 def _has_openpi_files(folder: Path) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import open_checkpoint
@@ -110,6 +111,18 @@ def test_cameras_of_a_named_robot(like_lerobot: Path) -> None:
     assert "observation/image, observation/wrist_image of robot libero" in found["cameras-differ"]
     assert "cameras-differ" not in codes(like_lerobot, robot="generic")  # has their names
     assert "cameras-differ" not in codes(like_lerobot)
+
+
+def test_processors_of_two_checkpoints(like_lerobot: Path) -> None:
+    assert "processors-differ" not in codes(like_lerobot)
+    (path,) = like_lerobot.glob("policy_postprocessor_step_*.safetensors")
+    statistics = load_file(path)
+    statistics["action.std"] *= 2
+    save_file(statistics, path)
+    assert "processors-differ" in codes(like_lerobot)
+    statistics = {k: v[:7] if k.startswith("action.") else v for k, v in statistics.items()}
+    save_file(statistics, path)
+    assert "processors-differ" in codes(like_lerobot)
 
 
 def test_two_origins(like_lerobot: Path, folder: Path) -> None:

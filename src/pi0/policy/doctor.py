@@ -15,6 +15,7 @@ from pi0.checkpoint.load import Checkpoint
 from pi0.findings import Finding, warning
 from pi0.policy import lerobot
 from pi0.policy.normalize import OPENPI_EPS, Normalizer
+from pi0.policy.pipeline import Pipeline
 from pi0.policy.robot import Robot
 from pi0.policy.robots import ROBOT_OF_ASSETS, ROBOTS
 from pi0.policy.setup import PolicySetup
@@ -28,6 +29,8 @@ def examine(setup: PolicySetup) -> list[Finding]:
     if robot and setup.sources.get("robot") == "named":
         found += _cameras(checkpoint, robot)
         found += _another_robot(setup.sources.get("statistics", ""), robot)
+    if pipeline:
+        found += _processors_differ(pipeline)
     if pipeline and setup.sources["statistics"].partition(":")[0] != "none":
         found += _placeholders("state", pipeline.state_stats)
         found += _placeholders("actions", pipeline.action_stats)
@@ -89,6 +92,25 @@ def _another_robot(source: str, robot: Robot) -> list[Finding]:
             "statistics-of-another-robot",
             f"statistics: expected those of robot {robot.name}, found those of {folders[-1]}. Name "
             f"the robot, --robot {expected.pop()}, or the right statistics with --norm-stats.",
+        )
+    ]
+
+
+def _processors_differ(pipeline: Pipeline) -> list[Finding]:
+    """Whether LeRobot's two processors normalise actions by the same statistics."""
+    ours = [pipeline.action_stats, pipeline.target_stats]
+    shapes = {(stats.width, stats.shift) for stats in ours}
+    if len(shapes) == 1 and all(
+        np.array_equal(*(getattr(stats, name) for stats in ours))
+        for name in ("offset", "inverse_scale")
+    ):
+        return []
+    return [
+        warning(
+            "processors-differ",
+            "statistics of actions: expected the same in both of LeRobot's processors, found "
+            "others in the preprocessor, which training uses. Those of the postprocessor move the "
+            "robot. Copy all files of one checkpoint.",
         )
     ]
 

@@ -17,8 +17,6 @@ from pi0.config import PRESETS
 from pi0.errors import Pi0Error
 from pi0.policy import PolicyOptions, prepare
 from pi0.policy.doctor import examine
-from pi0.policy.fit import PALIGEMMA_SIZE, vocabulary_findings
-from pi0.policy.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -79,21 +77,10 @@ def test_statistics_missing_flat_or_narrow(folder: Path) -> None:
     assert "statistics-unusable" in codes(folder, robot="generic")
 
 
-@pytest.mark.parametrize(("bos", "newline"), [(1, [108]), (2, [13]), (2, [5, 108])])
-def test_another_vocabulary(bos: int, newline: list[int]) -> None:
-    def found(bos: int, ids: list[int], vocab_size: int = PALIGEMMA_SIZE) -> list[str]:
-        tokenizer = Tokenizer(lambda _: ids, bos, 32000, Path("x"))
-        return [finding.code for finding in vocabulary_findings(tokenizer, vocab_size)]
-
-    assert found(bos, newline) == ["tokenizer-vocabulary"]
-    assert not found(2, [108])
-    assert not found(bos, newline, 512)
-
-
 def test_no_policy_reads_prompts_with_another_vocabulary(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pi0.policy.fit.PALIGEMMA_SIZE", PRESETS["tiny"].vocab_size)
+    monkeypatch.setattr("pi0.policy.tokenizer.PALIGEMMA_VOCABULARY", PRESETS["tiny"].vocab_size)
     setup = prepare(open_checkpoint(folder), PolicyOptions(robot="generic"))
     with pytest.raises(Pi0Error, match="expected PaliGemma's, with <bos> 2 and a line break"):
         setup.require()

@@ -11,10 +11,7 @@ from pi0.findings import Finding, error, warning
 from pi0.model.flow import MAX_PERIOD, MIN_PERIOD
 from pi0.policy.normalize import Normalizer
 from pi0.policy.robot import Robot
-from pi0.policy.tokenizer import Tokenizer
 
-PALIGEMMA_SIZE = 257152  # pieces of PaliGemma's vocabulary
-PALIGEMMA_BOS, PALIGEMMA_NEWLINE = 2, [108]
 STEPS_KEYS = ("num_inference_steps", "num_steps")  # of LeRobot's config.json, newest first
 
 
@@ -51,22 +48,6 @@ def settings_findings(settings: Mapping[str, Any], config: Pi0Config) -> list[Fi
     return [
         error("setting-not-carried-out", f"config.json {key}: {expected}, found {value!r}.")
         for key, expected, value in found
-    ]
-
-
-def vocabulary_findings(tokenizer: Tokenizer, vocab_size: int) -> list[Finding]:
-    """Whether a model with PaliGemma's vocabulary has PaliGemma's tokenizer."""
-    found = (tokenizer.bos, tokenizer.encode("\n"))
-    if vocab_size != PALIGEMMA_SIZE or found == (PALIGEMMA_BOS, PALIGEMMA_NEWLINE):
-        return []
-    return [
-        error(
-            "tokenizer-vocabulary",
-            f"tokenizer {tokenizer.source}: expected PaliGemma's, with <bos> {PALIGEMMA_BOS} and a "
-            f"line break {PALIGEMMA_NEWLINE}, found {found[0]} and {found[1]} in "
-            f"{tokenizer.size} pieces: the model would read other words. Use the tokenizer.model "
-            "of google/paligemma-3b-pt-224.",
-        )
     ]
 
 

@@ -23,7 +23,6 @@ from pi0.policy.fit import (
     of_base,
     relative_findings,
     settings_findings,
-    vocabulary_findings,
     width_findings,
 )
 from pi0.policy.images import RESIZE
@@ -46,7 +45,7 @@ from pi0.policy.tokenizer import (
     PromptFormat,
     Tokenizer,
     find_tokenizer,
-    load_tokenizer,
+    load_tokenizer_of,
 )
 
 Conventions = tuple[str, str]  # of resizing and of prompts
@@ -77,8 +76,6 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
     tokenizer = setup.attempt(
         "tokenizer-unusable", lambda: _tokenizer(checkpoint, options, config, setup)
     )
-    if tokenizer:
-        setup.findings += vocabulary_findings(tokenizer, config.vocab_size)
     if robot and stats:
         setup.findings += width_findings(config, robot, *stats[:2])
     if program and robot:
@@ -291,13 +288,8 @@ def _tokenizer(
 ) -> Tokenizer:
     folder = checkpoint.folder_of(*FILE_NAMES)
     path = Path(options.tokenizer).expanduser() if options.tokenizer else find_tokenizer(folder)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer_of(path, config.vocab_size)
     setup.sources["tokenizer"] = str(path)
-    if tokenizer.size > config.vocab_size:
-        raise Pi0Error(
-            f"tokenizer {path}: expected at most the {config.vocab_size} pieces of the model's "
-            f"vocabulary, found {tokenizer.size}. Use the tokenizer that belongs to the checkpoint."
-        )
     return tokenizer
 
 

@@ -257,6 +257,19 @@ def test_index_and_shards_that_differ(sharded: Path) -> None:
     assert f"found 1 not listed, such as {first}" in refused(sharded)
 
 
+def test_shards_without_an_index(sharded: Path) -> None:
+    (sharded / INDEX).unlink()
+    names = [f"model-{i:05}-of-00002.safetensors" for i in (1, 2)]
+    for old, new in zip("ab", names, strict=True):
+        (sharded / f"{old}.safetensors").rename(sharded / new)
+    assert {info.file.name for info in open_checkpoint(sharded).tensors.values()} == {*names}
+    assert f"found one of 2 shards. Name the folder that it lies in: {sharded}." in refused(
+        sharded / names[0]
+    )
+    (sharded / names[1]).unlink()
+    assert f"expected 2 shards as {names[0]} says, found no {names[1]}. Copy" in refused(sharded)
+
+
 def test_index_decides_between_copies(sharded: Path) -> None:
     weight_map = json.loads((sharded / INDEX).read_text())["weight_map"]
     a, b = (load_file(sharded / f"{name}.safetensors") for name in "ab")

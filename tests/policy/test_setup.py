@@ -73,7 +73,16 @@ def test_an_assumed_robot_is_said(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asset", "robot"), [("trossen", "aloha"), ("trossen_mobile", "aloha"), ("droid", "droid")]
+    ("asset", "robot"),
+    [
+        ("trossen", "aloha"),
+        ("trossen_mobile", "aloha"),
+        ("aloha_sim_transfer_cube_human", "aloha_sim"),
+        ("aloha_pen_uncap", "aloha"),
+        ("droid", "droid"),
+        ("DROID-100", "droid"),
+        ("libero_spatial", "libero"),
+    ],
 )
 def test_statistics_of_a_known_robot(folder: Path, asset: str, robot: str) -> None:
     shutil.move(folder / "assets/mine", folder / f"assets/{asset}")

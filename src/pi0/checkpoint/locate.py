@@ -37,6 +37,7 @@ TOKENIZER = (
 ADAPTER = "found a PEFT adapter. Name the full model that it changes."
 EXPECTED = "expected a checkpoint folder or a .safetensors file"
 ADDRESS = re.compile(r"(gs|s3|hf|https?):/+(.+)")  # a Path has only one slash there
+SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -186,6 +187,7 @@ def _find(path: Path) -> Sources:
                 "copy the file that it names."
             )
     if files := _loose(path):
+        _require_all_shards(path, files)
         return Sources(path, files)
     if (path / PARAMS).is_dir():
         return Sources(path, [], params=path / PARAMS)
@@ -215,7 +217,24 @@ def _single(path: Path) -> Sources:
         )
     if path.suffix in PICKLES:
         raise CheckpointError(f"{path}: {EXPECTED}, {_pickle(path)}")
+    if (shard := SHARD.fullmatch(path.name)) and int(shard["count"]) > 1:
+        raise CheckpointError(
+            f"{path}: {EXPECTED}, found one of {int(shard['count'])} shards. Name the folder that "
+            f"it lies in: {path.parent}."
+        )
     return Sources(path, [path])
+
+
+def _require_all_shards(folder: Path, files: list[Path]) -> None:
+    """Raises CheckpointError if the names of shards without an index say that one is missing."""
+    for shard in filter(None, (SHARD.fullmatch(file.name) for file in files)):
+        count = int(shard["count"])
+        names = [f"{shard['stem']}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise CheckpointError(
+                f"{folder}: expected {count} shards as {shard[0]} says, found no "
+                f"{', '.join(missing)}. Copy or download the rest, and {INDEX}."
+            )
 
 
 def _shards(path: Path, index: Path) -> Sources:
@@ -304,10 +323,12 @@ def _other_contents(path: Path) -> str:
 
 def _checkpoints_in(folder: Path, depth: int = 3) -> Iterator[Path]:
     """Folders below that are worth naming: steps of training runs, snapshots of the hub."""
-    for inner in (entry for entry in folder.iterdir() if entry.is_dir()):
+    for inner in folder.iterdir():
+        if not (inner.is_dir() and os.access(inner, os.R_OK | os.X_OK)):
+            continue
         if any((inner / name).exists() for name in CHECKPOINT_FILES):
             yield inner
-        elif depth > 1 and os.access(inner, os.R_OK | os.X_OK):
+        elif depth > 1:
             yield from _checkpoints_in(inner, depth - 1)
 
 

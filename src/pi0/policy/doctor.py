@@ -17,7 +17,7 @@ from pi0.policy import lerobot
 from pi0.policy.normalize import OPENPI_EPS, Normalizer
 from pi0.policy.pipeline import Pipeline
 from pi0.policy.robot import Robot
-from pi0.policy.robots import ROBOT_OF_ASSETS, ROBOTS
+from pi0.policy.robots import ROBOTS, robot_of_assets
 from pi0.policy.setup import PolicySetup
 from pi0.policy.statistics import FILE_NAME
 
@@ -81,17 +81,18 @@ def _cameras(checkpoint: Checkpoint, robot: Robot) -> list[Finding]:
 
 def _another_robot(source: str, robot: Robot) -> list[Finding]:
     """Whether statistics lie under the name of another robot than the named one."""
-    folders = [part for part in Path(source).parts if part in ROBOT_OF_ASSETS]
-    expected = {ROBOT_OF_ASSETS[part] for part in folders[-1:]}
+    folders = [part for part in Path(source).parts[-4:] if robot_of_assets(part)]
+    expected = robot_of_assets(folders[-1]) if folders else None
     if not expected or robot.name not in ROBOTS or robot.name == "generic":
         return []
-    if expected & {*robot.name.split("_")}:  # aloha_sim is an aloha, pi05_libero a libero
+    # aloha_sim is an aloha, pi05_libero a libero.
+    if expected.partition("_")[0] in robot.name.split("_"):
         return []
     return [
         warning(
             "statistics-of-another-robot",
             f"statistics: expected those of robot {robot.name}, found those of {folders[-1]}. Name "
-            f"the robot, --robot {expected.pop()}, or the right statistics with --norm-stats.",
+            f"the robot, --robot {expected}, or the right statistics with --norm-stats.",
         )
     ]
 

@@ -37,7 +37,7 @@ from pi0.policy.normalize import (
 )
 from pi0.policy.pipeline import Pipeline
 from pi0.policy.robot import Robot
-from pi0.policy.robots import PI05, ROBOT_OF_ASSETS, ROBOTS, find_robot
+from pi0.policy.robots import PI05, ROBOTS, find_robot, robot_of_assets
 from pi0.policy.setup import PolicyOptions, PolicySetup
 from pi0.policy.statistics import find_norm_stats, read_norm_stats, statistics_folder
 from pi0.policy.tokenizer import (
@@ -236,10 +236,10 @@ def _robot(
         setup.sources["robot"] = "config.json and LeRobot's processors"
         return lerobot.robot_of(program, checkpoint.settings)
     assets = _assets(statistics_folder(checkpoint), options)
-    if assets in ROBOT_OF_ASSETS:
+    if assets is not None:
         raise Pi0Error(
             f"robot: the statistics are those of {assets}, whose actions are not joint targets as "
-            f"they leave the model. Name the robot: --robot {ROBOT_OF_ASSETS[assets]}, or --robot "
+            f"they leave the model. Name the robot: --robot {robot_of_assets(assets)}, or --robot "
             "generic for the model's own actions."
         )
     setup.sources["robot"] = "assumed"
@@ -358,7 +358,7 @@ def _has_openpi_files(folder: Path) -> bool:
 
 
 def _assets(folder: Path, options: PolicyOptions) -> str | None:
-    """The name of a folder above the statistics that is one of a known robot."""
+    """The name of a folder above the statistics that names a known robot."""
     if options.norm_stats == "none":
         return None
     try:
@@ -366,4 +366,4 @@ def _assets(folder: Path, options: PolicyOptions) -> str | None:
     except Pi0Error:  # said where the statistics are read
         return None
     places = path.parts[-4:] if options.norm_stats else path.relative_to(folder).parts
-    return next((part for part in places if part in ROBOT_OF_ASSETS), None)
+    return next((part for part in places if robot_of_assets(part)), None)

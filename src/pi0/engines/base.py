@@ -6,10 +6,12 @@ Knows nothing of robots, and no engine by its type: what an engine can do, its c
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+# Sees an operation (`expert_transformer.block.3.rms_norm`), what it should and what it did compute.
+SeeOperation = Callable[[str, Tensor, Tensor], None]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -92,11 +97,13 @@ class Threshold:
         min_pcc: least Pearson correlation.
         max_rel_l2: largest norm of the difference as a fraction of the reference's norm.
         why: the reason for these numbers, as a phrase.
+        max_gain_error: how far the least-squares factor between the two may be from 1.
     """
 
     min_pcc: float
     max_rel_l2: float
     why: str
+    max_gain_error: float = math.inf
 
 
 def exclusive(
@@ -134,6 +141,9 @@ class Engine(ABC):
         thresholds: limits of `pi0 verify` for precisions that only this engine has: by precision, a
             `Threshold` for each stage that has its own, and "*" for all others.
         hidden_stages: stages that its taps do not see though it shows stages, with the reason.
+        unrounded: by precision, the engine (as `EngineSpec.parse` reads it) that runs the same code
+            and rounds nothing but float32: `pi0 verify` tests there whether both compute the same.
+            What code a precision has besides is shown by `show_operations`.
         config: the model's sizes, with the image size that it runs at.
         options: how it was made.
         notes: sentences that belong beside its results, such as which kernels were chosen.
@@ -145,6 +155,7 @@ class Engine(ABC):
     capabilities: ClassVar[Capabilities]
     thresholds: ClassVar[Mapping[str, Mapping[str, Threshold]]] = NOTHING
     hidden_stages: ClassVar[Mapping[str, str]] = NOTHING
+    unrounded: ClassVar[Mapping[str, str]] = NOTHING
     notes: Sequence[str] = ()
     own_seconds: float | None = None
 
@@ -315,6 +326,13 @@ class Engine(ABC):
             "torch": self.torch_version,
             "notes": list(self.notes),
         }
+
+    @contextmanager
+    def show_operations(self, see: SeeOperation) -> Iterator[None]:
+        """Shows, as long as it lasts, each operation that this precision has code of its own for:
+        what it should have computed from its operands, computed in float32, and what it did
+        compute, less what rounding explains."""
+        yield
 
     @classmethod
     def why_hidden(cls, stage: str) -> str:

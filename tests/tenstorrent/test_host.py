@@ -81,6 +81,13 @@ def test_agrees_with_the_reference(checkpoint: Checkpoint, mode: str, precision:
     assert len(names) == wanted, "every stage and block is compared"
 
 
+def test_unrounded(checkpoint: Checkpoint) -> None:
+    """The network itself, padding, packing and folding included, is the model's."""
+    result = run(checkpoint, "exact", layers=True)
+    assert result.first_failure is None
+    assert max(row.comparison.rel_l2 for row in result.rows) <= 2e-5
+
+
 @pytest.mark.parametrize("precision", ["accurate", "fast"])
 def test_one_full_width_layer(one_layer_path: Path, precision: str) -> None:
     """At 70 pixels, 25 patches: sums are as long as in the real model, and padding is there."""

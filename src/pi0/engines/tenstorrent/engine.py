@@ -5,17 +5,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint, empty_model, load_model
 from pi0.config import Pi0Config
-from pi0.engines.base import Capabilities, Engine, EngineOptions, exclusive
+from pi0.engines.base import Capabilities, Engine, EngineOptions, Threshold, exclusive
 from pi0.engines.tenstorrent import ttnn_import
 from pi0.engines.tenstorrent.backend import Backend, Handle, Upload
 from pi0.engines.tenstorrent.boards import find_board
-from pi0.engines.tenstorrent.device import DeviceBackend, Replay
+from pi0.engines.tenstorrent.device import TORCH_DTYPES, DeviceBackend, Replay
 from pi0.engines.tenstorrent.host import HostBackend
 from pi0.engines.tenstorrent.layout import TILE, TileLayout, View, additive, tiled
 from pi0.engines.tenstorrent.network import (
@@ -26,7 +27,7 @@ from pi0.engines.tenstorrent.network import (
     no_handle_tap,
 )
 from pi0.engines.tenstorrent.ops import Ops
-from pi0.engines.tenstorrent.precision import BF16, F32, PRESETS, Precision
+from pi0.engines.tenstorrent.precision import BF16, F32, HOST_PRESETS, PRESETS, Precision
 from pi0.engines.tenstorrent.program_configs import TILE_BYTES
 from pi0.engines.tenstorrent.timestep import Timestep, put_timesteps
 from pi0.engines.tenstorrent.weights import Packer
@@ -64,11 +65,12 @@ class TtnnEngine(Engine):
 
     def __init__(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
         super().__init__(checkpoint, options)
-        precision = PRESETS[options.precision]
+        precision = HOST_PRESETS[options.precision]
         self.backend = self._open(options.device)
         if isinstance(self.backend, DeviceBackend):
             require_dram(checkpoint.config, precision, self.backend.dram()[1])
-        model = load_model(checkpoint, torch.bfloat16, "cpu", options.image_size, options.progress)
+        loaded = TORCH_DTYPES[precision.loaded]
+        model = load_model(checkpoint, loaded, "cpu", options.image_size, options.progress)
         self.network = build_network(model, self.backend, precision)
         self._constants: dict[tuple[int, int], Constants] = {}
         self._timesteps: list[Timestep] = []  # of the last number of steps
@@ -233,10 +235,13 @@ class TtnnEngine(Engine):
 
 class TtnnHostEngine(TtnnEngine):
     """The same network in golden functions on the host, rounded as on a card: no speed, only
-    numbers."""
+    numbers. In precision `exact` nothing is rounded, which shows the network itself."""
 
     name = "ttnn-host"
-    capabilities = Capabilities(precisions=tuple(PRESETS), batch=False)
+    capabilities = Capabilities(precisions=tuple(HOST_PRESETS), batch=False)
+    thresholds: ClassVar = {
+        "exact": {"*": Threshold(0.999999, 2e-5, "nothing is rounded; sums in another order")}
+    }
     notes = (HOST_NOTE,)
 
     @classmethod

@@ -37,6 +37,7 @@ class Precision:
         linear, attention, rest: math fidelity (HiFi4 multiplies with all mantissa bits, HiFi2 drops
             the low ones of one operand).
         float32_sums: whether sums are kept in float32 rather than bfloat16.
+        loaded: what the checkpoint is read as before it is packed.
     """
 
     weights: Mapping[str, str]
@@ -51,8 +52,10 @@ class Precision:
     attention: str
     rest: str
     float32_sums: bool
+    loaded: str = BF16
 
 
+# Of a card and of the host.
 PRESETS = {
     "accurate": Precision(
         weights={**dict.fromkeys(MATRICES, BF16), "patch": F32, "action": F32},
@@ -83,3 +86,22 @@ PRESETS = {
         float32_sums=True,
     ),
 }
+
+# Of the host alone, where nothing is rounded: the network as it stands on a card, in float32, so
+# that a mistake in it is not hidden behind rounding.
+EXACT = Precision(
+    weights=dict.fromkeys(MATRICES, F32),
+    embedding=F32,
+    norm=F32,
+    pixels=F32,
+    residual=F32,
+    hidden=F32,
+    cache=F32,
+    rope=F32,
+    linear="HiFi4",
+    attention="HiFi4",
+    rest="HiFi4",
+    float32_sums=True,
+    loaded=F32,
+)
+HOST_PRESETS = {**PRESETS, "exact": EXACT}

@@ -9,12 +9,19 @@ An engine with a precision that is not listed here declares its limits (`Engine.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from pi0.engines.base import Engine, Threshold
 from pi0.errors import EngineError
 
-Limits = Mapping[str, Threshold]
+# Tables of limits by stage, of which the loosest counts; "*" is every stage without a row of its own.
+# A key may name the part as well (`isolated:vlm_transformer`).
+Limits = tuple[Mapping[str, Threshold], ...]
+
+# The parts of a verification, in the order in which they are judged.
+STRUCTURE, ISOLATED, CHAINED, ORACLE = "structure", "isolated", "chained", "oracle"
+BLOCK = re.compile(r"(\w+)\.block\.(\d+)(?:\.(\w+))?")  # stage, block, and keys or values of it
 
 # Whatever the precision.
 EXACT = {
@@ -23,9 +30,11 @@ EXACT = {
         0.999999, 0.0, "what is masked has weight 0 and moves nothing, not even a bit"
     ),
 }
-PEER = Threshold(0.999999, 2e-4, "transformers has angles of time in float32: 2e-5 at small sizes")
+PEER = {
+    "*": Threshold(0.999999, 2e-4, "transformers has angles of time in float32: 2e-5 at small sizes")
+}
 # By precision; "*" is every stage without a row of its own.
-THRESHOLDS: Mapping[str, Limits] = {
+THRESHOLDS: Mapping[str, Mapping[str, Threshold]] = {
     "float32": {
         "*": Threshold(0.999999, 2e-5, "only the order of sums differs: 1e-6 through a tower"),
     },
@@ -57,33 +66,45 @@ THRESHOLDS: Mapping[str, Limits] = {
 
 
 def limits_of(engine: type[Engine], precision: str) -> Limits:
-    """The limits of an engine's stages in a precision.
+    """The limits of an engine in a precision.
 
     Raises:
         EngineError: neither this module nor the engine has limits for the precision.
     """
-    limits = engine.thresholds.get(precision, THRESHOLDS.get(precision))
-    if limits is None or "*" not in limits:
+    table = engine.thresholds.get(precision, THRESHOLDS.get(precision))
+    if table is None or "*" not in table:
         raise EngineError(
             f"precision {precision}: expected limits for `pi0 verify`, found none. Declare them on "
             f"{engine.__qualname__}: thresholds = {{{precision!r}: {{'*': Threshold(min_pcc, "
             "max_rel_l2, why)}}."
         )
-    return looser(limits, {"*": PEER}) if engine.capabilities.peer else limits
+    return (table, PEER) if engine.capabilities.peer else (table,)
 
 
-def looser(a: Limits, b: Limits) -> Limits:
-    """For each stage the looser of two limits."""
-    return {
-        stage: max(
-            a.get(stage, a["*"]),
-            b.get(stage, b["*"]),
-            key=lambda limit: (limit.max_rel_l2, -limit.min_pcc),
-        )
-        for stage in [*a, *(stage for stage in b if stage not in a)]
-    }
+def looser(*limits: Limits) -> Limits:
+    """Limits of which the loosest counts."""
+    return tuple(table for tables in limits for table in tables)
 
 
-def threshold(stage: str, limits: Limits) -> Threshold:
-    """The limit of a stage, which is also that of its blocks."""
-    return EXACT.get(stage) or limits.get(stage, limits["*"])
+def threshold(name: str, limits: Limits, part: str = CHAINED) -> Threshold:
+    """The limit of a row of `pi0 verify`, by the row's name and part."""
+    keys = _keys(name)
+    if keys[-1] in EXACT:
+        return EXACT[keys[-1]]
+    found = (_find(table, keys, part) for table in limits)
+    return max(found, key=lambda limit: (limit.max_rel_l2, -limit.min_pcc))
+
+
+def _keys(name: str) -> list[str]:
+    """Under what a row's limit may stand, the narrowest first: `vlm_transformer.keys`, then
+    `vlm_transformer`; `velocity` for each step's."""
+    stage = name.partition(".")[0]
+    block = BLOCK.fullmatch(name)
+    return [f"{stage}.{block[3] or 'block'}", stage] if block else [stage]
+
+
+def _find(table: Mapping[str, Threshold], keys: list[str], part: str) -> Threshold:
+    for key in [*(f"{part}:{key}" for key in keys), f"{part}:*", *keys]:
+        if key in table:
+            return table[key]
+    return table["*"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -62,6 +63,7 @@ class TtnnEngine(Engine):
 
     name = "ttnn"
     capabilities = Capabilities(precisions=tuple(PRESETS), devices=("0",), batch=False)
+    unrounded = MappingProxyType(dict.fromkeys(HOST_PRESETS, "ttnn-host:exact"))
 
     def __init__(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
         super().__init__(checkpoint, options)

@@ -11,7 +11,8 @@ from pi0.checkpoint.load import open_checkpoint
 from pi0.engines.base import make_engine
 from pi0.engines.tenstorrent.ttnn_import import has_device
 from pi0.inputs import random_inputs
-from pi0.verify.run import default_cases, verify
+from pi0.verify.cases import default_cases
+from pi0.verify.run import verify
 
 pytestmark = [
     pytest.mark.tt_device,

@@ -30,7 +30,8 @@ from pi0.errors import ConfigError, EngineError
 from pi0.inputs import random_inputs
 from pi0.model import Pi0
 from pi0.model.gemma import attend
-from pi0.verify.run import VerifyResult, default_cases, verify
+from pi0.verify.cases import default_cases
+from pi0.verify.run import VerifyResult, verify
 
 pytestmark = pytest.mark.ttnn
 

@@ -18,7 +18,8 @@ from pi0.figures import RED, to_svg
 from pi0.verify import plots
 from pi0.verify.compare import Comparison, compare
 from pi0.verify.report import Header, outcome, to_data, to_html, verdict
-from pi0.verify.run import Row, VerifyResult
+from pi0.verify.rows import Row
+from pi0.verify.run import VerifyResult
 from pi0.verify.thresholds import Threshold
 
 LIMIT = Threshold(0.999, 3e-2, "made up")

@@ -53,6 +53,22 @@ class Row:
         return not self.exceeded
 
     @property
+    def share_of_limit(self) -> float:
+        """How much of its limits the worst error uses: 1 is just within; infinite without a number
+        or beyond a limit of 0."""
+        c, limit = self.comparison, self.limit
+        if c.fault is not None:
+            return math.inf
+        pairs = (
+            (1 - c.pcc, 1 - limit.min_pcc),
+            (c.rel_l2, limit.max_rel_l2),
+            (abs(c.gain_error), limit.max_gain_error),
+        )
+        return max(
+            error / most if most > 0 else math.inf if error > 0 else 0 for error, most in pairs
+        )
+
+    @property
     def exceeded(self) -> list[str]:
         """What is wrong: each limit that does not hold, with both numbers."""
         c, limit = self.comparison, self.limit
@@ -133,9 +149,7 @@ def _is_block(name: str) -> bool:
     return BLOCK.fullmatch(name) is not None and not name.endswith(ENDS)
 
 
-def _stage_rows(
-    case: Case, a: Recording, b: Recording, limits: Limits, part: str
-) -> Iterator[Row]:
+def _stage_rows(case: Case, a: Recording, b: Recording, limits: Limits, part: str) -> Iterator[Row]:
     seen = _seen(case.inputs, a.patches)
     for name in a.tensors:
         if name not in b.tensors:

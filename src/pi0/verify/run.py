@@ -47,6 +47,11 @@ from pi0.verify.thresholds import (
     threshold,
 )
 
+
+class DamagedCheckpointError(CheckpointError):
+    """The reference's own results are not finite."""
+
+
 MODES = ("both", CHAINED, ISOLATED)
 
 
@@ -98,7 +103,7 @@ def verify(
             where this is the candidate's own.
 
     Raises:
-        CheckpointError: the reference's own results are not finite.
+        DamagedCheckpointError: the reference's own results are not finite.
         EngineError: there are no limits for the precision of an engine.
     """
     a = run_engine(reference, cases, Passes(steps), on_case)
@@ -139,12 +144,12 @@ def _limits(*runs: EngineRun) -> Limits:
 
 
 def _require_finite(recordings: Mapping[str, Recording]) -> None:
-    """Raises CheckpointError if a reference has computed NaN: there is nothing to compare with."""
+    """Raises DamagedCheckpointError if a reference has computed NaN: there is nothing to compare with."""
     for case, recording in recordings.items():
         for name, value in [*recording.tensors.items(), (ACTIONS, recording.actions)]:
             bad = int((~torch.isfinite(value)).sum())
             if bad:
-                raise CheckpointError(
+                raise DamagedCheckpointError(
                     "checkpoint: expected finite results of the reference engine, found "
                     f"{bad} NaN or infinite values, first at {name} ({case}). The checkpoint is "
                     "damaged: copy or download it again."

@@ -31,7 +31,9 @@ EXACT = {
     ),
 }
 PEER = {
-    "*": Threshold(0.999999, 2e-4, "transformers has angles of time in float32: 2e-5 at small sizes")
+    "*": Threshold(
+        0.999999, 2e-4, "transformers has angles of time in float32: 2e-5 at small sizes"
+    )
 }
 # By precision; "*" is every stage without a row of its own.
 THRESHOLDS: Mapping[str, Mapping[str, Threshold]] = {

@@ -34,7 +34,9 @@ class Int8Kernels(Kernels):
     def plain(self, matrix: Matrix) -> Matrix:
         """The same matrix in float32, [N, K]."""
         weight = matrix.weight.float()
-        return Matrix(weight if matrix.scale is None else weight * matrix.scale[:, None], matrix.bias)
+        return Matrix(
+            weight if matrix.scale is None else weight * matrix.scale[:, None], matrix.bias
+        )
 
     def project(
         self, a: Any, matrix: Matrix, residual: Tensor | None = None, gate: Tensor | None = None

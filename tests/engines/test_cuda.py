@@ -31,8 +31,8 @@ from pi0.engines.fast.plan import make_token_plan
 from pi0.engines.fast.weights import pack, quantise_rows
 from pi0.errors import ConfigError, EngineError
 from pi0.inputs import ModelInputs, random_inputs
-from pi0.verify.compare import compare
 from pi0.verify.cases import default_cases
+from pi0.verify.compare import compare
 from pi0.verify.run import VerifyResult, verify
 
 CPU = torch.device("cpu")

@@ -21,8 +21,8 @@ from pi0.engines.reference import ReferenceEngine
 from pi0.engines.registry import BUILT_IN, find_engine
 from pi0.errors import CheckpointError, EngineError
 from pi0.model.gemma import RMSNorm
-from pi0.verify.compare import Comparison, compare
 from pi0.verify.cases import default_cases
+from pi0.verify.compare import Comparison, compare
 from pi0.verify.run import VerifyResult, verify
 from pi0.verify.thresholds import THRESHOLDS, limits_of, looser, threshold
 

@@ -4,6 +4,13 @@ The values are drawn so that activations keep a sane scale through all layers: m
 N(0, 1/fan_in), the last matrix of every residual branch divided by √(2·depth). Every tensor has a
 generator of its own, seeded by seed and name, so that its values depend neither on the layout nor
 on the order of writing.
+
+Such weights attend to all tokens nearly alike, and move actions by a third of the noise they start
+from; so a single token, or an error in what the model moves, hardly counts. `TRAINED_LIKE` weights
+have two statistics of trained models: attention is peaked (with logits of standard deviation s a
+query attends to exp(−s²) of the tokens it sees, by the inverse of Σp²), and what the model moves
+is as large as the noise, as in flow matching with normalised actions, whose velocity is noise less
+actions.
 """
 
 from __future__ import annotations
@@ -13,6 +20,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +45,24 @@ RESIDUAL_ENDS = ("out_proj", "fc2", "o_proj", "down_proj")
 UNREAD = "unread"  # our name for the expert's head, which no model has
 
 
+@dataclass(frozen=True)
+class WeightStatistics:
+    """What sizes of weights depend on.
+
+    Attributes:
+        logits: standard deviation of attention's logits, in the trunks and in the vision tower.
+        projection: what the last projection, which makes velocities, is multiplied by.
+    """
+
+    logits: float
+    projection: float
+
+
+FLAT = WeightStatistics(logits=1.0, projection=1.0)
+TRAINED_LIKE = WeightStatistics(logits=2.0, projection=3.0)
+STATISTICS = {"trained-like": TRAINED_LIKE, "flat": FLAT}
+
+
 def synthesise(
     folder: Path,
     config: Pi0Config,
@@ -44,6 +70,7 @@ def synthesise(
     seed: int,
     dtype: torch.dtype,
     progress: Callable[[int], None] = lambda _: None,
+    statistics: WeightStatistics = FLAT,
 ) -> None:
     """Writes model.safetensors, config.json and assets/synthetic/norm_stats.json; in LeRobot's
     layout also its processors and their statistics.
@@ -67,7 +94,7 @@ def synthesise(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for theirs, (ours, shape) in sources.items():
-            yield theirs, random_tensor(ours, shape, config, seed).to(dtype)
+            yield theirs, random_tensor(ours, shape, config, seed, statistics).to(dtype)
             progress(headers[theirs].parameters)
 
     settings = make_config_json(config) if layout.name == "lerobot" else to_config_json(config)
@@ -110,7 +137,13 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
 
 
-def random_tensor(name: str, shape: tuple[int, ...], config: Pi0Config, seed: int) -> Tensor:
+def random_tensor(
+    name: str,
+    shape: tuple[int, ...],
+    config: Pi0Config,
+    seed: int,
+    statistics: WeightStatistics = FLAT,
+) -> Tensor:
     """The float32 values of one of our tensors."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
@@ -124,6 +157,10 @@ def random_tensor(name: str, shape: tuple[int, ...], config: Pi0Config, seed: in
         std = BIAS_STD
     else:
         std = math.prod(shape[1:]) ** -0.5
+        if module.endswith(("q_proj", "k_proj")):
+            std *= statistics.logits**0.5
+        elif module == "action_out_proj":
+            std *= statistics.projection
     if module.endswith(RESIDUAL_ENDS):
         depth = config.vision.depth if name.startswith("vision_tower") else config.vlm.depth
         std *= (2 * depth) ** -0.5

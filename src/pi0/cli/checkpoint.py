@@ -31,6 +31,13 @@ def synth(
     ] = "openpi",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights.")] = 0,
+    statistics: Annotated[
+        str,
+        typer.Option(
+            help="trained-like: attention as peaked, and actions moved as far, as in trained "
+            "models; flat: neither."
+        ),
+    ] = "trained-like",
 ) -> None:
     """Write a random checkpoint in exactly the real format.
 
@@ -47,13 +54,17 @@ def synth(
 
     from pi0.checkpoint.files import expand_user
     from pi0.checkpoint.layouts import LAYOUTS
-    from pi0.checkpoint.synth import synthesise, tensor_list
+    from pi0.checkpoint.synth import STATISTICS, synthesise, tensor_list
     from pi0.cli.show import byte_progress, human_bytes, print_line
     from pi0.config import PRESETS
     from pi0.errors import ConfigError
     from pi0.model.precision import parse_dtype
 
-    for name, value, known in (("preset", preset, PRESETS), ("layout", layout, LAYOUTS)):
+    for name, value, known in (
+        ("preset", preset, PRESETS),
+        ("layout", layout, LAYOUTS),
+        ("statistics", statistics, STATISTICS),
+    ):
         if value not in known:
             raise ConfigError(f"{name}: expected one of {', '.join(known)}, found {value!r}.")
     folder = expand_user(folder)
@@ -63,7 +74,13 @@ def synth(
     parameters = sum(math.prod(shape) for _, shape in tensors.values())
     with byte_progress(f"writing {preset}", parameters * torch_dtype.itemsize) as progress:
         synthesise(
-            folder, config, names, seed, torch_dtype, lambda n: progress(n * torch_dtype.itemsize)
+            folder,
+            config,
+            names,
+            seed,
+            torch_dtype,
+            lambda n: progress(n * torch_dtype.itemsize),
+            STATISTICS[statistics],
         )
     size = human_bytes((folder / "model.safetensors").stat().st_size)
     print_line(f"{folder}: {len(tensors)} tensors, {size}, layout {layout}")

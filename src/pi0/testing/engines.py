@@ -24,8 +24,8 @@ from pi0.config import PRESETS
 from pi0.engines.base import Capabilities, Engine, EngineOptions, make_engine
 from pi0.errors import EngineError, Pi0Error
 from pi0.inputs import ModelInputs, random_inputs
-from pi0.verify.compare import compare
 from pi0.verify.cases import default_cases
+from pi0.verify.compare import compare
 from pi0.verify.run import verify
 from pi0.verify.thresholds import limits_of, looser, threshold
 

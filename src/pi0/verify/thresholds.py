@@ -90,14 +90,14 @@ def looser(*limits: Limits) -> Limits:
 
 def threshold(name: str, limits: Limits, part: str = CHAINED) -> Threshold:
     """The limit of a row of `pi0 verify`, by the row's name and part."""
-    keys = _keys(name)
+    keys = limit_keys(name)
     if keys[-1] in EXACT:
         return EXACT[keys[-1]]
     found = (_find(table, keys, part) for table in limits)
     return max(found, key=lambda limit: (limit.max_rel_l2, -limit.min_pcc))
 
 
-def _keys(name: str) -> list[str]:
+def limit_keys(name: str) -> list[str]:
     """Under what a row's limit may stand, the narrowest first: `vlm_transformer.keys`, then
     `vlm_transformer`; `velocity` for each step's."""
     stage = name.partition(".")[0]

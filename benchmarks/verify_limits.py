@@ -41,9 +41,7 @@ def measure(checkpoint: Checkpoint, engine: str, seed: int, found: Figures) -> N
         lambda: make_engine(spec, checkpoint),
         default_cases(checkpoint.config, cameras=3, tokens=checkpoint.config.max_tokens, seed=seed),
         layers=True,
-        unrounded=None
-        if unrounded == spec.label
-        else lambda: make_engine(unrounded, checkpoint),
+        unrounded=None if unrounded == spec.label else lambda: make_engine(unrounded, checkpoint),
     )
     for row in result.rows:
         key = limit_keys(row.name)[0]

@@ -71,9 +71,7 @@ def verified(
         candidate,
         default_cases(checkpoint.config, cameras=2, tokens=12, seed=seed),
         steps=steps,
-        unrounded=None
-        if unrounded == spec.label
-        else lambda: make_engine(unrounded, checkpoint),
+        unrounded=None if unrounded == spec.label else lambda: make_engine(unrounded, checkpoint),
     )
 
 

@@ -1,4 +1,4 @@
-"""Every planted bug in engine cpu is caught in float32 and in int8, and the right stage is blamed."""
+"""Planted bugs of engine cpu are caught in float32 and int8, and the right stage is blamed."""
 
 from __future__ import annotations
 
@@ -150,9 +150,7 @@ def a_step_too_long(patch: Patch) -> None:
     patch.setattr(
         cpu.CpuEngine,
         "_sample",
-        lambda self, inputs, noise, steps, on_step: sample(
-            self, inputs, noise, steps + 1, on_step
-        ),
+        lambda self, inputs, noise, steps, on_step: sample(self, inputs, noise, steps + 1, on_step),
     )
 
 
@@ -229,7 +227,9 @@ def int8_bias_dropped(patch: Patch) -> None:
     multiply = NativeKernels._multiply
 
     def without(self: Any, kind: int, a: Any, matrix: Any, *more: Any) -> Tensor:
-        return multiply(self, kind, a, replace(matrix, bias=None) if matrix.scale is not None else matrix, *more)
+        return multiply(
+            self, kind, a, replace(matrix, bias=None) if matrix.scale is not None else matrix, *more
+        )
 
     patch.setattr(NativeKernels, "_multiply", without)
 
@@ -254,7 +254,11 @@ def int8_scales_of(matrix: str, factor: float) -> Any:
     return change
 
 
-EXPERT, VLM, VISION = "expert_transformer.block.0", "vlm_transformer.block.0", "vision_tower.block.0"
+EXPERT, VLM, VISION = (
+    "expert_transformer.block.0",
+    "vlm_transformer.block.0",
+    "vision_tower.block.0",
+)
 PLANTS = [
     Plant("gate and up swapped", VLM, gate_and_up_swapped),
     Plant("last prefix token unseen", EXPERT, last_prefix_token_unseen),
@@ -268,7 +272,9 @@ PLANTS = [
     Plant("erf GELU in SigLIP", VISION, erf_gelu),
     Plant("Euler's t at the step's end", "sample", euler_at_the_steps_end),
     Plant("padded text seen", VLM, padded_text_seen),
-    Plant("down × 1.005", "expert_transformer.block.1", matrix_scaled("expert.blocks.1.down.0", 1.005)),
+    Plant(
+        "down × 1.005", "expert_transformer.block.1", matrix_scaled("expert.blocks.1.down.0", 1.005)
+    ),
     Plant("down × 0.999", VLM, matrix_scaled("vlm.blocks.0.down.0", 0.999)),
     Plant("sums in bfloat16", VISION, sums_in_bfloat16),
     Plant("loop a step too long", "sample", a_step_too_long),

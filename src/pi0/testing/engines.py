@@ -165,8 +165,9 @@ def _check_fresh(
             found = compare(reference.sample(given, x, STEPS) - x, after - x)
             _require(
                 found.fault is None and found.rel_l2 <= limit.max_rel_l2,
-                f"{label}: expected the reference's actions for other {name} within an error, relative "
-                f"to what it moved, of {limit.max_rel_l2:g}, found {found.fault or f'{found.rel_l2:.2g}'}.",
+                f"{label}: expected the reference's actions for other {name} within "
+                f"{limit.max_rel_l2:g} of what it moved, found "
+                f"{found.fault or f'{found.rel_l2:.2g}'}.",
             )
 
 

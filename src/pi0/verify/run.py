@@ -144,7 +144,7 @@ def _limits(*runs: EngineRun) -> Limits:
 
 
 def _require_finite(recordings: Mapping[str, Recording]) -> None:
-    """Raises DamagedCheckpointError if a reference has computed NaN: there is nothing to compare with."""
+    """Raises DamagedCheckpointError if a reference has computed NaN: nothing compares with it."""
     for case, recording in recordings.items():
         for name, value in [*recording.tensors.items(), (ACTIONS, recording.actions)]:
             bad = int((~torch.isfinite(value)).sum())
@@ -182,7 +182,7 @@ def _oracle_rows(
             taken, actions = denoise(engine, case, cache, steps)
             still = engine.velocity(case.noise, torch.zeros(len(case.noise)), cache)
             pairs = [(f"velocity.{i}", a.steps[i][1], v) for i, (_, v) in enumerate(taken)]
-            pairs.append(("velocity.end", a.still, still))
+            pairs.append(("end", a.still, still))
             pairs.append((ACTIONS, a.actions - case.noise, actions - case.noise))
             for name, x, y in pairs:
                 limit = threshold(name, limits, ORACLE)

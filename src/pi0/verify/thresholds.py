@@ -1,9 +1,11 @@
 """How far a stage may be from the reference, and why.
 
-Limits are on the relative L2 error, which sees scale and offset, and on PCC, which people quote.
-Both engines bring limits with their precision, and for each stage the looser of the two counts.
-Measured on synthetic checkpoints, full size and small; a limit is a few times what was measured.
+Limits are on the relative L2 error, which sees scale and offset, on the gain, which sees a small
+wrong scale under rounding, and on PCC, which people quote. Of stages that were measured
+(`pi0.verify.clean`) the first two are `MULTIPLE` times the largest clean figure; where errors add
+up, the figure grows with the square root of the depth.
 
+Both engines bring limits with their precision, and for each stage the looser of the two counts.
 An engine with a precision that is not listed here declares its limits (`Engine.thresholds`).
 """
 
@@ -14,8 +16,9 @@ from collections.abc import Mapping
 
 from pi0.engines.base import Engine, Threshold
 from pi0.errors import EngineError
+from pi0.verify.clean import CLEAN
 
-# Tables of limits by stage, of which the loosest counts; "*" is every stage without a row of its own.
+# Tables of limits by stage, of which the loosest counts; "*" is every stage without its own row.
 # A key may name the part as well (`isolated:vlm_transformer`).
 Limits = tuple[Mapping[str, Threshold], ...]
 
@@ -23,22 +26,30 @@ Limits = tuple[Mapping[str, Threshold], ...]
 STRUCTURE, ISOLATED, CHAINED, ORACLE = "structure", "isolated", "chained", "oracle"
 BLOCK = re.compile(r"(\w+)\.block\.(\d+)(?:\.(\w+))?")  # stage, block, and keys or values of it
 
+MULTIPLE = 3
+FLOOR = 5e-7  # a few roundings of float32: exact on one machine is not exact on each
+
 # Whatever the precision.
-EXACT = {
+EXACT: Mapping[str, Threshold] = {
     "sequence": Threshold(0.999999, 0.0, "no arithmetic: a mask is the same or it is wrong"),
     "masked_content": Threshold(
         0.999999, 0.0, "what is masked has weight 0 and moves nothing, not even a bit"
     ),
 }
+AT_THE_END = Threshold(
+    0.999999, 1e-5, "at t = 0 angles of time are 0 everywhere: only the order of sums differs"
+)
 PEER = {
+    "end": AT_THE_END,
     "*": Threshold(
         0.999999, 2e-4, "transformers has angles of time in float32: 2e-5 at small sizes"
-    )
+    ),
 }
-# By precision; "*" is every stage without a row of its own.
-THRESHOLDS: Mapping[str, Mapping[str, Threshold]] = {
+# By precision, of stages that were not measured; "*" is every stage without a row of its own.
+GENERAL: Mapping[str, Mapping[str, Threshold]] = {
     "float32": {
         "*": Threshold(0.999999, 2e-5, "only the order of sums differs: 1e-6 through a tower"),
+        "end": AT_THE_END,
     },
     "bfloat16": {
         "*": Threshold(0.999, 0.03, "8 bits, rounded at every matrix through a tower"),
@@ -65,6 +76,28 @@ THRESHOLDS: Mapping[str, Mapping[str, Threshold]] = {
         "sample": Threshold(0.998, 0.05, "as actions"),
     },
 }
+
+
+def _measured(precision: str) -> dict[str, Threshold]:
+    """Limits from clean figures, and the general ones for the rest."""
+    general = GENERAL[precision]
+    limits = dict(general)
+    for (of, part, key), (rel_l2, gain) in CLEAN.items():
+        if of == precision:
+            why = (
+                f"{MULTIPLE} × the largest clean error, {rel_l2:g} (gain {gain:g}): "
+                f"{general['*'].why}"
+            )
+            limits[f"{part}:{key}"] = Threshold(
+                general["*"].min_pcc,
+                max(MULTIPLE * rel_l2, FLOOR),
+                why,
+                max(MULTIPLE * gain, FLOOR),
+            )
+    return limits
+
+
+THRESHOLDS = {precision: _measured(precision) for precision in GENERAL}
 
 
 def limits_of(engine: type[Engine], precision: str) -> Limits:

@@ -1,10 +1,10 @@
 """The kernels of int8, shown one by one: what an operation should compute, and what it does.
 
-Int8 has code of its own for norms, activations and products, which float32 does not run; and what
-they compute is rounded to eight bits, behind which a small mistake can hide. But rounding to a known
-step is no noise: a value may be half a step from what it should be, and the step itself, the largest
-magnitude of its row / 127, is as exact as float32. So steps are shown, and values less the half step
-that rounding explains. Products of rounded values are exact, and shown as they are.
+Int8 has code of its own for norms, activations and products, which float32 does not run, and what
+they compute is rounded to eight bits, behind which a small mistake can hide. But rounding to a
+known step is no noise: a value may be half a step from what it should be, and the step itself, the
+largest magnitude of its row / 127, is as exact as float32. So steps are shown, and values less the
+half step that rounding explains. Products of rounded values are exact, and shown as they are.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from pi0.engines.spec import EngineSpec
 from pi0.errors import EngineError
 from pi0.verify.cases import default_cases
 from pi0.verify.run import verify
-from pi0.verify.thresholds import CHAINED, EXACT, ISOLATED, STRUCTURE, limit_keys
+from pi0.verify.thresholds import EXACT, OPERATIONS, STRUCTURE, limit_keys
 
 ENGINES = ("cpu:float32", "cpu:int8", "reference:bfloat16", "ttnn-host:accurate", "ttnn-host:fast")
 Figures = dict[tuple[str, str, str], tuple[float, float]]  # (precision, part, key) → rel. L2, gain
@@ -44,10 +44,10 @@ def measure(checkpoint: Checkpoint, engine: str, seed: int, found: Figures) -> N
         unrounded=None if unrounded == spec.label else lambda: make_engine(unrounded, checkpoint),
     )
     for row in result.rows:
-        key = limit_keys(row.name)[0]
-        if key in EXACT or key == "response" or row.part not in (STRUCTURE, ISOLATED, CHAINED):
+        key = "*" if row.part == OPERATIONS else limit_keys(row.name)[0]
+        if key in EXACT or key == "response" or row.name == "sample.again":
             continue
-        precision = "float32" if row.part == STRUCTURE else spec.precision
+        precision = "float32" if row.part in (STRUCTURE, OPERATIONS) else spec.precision
         place = precision, row.part, key
         rel_l2, gain = found.get(place, (0.0, 0.0))
         c = row.comparison

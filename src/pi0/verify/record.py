@@ -54,6 +54,7 @@ class EngineRun:
     """One engine on all cases.
 
     Attributes:
+        depth: blocks of its deepest tower.
         chained, isolated: by case; isolated ones only if the engine was fed.
         samples: actions of the engine's own loop, by case.
         moved: actions less noise of the calls of `one_change_each`, by their names.
@@ -65,6 +66,7 @@ class EngineRun:
     engine: type[Engine]
     label: str
     precision: str
+    depth: int
     chained: dict[str, Recording] = field(default_factory=dict)
     isolated: dict[str, Recording] = field(default_factory=dict)
     samples: dict[str, Tensor] = field(default_factory=dict)
@@ -105,7 +107,9 @@ def run_engine(
     """Makes an engine, records what is asked for, and closes it."""
     with make() as engine:
         label = f"{engine.name}:{engine.options.precision}"
-        run = EngineRun(type(engine), label, engine.options.precision)
+        towers = engine.config.vision, engine.config.vlm
+        depth = max(tower.depth for tower in towers)
+        run = EngineRun(type(engine), label, engine.options.precision, depth)
         for case in cases:
             _record_case(engine, case, passes, run, case is cases[0])
             on_case()

@@ -15,14 +15,14 @@ from pi0.verify.action_plots import plot_differences, plot_largest_deviations
 from pi0.verify.error_axis import case_styles
 from pi0.verify.rows import Row
 from pi0.verify.run import VerifyResult
-from pi0.verify.thresholds import CHAINED, ISOLATED, ORACLE, STRUCTURE
+from pi0.verify.thresholds import CHAINED, ISOLATED, OPERATIONS, ORACLE, STRUCTURE
 
 SECTIONS = (
     (
         "Same computation",
         "The candidate's code in a precision that rounds nothing: each stage and block on the "
         "reference's input, its own loop, and operations that only its own precision has.",
-        (STRUCTURE,),
+        (STRUCTURE, OPERATIONS),
     ),
     (
         "Rounding of each stage",
@@ -96,7 +96,7 @@ def part_verdicts(header: Header, result: VerifyResult) -> list[str]:
         f"{header.candidate} names no engine that runs its code without"
     ]
     if tested is not None:
-        found = _part(result, (STRUCTURE,))
+        found = _part(result, (STRUCTURE, OPERATIONS))
         sentences = [f"same computation ({tested}, each stage on the reference's input): {found}"]
     return [*sentences, f"rounding of {header.candidate}: {_part(result, (ISOLATED, CHAINED))}"]
 
@@ -107,7 +107,7 @@ def worst_of_blocks(rows: Sequence[Row]) -> list[Row]:
     worst: dict[tuple[str, str, str], Row] = {}
     for row in rows:
         name = re.sub(r"\.block\.\d+", ".block", row.name)
-        key = row.part, "" if row.part == STRUCTURE else row.case, name
+        key = row.part, "" if row.part in (STRUCTURE, OPERATIONS) else row.case, name
         if key not in worst or row.share_of_limit > worst[key].share_of_limit:
             worst[key] = row
     return list(worst.values())

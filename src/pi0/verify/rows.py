@@ -15,7 +15,7 @@ from pi0.model.pi0 import prefix_valid
 from pi0.verify.cases import Case
 from pi0.verify.compare import Comparison, compare
 from pi0.verify.record import ENDS, EngineRun, Recording
-from pi0.verify.thresholds import BLOCK, CHAINED, ISOLATED, STRUCTURE, Limits, threshold
+from pi0.verify.thresholds import BLOCK, CHAINED, ISOLATED, OPERATIONS, STRUCTURE, Limits, threshold
 
 ACTIONS = "actions"
 FIRST_INPUT = {"vlm_transformer": "prefix", "expert_transformer": "suffix"}
@@ -104,7 +104,7 @@ def operation_rows(case: Case, run: EngineRun, limits: Limits) -> list[Row]:
         if known is None or comparison.fault or comparison.rel_l2 > known.rel_l2:
             worst[name] = comparison
     return [
-        Row(case.name, name, c, threshold(f"operation.{name}", limits, STRUCTURE), part=STRUCTURE)
+        Row(case.name, name, c, threshold(name, limits, OPERATIONS), part=OPERATIONS)
         for name, c in worst.items()
     ]
 

@@ -125,7 +125,8 @@ def verify(
         rows += isolated_rows(cases, a, b, limits)
     if mode != ISOLATED:
         rows += chained_rows(cases, a, b, limits, layers)
-    rows += sample_rows(cases, a, b, limits)
+    if exact is not b:
+        rows += sample_rows(cases, a, b, limits)
     if oracle is not None:
         rows += _oracle_rows(oracle, cases, a, steps, on_case)
     if min_pcc is not None:
@@ -140,7 +141,7 @@ def verify(
 
 
 def _limits(*runs: EngineRun) -> Limits:
-    return looser(*(limits_of(run.engine, run.precision) for run in runs))
+    return looser(*(limits_of(run.engine, run.precision, run.depth) for run in runs))
 
 
 def _require_finite(recordings: Mapping[str, Recording]) -> None:

@@ -131,7 +131,7 @@ def test_page_is_valid_and_needs_nothing_else(name: str) -> None:
     assert len(page.ids) == len(set(page.ids))
     assert {link.removeprefix("#") for link in page.links} <= set(page.ids), "no outside request"
     assert not re.search(r"@import|url\((?!#)", html)
-    assert html.count("<svg") == (6 if name == "no blocks" else 8)
+    assert html.count("<svg") == (5 if name == "no blocks" else 6)
     for text in ("relative L2 error", "1 − PCC", "|gain − 1|", "denoising step"):
         assert text in page.words
     assert ("block" in page.words) == (name != "no blocks")

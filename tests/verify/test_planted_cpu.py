@@ -296,9 +296,9 @@ OF_INT8 = [
     Plant("bias dropped in int8", f"{VISION}.project", int8_bias_dropped),
     Plant("products in bfloat16 in int8", f"{VISION}.project", int8_sums_in_bfloat16),
     Plant(
-        "scales of a matrix × 1.005",
+        "scales of a matrix × 1.05",
         "expert_transformer.block.1",
-        change=int8_scales_of("expert.blocks.1.down.0", 1.005),
+        change=int8_scales_of("expert.blocks.1.down.0", 1.05),
     ),
     Plant(
         "scales of queries, keys and values × 1.005",

@@ -27,7 +27,7 @@ from pi0.verify.cases import default_cases, one_change_each
 from pi0.verify.clean import CLEAN
 from pi0.verify.compare import Comparison, compare
 from pi0.verify.run import VerifyResult, verify
-from pi0.verify.thresholds import MULTIPLE, limits_of, looser, threshold
+from pi0.verify.thresholds import GAIN_SHARE, MULTIPLE, limits_of, looser, threshold
 
 Plant = Callable[[ReferenceEngine], None]
 
@@ -316,7 +316,9 @@ def test_the_looser_limit_counts() -> None:
 def test_limits_are_a_small_multiple_of_what_was_measured() -> None:
     measured = CLEAN["int8", "isolated", "vlm_transformer.keys"]
     limit = threshold("vlm_transformer.block.7.keys", limits_of(CpuEngine, "int8"), "isolated")
-    assert (limit.max_rel_l2, limit.max_gain_error) == tuple(MULTIPLE * x for x in measured)
+    rel_l2, gain = measured
+    assert limit.max_rel_l2 == MULTIPLE * rel_l2
+    assert limit.max_gain_error == MULTIPLE * max(gain, GAIN_SHARE * rel_l2)
     deep = threshold("vlm_transformer", limits_of(CpuEngine, "int8", depth=18))
     shallow = threshold("vlm_transformer", limits_of(CpuEngine, "int8"))
     assert deep.max_rel_l2 >= shallow.max_rel_l2, "errors add up"

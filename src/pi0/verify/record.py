@@ -169,7 +169,7 @@ def record(engine: Engine, case: Case, steps: int, feed: Recording | None = None
             since[stage] = since.get(stage, 0.0) + ms[name]
         else:
             ms[name] += since.pop(stage, 0.0)
-        tensors[name] = value.detach().cpu().clone()
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         fed = feed is not None and name in feed.tensors
         result = feed.tensors[name].to(value) if feed is not None and fed else value
         last = time.perf_counter()

@@ -29,6 +29,7 @@ BLOCK = re.compile(r"(\w+)\.block\.(\d+)(?:\.(\w+))?")  # stage, block, and keys
 
 MULTIPLE = 3
 FLOOR = 1e-6  # a few roundings of float32: exact on one machine is not exact on each
+GAIN_SHARE = 0.1  # of an error in all directions that may lie along the values themselves
 CLEAN_DEPTH = 2  # blocks of each tower where clean figures were measured
 ADDING_UP = ("velocity", "actions", "sample")  # through all blocks, whatever they are fed with
 
@@ -90,6 +91,7 @@ def _measured(precision: str, depth: int) -> dict[str, Threshold]:
             adds_up = part == CHAINED or key in ADDING_UP
             growth = max(1.0, depth / CLEAN_DEPTH) ** 0.5 if adds_up else 1.0
             rel_l2, gain = (growth * figure for figure in figures)
+            gain = max(gain, rel_l2 * GAIN_SHARE)
             why = (
                 f"{MULTIPLE} × the largest clean error, {rel_l2:.1e} (gain {gain:.0e}): "
                 f"{general['*'].why}"

@@ -131,7 +131,9 @@ def matrix_scaled(matrix: str, factor: float) -> Any:
         put = weights._put
 
         def scaled(into: Any, target: Any, rows: slice, values: Tensor, bias: bool) -> None:
-            put(into, target, rows, values * factor if target.matrix == matrix else values, bias)
+            if target.matrix == matrix:
+                values = values.float() * factor  # bfloat16 would round it away
+            put(into, target, rows, values, bias)
 
         patch.setattr(weights, "_put", scaled)
 

@@ -189,8 +189,18 @@ def time_embedding(patch: Patch) -> None:
     )
 
 
+class TextNotScaled:
+    """torch.nn.functional as the network sees it, with rows of the token table divided by √E."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(F, name)
+
+    def embedding(self, tokens: Tensor, table: Tensor) -> Tensor:
+        return table[tokens].float() / table.shape[1] ** 0.5
+
+
 def text_not_scaled(patch: Patch) -> None:
-    patch.setattr(network.F, "embedding", lambda ids, table: table[ids] / table.shape[1] ** 0.5)
+    patch.setattr(network, "F", TextNotScaled())
 
 
 def patches_transposed(patch: Patch) -> None:

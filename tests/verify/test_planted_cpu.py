@@ -261,7 +261,7 @@ def int8_scales_of(matrix: str, factor: float) -> Any:
         assert isinstance(engine, cpu.CpuEngine)
         packed = engine.network.weights.matrix(matrix)
         assert packed.scale is not None
-        packed.scale *= factor
+        packed.scale = packed.scale * factor
 
     return change
 

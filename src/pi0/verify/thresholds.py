@@ -30,6 +30,7 @@ BLOCK = re.compile(r"(\w+)\.block\.(\d+)(?:\.(\w+))?")  # stage, block, and keys
 MULTIPLE = 3
 FLOOR = 1e-6  # a few roundings of float32: exact on one machine is not exact on each
 GAIN_SHARE = 0.1  # of an error in all directions that may lie along the values themselves
+SAME_LIMITS = {"exact": "float32"}  # the TTNN network on the host with nothing rounded
 CLEAN_DEPTH = 2  # blocks of each tower where clean figures were measured
 ADDING_UP = ("velocity", "actions", "sample")  # through all blocks, whatever they are fed with
 
@@ -40,6 +41,7 @@ EXACT: Mapping[str, Threshold] = {
         0.999999, 0.0, "what is masked has weight 0 and moves nothing, not even a bit"
     ),
 }
+ROUNDED_ONCE = Threshold(0.9999, 0.006, "one product, rounded to bfloat16")
 AT_THE_END = Threshold(
     0.999999, 1e-5, "at t = 0 angles of time are 0 everywhere: only the order of sums differs"
 )
@@ -57,24 +59,25 @@ GENERAL: Mapping[str, Mapping[str, Threshold]] = {
     },
     "bfloat16": {
         "*": Threshold(0.999, 0.03, "8 bits, rounded at every matrix through a tower"),
-        "token_embedding": Threshold(0.9999, 0.006, "one rounded product"),
-        "projector": Threshold(0.999, 0.03, "one matrix after the tower's rounding"),
+        "token_embedding": ROUNDED_ONCE,
         "suffix": Threshold(0.9999, 0.006, "computed in float32, rounded once at the end"),
     },
     "accurate": {
+        "token_embedding": ROUNDED_ONCE,
         "*": Threshold(0.999, 0.03, "bfloat16 between all operations, and rotary tables in it"),
     },
     "int8": {
         "*": Threshold(0.999, 0.05, "7 bits and a sign; one scale per row of a matrix"),
     },
     "fast": {
+        "token_embedding": ROUNDED_ONCE,
         "*": Threshold(0.99, 0.1, "7 bits and an exponent shared by 16 values in every matrix"),
     },
     "fp8": {
         "*": Threshold(
             0.99, 0.15, "e4m3 has 3 bits of mantissa: 0.05 to 0.07 through three towers"
         ),
-        "token_embedding": Threshold(0.9999, 0.006, "one product, rounded to bfloat16"),
+        "token_embedding": ROUNDED_ONCE,
         "suffix": Threshold(0.9999, 0.006, "computed in float32, rounded once to bfloat16"),
         "actions": Threshold(0.998, 0.05, "noise, which is exact, is most of them: 0.01 to 0.02"),
         "sample": Threshold(0.998, 0.05, "as actions"),
@@ -111,6 +114,7 @@ def limits_of(engine: type[Engine], precision: str, depth: int = CLEAN_DEPTH) ->
     Raises:
         EngineError: neither this module nor the engine has limits for the precision.
     """
+    precision = SAME_LIMITS.get(precision, precision)
     measured = _measured(precision, depth) if precision in GENERAL else None
     table = engine.thresholds.get(precision, measured)
     if table is None or "*" not in table:

@@ -6,14 +6,13 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint, empty_model, load_model
 from pi0.config import Pi0Config
-from pi0.engines.base import Capabilities, Engine, EngineOptions, Threshold, exclusive
+from pi0.engines.base import Capabilities, Engine, EngineOptions, exclusive
 from pi0.engines.tenstorrent import ttnn_import
 from pi0.engines.tenstorrent.backend import Backend, Handle, Upload
 from pi0.engines.tenstorrent.boards import find_board
@@ -241,9 +240,6 @@ class TtnnHostEngine(TtnnEngine):
 
     name = "ttnn-host"
     capabilities = Capabilities(precisions=tuple(HOST_PRESETS), batch=False)
-    thresholds: ClassVar = {
-        "exact": {"*": Threshold(0.999999, 2e-5, "nothing is rounded; sums in another order")}
-    }
     notes = (HOST_NOTE,)
 
     @classmethod

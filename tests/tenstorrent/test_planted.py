@@ -224,7 +224,7 @@ PLANTS = [
     Plant("sample ignores the state", "sample", stale("state")),
     Plant("sample reuses another image's prefix", "sample", stale("images")),
     Plant("velocities × 0.92", "velocity.0", velocity_gain),
-    Plant("norms in blocks", VISION, norms_in_blocks),
+    Plant("norms in blocks", "vlm_transformer", norms_in_blocks),
 ]
 
 

@@ -32,14 +32,12 @@ class Plant:
         plant: patches the modules.
         blamed: the row that verify has to name first.
         change: done to the candidate alone, once it is made: a bug of one precision.
-        precisions: which have it.
     """
 
     name: str
     blamed: str
     plant: Callable[[pytest.MonkeyPatch], None] = lambda patch: None
     change: Callable[[Engine], None] = lambda engine: None
-    precisions: tuple[str, ...] = ()
 
 
 def trained_like(folder: Path, preset: str = "tiny", seed: int = 0) -> Checkpoint:

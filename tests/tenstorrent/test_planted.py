@@ -234,7 +234,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name)
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", [pytest.param("accurate", marks=pytest.mark.slow), "fast"])
 def test_planted(
     checkpoint: Checkpoint, precision: str, plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,7 @@ from pi0.model.flow import schedule
 from pi0.model.gemma import rotary_angles
 
 Patch = pytest.MonkeyPatch
-BOTH, INT8 = ("float32", "int8"), ("int8",)
+BOTH = ("float32", "int8")
 
 
 def gate_and_up_swapped(patch: Patch) -> None:
@@ -326,7 +326,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name)
-@pytest.mark.parametrize("precision", BOTH)
+@pytest.mark.parametrize("precision", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
 def test_planted(
     checkpoint: Checkpoint, precision: str, plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,6 +173,7 @@ def test_what_both_engines_leave_out(checkpoint: Checkpoint) -> None:
         ("masked", "masked_content.reference"),
         ("masked", "masked_content.candidate"),
         ("masked", "oracle.velocity.0"),
+        ("masked", "oracle.end"),
         ("masked", "oracle.actions"),
     ]
 

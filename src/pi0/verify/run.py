@@ -33,6 +33,7 @@ from pi0.verify.rows import (
     Row,
     chained_rows,
     isolated_rows,
+    masked_content_rows,
     operation_rows,
     sample_rows,
     structure_rows,
@@ -125,6 +126,7 @@ def verify(
         rows += isolated_rows(cases, a, b, limits)
     if mode != ISOLATED:
         rows += chained_rows(cases, a, b, limits, layers)
+    rows += masked_content_rows(cases, a, b)
     if exact is not b:
         rows += sample_rows(cases, a, b, limits)
     if oracle is not None:

@@ -7,6 +7,7 @@ BIN := .venv/bin
 DEMO := out/demo
 FULL := out/full
 LEROBOT := lerobot[pi]==0.6.1
+LEROBOT_PLUGIN := "lerobot[pi,dataset]==0.6.1" sentencepiece pytest hypothesis setuptools
 OPENPI := openpi-client==0.1.2 typing_extensions
 TEST_TTNN := pytest pytest-xdist hypothesis
 
@@ -20,23 +21,27 @@ PYTHON_LEROBOT ?= $(call find,3.12)
 # libraries, which those pins would refuse, so it gets the newest of everything.
 LOCKED := $(if $(filter $(TORCH_LOCKED),$(TORCH)),-c requirements/venv.txt)
 
-.PHONY: demo help test test-ttnn test-full lint tokenizer drawing parity lock clean
+.PHONY: demo help test test-ttnn test-ray test-lerobot-plugin test-full lint tokenizer drawing parity lock clean
 
-demo: .venv/run ## a small random checkpoint, sample pictures, a chunk of actions, a plot (default)
-	@test -e $(DEMO)/checkpoint/model.safetensors || $(BIN)/pi0 synth --preset small $(DEMO)/checkpoint
-	$(BIN)/pi0 act $(DEMO)/checkpoint --robot libero --stages \
-	  --image base=examples/cameras/base.png --image wrist=examples/cameras/wrist.png \
-	  --prompt "put the red cube into the blue bowl" --state "0.1,-0.2,0.3,0,0.5,-0.1,0.04,-0.04" \
-	  --out $(DEMO)/actions.npy --plot $(DEMO)/chunk.png
+demo: .venv/run drawing ## a robot that does what sentences say, simulated, in films (default)
+	@if $(BIN)/python -c 'import pi0.sim.render' 2>/dev/null; then \
+	  $(BIN)/pi0 eval tabletop --tasks lift,put,push --episodes 2 \
+	    --video $(DEMO) --video-format gif --out $(DEMO)/results.json; \
+	else \
+	  echo "SKIPPED the closed loop: nothing to draw with. After apt-get install libegl1"; \
+	  echo "libgl1-mesa-dri (or libosmesa6) run make demo again. The same policy on a recording:"; \
+	  mkdir -p $(DEMO); \
+	  $(BIN)/python examples/replay.py tabletop examples/tabletop/episode --out $(DEMO)/replay.png; \
+	fi
 	@echo
 	@echo "pi0 is installed as $(BIN)/pi0. To call it as pi0: source $(BIN)/activate"
-	@echo "Next: $(BIN)/pi0 --help, $(BIN)/pi0 inspect $(DEMO)/checkpoint"
+	@echo "Next: $(BIN)/pi0 --help, $(BIN)/pi0 inspect tabletop"
 
 help: ## this list
 	@echo "make TARGET [VARIABLE=value]"
 	@echo
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1 \2/p' Makefile | while read -r target what; do \
-	  printf '  %-11s %s\n' "$$target" "$$what"; done
+	  printf '  %-19s %s\n' "$$target" "$$what"; done
 	@echo
 	@echo "  PYTHON      the Python (3.10 or newer) of .venv: $(PYTHON)"
 	@echo "  TORCH       what pip installs as PyTorch: $(TORCH)"
@@ -84,16 +89,27 @@ parity: .venv/test .venv-lerobot/installed ## against LeRobot and transformers, 
 	$(BIN)/pytest tests/peers tests/policy/test_lerobot_parity.py tests/checkpoint/test_lerobot_loads.py
 	$(BIN)/python parity/run.py
 
+test-lerobot-plugin: .venv-lerobot/plugin ## contrib/lerobot_policy_pi0rt against LeRobot itself
+	@if test -e .venv-lerobot/bin/pytest; then .venv-lerobot/bin/pytest tests/lerobot_plugin; \
+	else echo "SKIPPED tests of the LeRobot plug-in: no Python 3.12"; fi
+
+test-ray: .venv/ray ## pi0 serve --replicas, with a Ray that is started for it
+	$(BIN)/pytest tests/serve/test_replicas_ray.py
+
 # setuptools comes first and builds pi0 without isolation, so that its version is pinned as well.
 .venv/run: pyproject.toml requirements/venv.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q $(LOCKED) --upgrade pip setuptools
 	$(BIN)/pip install -q --no-deps $(TORCH)
-	$(BIN)/pip install -q $(LOCKED) --no-build-isolation -e '.[plot]'
+	$(BIN)/pip install -q $(LOCKED) --no-build-isolation -e '.[plot,sim]'
 	@touch $@
 
 .venv/test: .venv/run
 	$(BIN)/pip install -q $(LOCKED) --no-build-isolation -e '.[test,lint]'
+	@touch $@
+
+.venv/ray: .venv/test
+	$(BIN)/pip install -q $(LOCKED) --no-build-isolation -e '.[ray]'
 	@touch $@
 
 .venv-ttnn/installed: pyproject.toml requirements/ttnn.txt
@@ -116,6 +132,12 @@ parity: .venv/test .venv-lerobot/installed ## against LeRobot and transformers, 
 	  && .venv-lerobot/bin/pip install -q -c requirements/lerobot.txt '$(LEROBOT)' && touch $@; \
 	else echo "python3.12 not found: LeRobot will be skipped"; fi
 
+.venv-lerobot/plugin: .venv-lerobot/installed pyproject.toml contrib/lerobot_policy_pi0rt/pyproject.toml
+	@if test -n "$(PYTHON_LEROBOT)"; then \
+	  .venv-lerobot/bin/pip install -q -c requirements/lerobot.txt $(LEROBOT_PLUGIN) \
+	  && .venv-lerobot/bin/pip install -q --no-deps --no-build-isolation \
+	    -e . -e contrib/lerobot_policy_pi0rt && touch $@; fi
+
 # Pins for every Python and system at once, from pyproject.toml and the variables above.
 # make lock UPGRADE= adds what is missing and leaves the other versions alone.
 UPGRADE ?= --upgrade
@@ -124,12 +146,13 @@ COMPILE = .venv-lock/bin/uv pip compile --quiet --universal --no-python-download
 
 lock: .venv-lock/installed ## resolve requirements/*.txt again, to the newest versions
 	@printf '%s\n' pip setuptools $(TORCH_LOCKED) | $(COMPILE) --python-version 3.10 \
-	  pyproject.toml - --extra plot --extra test --extra lint -o requirements/venv.txt >/dev/null
+	  pyproject.toml - --extra plot --extra ray --extra sim --extra test --extra lint \
+	  -o requirements/venv.txt >/dev/null
 	@printf '%s\n' pip setuptools $(TEST_TTNN) | $(COMPILE) --python-version 3.10 \
 	  pyproject.toml - --extra ttnn --extra report -o requirements/ttnn.txt >/dev/null
 	@printf '%s\n' pip $(OPENPI) | $(COMPILE) --python-version 3.10 \
 	  - -o requirements/openpi.txt >/dev/null
-	@printf '%s\n' pip '$(LEROBOT)' | $(COMPILE) --python-version 3.12 \
+	@printf '%s\n' pip '$(LEROBOT)' $(LEROBOT_PLUGIN) | $(COMPILE) --python-version 3.12 \
 	  - -o requirements/lerobot.txt >/dev/null
 
 .venv-lock/installed:

@@ -42,7 +42,7 @@ from pi0.config import PRESETS
 from pi0.inputs import random_inputs
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")]
 SHELL = [command for page in PAGES for block in blocks(page) for command in commands(block)]
 
 # Checkpoints that pages name, and the widths of state and actions in their statistics.

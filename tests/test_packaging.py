@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 # Extras that the lock of an environment serves, and the Pythons that it may have.
 LOCKS = {
-    "venv": (["plot", "report", "test", "lint"], PYTHONS),
+    "venv": (["plot", "ray", "report", "test", "lint"], PYTHONS),
     "ttnn": (["ttnn", "report"], ["3.10", "3.12"]),
 }
 # Folders of one person's or one machine's files.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import load_model, open_checkpoint
 from pi0.checkpoint.report import report
-from pi0.checkpoint.synth import byte_tokenizer, synthesise
+from pi0.checkpoint.synth import FLAT, byte_tokenizer, random_tensor, synthesise, tensor_list
 from pi0.config import PRESETS
 from pi0.inputs import random_inputs
 
@@ -31,10 +32,14 @@ def test_safetensors_itself_reads_it(tiny_path: Path) -> None:
     assert all(value.dtype == torch.float32 for value in tensors.values())
 
 
+@pytest.mark.parametrize("outliers", [1.0, 30.0])
 @pytest.mark.parametrize("preset", ["tiny", "small"])
-def test_activations_keep_their_scale(preset: str, tmp_path: Path) -> None:
+def test_activations_keep_their_scale(preset: str, outliers: float, tmp_path: Path) -> None:
     """The residual stream neither dies nor explodes from block to block."""
-    synthesise(tmp_path, PRESETS[preset], LAYOUTS["openpi"], 0, torch.float32)
+    statistics = replace(FLAT, outliers=outliers)
+    synthesise(
+        tmp_path, PRESETS[preset], LAYOUTS["openpi"], 0, torch.float32, statistics=statistics
+    )
     model = load_model(open_checkpoint(tmp_path))
     scales: dict[str, float] = {}
 
@@ -50,6 +55,33 @@ def test_activations_keep_their_scale(preset: str, tmp_path: Path) -> None:
         tower.depth for tower in (model.config.vision, model.config.vlm, model.config.expert)
     )
     assert all(0.1 < scale < 10 for scale in scales.values()), scales
+
+
+@pytest.mark.parametrize("preset", ["tiny", "pi05_tiny"])
+def test_outliers(preset: str) -> None:
+    """Every hundredth channel of what a norm multiplies with is so many times as large; its readers
+    are smaller as a whole; everything else is as it was."""
+    config = PRESETS[preset]
+    for theirs, (ours, shape) in tensor_list(config, LAYOUTS["openpi"]).items():
+        plain, with_outliers = (
+            random_tensor(ours, shape, config, 0, replace(FLAT, outliers=f)) for f in (1, 30)
+        )
+        conditioned = ".dense." in ours
+        if ".blocks." in ours and "norm" in ours and (conditioned or ours.endswith("weight")):
+            # SigLIP's weights are the scale, Gemma's are added to 1; a conditioned norm's scale is
+            # the first third of its layer's outputs.
+            one = 0 if "vision" in ours or ours.endswith("dense.weight") else 1
+            expected = plain.clone()
+            scale = expected.chunk(3)[0] if conditioned else expected
+            scale[::100] = (scale[::100] + one) * 30 - one
+            assert torch.allclose(with_outliers, expected), theirs
+        elif re.search(r"blocks.*(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)\.weight", ours):
+            width = shape[1]
+            sizes = [30 if i % 100 == 0 else 1 for i in range(width)]
+            rms = (sum(size**2 for size in sizes) / width) ** 0.5
+            assert torch.allclose(with_outliers * rms, plain), theirs
+        else:
+            assert torch.equal(with_outliers, plain), theirs
 
 
 def test_byte_tokenizer() -> None:

@@ -17,6 +17,7 @@ from test_cli import pi0, refused
 
 from pi0.checkpoint.infer import to_config_json
 from pi0.data import Recording, Schema, finish, write_shard
+from pi0.policy import Policy
 from pi0.train.log import read_log
 from pi0.train.save import STATE_FILE, load_state
 
@@ -78,6 +79,7 @@ def test_from_pictures_to_actions(place: Path, tmp_path: Path) -> None:
     """Trained in two halves; then an action, by an engine, from the files alone."""
     out = tmp_path / "run"
     options = ["--steps", 4, "--learning-rate", "1e-3", "--aux", "aux.place@0", "--log-every", 2]
+    options += ["--execute", 2]
     done = pi0(*words(place, out, *options, "--save-every", 2, "--draws", 2))
     assert done.returncode == 0, done.stderr
     assert "from random weights: 2 episodes, 12 frames" in done.stdout
@@ -92,6 +94,10 @@ def test_from_pictures_to_actions(place: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert acted.returncode == 0, acted.stderr
     assert np.array(json.loads(acted.stdout)["actions"]).shape == (6, 2)
+    settings = json.loads((out / "last" / "config.json").read_text())
+    assert (settings["robot"], settings["n_action_steps"]) == ("arm", 2)
+    policy = Policy.from_checkpoint(out / "last", robot=place / "arm.toml")
+    assert policy.n_action_steps == 2
     assert "expected a folder without a run" in refused(*words(place, out, *options))
 
 
@@ -122,6 +128,7 @@ def test_sigterm_saves_and_resumes(place: Path, tmp_path: Path) -> None:
         (["--batch-size", "0"], "batch-size"),
         (["--ema", "1"], "ema: expected 0 to"),
         (["--crop", "7"], "crop: expected 0.1 to 1, found 7"),
+        (["--execute", "7"], "--execute: expected at most the 6 actions of a chunk, found 7"),
         (["--layout", "jax"], "--layout: expected one of openpi, lerobot, found 'jax'"),
         (["--layout", "lerobot"], "expected a robot whose actions are absolute"),
         (["--max-tokens", "3"], "task 'lift the cube': prompt: expected at most 3 tokens"),

@@ -14,7 +14,7 @@ from dataset_folder import BASE, SCHEMA, WRIST, psnr, recording, write_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pi0.data import Dataset, Recording, Schema, finish, shard_done, write_shard
+from pi0.data import Dataset, Recording, Schema, finish, shard_episodes, write_shard
 from pi0.data.video import write_video
 from pi0.errors import DataError, Pi0Error
 from pi0.policy.images import RESIZE
@@ -113,8 +113,8 @@ def test_processes_write_shards_in_any_order(tmp_path: Path) -> None:
 
 def test_more_shards_after_finish(folder: Path) -> None:
     before = Dataset.open(folder).column("action")
-    assert shard_done(folder, 1)
-    assert not shard_done(folder, 2)
+    assert shard_episodes(folder, 1)
+    assert shard_episodes(folder, 2) == 0
     write_shard(folder, 2, 3, [recording(3, 2)], SCHEMA)
     finish(folder, SCHEMA)
     dataset = Dataset.open(folder)
@@ -140,12 +140,12 @@ def test_a_stopped_shard_leaves_no_trace(folder: Path) -> None:
     stopped = Recording(good.task, Interrupted(good.images), good.columns)
     with pytest.raises(Stopped):
         write_shard(folder, 2, 3, [stopped], SCHEMA)
-    assert not shard_done(folder, 2)
+    assert shard_episodes(folder, 2) == 0
     assert not list(folder.rglob("*.part"))
     finish(folder, SCHEMA)
     assert Dataset.open(folder).num_episodes == 3
     write_shard(folder, 2, 3, [good], SCHEMA)
-    assert shard_done(folder, 2)
+    assert shard_episodes(folder, 2)
 
 
 def test_statistics_files(written: Written) -> None:

@@ -7,22 +7,26 @@ Triton's kernels have tests of their own (test_triton.py), and so has what needs
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from cuda_replays import require_replays
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pi0.bench.worker import part_times
 from pi0.checkpoint.load import open_checkpoint
 from pi0.config import PRESETS
 from pi0.engines.base import EngineOptions, make_engine
 from pi0.engines.fast.cuda import engine as cuda
 from pi0.engines.fast.cuda import fp8
+from pi0.engines.fast.cuda import graph as graph_module
 from pi0.engines.fast.cuda.engine import BUCKET, CudaEngine, choose_scheme, guard
 from pi0.engines.fast.cuda.fp8 import Fp8Kernels
 from pi0.engines.fast.cuda.graph import LIMIT, Call, Graph, Graphs
@@ -182,7 +186,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "find_device", lambda name: CPU)
     monkeypatch.setattr(cuda, "on_device", lambda device: nullcontext())
     monkeypatch.setattr(cuda, "check_fp8", lambda device: None)
-    monkeypatch.setattr(cuda, "choose_kernels", lambda device, scheme: (Fp8Kernels(), []))
+    monkeypatch.setattr(cuda, "choose_kernels", lambda *_: (Fp8Kernels(), []))
 
 
 def verified(
@@ -237,19 +241,129 @@ def test_steps_are_told_and_nan_is_refused(tiny_path: Path) -> None:
         engine.sample(inputs, noise)
 
 
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("precision", CudaEngine.capabilities.precisions)
+def test_replays_are_the_call(tiny_path: Path, precision: str) -> None:
+    require_replays(CudaEngine(open_checkpoint(tiny_path), EngineOptions(precision)))
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_parts_are_timed_as_graphs(tiny_path: Path) -> None:
+    """And `pi0 bench` shows these times, not those of kernels launched one by one."""
+    engine = CudaEngine(open_checkpoint(tiny_path), EngineOptions("float32"))
+    inputs, noise = random_inputs(engine.config, 2, 9, 0)
+    prefill, vision, step = part_times(engine, inputs, noise, 3)
+    assert 0 < vision < prefill
+    assert step > 0
+    engine.time_parts = lambda *_: (3.0, 2.0, 1.0)  # type: ignore[method-assign]
+    assert part_times(engine, inputs, noise, 3) == (3.0, 2.0, 1.0)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_prompts_that_stay_have_no_mask(each_path: Path) -> None:
+    """A mask keeps attention from its fastest kernels. π0.5's prompts change with the state."""
+    engine = CudaEngine(open_checkpoint(each_path), EngineOptions("float32"))
+    inputs, _ = random_inputs(engine.config, 2, 40, 0)
+    inputs.token_mask[:, 9:] = False
+    plan = engine._plan(inputs)
+    tokens = 2 * engine.config.vision.num_patches + 9
+    if engine.config.state_tokens:
+        assert plan.valid is None
+        assert plan.tokens == tokens
+    else:
+        assert plan.valid is not None
+        assert plan.tokens == -(-tokens // BUCKET) * BUCKET
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backends_of_attention(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never cuDNN's; in float32 the plain one alone."""
+    seen, flags = [], torch.backends.cuda
+
+    def attention(q: Tensor, *_: Any) -> Tensor:
+        seen.append(
+            (flags.flash_sdp_enabled(), flags.mem_efficient_sdp_enabled(), flags.math_sdp_enabled())
+        )
+        assert not flags.cudnn_sdp_enabled()
+        return q
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    before = flags.cudnn_sdp_enabled()
+    q = torch.zeros(1, 3, 2, 16, dtype=dtype)
+    Fp8Kernels().attend(q, q, q)
+    exact = dtype == torch.float32
+    assert seen == [(not exact, not exact, True)]
+    assert flags.cudnn_sdp_enabled() == before
+
+
+def test_every_graph_has_a_stream(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its warm-up and its capture are on a stream that no other living graph was captured on."""
+    current, alive = [], {}
+
+    class Stream:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def wait_stream(self, other: Any) -> None:
+            pass
+
+    class CapturedGraph:
+        def reset(self) -> None:
+            del alive[self]
+
+        def replay(self) -> None:
+            assert self in alive
+
+    @contextmanager
+    def on(stream: Any) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    @contextmanager
+    def capture(graph: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        assert ran_on[-2:] == [stream] * 2
+        assert stream not in alive.values()
+        alive[graph] = stream
+        with on(stream):
+            yield
+
+    ran_on: list[Any] = []
+    run = Graph.run
+    fakes = {"Stream": Stream, "CUDAGraph": CapturedGraph, "stream": on, "graph": capture}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
+    monkeypatch.setattr(Graph, "run", lambda self: (ran_on.append(current[-1]), run(self)))
+    monkeypatch.setattr(graph_module, "LIMIT", 2)
+    graphs = Graphs(network, torch.device("cuda"))
+    graphs.device = CPU
+    with torch.inference_mode(), on(Stream()):
+        calls = [
+            call_of(network, *random_inputs(network.config, 1, 4, 0), steps=n) for n in (1, 2, 3)
+        ]
+        held = []
+        for call in (*calls, calls[0]):
+            graphs(call)
+            held.append(graphs.kept[call.shape])  # others may hold what is evicted
+            assert len(alive) == len(graphs.kept) <= 2
+            assert ran_on[-1] not in (current[0], graphs.spare)
+
+
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("triton_check", "triton_kernels"):
         monkeypatch.delitem(sys.modules, f"pi0.engines.fast.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
     scheme, _ = fp8.make_scheme(PRESETS["tiny"], 64)
-    kernels, (note,) = cuda.choose_kernels(CPU, scheme)
+    kernels, (note,) = cuda.choose_kernels(CPU, scheme, PRESETS["tiny"])
     assert type(kernels) is Fp8Kernels
     assert "Triton's fused kernels cannot be used (import of triton" in note
 
 
 @pytest.mark.usefixtures("on_cpu")
 def test_notes_are_warnings(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "choose_kernels", lambda device, scheme: (Fp8Kernels(), ["why"]))
+    monkeypatch.setattr(cuda, "choose_kernels", lambda *_: (Fp8Kernels(), ["why"]))
     with pytest.warns(UserWarning, match="why"):
         engine = CudaEngine(open_checkpoint(tiny_path), EngineOptions("bfloat16"))
     assert engine.notes == ["why"]
@@ -288,8 +402,22 @@ def test_fp8_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Tensor:
         raise RuntimeError("no rows")
 
+    right = fp8.multiply
     monkeypatch.setattr(fp8, "multiply", refuse)
     with pytest.raises(EngineError, match="row-wise scaled products .*no rows.*Use --dtype"):
+        cuda.check_fp8(CPU)
+    # Only some sizes fail, or only with a bias, or the numbers are wrong.
+    for wrong in (
+        lambda a, matrix: refuse() if matrix.bias is not None else right(a, matrix),
+        lambda a, matrix: refuse() if matrix.weight.shape[1] == 4304 else right(a, matrix),
+    ):
+        monkeypatch.setattr(fp8, "multiply", wrong)
+        with pytest.raises(EngineError, match="no rows"):
+            cuda.check_fp8(CPU)
+    monkeypatch.setattr(fp8, "multiply", lambda a, matrix: right(a, matrix) * 1.1)
+    with pytest.raises(
+        EngineError, match=r".50, 4096. times .4096, 1024. is off by 0.1, more than"
+    ):
         cuda.check_fp8(CPU)
 
 

@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -50,6 +51,7 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 widths = st.integers(1, 150)
 rows = st.integers(1, 4)
 seeds = st.integers(0, 2**31)
+MANY = 2**31
 PLAIN = Fp8Kernels()
 
 
@@ -111,6 +113,14 @@ def expect_rows(found: Tensor, scale: Tensor, wanted: Tensor) -> None:
     largest = found.abs().amax(1)
     torch.testing.assert_close(largest, torch.full_like(largest, 448))
     expect((found * scale).to(wanted.dtype), wanted, roundings=3)
+
+
+@pytest.fixture(autouse=True)
+def float32_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention in the kernel although it is float32: the interpreter multiplies no bfloat16."""
+    from pi0.engines.fast.cuda import triton_kernels
+
+    monkeypatch.setattr(triton_kernels, "MATRIX_DTYPES", {torch.float32, torch.bfloat16})
 
 
 @pytest.fixture
@@ -268,19 +278,37 @@ def test_split(
     group=st.integers(1, 8),
     kv_heads=st.integers(1, 2),
     width=st.integers(1, 40),
+    few=st.booleans(),
+    masked=st.booleans(),
     seed=seeds,
 )
 def test_attention(
-    batch: int, queries: int, keys: int, group: int, kv_heads: int, width: int, seed: int
+    batch: int,
+    queries: int,
+    keys: int,
+    group: int,
+    kv_heads: int,
+    width: int,
+    few: bool,
+    masked: bool,
+    seed: int,
 ) -> None:
-    """In float32: the interpreter multiplies no bfloat16. Masked keys may hold anything."""
+    """Both tiles. Masked keys may hold anything."""
+    from pi0.engines.fast.cuda import triton_kernels
+
     q = random(seed, batch, queries + 1, kv_heads * group, width)[:, 1:]
     k, v = (random(seed + i, batch, keys, kv_heads, width) for i in (1, 2))
-    valid = random(seed + 3, batch, keys) > 0
-    valid[:, -1] = True
+    valid = None
+    if masked:
+        valid = random(seed + 3, batch, keys) > 0
+        valid[:, -1] = True
     wanted = PLAIN.attend(q.contiguous(), k, v, valid)
-    k[~valid], v[~valid] = 1e4, -1e4
-    torch.testing.assert_close(kernels().attend(q, k, v, valid), wanted, rtol=1e-4, atol=1e-5)
+    if valid is not None:
+        k[~valid], v[~valid] = 1e4, -1e4
+    with patch.object(triton_kernels, "MOST_QUERIES", MANY if few else 0):
+        if few or masked:  # else PyTorch's
+            found = kernels().attend(q, k, v, valid)
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 @here
@@ -324,23 +352,34 @@ def test_gated_residual_with_a_damaged_value(value: float, damaged: int) -> None
     assert not kernels().project(a, matrix, residual, gate)[0, 3].isfinite()
 
 
+@pytest.fixture
+def small_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer queries are many: the interpreter takes a millisecond for a program."""
+    from pi0.engines.fast.cuda import triton_check, triton_kernels
+
+    for module in (triton_check, triton_kernels):
+        monkeypatch.setattr(module, "MOST_QUERIES", 48)
+
+
 @here
+@pytest.mark.usefixtures("small_many")
 @pytest.mark.parametrize("quantised", [False, True])
 def test_check_passes(quantised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from pi0.engines.fast.cuda import triton_check, triton_kernels
 
     if INTERPRETED:  # whose own e4m3 is wrong
         monkeypatch.setattr(triton_kernels, "FP8", torch.float32)
-    triton_check.check(torch.device(DEVICE), torch.float32, quantised)
+    triton_check.check(torch.device(DEVICE), torch.float32, quantised, PRESETS["tiny"])
 
 
 @here
+@pytest.mark.usefixtures("small_many")
 def test_check_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     from pi0.engines.fast.cuda import triton_check, triton_kernels
 
     monkeypatch.setattr(triton_kernels, "RMS_EPS", 1e-2)
     with pytest.raises(triton_check.TritonUnavailable, match="rms_norm differs from PyTorch's by"):
-        triton_check.check(torch.device(DEVICE), torch.float32, False)
+        triton_check.check(torch.device(DEVICE), torch.float32, False, PRESETS["tiny"])
 
 
 @here

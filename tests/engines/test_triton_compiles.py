@@ -1,4 +1,4 @@
-"""Every call of a Triton kernel compiles for several GPUs, which needs none of them.
+"""Every call of a Triton kernel compiles for several GPUs and fits them; this needs none of them.
 
 The interpreter of test_triton.py accepts what the compiler does not.
 """
@@ -7,82 +7,76 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from pi0.engines.fast.kernels import Norm
-from pi0.engines.fast.network import make_rotation
-from pi0.engines.fast.weights import Matrix
+from pi0.config import PRESETS
 
 if not importlib.util.find_spec("triton"):
     pytest.skip("triton is not installed", allow_module_level=True)
 
+from gpu_compiler import SHARED, Compiled, compiling_for
+
+from pi0.engines.fast.cuda import triton_kernels
+from pi0.engines.fast.cuda.triton_check import run_all
+from pi0.engines.fast.cuda.triton_kernels import FEW, MANY, SHARE, TritonKernels
+
+META = torch.device("meta")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is taken from an earlier run."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def require_fit(compiled: list[Compiled], capability: int) -> None:
+    for kernel in compiled:
+        assert kernel.shared <= SHARED[capability], kernel
+        assert kernel.stack == 0, kernel
+
 
 @pytest.mark.parametrize(
-    ("capability", "quantised"), [(80, False), (89, True), (90, False), (90, True)]
+    ("capability", "dtype", "quantised"),
+    [
+        (80, torch.bfloat16, False),
+        (89, torch.bfloat16, True),
+        (90, torch.bfloat16, False),
+        (90, torch.bfloat16, True),
+        (90, torch.float32, False),
+    ],
 )
-def test_every_call_compiles(
-    capability: int, quantised: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_every_call_fits(
+    capability: int, dtype: torch.dtype, quantised: bool, tmp_path: Path
 ) -> None:
-    """To machine code, with the types and sizes of the published model; this needs no GPU."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    compiled = []
-
-    def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        values = dict(zip(kernel.arg_names, args, strict=True))
-        constant = {p.name for p in kernel.params if p.is_constexpr or values[p.name] is None}
-        source = ASTSource(
-            kernel,
-            {n: "constexpr" if n in constant else triton_type(v) for n, v in values.items()},
-            constexprs={name: values[name] for name in constant},
-        )
-        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        assert made.asm["cubin"]
-        compiled.append(kernel.__name__)
-
-    monkeypatch.setattr(triton.JITFunction, "run", launch)
-    call_all(quantised)
-    assert len(set(compiled)) == 6
+    """The calls of the check at the engine's start, at the sizes of the published models."""
+    with torch.inference_mode(), compiling_for(capability, tmp_path) as compiled:
+        run_all(TritonKernels(), META, dtype, quantised, PRESETS["pi0_base"])
+    names = {kernel.name for kernel in compiled}
+    assert len(names) == (4 if dtype == torch.float32 else 6), names
+    require_fit(compiled, capability)
 
 
-def triton_type(value: Any) -> str:
-    if isinstance(value, Tensor):
-        names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.bool: "i1"}
-        return f"*{names.get(value.dtype, 'fp8e4nv')}"
-    return "fp32" if isinstance(value, float) else "i32"
+@pytest.mark.parametrize("capability", [80, 89, 120])
+def test_attention_fits(capability: int, tmp_path: Path) -> None:
+    """Which takes most. 12.0 is here because its shared memory is as small as that of 8.9."""
+    q, kv = (torch.empty(1, t, h, 256, dtype=torch.bfloat16, device=META) for t, h in SIZES)
+    with compiling_for(capability, tmp_path) as compiled:
+        for tile, share in ((FEW, SHARE), (MANY, kv.shape[1])):
+            triton_kernels._attend(q, kv, kv, None, tile, share)
+    assert len(compiled) == 4
+    require_fit(compiled, capability)
 
 
-def call_all(quantised: bool) -> None:
-    """Every operation as the network calls it at full size, but for the number of rows."""
-    from pi0.engines.fast.cuda.triton_kernels import TritonKernels
+SIZES = ((816, 8), (867, 1))  # tokens and heads of queries, and of keys
 
-    these = TritonKernels()
 
-    def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return torch.zeros(*shape, dtype=dtype)
-
-    into = Matrix(zeros(1, 16), scale=zeros(1) if quantised else None)
-    a = zeros(2, 16)
-    for width in (1024, 1152, 2048):
-        x, weight = zeros(2, width), zeros(width, dtype=torch.float32)
-        these.operand(x, into)
-        these.rms_norm(x, Norm(weight), into)
-        these.rms_norm(x, Norm(weight, weight), into)
-        these.project(a, Matrix(zeros(width, 16)), x, weight)
-        these.layer_norm(x, weight, weight, into)
-    for units in (4096, 16384):
-        these.geglu(a, Matrix(zeros(2 * units, 16)), into)
-    these.gelu(a, Matrix(zeros(4304, 16), zeros(4304)), into)
-    k, v = zeros(2, 1, 835, 1, 256)
-    rotation = make_rotation(torch.arange(51)[None], 256)
-    for heads in (8, 0):
-        q = these.split(zeros(1, 51, (heads + 2) * 256), rotation, k[:, 784:], v[:, 784:])
-        if heads:
-            these.attend(q[:, 1:], k, v, zeros(1, 835, dtype=torch.bool))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_heads_compile(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Products have a least size in the compiler, and none in the interpreter."""
+    with compiling_for(90, tmp_path) as compiled:
+        for width in (1, 12, 40):
+            q, k = (torch.empty(1, n, 1, width, dtype=dtype, device=META) for n in (3, 20))
+            triton_kernels._attend(q, k, k, None, FEW, SHARE)
+    assert compiled

@@ -64,3 +64,19 @@ def test_interrupted_recording_goes_on(tmp_path):
     assert one.num_episodes == other.num_episodes == 22
     for key in ("observation.state", "action", "aux.target_point"):
         np.testing.assert_array_equal(one.column(key), other.column(key))
+
+
+def test_more_episodes_are_added_to_a_dataset(tmp_path):
+    """Also where its last shard was not full; fewer than it has are refused."""
+    options = {"seed": 7, "tasks": ("lift",), "image_size": 16}
+    grown, whole = tmp_path / "grown", tmp_path / "whole"
+    for episodes in (1, 22):
+        record(Plan(episodes, **options), grown, 1, lambda _: None)
+    record(Plan(22, **options), whole, 1, lambda _: None)
+    one, other = Dataset.open(grown), Dataset.open(whole)
+    np.testing.assert_array_equal(one.column("action"), other.column("action"))
+    assert one.check() == []
+    for episodes in (21, 3):
+        with pytest.raises(ConfigError, match=rf"at most {episodes} episodes.* found more"):
+            record(Plan(episodes, **options), grown, 1, lambda _: None)
+    assert Dataset.open(grown).num_episodes == 22

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from descriptors import read_descriptors
 
 from pi0.engines.tenstorrent.stub_compiler import has_compiler
 from pi0.engines.tenstorrent.ttnn_import import MOCK
@@ -47,6 +48,36 @@ def test_tiny(either_path: Path, board: str, grid: list[int], dtype: str) -> Non
     assert 40 < data["programs"] < 100
     assert 0 < data["peak_l1"] <= data["l1"]
     assert 0 < data["weights"] < data["peak_dram"] < data["dram"]
+
+
+def test_formats_are_those_that_the_host_computes_with(tiny_path: Path, tmp_path: Path) -> None:
+    """What `silicon.py` and `golden.py` take for granted, read from the generated descriptors."""
+    words = ("ttnn", "dry-run", tiny_path, "--dtype", "fast", "--cameras", 1, "--tokens", 8)
+    done = pi0(*words, XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    found = read_descriptors(tmp_path)
+    for kernel in found:
+        registers = [("Tf32" if memory == "Float32" else memory) for memory in kernel.memory]
+        if "sfpu" not in kernel.kernel:  # the vector engine has float32
+            assert list(kernel.registers) == registers, kernel
+    by_kernel = {name: [k for k in found if k.kernel == name] for name in {k.kernel for k in found}}
+    products = by_kernel["compute_metal2"]
+    assert {k.fidelity for k in products} == {"HiFi2", "HiFi3"}, "HiFi4 is faulty on Wormhole"
+    assert all(k.float32_sums and "Float32" in k.memory for k in products)
+    attention = by_kernel["sdpa"]
+    assert {k.fidelity for k in attention} == {"HiFi2"}
+    for k in attention:
+        # Logits, and twice the sums of weights; maxima, outputs and the rest are bfloat16.
+        assert k.float32_sums
+        assert k.memory.count("Float32") == 3
+        assert set(k.memory) == {"Float32", "Float16_b"}
+    for k in by_kernel["rotary_embedding"]:
+        assert (set(k.memory), k.float32_sums) == ({"Float16_b"}, False)
+    norms = by_kernel["layernorm"] + by_kernel["layernorm_sharded"]
+    assert {(k.fidelity, k.float32_sums) for k in norms} == {("HiFi3", True)}
+    with_gelu = [k for k in by_kernel["eltwise_binary_no_bcast"] if len(k.memory) == 4]
+    assert {k.memory for k in with_gelu} == {("Bfp8_b",) * 4}, "GELU lies in the dtype of the gate"
+    assert not any(k.float32_sums for k in by_kernel["ternary_addc_ops_fpu_rowbcast"])
 
 
 @pytest.mark.parametrize("board", ["n150", "p150"])

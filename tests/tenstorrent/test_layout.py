@@ -95,7 +95,8 @@ def test_masks_are_the_models(config: Pi0Config, cameras: list[bool], words: int
     )
     n = valid.shape[1]
     rows = torch.cat([layout.view["prefix"].rows, layout.prefix + layout.view["suffix"].rows])
-    suffix = given["suffix_mask"].value[0, 0] == 0
+    own, past = (given["suffix_mask"].value[0, 0] == 0).split([layout.suffix, layout.prefix], 1)
+    suffix = torch.cat([past, own], dim=1)  # the cache has the suffix first
     assert torch.equal(suffix[: config.suffix_len][:, rows], mask[0, n:])
     assert suffix.sum() == mask[0, n:].sum()
     prefix = given["prefix_mask"].value[0, 0] == 0
@@ -119,7 +120,7 @@ def test_without_a_state_token() -> None:
     assert not uploaded[config.horizon :].any()
     assert "state" not in given
     rows = given["suffix_mask"].value[0, 0, : config.horizon] == 0
-    assert rows[:, layout.prefix :].sum(dim=1).eq(config.horizon).all()
+    assert rows[:, : layout.suffix].sum(dim=1).eq(config.horizon).all()
 
 
 @given(st.integers(0, 2000))
@@ -154,19 +155,39 @@ def test_padded_heads_keep_products() -> None:
     st.booleans(),
 )
 def test_matmul_blocks_cover_and_fit(m: int, k: int, n: int, grid: Grid, sums: bool) -> None:
-    b = program_configs.matmul_blocks(m, k, n, grid, ("bfloat16", "bfloat8_b", "bfloat16"), sums)
-    down, across = (1, grid.cores) if b.spread == "columns" else (grid.y, grid.x)
-    assert b.rows * down >= m
-    assert b.columns * across >= n
-    assert (b.rows % b.block_rows, b.columns % b.block_columns, k % b.inner) == (0, 0, 0)
-    assert (b.block_rows % b.sub_rows, b.block_columns % b.sub_columns) == (0, 0)
-    assert b.sub_rows * b.sub_columns <= (4 if sums else 8)
-    assert b.sub_rows == 1 or b.sub_columns == b.block_columns
+    dtypes = ("bfloat16", "bfloat8_b", "bfloat16")
+    b = program_configs.matmul_blocks(m, k, n, grid, dtypes, sums)
+    assert (k % b.inner, b.rows % b.sub_rows, b.columns % b.sub_columns) == (0, 0, 0)
+    assert max(b.rows, b.columns, b.inner) <= program_configs.LONGEST
+    assert 2 <= b.sub_rows * b.sub_columns <= (4 if sums else 8), "never one tile at a time"
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "columns", "together"),
+    [
+        (18, 1024, 8, 4),  # gate and up of the VLM, 2 × 224
+        (18, 47 * 13, 8, 4),  # 47 columns of a core: 48, not one at a time
+        (2, 256, 4, 4),  # of the expert
+        (2, 1, 1, 2),  # velocity
+    ],
+)
+def test_matmul_blocks_of_the_model(m: int, n: int, columns: int, together: int) -> None:
+    b = program_configs.matmul_blocks(m, 32, n, Grid(13, 10), ("bfloat16",) * 3, True)
+    assert (b.columns, b.sub_rows * b.sub_columns) == (columns, together)
+
+
+@pytest.mark.parametrize("width", [32, 64, 96, 1024, 2048])
+def test_shards_divide_a_width(width: int) -> None:
+    grid = program_configs.shards(width // 32)
+    assert width // 32 % grid.cores == 0
+    assert (grid.x, grid.y) <= (8, 2)
+    assert width < 1024 or grid.cores == 16
 
 
 @pytest.mark.parametrize("base", [BASE, PI05_BASE], ids=["pi0", "pi05"])
 def test_weights_have_to_fit(base: Pi0Config) -> None:
-    """bfloat16: 2 bytes for each of the 3.24e9 parameters; fast: 1.06 for all but the embedding.
+    """bfloat16: 2 bytes for each of the 3.24e9 parameters; fast: 1.06 for all but the embedding
+    and what adds to the expert's stream.
     π0.5's layers on the timestep stay on the host."""
     accurate, fast = (packed_bytes(base, PRECISIONS[name]) for name in ("accurate", "fast"))
     parameters = sum(
@@ -176,7 +197,10 @@ def test_weights_have_to_fit(base: Pi0Config) -> None:
     )
     assert accurate == pytest.approx(2 * parameters, rel=0.03)
     table = base.vocab_size * base.vlm.width
-    assert fast == pytest.approx(2 * table + 1.0625 * (parameters - table), rel=0.03)
+    expert = base.expert
+    attended = expert.num_heads * expert.head_dim
+    whole = table + expert.depth * expert.width * (attended + expert.mlp_dim)
+    assert fast == pytest.approx(2 * whole + 1.0625 * (parameters - whole), rel=0.03)
     require_dram(base, PRECISIONS["accurate"], 12_000_000_000)
     with pytest.raises(EngineError, match=r"at most the 6.0 GB .* found 6.6 GB. Use --dtype fast"):
         require_dram(base, PRECISIONS["accurate"], 6_000_000_000)

@@ -22,6 +22,8 @@ ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, "adapter_model.bin")
 PRETRAINED = "pretrained_model"  # the folder inside each checkpoint of a LeRobot training run
 PARAMS = "params"  # the folder with the weights in a JAX checkpoint of openpi
 JAX_FILES = ("_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA")
+SHIPPED = "shipped"  # a folder of the package
+SHIPPED_POLICIES = ("tabletop",)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER = (
     "The tokenizer is a file of its own: paligemma_tokenizer.model from gs://big_vision, or "
@@ -55,7 +57,8 @@ class Sources:
 
 
 def find_files(path: Path | str) -> Sources:
-    """The weights of a checkpoint: a file, a folder, or a shard index.
+    """The weights of a checkpoint: a file, a folder, a shard index, or the name of a policy that
+    comes with the package.
 
     In a folder: model.safetensors; else the shards of model.safetensors.index.json; else every
     other *.safetensors but the statistics of a LeRobot processor and adapters; else JAX parameters,
@@ -64,7 +67,7 @@ def find_files(path: Path | str) -> Sources:
     Raises:
         CheckpointError: nothing there, a shard is missing, or it is no checkpoint that is read.
     """
-    path = expand_user(path)
+    path = _shipped(expand_user(path))
     if address := ADDRESS.fullmatch(str(path)):
         raise CheckpointError(f"{address[1]}://{address[2]}: {_download(*address.groups())}")
     try:
@@ -131,6 +134,13 @@ def find_base(folder: Path, declared: object, named: Path | str | None) -> Path:
         f"{folder}: expected its base model {declared} beside it, found none. "
         + (f"The hub's cache has it: --base {cached}." if cached else remedy)
     )
+
+
+def _shipped(path: Path) -> Path:
+    """Where a policy of that name lies in the package, unless something here has that name."""
+    inside = Path(__file__).parents[1] / SHIPPED / path.name
+    is_name = path.name in SHIPPED_POLICIES and str(path) == path.name
+    return inside if is_name and not os.path.lexists(path) else path
 
 
 def _has_weights(folder: Path) -> bool:

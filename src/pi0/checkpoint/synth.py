@@ -11,6 +11,10 @@ have two statistics of trained models: attention is peaked (with logits of stand
 query attends to exp(−s²) of the tokens it sees, by the inverse of Σp²), and what the model moves
 is as large as the noise, as in flow matching with normalised actions, whose velocity is noise less
 actions.
+
+Trained models also have outliers: a few channels of their norms are tens of times as large as the
+others. On request every hundredth channel of the blocks' norms is; the matrices that read them are
+smaller as a whole, so that their results keep their scale.
 """
 
 from __future__ import annotations
@@ -42,6 +46,8 @@ NORM_STD = 0.1
 BIAS_STD = 0.02
 PALIGEMMA_VOCABULARY = 257152  # whose tokenizer is not ours to write
 RESIDUAL_ENDS = ("out_proj", "fc2", "o_proj", "down_proj")
+READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1")  # of a block's norms
+OUTLIERS_EVERY = 100  # channels
 UNREAD = "unread"  # our name for the expert's head, which no model has
 
 
@@ -52,10 +58,12 @@ class WeightStatistics:
     Attributes:
         logits: standard deviation of attention's logits, in the trunks and in the vision tower.
         projection: what the last projection, which makes velocities, is multiplied by.
+        outliers: how many times as large as the others every hundredth channel of norms is.
     """
 
     logits: float
     projection: float
+    outliers: float = 1.0
 
 
 FLAT = WeightStatistics(logits=1.0, projection=1.0)
@@ -78,6 +86,7 @@ def synthesise(
     Args:
         folder: made if need be; its other files stay.
         progress: called with the number of parameters drawn since the last call.
+        statistics: how large weights are.
 
     Raises:
         CheckpointError: the folder holds a model already.
@@ -167,6 +176,26 @@ def random_tensor(
     values = torch.empty(shape).normal_(mean, std, generator=generator)
     if conditioned and kind == "bias":
         values.chunk(3)[2].add_(1)  # gates near 1, as branches have without them
+    factor = statistics.outliers
+    return values if factor == 1 else _with_outliers(name, values, factor)
+
+
+def _with_outliers(name: str, values: Tensor, factor: float) -> Tensor:
+    """A norm's channels, some `factor` times as large, or the columns that read them."""
+    if ".blocks." not in name:
+        return values
+    block, kind = name.split(".blocks.")[1].split(".")[1], name.rpartition(".")[2]
+    vision, conditioned = name.startswith("vision_tower"), ".dense." in name
+    if block in READERS and kind == "weight":
+        sizes = torch.ones(values.shape[1])
+        sizes[::OUTLIERS_EVERY] = factor
+        return values / sizes.square().mean().sqrt()
+    if "norm" in block and not (vision and kind == "bias"):
+        # Of a conditioned norm only the scale, which comes first; all but SigLIP's are 1 + this.
+        scale = values.chunk(3)[0] if conditioned else values
+        scale[::OUTLIERS_EVERY] *= factor
+        if not vision and not (conditioned and kind == "weight"):
+            scale[::OUTLIERS_EVERY] += factor - 1
     return values
 
 

@@ -68,6 +68,34 @@ def bench(
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Also vary cameras, text, steps and batch.")
     ] = False,
+    serve: Annotated[
+        bool,
+        typer.Option(
+            "--serve", help="Measure engines behind `pi0 serve` instead: answers/s, and robots."
+        ),
+    ] = False,
+    clients: Annotated[
+        list[int], typer.Option(min=1, help="With --serve: clients at once; may be repeated.")
+    ] = [1, 8],  # noqa: B006
+    seconds: Annotated[float, typer.Option(min=0.1, help="With --serve: of each number.")] = 20.0,
+    robot: options.RobotName = None,
+    control_hz: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="With --serve: actions a second of a robot; default: its table's.",
+            show_default=False,
+        ),
+    ] = None,
+    execute: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --serve: actions of a chunk that a robot executes before it asks again; "
+            "default: the checkpoint's, else half of the chunk.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure engines in turn, on the same random inputs and noise.
@@ -83,6 +111,7 @@ def bench(
             --against lerobot --against transformers \\
             --masked 1 --valid 9 --out results.json --plot bench.png
         pi0 bench demo --scaling --plot bench.png
+        pi0 bench pi0_libero --serve --engines cpu:int8 --robot libero --execute 10
     """
     from pi0.bench.run import BenchPlan
     from pi0.bench.task import Workload
@@ -103,6 +132,14 @@ def bench(
     specs = [EngineSpec.parse(text) for text in [*engines, *against]]
     opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
     check(opened)
+    if serve:
+        from pi0.cli.bench_serve import bench_serve, print_rows
+
+        said = {"--steps": steps, "--horizon": horizon, "--max-tokens": max_tokens, "--base": base}
+        words = [str(word) for pair in said.items() if pair[1] is not None for word in pair]
+        given = robot, clients, seconds, control_hz, execute
+        print_rows(bench_serve(opened, engines, words, *given), as_json, out)
+        return
     tokens = tokens or opened.config.max_tokens
     point = Workload(cameras, masked, tokens, tokens if valid is None else valid, steps)
     measured = len(against), point, repeat, rounds, seeds, seed, scaling

@@ -38,6 +38,14 @@ def synth(
             "models; flat: neither."
         ),
     ] = "trained-like",
+    outliers: Annotated[
+        float,
+        typer.Option(
+            min=1.0,
+            help="How many times as large every hundredth channel of the norms is; 30 is like "
+            "trained models.",
+        ),
+    ] = 1.0,
 ) -> None:
     """Write a random checkpoint in exactly the real format.
 
@@ -49,8 +57,10 @@ def synth(
         pi0 synth --preset tiny tiny
         pi0 synth --preset pi0_base --seed 1 --dtype bfloat16 base
         pi0 synth --preset small --layout lerobot like_lerobot
+        pi0 synth --preset small --outliers 30 outliers
     """
     import math
+    from dataclasses import replace
 
     from pi0.checkpoint.files import expand_user
     from pi0.checkpoint.layouts import LAYOUTS
@@ -80,7 +90,7 @@ def synth(
             seed,
             torch_dtype,
             lambda n: progress(n * torch_dtype.itemsize),
-            STATISTICS[statistics],
+            replace(STATISTICS[statistics], outliers=outliers),
         )
     size = human_bytes((folder / "model.safetensors").stat().st_size)
     print_line(f"{folder}: {len(tensors)} tensors, {size}, layout {layout}")
@@ -130,12 +140,29 @@ def inspect(
     )
     setup = prepare(opened, wishes)
     data["policy"] = setup.describe()
+    data["int8"] = _read_outliers(opened)
     if stats:
         data["contents"] = _read_contents(opened)
     if as_json:
         print_json(data)
     else:
         _print_report(data)
+
+
+def _read_outliers(opened: Checkpoint) -> dict[str, Any]:
+    """Which norms' outliers engine cpu evens out in int8."""
+    from pi0.engines.fast.cpu.engine import SCHEMES
+    from pi0.engines.fast.equalise import find_equalisers
+
+    return {
+        "equalised": {
+            norm: {
+                "largest_channel_by_median": found.largest,
+                "expected_error": [found.before**0.5, found.after**0.5],
+            }
+            for norm, found in find_equalisers(opened, SCHEMES["int8"]).items()
+        }
+    }
 
 
 def _read_contents(opened: Checkpoint) -> dict[str, Any]:
@@ -233,9 +260,24 @@ def _print_report(data: dict[str, Any]) -> None:
             ],
             left=2,
         )
+    _print_outliers(data["int8"]["equalised"])
     if "contents" in data:
         _print_contents(data["contents"])
     _print_policy(data["policy"])
+
+
+def _print_outliers(norms: dict[str, Any]) -> None:
+    """Prints what engine cpu does about outliers in int8."""
+    from pi0.cli.show import count, print_line
+
+    if norms:
+        largest = max(norm["largest_channel_by_median"] for norm in norms.values())
+        print_line(
+            f"cpu:int8: outliers in {count(len(norms), 'norm')}, up to {largest:.0f} times the "
+            "median, are evened out between norm and matrices\n"
+        )
+    else:
+        print_line("cpu:int8: no outliers to even out between norms and matrices\n")
 
 
 def _print_policy(policy: dict[str, Any]) -> None:

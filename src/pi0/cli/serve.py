@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,8 +14,10 @@ from pi0.cli import options
 if TYPE_CHECKING:
     import socket
 
+    from pi0.engines.spec import EngineSpec
     from pi0.policy import Policy
     from pi0.serve.options import ServeOptions
+    from pi0.serve.replicas import Replicas
 
 SECOND_SIGNAL = 130  # exit code if a second Ctrl-C ends what the first began
 
@@ -50,6 +53,22 @@ def serve(
     tls_key: Annotated[
         Path | None, typer.Option(metavar="PEM", help="Its private key.", show_default=False)
     ] = None,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Compute in so many processes, on the Ray cluster of RAY_ADDRESS or on this "
+            "machine; needs the extra pi0[ray].",
+            show_default=False,
+        ),
+    ] = None,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="Add some, up to so many, as load asks.", show_default=False),
+    ] = None,
+    replica_cpus: Annotated[
+        int, typer.Option(min=1, help="CPUs, and threads, of each replica.")
+    ] = 1,
     max_clients: Annotated[int, typer.Option(min=1, help="Robots connected at once.")] = 64,
     max_message: Annotated[
         int, typer.Option(min=1, metavar="MB", help="Size of an observation; an array: half.")
@@ -91,6 +110,7 @@ def serve(
         pi0 serve pi0_libero --robot libero
         pi0 serve pi0_aloha --robot aloha --engine cpu:int8 \\
             --host 0.0.0.0 --api-key-file key
+        pi0 serve pi0_libero --robot libero --engine cuda --replicas 4
     """
     from pi0.serve import require_packages
 
@@ -98,21 +118,37 @@ def serve(
 
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.engine import load_engine
+    from pi0.errors import ConfigError
     from pi0.policy import Policy, choose_engine, prepare
     from pi0.serve.binding import bind, check_exposure, make_tls, read_api_key
     from pi0.serve.options import ServeOptions
     from pi0.serve.wire import MessageLimits
 
     _log_to_stderr()
+    if max_replicas is not None and replicas is None:
+        raise ConfigError("--max-replicas: expected --replicas beside it, found none.")
     key = read_api_key(api_key_file) if api_key_file else None
     tls = make_tls(tls_cert, tls_key)
     with bind(host, port) as sock:
         check_exposure(sock, key, tls is not None, allow_no_key)
+        limits = MessageLimits(max_message << 20, max_message << 19)
+        settings = ServeOptions(key, tls, limits, max_clients, timeout)
         opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
-        setup = prepare(opened, replace(wishes, default_prompt=default_prompt))
+        wishes = replace(wishes, default_prompt=default_prompt)
+        setup = prepare(opened, wishes)
         pipeline = setup.require()
         size = wishes.image_size
         spec = choose_engine(engine, opened.config, dtype, device, size)
+        if replicas is not None:
+            from pi0.serve.replicas import Recipe, Scale, start_replicas
+
+            said = horizon, max_tokens, base, steps, on_limit, weight_cache, limits
+            recipe = Recipe(checkpoint, wishes, spec.label, *said)
+            name = f"pi0-{sock.getsockname()[1]}"
+            scale = Scale(replicas, max_replicas, replica_cpus, gpus_of(spec), name)
+            with contextlib.closing(start_replicas(recipe, pipeline, scale, seed)) as many:
+                run(many, sock, settings)
+            return
         cameras, tokens = len(pipeline.robot.cameras), pipeline.prompt.max_tokens
         made = load_engine(opened, spec, cameras, tokens, size, weight_cache=weight_cache)
         with Policy(
@@ -124,26 +160,35 @@ def serve(
             on_limit=on_limit,
             metadata=setup.describe(),
         ) as policy:
-            limits = MessageLimits(max_message << 20, max_message << 19)
-            run(policy, sock, ServeOptions(key, tls, limits, max_clients, timeout))
+            run(policy, sock, settings)
 
 
-def run(policy: Policy, sock: socket.socket, settings: ServeOptions) -> None:
+def gpus_of(spec: EngineSpec) -> int:
+    """How many GPUs an engine takes."""
+    from pi0.engines.registry import find_engine
+
+    device = spec.device or find_engine(spec.name).capabilities.devices[0]
+    return int(device.startswith("cuda"))
+
+
+def run(policy: Policy | Replicas, sock: socket.socket, settings: ServeOptions) -> None:
     """Serves a policy on a bound socket until SIGINT or SIGTERM; a second one ends at once."""
     import asyncio
     import os
     import signal
 
     from pi0.cli.show import print_line
+    from pi0.serve.replicas import Replicas
     from pi0.serve.server import PolicyServer
 
     host, port, *_ = sock.getsockname()
+    robot = policy.policy.robot if isinstance(policy, Replicas) else policy.robot
     scheme = "wss" if settings.tls else "ws"
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     def ready(seconds: float) -> None:
         print_line(
-            f"serving robot {policy.robot.name} on {scheme}://{address}, live page "
+            f"serving robot {robot.name} on {scheme}://{address}, live page "
             f"http{scheme[2:]}://{address}/ (the first chunk took {seconds:.2f} s)"
         )
 

@@ -128,6 +128,15 @@ def train(
         typer.Option(help="norm_stats.json; default: measured on the data.", show_default=False),
     ] = None,
     state_in_prompt: options.StateInPrompt = None,
+    execute: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Actions of a chunk that the policy carries out by default, of which its files "
+            "then tell; default: all.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of everything that is random.")] = 0,
     device: Annotated[
         str | None,
@@ -198,6 +207,7 @@ def train(
         tokenizer=tokenizer,
         norm_stats=norm_stats,
         state_in_prompt=state_in_prompt is not False,
+        execute=execute,
         heads=tuple(map(parse_head, aux or ())),
         head_weight=aux_weight,
         points=tuple(map(parse_head, point or ())),

@@ -15,7 +15,7 @@ from pi0.data.frames import FrameStore
 from pi0.data.read import Dataset
 from pi0.data.schema import Recording, Schema
 from pi0.data.statistics import RunningStatistics, norm_stats_json
-from pi0.data.write import finish, shard_done, write_shard
+from pi0.data.write import finish, remove_shard, shard_episodes, write_shard
 
 __all__ = [
     "Dataset",
@@ -25,6 +25,7 @@ __all__ = [
     "Schema",
     "finish",
     "norm_stats_json",
-    "shard_done",
+    "remove_shard",
+    "shard_episodes",
     "write_shard",
 ]

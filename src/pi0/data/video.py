@@ -81,7 +81,19 @@ def _encode(path: Path, pictures: Iterable[Picture], fps: int, size: tuple[int, 
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             frame.pts, frame.time_base = number, Fraction(1, fps)
             container.mux(stream.encode(frame))
+            if number == 0:
+                _leave_real_time()  # the first picture opens the encoder
         container.mux(stream.encode())
+
+
+def _leave_real_time() -> None:
+    """Takes back the real-time priority that SVT-AV1 gives every thread of the process where it
+    may, as root: everything else on the machine would wait."""
+    tasks = Path("/proc/self/task")
+    for thread in map(int, os.listdir(tasks) if tasks.is_dir() else []):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.sched_getscheduler(thread) == os.SCHED_FIFO:
+                os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
 
 
 def sync(path: Path) -> None:

@@ -39,7 +39,7 @@ from pi0.data.statistics import PixelStatistics
 from pi0.data.video import sync, write_video
 from pi0.errors import DataError
 
-__all__ = ["Recording", "Schema", "finish", "shard_done", "write_shard"]
+__all__ = ["Recording", "Schema", "finish", "remove_shard", "shard_episodes", "write_shard"]
 
 SHARD = b"pi0.shard"  # in the parquet file's metadata: JSON, see `Shard`
 
@@ -62,9 +62,22 @@ class Shard:
     pixels: dict[str, Any]
 
 
-def shard_done(root: Path, index: int) -> bool:
-    """Whether a shard is complete; what a stopped process left of one does not count."""
-    return data_path(root, index).is_file()
+def shard_episodes(root: Path, index: int) -> int:
+    """How many episodes a shard holds; 0: there is none, or what a stopped process left of one.
+
+    Raises:
+        DataError: its file is damaged, or another's.
+    """
+    path = data_path(root, index)
+    if not path.is_file():
+        return 0
+    with open_parquet(path) as parquet:
+        return len(_described(path, parquet.schema_arrow)["lengths"])
+
+
+def remove_shard(root: Path, index: int) -> None:
+    """Removes a shard, so that another can be written in its place."""
+    data_path(root, index).unlink()
 
 
 def write_shard(
@@ -81,7 +94,7 @@ def write_shard(
         Pi0Error: a file cannot be written.
     """
     path = data_path(root, index)
-    if shard_done(root, index):
+    if path.is_file():
         raise DataError(f"{path}: expected no such shard yet, found one. Take another index.")
     if not recordings:
         raise DataError(f"{path}: expected at least one episode, found none.")
@@ -200,9 +213,7 @@ def _read_shards(root: Path, schema: Schema) -> Iterator[Shard]:
         path = data_path(root, index)
         with open_parquet(path) as parquet:
             table = parquet.read()
-        if SHARD not in (table.schema.metadata or {}):
-            raise DataError(f"{path}: expected a shard written by pi0, found another's file.")
-        described = json.loads(table.schema.metadata[SHARD])
+        described = _described(path, table.schema)
         if described["schema"] != schema.to_json() or columns not in (None, table.schema.types):
             raise DataError(
                 f"{path}: expected a shard of the same cameras, columns and frames per second as "
@@ -217,3 +228,11 @@ def _read_shards(root: Path, schema: Schema) -> Iterator[Shard]:
         expected_episode += len(described["tasks"])
         described.pop("schema")
         yield Shard(index, table, **described)
+
+
+def _described(path: Path, schema: pa.Schema) -> dict[str, Any]:
+    """What `write_shard` noted in a parquet file."""
+    if SHARD not in (schema.metadata or {}):
+        raise DataError(f"{path}: expected a shard written by pi0, found another's file.")
+    described: dict[str, Any] = json.loads(schema.metadata[SHARD])
+    return described

@@ -286,6 +286,16 @@ class Engine(ABC):
                 'that computes without it. Use jacobian="identity", or engine reference.'
             )
 
+    def time_parts(
+        self, inputs: ModelInputs, noise: Tensor, steps: int
+    ) -> tuple[float, float, float] | None:
+        """Milliseconds of prefill, of vision in it, and of a step, inside `sample`.
+
+        None, unless an engine runs them there in another way than `prefill` and `velocity`, of
+        which these times can be taken.
+        """
+        return None
+
     def close(self) -> None:
         """Releases what the engine holds; waits for a call that runs. Closing twice is harmless."""
         with self._lock:

@@ -181,6 +181,9 @@ def _openpi_config(source: Source, dtype: str) -> dict[str, Any]:
     names = {"horizon": "action_horizon", "max_tokens": "max_token_len"}
     for name in checkpoint.inferred.assumed:  # it would no longer be said that it is assumed
         del settings[names[name]]
+    for name in ("robot", "n_action_steps"):  # as `pi0 train` writes them
+        if not source.is_lerobot and name in checkpoint.settings:
+            settings[name] = checkpoint.settings[name]
     stated = checkpoint.settings.get("discrete_state_input")
     if stated is None and config.adaptive_norm and source.has_processors:
         steps = read_steps(source.folder, PREPROCESSOR)
@@ -198,6 +201,8 @@ def _lerobot(source: Source, export: Export, norm_mode: str | None) -> None:
         settings["normalization_mapping"] |= dict.fromkeys(("STATE", "ACTION"), norm_mode.upper())
     if source.is_lerobot:
         settings |= dict(checkpoint.settings) | (MERGED if checkpoint.adapter else {})
+    elif "n_action_steps" in checkpoint.settings:
+        settings["n_action_steps"] = checkpoint.settings["n_action_steps"]
     if source.processors:
         export.files[CONFIG] = _json(settings)
         _copy_processors(source.processors, export)

@@ -74,12 +74,21 @@ def _resize_lerobot(image: Array, size: int, stats: Normalizer | None = None) ->
     if stats is not None:
         scaled = stats.normalize(scaled).astype(np.float32)
     pixels = torch.from_numpy(scaled).permute(2, 0, 1)[None]
-    if image.shape[:2] != (size, size):
-        height, width, top, left = letterbox(image.shape[0], image.shape[1], size)
-        pixels = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False)
-        edges = (left, size - width - left, top, size - height - top)
-        pixels = F.pad(pixels.clamp(0, 1), edges)
-    return pixels[0].permute(1, 2, 0)
+    return letterbox_lerobot(pixels, size)[0].permute(1, 2, 0)
+
+
+def letterbox_lerobot(pixels: Tensor, size: int) -> Tensor:
+    """[B, 3, H, W] float32 in [0, 1] → [B, 3, size, size], as LeRobot's policies resize.
+
+    What is resized is cut to [0, 1]; what has the size already is left as it is.
+    """
+    rows, columns = pixels.shape[2:]
+    if (rows, columns) == (size, size):
+        return pixels
+    height, width, top, left = letterbox(rows, columns, size)
+    pixels = F.interpolate(pixels, (height, width), mode="bilinear", align_corners=False)
+    edges = (left, size - width - left, top, size - height - top)
+    return F.pad(pixels.clamp(0, 1), edges)
 
 
 RESIZE: dict[str, Callable[[Array, int], Tensor]] = {

@@ -125,6 +125,7 @@ def _program(
     folder = checkpoint.folder_of(PREPROCESSOR, POSTPROCESSOR)
     openpi = options.preprocessing == "openpi" and options.norm_stats is not None
     if openpi or not lerobot.is_lerobot(folder, checkpoint.settings):
+        setup.n_action_steps = checkpoint.settings.get("n_action_steps")  # of `pi0 train`
         return None
 
     def read() -> LerobotProgram:
@@ -227,7 +228,10 @@ def _robot(
     declared = checkpoint.settings.get("robot")  # written by `pi0 train`
     if isinstance(declared, str) and declared:
         setup.sources["robot"] = "config.json"
-        return find_robot(declared, checkpoint.config.adaptive_norm)
+        try:
+            return find_robot(declared, checkpoint.config.adaptive_norm)
+        except Pi0Error as error:
+            raise Pi0Error(f"config.json: {error}") from error
     if program:
         setup.sources["robot"] = "config.json and LeRobot's processors"
         return lerobot.robot_of(program, checkpoint.settings)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from pi0 import __version__
 from pi0.errors import EngineError, LimitError, ObservationError, Pi0Error
@@ -49,6 +50,7 @@ class Request:
         arrived: `time.perf_counter()`.
         previous: seconds from arrival to answer of this client's previous observation.
         superseded: older observations of this client that this one replaced while they waited.
+        noise: [1, horizon, action_dim of the model]; None: the policy draws it.
     """
 
     frame: bytes | str
@@ -56,6 +58,7 @@ class Request:
     arrived: float = field(default_factory=time.perf_counter)
     previous: float | None = None
     superseded: int = 0
+    noise: Tensor | None = None
     _abandoned: threading.Event = field(default_factory=threading.Event)
 
     def abandon(self) -> None:
@@ -109,6 +112,8 @@ class Answerer:
         last: the last observation and its actions; None: there was none yet.
     """
 
+    at_once = 1  # requests
+
     def __init__(self, policy: Policy, limits: MessageLimits) -> None:
         self.policy = policy
         self.limits = limits
@@ -152,7 +157,7 @@ class Answerer:
             said = [str(warning.message) for warning in raised]
             return Answer(self._pack(result, said, stages, request), "ok", stages, len(said))
         except Exception as error:  # of any kind: the client waits, and others come after it
-            return _failure(error, stages)
+            return failure(error, stages)
 
     def _infer(self, request: Request, stages: dict[str, float]) -> dict[str, Any]:
         request.check()
@@ -164,7 +169,7 @@ class Answerer:
         start = time.perf_counter()
         observation = unpack(request.frame, self.limits)
         stages["decode"] = time.perf_counter() - start
-        result = self.policy.infer(observation, on_step=request.check)
+        result = self.policy.infer(observation, request.noise, request.check)
         request.check()
         for stage in ("preprocess", "infer", "postprocess"):
             stages[stage] = result["policy_timing"][f"{stage}_ms"] / 1e3
@@ -215,7 +220,8 @@ def one_line(text: str) -> str:
     return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]}…"
 
 
-def _failure(error: Exception, stages: Mapping[str, float]) -> Answer:
+def failure(error: Exception, stages: Mapping[str, float]) -> Answer:
+    """What a client gets in place of actions: one sentence."""
     if isinstance(error, Pi0Error):
         return Answer(one_line(str(error)), OUTCOMES.get(type(error), "policy"), stages)
     if isinstance(error, TimeoutError):

@@ -23,6 +23,7 @@ from pi0.policy import Policy
 from pi0.serve.answer import AbandonedError, Answer, Answerer, Request
 from pi0.serve.metrics import Metrics
 from pi0.serve.options import ServeOptions
+from pi0.serve.replicas import Replicas
 from pi0.serve.session import Session, event_or_end
 from pi0.serve.site import Site
 
@@ -44,18 +45,20 @@ class PolicyServer:
         metrics: counts.
     """
 
-    def __init__(self, policy: Policy, options: ServeOptions | None = None) -> None:
+    def __init__(self, policy: Policy | Replicas, options: ServeOptions | None = None) -> None:
         self.options = options or ServeOptions()
         self.sessions: set[Session] = set()
-        self.answerer = Answerer(policy, self.options.message)
+        self.answerer = (
+            policy if isinstance(policy, Replicas) else Answerer(policy, self.options.message)
+        )
         self.metrics = Metrics(
             clients=lambda: len(self.sessions),
             waiting=lambda: sum(session.waiting for session in self.sessions),
         )
         self._ready = asyncio.Event()
         self._stopping = threading.Event()  # the computing thread looks at it, too
-        self._turn = asyncio.Lock()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pi0-policy")
+        self._turn = asyncio.Semaphore(self.answerer.at_once)
+        self._thread = ThreadPoolExecutor(self.answerer.at_once, thread_name_prefix="pi0-policy")
         self._site = Site(self)
 
     @property

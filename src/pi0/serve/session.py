@@ -42,7 +42,7 @@ class Session:
     def __init__(
         self,
         connection: ServerConnection,
-        turn: asyncio.Lock,
+        turn: asyncio.Semaphore,
         compute: Compute,
         report: Report,
         options: ServeOptions,

@@ -36,16 +36,21 @@ FIRST_RESERVED_SEED = 9_000_000  # for evaluation alone
 class Disturbance:
     """What is added to an expert's moves, in units of 3 cm.
 
+    A push now and then, not some noise in every step: a chunk of actions holds the answers to all
+    that disturbs it, which nobody can foresee, and a policy would learn to predict their mean.
+
     Attributes:
         episodes: share of episodes that are disturbed at all.
-        near, far: standard deviation on each axis, low over the table and high.
-        jolts: share of steps with a jolt, of up to one unit on each axis.
+        pushes: share of steps in which a push begins.
+        steps: that a push lasts, each the same way.
+        near, far: standard deviation of a push on each axis, low over the table and high.
     """
 
     episodes: float = 0.75
-    near: float = 0.12
-    far: float = 0.35
-    jolts: float = 0.06
+    pushes: float = 0.06
+    steps: int = 2
+    near: float = 0.2
+    far: float = 0.7
 
 
 LOW, HIGH = 0.04, 0.10  # metres of the fingertips where `near` and `far` hold
@@ -75,13 +80,17 @@ def record_episode(
     observation, info = env.reset(seed=seed, options={"task": task})
     rng = np.random.default_rng([seed, 1])  # not the episode's own numbers again
     disturbed = rng.random() < disturbance.episodes
+    push, left = np.zeros(3), 0  # of the hand, and for how many more steps
     frames: list[tuple[dict[str, NDArray[np.generic]], NDArray[np.float32]]] = []
     points: list[dict[str, Floats]] = []
     for _ in range(max_steps):
         action = expert_action(env)
         frames.append((observation, action))
         points.append(_points(env, info))
-        executed = _disturb(action, env, disturbance, rng) if disturbed else action
+        if disturbed and not left and rng.random() < disturbance.pushes:
+            push, left = _push(env, disturbance, rng), disturbance.steps
+        executed = action + np.array([*push, 0], np.float32) if left else action
+        left = max(0, left - 1)
         observation, _, done, _, info = env.step(executed)
         if done:
             return _recording(info["prompt"], frames, points)
@@ -119,16 +128,8 @@ def _points(env: TabletopEnv, info: Mapping[str, Any]) -> dict[str, Floats]:
     }
 
 
-def _disturb(
-    action: NDArray[np.float32],
-    env: TabletopEnv,
-    disturbance: Disturbance,
-    rng: np.random.Generator,
-) -> NDArray[np.float32]:
+def _push(env: TabletopEnv, disturbance: Disturbance, rng: np.random.Generator) -> Floats:
     height = env.scene.commanded[2]
     share = np.clip((height - LOW) / (HIGH - LOW), 0, 1)
     sigma = disturbance.near + share * (disturbance.far - disturbance.near)
-    noise = rng.normal(0, sigma, 3)
-    if rng.random() < disturbance.jolts:
-        noise += rng.uniform(-1, 1, 3)
-    return np.array([*(action[:3] + noise), action[3]], np.float32)
+    return rng.normal(0, sigma, 3)

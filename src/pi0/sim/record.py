@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pi0.data.schema import Recording
-from pi0.data.write import finish, shard_done, write_shard
+from pi0.data.write import finish, remove_shard, shard_episodes, write_shard
 from pi0.errors import ConfigError, Pi0Error
 from pi0.sim import MAX_STEPS
 from pi0.sim.demos import FIRST_RESERVED_SEED, Disturbance, record_episode, schema
@@ -73,10 +73,17 @@ def record(plan: Plan, out: Path, workers: int, advance: Callable[[int], None]) 
         advance: called with episodes done, those that were there first.
 
     Raises:
-        Pi0Error: a shard could not be recorded or written.
+        Pi0Error: a shard could not be recorded or written, or there are more episodes already.
     """
     out.mkdir(parents=True, exist_ok=True)
-    missing = [shard for shard in range(plan.shards) if not shard_done(out, shard)]
+    _require_no_more(plan, out)
+    missing = []
+    for shard in range(plan.shards):
+        found, wanted = shard_episodes(out, shard), len(plan.episodes_of(shard))
+        if 0 < found < wanted:  # the last one of a smaller dataset
+            remove_shard(out, shard)
+        if found < wanted:
+            missing.append(shard)
     advance(plan.episodes - sum(len(plan.episodes_of(shard)) for shard in missing))
     make = functools.partial(_recorder, plan, out)
     if workers == 1:
@@ -84,6 +91,15 @@ def record(plan: Plan, out: Path, workers: int, advance: Callable[[int], None]) 
     else:
         run_in_processes(make, missing, workers, advance)
     finish(out, schema(plan.image_size))
+
+
+def _require_no_more(plan: Plan, out: Path) -> None:
+    last = plan.shards - 1
+    if shard_episodes(out, last) > len(plan.episodes_of(last)) or shard_episodes(out, last + 1):
+        raise ConfigError(
+            f"{out}: expected a dataset of at most {plan.episodes} episodes, which is to be "
+            "continued, found more. Ask for as many, or name another folder."
+        )
 
 
 @contextlib.contextmanager

@@ -69,6 +69,7 @@ class TrainOptions:
         tokenizer: a file; None: the checkpoint's, or a vocabulary of the dataset's sentences.
         norm_stats: a norm_stats.json; None: measured on the dataset.
         state_in_prompt: of a π0.5.
+        execute: actions of a chunk that a policy carries out by default; None: all.
         heads: (column, block) of auxiliary heads; a block of None: the last but one.
         head_weight: of their losses.
         points: as `heads`, of pointing heads.
@@ -83,6 +84,7 @@ class TrainOptions:
     tokenizer: Path | None = None
     norm_stats: Path | None = None
     state_in_prompt: bool = True
+    execute: int | None = None
     heads: tuple[tuple[str, int | None], ...] = ()
     head_weight: float = 1.0
     points: tuple[tuple[str, int | None], ...] = ()
@@ -135,6 +137,11 @@ def prepare_run(
     cameras = match_cameras(dataset, robot)
     tokenizer = _tokenizer(start, dataset, out, options, processes)
     pipeline = _pipeline(config, robot, tokenizer, layout.name, options.state_in_prompt)
+    if options.execute and options.execute > config.horizon:
+        raise ConfigError(
+            f"--execute: expected at most the {config.horizon} actions of a chunk, found "
+            f"{options.execute}."
+        )
     chunks = Chunks(dataset, config.horizon)
     statistics = _statistics(chunks, pipeline, options)
     pipeline = with_statistics(pipeline, statistics)
@@ -177,6 +184,7 @@ def prepare_run(
         pipeline,
         names,
         statistics,
+        options.execute,
         options.lora,
         start.checkpoint.path if start.checkpoint else None,
     )

@@ -46,6 +46,7 @@ class Export:
         cameras: names of the dataset's cameras, in the order of the model's slots; LeRobot
             declares them.
         statistics: of "state" and "actions".
+        execute: actions of a chunk that a policy carries out by default; None: all.
         lora, base: the adapter that is trained, and the checkpoint that it changes; None: whole
             models are written.
     """
@@ -55,6 +56,7 @@ class Export:
     pipeline: Pipeline
     cameras: tuple[str, ...]
     statistics: Mapping[str, Statistics]
+    execute: int | None = None
     lora: LoraOptions | None = None
     base: Path | None = None
 
@@ -95,7 +97,9 @@ class Export:
         config, robot = self.pipeline.config, self.pipeline.robot
         if self.layout.name == "lerobot":
             return self._lerobot_files()
-        settings = to_config_json(config)
+        settings = {**to_config_json(config), "robot": robot.name}
+        if self.execute:
+            settings["n_action_steps"] = self.execute
         if config.adaptive_norm:
             settings["discrete_state_input"] = self.pipeline.prompt.state
         return {
@@ -105,6 +109,8 @@ class Export:
 
     def _lerobot_files(self) -> dict[str, bytes]:
         settings = make_config_json(self.pipeline.config)
+        if self.execute:
+            settings["n_action_steps"] = self.execute
         size = self.pipeline.config.vision.image_size
         settings["input_features"] = {
             **{IMAGES + n: {"type": "VISUAL", "shape": [3, size, size]} for n in self.cameras},

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pi0.engines.fast.kernels import Kernels, Norm, Rotation, rms_norm
 from pi0.engines.fast.plan import TokenPlan
-from pi0.engines.fast.weights import EMBEDDING, PackedWeights
+from pi0.engines.fast.weights import EMBEDDING, EQUALISER, PackedWeights
 from pi0.inputs import ModelInputs
 from pi0.model import Tap
 from pi0.model.flow import embed_time, integrate, schedule
@@ -176,21 +176,11 @@ class Network:
         π0: what they add to the actions before the activation, [B, E]. π0.5: 1 + scale, shift and
         gate of the expert's norms in their order, [B, 2 · depth + 1, 3, E].
         """
-        weights, width = self.weights, self.config.expert.width
-        time = embed_time(t, width).to(weights["action_out_proj.weight"].device)
-        if not self.config.adaptive_norm:
-            return F.linear(time, weights["time.weight"], weights["time.bias"])
-        for name in ("time_mlp_in", "time_mlp_out"):
-            time = F.silu(F.linear(time, weights[f"{name}.weight"], weights[f"{name}.bias"]))
-        modulations = [
-            F.linear(
-                time, *(weights[f"{norm}.dense.{kind}"].float() for kind in ("weight", "bias"))
-            )
-            for norm in expert_norms(self.config.expert.depth)
-        ]
-        times = torch.stack(modulations, dim=1).view(len(t), len(modulations), 3, width)
-        times[:, :, 0] += 1
-        return times
+        if self.config.adaptive_norm:
+            return modulations(self.weights, t)
+        weight = self.weights["time.weight"]
+        time = embed_time(t, self.config.expert.width).to(weight.device)
+        return F.linear(time, weight, self.weights["time.bias"])
 
     def _expert_norms(self, time: Tensor) -> list[Norm]:
         """Of the expert, in their order; `time` as `velocity` gets it."""
@@ -203,19 +193,21 @@ class Network:
 
     def _embed_prefix(self, inputs: ModelInputs, plan: TokenPlan, tap: Tap) -> Tensor:
         """The prefix tokens that take part, [B·X', E]."""
-        features = self._vision_tower(inputs.images.flatten(0, 1)[plan.views], plan, tap)
-        projector = self.weights.matrix("projector")
-        a = self.kernels.operand(features.flatten(0, 1), projector)
-        patches = self.kernels.project(a, projector)
-        patches = tap(
-            "projector",
-            plan.scatter_views(patches.view(*features.shape[:2], self.config.vlm.width)),
-        )
+        patches = self.embed_images(inputs, plan, tap)
         scale = self.config.vlm.width**0.5
         text = F.embedding(inputs.tokens, self.weights[EMBEDDING]).to(patches.dtype) * scale
         text = tap("token_embedding", text)
         prefix = torch.cat([patches.view(len(text), -1, patches.shape[-1]), text], dim=1)
         return plan.gather(tap("prefix", prefix)).flatten(0, 1)
+
+    def embed_images(self, inputs: ModelInputs, plan: TokenPlan, tap: Tap = no_tap) -> Tensor:
+        """The vision part of `prefill`: tokens of all images, [B·V, P, E], zeros where masked."""
+        features = self._vision_tower(inputs.images.flatten(0, 1)[plan.views], plan, tap)
+        projector = self.weights.matrix("projector")
+        a = self.kernels.operand(features.flatten(0, 1), projector)
+        patches = self.kernels.project(a, projector)
+        shape = (*features.shape[:2], self.config.vlm.width)
+        return tap("projector", plan.scatter_views(patches.view(shape)))
 
     def _vision_tower(self, images: Tensor, plan: TokenPlan, tap: Tap) -> Tensor:
         """Features [n, P, E] of images [n, 3, S, S]."""
@@ -314,6 +306,31 @@ class Network:
     ) -> Tensor:
         """Shows a tap what the model has there, and goes on with what it returns."""
         return x if tap is no_tap else gather(tap(name, scatter(x)))
+
+
+def modulations(weights: PackedWeights, t: Tensor) -> Tensor:
+    """`Network.times` of π0.5. Scales and shifts are divided by the norm's equaliser, if it has one
+    (`equalise.py`)."""
+    width, norms = weights.config.expert.width, expert_norms(weights.config.expert.depth)
+    time = embed_time(t, width).to(weights["time_mlp_in.weight"].device)
+    for name in ("time_mlp_in", "time_mlp_out"):
+        time = F.silu(
+            F.linear(time, *(weights[f"{name}.{kind}"].float() for kind in ("weight", "bias")))
+        )
+    found = torch.stack(
+        [
+            F.linear(
+                time, *(weights[f"{norm}.dense.{kind}"].float() for kind in ("weight", "bias"))
+            )
+            for norm in norms
+        ],
+        dim=1,
+    ).view(len(t), len(norms), 3, width)
+    found[:, :, 0] += 1
+    for i, norm in enumerate(norms):
+        if f"{norm}.{EQUALISER}" in weights.tensors:
+            found[:, i, :2] /= weights[f"{norm}.{EQUALISER}"]
+    return found
 
 
 def expert_norms(depth: int) -> list[str]:

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from pi0 import __version__
 from pi0.checkpoint.files import CACHE_LINE, DTYPE_NAMES, TensorInfo, refuse_folder, write
-from pi0.checkpoint.load import Checkpoint, Progress
+from pi0.checkpoint.load import Checkpoint, Progress, check
+from pi0.engines.fast.equalise import find_equalisers
 from pi0.engines.fast.kernels import Kernels
 from pi0.engines.fast.weights import PackedWeights, Scheme, pack
 from pi0.errors import EngineError, Pi0Error
@@ -90,7 +91,9 @@ def _pack(
     image_size: int | None,
     progress: Progress,
 ) -> PackedWeights:
-    weights = pack(checkpoint, scheme, image_size, progress)
+    check(checkpoint)
+    scales = {norm: found.scale for norm, found in find_equalisers(checkpoint, scheme).items()}
+    weights = pack(checkpoint, scheme, image_size, progress, scales)
     kernels.prepare(weights)
     return weights
 

@@ -7,7 +7,9 @@ result. What is packed can be kept in a file and mapped at the next start (`weig
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -23,7 +25,13 @@ from pi0.model.siglip import resize_positions
 BLOCK = re.compile(r"(vision_tower|vlm|expert)\.blocks\.(\d+)\.(\w+)\.(weight|bias)")
 EMBEDDING = "token_embedding.weight"
 MODULATION = ".dense."  # in the names of an adaptive norm's linear layer
+NORM_BEFORE = {  # the norm that a matrix of a block reads
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "norm1"),
+    **dict.fromkeys(("gate_proj", "up_proj", "fc1"), "norm2"),
+}
+EQUALISER = "equaliser"  # of an adaptive norm, under its name
 INT8_MAX = 127
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 QUANTISED_AT_A_TIME = 128  # rows: what lies between stays in a cache
 
 
@@ -157,8 +165,14 @@ def pack(
     scheme: Scheme,
     image_size: int | None = None,
     progress: Progress = lambda _: None,
+    scales: Mapping[str, Tensor] = NOTHING,
 ) -> PackedWeights:
-    """A checkpoint's weights, packed, on the CPU. Arguments and errors: see `load_model`."""
+    """A checkpoint's weights, packed, on the CPU. Other arguments and errors: see `load_model`.
+
+    Args:
+        scales: by a norm's name [E] float32: its channels are divided by them, and columns of
+            the matrices that read it are multiplied (`equalise.py`).
+    """
     check(checkpoint)
     native = checkpoint.config
     config = native if image_size is None else native.with_image_size(image_size)
@@ -169,14 +183,18 @@ def pack(
         dtype = _stored_dtype(checkpoint, name)
         weights.tensors[name] = torch.empty(shapes[name], dtype=dtype)
     for ours, rows, values in checkpoint.stream():
+        read = values.nbytes
         if ours == POSITION and config.vision.grid != native.vision.grid:
             weights.tensors[ours].copy_(resize_positions(values, config.vision.grid))
         elif found := targets(config, scheme, ours):
+            norm = norm_before(ours)
+            if norm is not None and norm in scales and ours.endswith(".weight"):
+                values = values * scales[norm]
             for target in found:
                 _put(weights, target, rows, values, ours.endswith(".bias"))
         elif ours in weights.tensors:
             weights.tensors[ours][rows].copy_(values)
-        progress(values.nbytes)
+        progress(read)
     for name, matrix in weights.matrices.items():
         # A NaN would pass for a number; in float32 it shows in the actions.
         if matrix.scale is not None and not torch.isfinite(matrix.scale).all():
@@ -185,7 +203,21 @@ def pack(
                 f"{name}. The file is damaged: copy or download it again."
             )
     _fold(weights)
+    for norm, scale in scales.items():
+        affine = [f"{norm}.{kind}" for kind in ("weight", "bias")]
+        for name in weights.tensors.keys() & affine:
+            weights.tensors[name] /= scale
+        if f"{norm}.weight" not in weights.tensors:
+            weights.tensors[f"{norm}.{EQUALISER}"] = scale
     return weights
+
+
+def norm_before(parameter: str) -> str | None:
+    """The name of the norm whose result a block's matrix is multiplied with, by a parameter's."""
+    block = BLOCK.fullmatch(parameter)
+    if not block or block[3] not in NORM_BEFORE:
+        return None
+    return f"{block[1]}.blocks.{block[2]}.{NORM_BEFORE[block[3]]}"
 
 
 def targets(config: Pi0Config, scheme: Scheme, name: str) -> list[Target]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from pi0.checkpoint.load import Checkpoint, empty_model, load_model
 from pi0.config import Pi0Config
 from pi0.engines.base import Capabilities, Engine, EngineOptions, exclusive
-from pi0.engines.tenstorrent import ttnn_import
+from pi0.engines.tenstorrent import golden, ttnn_import
 from pi0.engines.tenstorrent.backend import Backend, Handle, Upload
 from pi0.engines.tenstorrent.boards import find_board
 from pi0.engines.tenstorrent.device import TORCH_DTYPES, DeviceBackend, Replay
@@ -29,6 +29,7 @@ from pi0.engines.tenstorrent.network import (
 from pi0.engines.tenstorrent.ops import Ops
 from pi0.engines.tenstorrent.precision import BF16, F32, HOST_PRESETS, PRESETS, Precision
 from pi0.engines.tenstorrent.program_configs import TILE_BYTES
+from pi0.engines.tenstorrent.silicon import CARD, IDEAL
 from pi0.engines.tenstorrent.timestep import Timestep, put_timesteps
 from pi0.engines.tenstorrent.weights import Packer
 from pi0.errors import EngineError
@@ -187,10 +188,11 @@ class TtnnEngine(Engine):
             return self.network.sample(on, given, timesteps, on_step)
 
         if not (isinstance(self.backend, DeviceBackend) and self.backend.can_replay):
-            return self.backend.get(call(self._put(uploads), on_step))[0]
+            x = self.backend.get(call(self._put(uploads), on_step))
+            return layout.view["actions"].cut(x)
         if self._replay is None:
             self._replay = key, Replay(self.backend, uploads, call)
-        actions = self._replay[1](uploads)[0]
+        actions = layout.view["actions"].cut(self._replay[1](uploads))
         for _ in range(steps):
             on_step()
         return actions
@@ -221,7 +223,7 @@ class TtnnEngine(Engine):
         if tap is no_tap:
             return cache.given
         prefix, suffix = (cache.on.layout.view[name] for name in ("prefix", "suffix"))
-        columns = torch.cat([prefix.rows, cache.on.layout.prefix + suffix.rows])
+        columns = torch.cat([cache.on.layout.suffix + prefix.rows, suffix.rows])
         upper = View(prefix.rows, prefix.shape, prefix.rows)
         lower = View(suffix.rows, suffix.shape, columns)
         masks = [self.backend.get(cache.given[f"{name}_mask"]) for name in ("prefix", "suffix")]
@@ -240,7 +242,7 @@ class TtnnHostEngine(TtnnEngine):
 
     name = "ttnn-host"
     capabilities = Capabilities(precisions=tuple(HOST_PRESETS), batch=False)
-    notes = (HOST_NOTE,)
+    notes = (HOST_NOTE, golden.NOTE)
 
     @classmethod
     def _require_device(cls, device: str | None) -> None:
@@ -253,7 +255,8 @@ class TtnnHostEngine(TtnnEngine):
         if not ttnn_import.has_device():  # its conversions ask for a chip, without touching it
             description = find_board("n150").write(ttnn_import.cache_folder())
             environment[ttnn_import.MOCK] = str(description)
-        return HostBackend(ttnn_import.load(environment))
+        silicon = IDEAL if self.options.precision == "exact" else CARD
+        return HostBackend(ttnn_import.load(environment), silicon)
 
 
 def build_network(model: Pi0, backend: Backend, precision: Precision) -> TtnnNetwork:

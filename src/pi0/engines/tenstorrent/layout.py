@@ -21,9 +21,10 @@ from pi0.model.gemma import rotary_angles
 from pi0.model.pi0 import attention_mask, prefix_valid, token_blocks, token_positions
 
 TILE = 32
-# Added to logits that the mask excludes. Finite, because a padding row may see nothing; exp() of it
-# is 0, and bfloat16 holds it.
-MASKED = -1e9
+# Added to logits that the mask excludes: exp() of it is 0, and bfloat16 holds it. Not lower: a row
+# may see nothing of the keys that attention takes at a time (a masked camera's), whose maximum is
+# rounded to bfloat16, here by at most 32; exp() of what it is too low by has to be finite.
+MASKED = -8192.0
 
 
 def tiled(n: int) -> int:
@@ -115,13 +116,12 @@ class TileLayout:
         mask, positions = self._sequence(inputs)
         x = self.prefix
         tokens = torch.nn.functional.pad(inputs.tokens, (0, self.text - self.tokens))
-        side = self.config.vision.grid * self.config.vision.patch_size
-        pixels = inputs.images[0, :, :, :side, :side].permute(0, 2, 3, 1).contiguous()
+        own_first = torch.cat([mask[:, x:, x:], mask[:, x:, :x]], dim=2)  # as in the cache
         uploads = {
-            "pixels": Upload(pixels, precision.pixels, tiled=False),  # [V, S, S, 3]
+            "patches": Upload(self._cut_patches(inputs.images[0]), precision.pixels),
             "tokens": Upload(tokens.int(), U32, tiled=False),
             "prefix_mask": Upload(additive(mask[:, :x, :x]), BF16),
-            "suffix_mask": Upload(additive(mask[:, x:]), BF16),
+            "suffix_mask": Upload(additive(own_first), BF16),
         }
         if self.config.state_tokens:
             uploads["state"] = self.state(inputs.state)
@@ -149,6 +149,16 @@ class TileLayout:
             return None
         visible = torch.arange(self.patches) < n
         return Upload(additive(visible.expand(1, self.patches, self.patches)), BF16)
+
+    def _cut_patches(self, images: Tensor) -> Tensor:
+        """Images [V, 3, H, W] → [1, 1, V · patches, tiled 3·14²]: whole patches, in rows."""
+        patch, grid = self.config.vision.patch_size, self.config.vision.grid
+        side, width = grid * patch, 3 * patch**2
+        whole = images[:, :, :side, :side]
+        cells = whole.reshape(len(images), 3, grid, patch, grid, patch)
+        flat = cells.permute(0, 2, 4, 3, 5, 1).reshape(len(images), grid**2, width)
+        padded = (0, tiled(width) - width, 0, self.patches - grid**2)
+        return torch.nn.functional.pad(flat, padded).flatten(0, 1)[None, None]
 
     def _sequence(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
         """Mask [1, S, S] and positions [S] of the padded sequence: the model's own, spread out."""

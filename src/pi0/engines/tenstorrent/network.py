@@ -58,6 +58,7 @@ class TtnnNetwork:
 
     def __init__(self, config: Pi0Config, weights: TtnnWeights, ops: Ops) -> None:
         self.config, self.weights, self.ops = config, weights, ops
+        self.loop = Ops(ops.backend, ops.precision, in_loop=True)
 
     def prefill(
         self,
@@ -66,19 +67,20 @@ class TtnnNetwork:
         tap: HandleTap = no_handle_tap,
         whole: bool = True,
     ) -> list[KeyValue]:
-        """Keys and values [1, K, prefix, D] of every layer.
+        """Keys and values [1, K, suffix + prefix, D] of every layer; `velocity` writes those of
+        the suffix, which come first.
 
         Args:
             given: what `TileLayout.uploads` names.
             whole: also compute what nobody reads: the last block's output.
         """
         ops, config = self.ops, self.config
-        x = self._vision(on, given["pixels"], tap)
+        x = self._vision(on, given["patches"], tap)
         ops.backend.stage = "projector"
         x = tap("projector", ops.linear(x, self.weights.projector, self._residual), "patches")
         ops.backend.stage = "token_embedding"
         text = ops.embed(given["tokens"], self.weights.embedding)
-        text = tap("token_embedding", ops.multiply(text, config.vlm.width**0.5), "text")
+        text = tap("token_embedding", text, "text")
         ops.backend.stage = "prefix"
         x = tap("prefix", ops.concat([x, text], dim=2), "prefix")
         ops.backend.stage = "vlm_transformer"
@@ -89,24 +91,27 @@ class TtnnNetwork:
             zip(self.weights.vlm, norms.blocks, strict=True)
         ):
             name = f"vlm_transformer.block.{i}"
-            q, *kv = self._qkv(block, first, config.vlm, x, tables)
+            q, *kv = self._qkv(ops, block, first, config.vlm, x, tables)
             k, v = self._tap_cache(name, kv, "prefix", tap)
-            cache.append((k, v))
+            unwritten = self.weights.unwritten
+            cache.append((ops.concat([unwritten, k], dim=2), ops.concat([unwritten, v], dim=2)))
             if whole or i + 1 < config.vlm.depth:
-                attended = self._attend(config.vlm, q, k, v, given["prefix_mask"])
-                x = tap(name, self._post_attention(block, first, second, x, attended), "prefix")
+                attended = self._attend(ops, q, k, v, given["prefix_mask"], tables)
+                x = self._post_attention(ops, block, first, second, x, attended)
+                x = tap(name, x, "prefix")
         if whole:
             tap("vlm_transformer", ops.rms_norm(x, norms.final, gemma.EPS), "prefix")
         return cache
 
     def embed_state(self, on: Constants, given: dict[str, Handle]) -> Handle | None:
-        """The state token in its row of an empty suffix, the same in all denoising steps; None in
-        π0.5, which has none."""
-        time = self.weights.time
+        """What the suffix's tokens of a denoising step are added to, the same in all steps: the
+        state token in its row and a bias in those of actions. None in π0.5, which has neither."""
+        ops, time = self.loop, self.weights.time
         if not isinstance(time, StateAndTime):
             return None
-        self.ops.backend.stage = "suffix"
-        return self.ops.multiply(self.ops.linear(given["state"], time.state, F32), on.state_row)
+        ops.backend.stage = "suffix"
+        state = ops.action_linear(given["state"], time.state, F32)
+        return ops.addcmul(time.mixed_bias, state, on.state_row)
 
     def velocity(
         self,
@@ -121,26 +126,31 @@ class TtnnNetwork:
         """dx/dt of noisy actions in the rows of the suffix: [1, 1, suffix, action_dim] float32.
 
         Args:
+            cache: what `prefill` made; the suffix's part of it is overwritten.
             state: what `embed_state` made.
+            x_t: zeros in the rows that are no actions.
         """
-        ops = self.ops
-        x = tap("suffix", self._embed_suffix(on, x_t, state, timestep), "suffix")
+        ops = self.loop
+        x = self._embed_suffix(x_t, state, timestep)
+        x = self._tap_stream("suffix", x, "suffix", tap)
         ops.backend.stage = "expert_transformer"
         expert, tables = self.config.expert, (given["suffix_cos"], given["suffix_sin"])
         layers = zip(self.weights.expert, timestep.norms.blocks, cache, strict=True)
-        for i, (block, (first, second), past) in enumerate(layers):
+        for i, (block, (first, second), (keys, values)) in enumerate(layers):
             name = f"expert_transformer.block.{i}"
-            q, *kv = self._qkv(block, first, expert, x, tables)
-            own = self._tap_cache(name, kv, "suffix", tap)
-            k, v = (ops.concat([a, b], dim=2) for a, b in zip(past, own, strict=True))
-            attended = self._attend(expert, q, k, v, given["suffix_mask"])
-            x = tap(name, self._post_attention(block, first, second, x, attended), "suffix")
+            q, *kv = self._qkv(ops, block, first, expert, x, tables)
+            k, v = self._tap_cache(name, kv, "suffix", tap)
+            ops.write_rows(keys, k)
+            ops.write_rows(values, v)
+            attended = self._attend(ops, q, keys, values, given["suffix_mask"], tables)
+            x = self._post_attention(ops, block, first, second, x, attended)
+            x = self._tap_stream(name, x, "suffix", tap)
         x = ops.rms_norm(x, timestep.norms.final, gemma.EPS)
-        x = tap("expert_transformer", x, "suffix")
-        ops.backend.stage = "action_tokens"
-        x = tap("action_tokens", ops.cast(x, F32), "actions")
+        x = self._tap_stream("expert_transformer", x, "suffix", tap)
+        x = self._tap_stream("action_tokens", x, "actions", tap)
         ops.backend.stage = "action_projection"
-        v = tap("action_projection", ops.linear(x, self.weights.velocity, F32), "actions")
+        v = ops.action_linear(x, self.weights.velocity, F32)
+        v = tap("action_projection", v, "actions")
         ops.backend.stage = "velocity"
         return tap("velocity", v, "actions")
 
@@ -151,48 +161,44 @@ class TtnnNetwork:
         timesteps: list[Timestep],
         on_step: Callable[[], None] = lambda: None,
     ) -> Handle:
-        """Actions [1, 1, horizon, action_dim] float32: the prefix once, then Euler's method.
+        """Actions in the rows of the suffix, [1, 1, suffix, action_dim] float32: the prefix once,
+        then Euler's method.
 
         Args:
             given: what `TileLayout.uploads` names, and `x_t`.
         """
-        ops = self.ops
         cache = self.prefill(on, given, whole=False)
         state, x = self.embed_state(on, given), given["x_t"]
         for timestep in timesteps:
             v = self.velocity(on, given, cache, state, x, timestep)
             # Only the rows of actions move: what the others would gather never meets them.
-            x = ops.add(x, ops.multiply(ops.multiply(v, on.action_rows), -1 / len(timesteps)))
+            x = self.loop.addcmul(x, v, on.action_rows, -1 / len(timesteps))
             on_step()
-        return ops.rows(x, self.config.state_tokens, self.config.suffix_len)
+        return x
 
     @property
     def _residual(self) -> str:
         return self.ops.precision.residual
 
-    def _embed_suffix(
-        self, on: Constants, x_t: Handle, state: Handle | None, timestep: Timestep
-    ) -> Handle:
+    def _embed_suffix(self, x_t: Handle, state: Handle | None, timestep: Timestep) -> Handle:
         """[1, 1, suffix, width]; see `Pi0.embed_suffix`."""
-        ops, time = self.ops, self.weights.time
+        ops, time, weights = self.loop, self.weights.time, self.weights.actions
         ops.backend.stage = "suffix"
-        h = ops.linear(x_t, self.weights.actions, F32)
-        if isinstance(time, StateAndTime):
-            h = ops.silu(ops.add(h, timestep.bias))
-            h = ops.multiply(ops.linear(h, time.mixed, F32), on.action_rows)
-            h = ops.add(h, state)
-        return ops.cast(h, self._residual)
+        if not isinstance(time, StateAndTime):
+            return ops.action_linear(x_t, weights, self._residual)
+        h = ops.silu_sum(ops.action_linear(x_t, weights, F32), timestep.bias)
+        fidelity = ops.precision.rest
+        return ops.add_linear(state, h, time.mixed, time.ones, self._residual, fidelity)
 
-    def _vision(self, on: Constants, pixels: Handle, tap: HandleTap) -> Handle:
-        """[V, S, S, 3] → features [1, 1, V·patches, E]."""
+    def _vision(self, on: Constants, patches: Handle, tap: HandleTap) -> Handle:
+        """[1, 1, V·patches, 3·14²] → features [1, 1, V·patches, E]."""
         ops, config, weights = self.ops, self.config.vision, self.weights
         ops.backend.stage = "vision_tower"
         views, rows = on.layout.views, on.layout.patches
-        x = ops.cut_patches(pixels, config.patch_size, rows)
-        x = ops.reshape(x, (1, 1, views * rows, x.shape[3]))
-        x = ops.linear(x, weights.patch, ops.precision.pixels)
-        x = ops.add(ops.reshape(x, (views, 1, rows, config.width)), weights.position)
-        x = ops.cast(ops.reshape(x, (1, 1, views * rows, config.width)), self._residual)
+        x = ops.linear(patches, weights.patch, ops.precision.pixels)
+        x = ops.reshape(x, (views, 1, rows, config.width))
+        x = ops.add(x, weights.position, self._residual)
+        x = ops.reshape(x, (1, 1, views * rows, config.width))
         for i, block in enumerate(weights.vision):
             x = tap(f"vision_tower.block.{i}", self._vision_block(on, block, x), "patches")
         x = ops.layer_norm(x, weights.vision_norm, siglip.EPS)
@@ -207,41 +213,52 @@ class TtnnNetwork:
         q, k, v = ops.heads(qkv, config.num_heads, config.num_heads)
         attended = ops.attention(q, k, v, on.vision_mask, config.head_dim**-0.5)
         attended = ops.reshape(attended, (1, 1, views * rows, attended.shape[3]))
-        x = ops.add(x, ops.linear(attended, block.out, self._residual))
+        x = ops.add_branch(x, attended, block.out, self.weights.vision_gate)
         h = ops.layer_norm(x, block.norm2, siglip.EPS)
-        h = ops.gelu(ops.linear(h, block.fc1, ops.precision.hidden))
-        return ops.add(x, ops.linear(h, block.fc2, self._residual))
+        # The tanh form, which SigLIP was trained with.
+        h = ops.linear(h, block.fc1, ops.precision.hidden, "GELU_TANH")
+        return ops.add_branch(x, h, block.fc2, self.weights.vision_gate)
 
     def _qkv(
         self,
+        ops: Ops,
         block: TtnnGemmaBlock,
         norm: RmsNorm,
         config: GemmaConfig,
         x: Handle,
         tables: KeyValue,
     ) -> tuple[Handle, ...]:
-        h = self.ops.rms_norm(x, norm, gemma.EPS)
-        qkv = self.ops.linear(h, block.qkv, self._residual)
-        q, k, v = self.ops.heads(qkv, config.num_heads, config.num_kv_heads)
-        k, cache = self.ops.rope(k, *tables), self.ops.precision.cache
-        if cache != self._residual:
-            k, v = self.ops.cast(k, cache), self.ops.cast(v, cache)
-        return self.ops.rope(q, *tables), k, v
+        h = ops.rms_norm(x, norm, gemma.EPS)
+        qkv = ops.linear(h, block.qkv, self._residual)
+        q, k, v = ops.heads(qkv, config.num_heads, config.num_kv_heads)
+        return q, ops.rope(k, *tables), v
+
+    def _tap_stream(self, name: str, x: Handle, kind: str, tap: HandleTap) -> Handle:
+        """What a tap returns instead is brought to where the loop has its stream."""
+        seen = tap(name, x, kind)
+        return x if seen is x else self.loop.to_stream(seen)
 
     def _tap_cache(self, name: str, kv: list[Handle], part: str, tap: HandleTap) -> KeyValue:
         k, v = kv
         kind = f"{part}_heads"
         return tap(f"{name}.keys", k, kind), tap(f"{name}.values", v, kind)
 
-    def _attend(self, config: GemmaConfig, q: Handle, k: Handle, v: Handle, mask: Handle) -> Handle:
-        return self.ops.attention(q, k, v, mask, config.head_dim**-0.5)
+    def _attend(
+        self, ops: Ops, q: Handle, k: Handle, v: Handle, mask: Handle, tables: KeyValue
+    ) -> Handle:
+        # The queries' weights are scaled already.
+        return ops.attention(ops.rope(q, *tables), k, v, mask, 1.0)
 
     def _post_attention(
-        self, block: TtnnGemmaBlock, first: RmsNorm, second: RmsNorm, x: Handle, attended: Handle
+        self,
+        ops: Ops,
+        block: TtnnGemmaBlock,
+        first: RmsNorm,
+        second: RmsNorm,
+        x: Handle,
+        attended: Handle,
     ) -> Handle:
-        ops, hidden = self.ops, self.ops.precision.hidden
-        x = ops.add_branch(x, ops.linear(attended, block.out, self._residual), first)
+        x = ops.add_branch(x, attended, block.out, first.gate)
         h = ops.rms_norm(x, second, gemma.EPS)
-        gate = ops.gelu(ops.linear(h, block.gate, hidden))
-        h = ops.multiply(gate, ops.linear(h, block.up, hidden))
-        return ops.add_branch(x, ops.linear(h, block.down, self._residual), second)
+        gate, up = ops.split_linear(h, block.gate_up, 2, ops.precision.hidden)
+        return ops.add_branch(x, ops.gelu_product(gate, up), block.down, second.gate)

@@ -7,19 +7,25 @@ from typing import Any
 from pi0.engines.tenstorrent.backend import Backend, Handle
 from pi0.engines.tenstorrent.layout import TILE, tiled
 from pi0.engines.tenstorrent.precision import Precision
-from pi0.engines.tenstorrent.program_configs import ROWS_IN_L1, attention_chunks, matmul_blocks
+from pi0.engines.tenstorrent.program_configs import attention_chunks, matmul_blocks, shards
 from pi0.engines.tenstorrent.weights import Linear, RmsNorm
 
 
 class Ops:
-    """Operations on handles [1, 1, rows, width] unless it says otherwise."""
+    """Operations on handles [1, 1, rows, width] unless it says otherwise.
 
-    def __init__(self, backend: Backend, precision: Precision) -> None:
-        self.backend, self.precision = backend, precision
+    Args:
+        in_loop: for the denoising loop: its few rows stay in the cores' memory, and the residual
+            stream is divided by columns, so that a norm is not left to the one or two cores that
+            have a row of tiles.
+    """
+
+    def __init__(self, backend: Backend, precision: Precision, in_loop: bool = False) -> None:
+        self.backend, self.precision, self.in_loop = backend, precision, in_loop
         self._kernel = {
             fidelity: backend.ttnn.init_device_compute_kernel_config(
                 backend.arch,
-                math_fidelity=backend.option(f"MathFidelity.{fidelity}"),
+                math_fidelity=backend.option(f"MathFidelity.{self._allowed(fidelity)}"),
                 math_approx_mode=False,
                 fp32_dest_acc_en=precision.float32_sums,
                 packer_l1_acc=True,
@@ -27,40 +33,81 @@ class Ops:
             for fidelity in {precision.linear, precision.attention, precision.rest}
         }
 
-    def linear(self, x: Handle, weights: Linear, dtype: str) -> Handle:
-        """x · W + b in a dtype."""
+    def linear(self, x: Handle, weights: Linear, dtype: str, activation: str | None = None) -> Any:
+        """activation(x · W + b) in a dtype, an activation by its name in TTNN."""
+        unary = activation and self._unary(activation)
         return self.backend.run(
-            "linear",
+            "experimental.minimal_matmul",
             x,
             weights.weight,
-            bias=weights.bias,
+            bias_tensor=weights.bias,
+            fused_activation=unary,
             dtype=dtype,
-            program_config=self._matmul(x, weights.weight, dtype),
-            compute_kernel_config=self._kernel[self.precision.linear],
-            memory_config=self._memory(x),
+            memory_config=self._memory(),
+            **self._matmul(x, weights.weight, dtype),
         )
+
+    def split_linear(self, x: Handle, weights: Linear, parts: int, dtype: str) -> list[Handle]:
+        """x · W in a dtype, its columns in equal parts."""
+        split: list[Handle] = self.backend.run(
+            "experimental.minimal_matmul_split",
+            x,
+            weights.weight,
+            chunks=parts,
+            dtype=dtype,
+            memory_config=self._memory(),
+            **self._matmul(x, weights.weight, dtype),
+        )
+        return split
+
+    def action_linear(self, x: Handle, weights: Linear, dtype: str) -> Handle:
+        """As `linear`, in the fidelity of the layers on state and actions, onto the stream."""
+        return self.backend.run(
+            "experimental.minimal_matmul",
+            x,
+            weights.weight,
+            bias_tensor=weights.bias,
+            dtype=dtype,
+            memory_config=self._stream(x.shape[2], weights.weight.shape[1]),
+            **self._matmul(x, weights.weight, dtype, self.precision.rest),
+        )
+
+    def add_branch(self, x: Handle, h: Handle, weights: Linear, gate: Handle) -> Handle:
+        """x + gate · (h · W + b): onto the residual stream.
+
+        One program where the matrix has the stream's dtype, which TTNN demands; else two.
+        """
+        dtype = self.backend.dtype(x)
+        if self.backend.dtype(weights.weight) != dtype:
+            return self.addcmul(x, self.linear(h, weights, dtype), gate)
+        return self.add_linear(x, h, weights, gate, dtype, self.precision.linear)
+
+    def add_linear(
+        self, x: Handle, h: Handle, weights: Linear, gate: Handle, dtype: str, fidelity: str
+    ) -> Handle:
+        """x + gate · (h · W + b) in a dtype; x, W and gate have one."""
+        return self.backend.run(
+            "experimental.dit_minimal_matmul_addcmul_fused",
+            h,
+            weights.weight,
+            1.0,
+            x,
+            gate,
+            bias_tensor=weights.bias,
+            dtype=dtype,
+            memory_config=self._stream(x.shape[2], x.shape[3]),
+            **self._matmul(h, weights.weight, dtype, fidelity),
+        )
+
+    def to_stream(self, x: Handle) -> Handle:
+        """x where the residual stream is."""
+        return self.backend.run("to_memory_config", x, self._stream(x.shape[2], x.shape[3]))
 
     def rms_norm(self, x: Handle, norm: RmsNorm, epsilon: float) -> Handle:
-        return self.backend.run(
-            "rms_norm",
-            x,
-            epsilon=epsilon,
-            weight=norm.weight,
-            bias=norm.shift,
-            compute_kernel_config=self._kernel[self.precision.rest],
-            memory_config=self._memory(x),
-        )
+        return self._norm("rms_norm", x, norm.weight, norm.shift, epsilon)
 
     def layer_norm(self, x: Handle, norm: Linear, epsilon: float) -> Handle:
-        return self.backend.run(
-            "layer_norm",
-            x,
-            epsilon=epsilon,
-            weight=norm.weight,
-            bias=norm.bias,
-            compute_kernel_config=self._kernel[self.precision.rest],
-            memory_config=self._memory(x),
-        )
+        return self._norm("layer_norm", x, norm.weight, norm.bias, epsilon)
 
     def heads(self, qkv: Handle, num_heads: int, num_kv_heads: int) -> tuple[Handle, ...]:
         """[B, 1, T, (H + 2K)·D] → q [B, H, T, D], k and v [B, K, T, D]."""
@@ -70,23 +117,26 @@ class Ops:
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             transpose_k_heads=False,
-            memory_config=self._memory(qkv),
+            memory_config=self._memory(),
         )
         return q, k, v
 
     def rope(self, x: Handle, cos: Handle, sin: Handle) -> Handle:
         """Rotates heads [1, H, T, D] by tables [1, 1, T, D]."""
         return self.backend.run(
-            "experimental.rotary_embedding", x, cos, sin, memory_config=self._memory(x)
+            "experimental.rotary_embedding", x, cos, sin, memory_config=self._memory()
         )
 
     def attention(
         self, q: Handle, k: Handle, v: Handle, mask: Handle | None, scale: float
     ) -> Handle:
-        """[B, H, T, D], [B, K, S, D] twice and [1, 1, T, S] → [B, 1, T, H·D]."""
+        """[B, H, T, D], [B, K, S, D] twice and [1, 1, T, S] → [B, 1, T, H·D].
+
+        A mask beside a scale other than 1 costs a program more, which divides the mask by it.
+        """
         grid = self.backend.grid
-        q_chunk, k_chunk = attention_chunks(q.shape[2] // TILE, k.shape[2] // TILE)
-        attended = self.backend.run(
+        chunks = attention_chunks(q.shape[2] // TILE, k.shape[2] // TILE, self.in_loop)
+        return self.backend.run(
             "transformer.scaled_dot_product_attention",
             q,
             k,
@@ -94,50 +144,47 @@ class Ops:
             attn_mask=mask,
             is_causal=False,
             scale=scale,
+            output_concat_heads=True,
             program_config=self.backend.ttnn.SDPAProgramConfig(
                 compute_with_storage_grid_size=(grid.x, grid.y),
-                q_chunk_size=q_chunk,
-                k_chunk_size=k_chunk,
+                q_chunk_size=chunks[0],
+                k_chunk_size=chunks[1],
                 exp_approx_mode=False,
             ),
             compute_kernel_config=self._kernel[self.precision.attention],
+            memory_config=self._memory(),
         )
+
+    def write_rows(self, cache: Handle, rows: Handle) -> None:
+        """Writes rows [1, K, T, D] into the first T of [1, K, S, D]."""
+        self.backend.run("fill_cache", cache, rows, 0)
+
+    def gelu_product(self, gate: Handle, x: Handle) -> Handle:
+        """gelu(gate) · x in the tanh form, which Gemma was trained with."""
+        gelu = [self._unary("GELU_TANH")]
         return self.backend.run(
-            "experimental.nlp_concat_heads", attended, memory_config=self._memory(q)
+            "multiply", gate, x, input_tensor_a_activations=gelu, memory_config=self._memory()
         )
 
-    def gelu(self, x: Handle) -> Handle:
-        """The tanh form, which Gemma and SigLIP were trained with."""
-        variant = self.backend.option("GeluVariant.Tanh")
-        return self.backend.run("gelu", x, variant=variant, memory_config=self._memory(x))
+    def silu_sum(self, a: Handle, b: Handle) -> Handle:
+        """silu(a + b)."""
+        silu = [self._unary("SILU")]
+        return self.backend.run("add", a, b, activations=silu, memory_config=self._memory())
 
-    def silu(self, x: Handle) -> Handle:
-        return self.backend.run("silu", x)
+    def add(self, a: Handle, b: Handle, dtype: str) -> Handle:
+        return self.backend.run("add", a, b, dtype=dtype, memory_config=self._memory())
 
-    def add(self, a: Handle, b: Handle) -> Handle:
-        return self.backend.run("add", a, b, memory_config=self._memory(a))
-
-    def add_branch(self, x: Handle, branch: Handle, norm: RmsNorm) -> Handle:
-        """The residual sum, the branch gated if the norm before it is adaptive."""
-        if norm.gate is None:
-            return self.add(x, branch)
-        return self.backend.run("addcmul", x, branch, norm.gate, memory_config=self._memory(x))
-
-    def multiply(self, a: Handle, b: Handle | float) -> Handle:
-        return self.backend.run("multiply", a, b, memory_config=self._memory(a))
-
-    def cast(self, x: Handle, dtype: str) -> Handle:
-        return self.backend.run("typecast", x, dtype=dtype)
+    def addcmul(self, a: Handle, b: Handle, c: Handle, factor: float = 1.0) -> Handle:
+        """a + factor · b · c."""
+        memory = self._memory()
+        return self.backend.run("addcmul", a, b, c, value=factor, memory_config=memory)
 
     def concat(self, parts: list[Handle], dim: int) -> Handle:
         return self.backend.run("concat", parts, dim=dim)
 
     def reshape(self, x: Handle, shape: tuple[int, ...]) -> Handle:
+        """Another view of whole tiles, which costs nothing."""
         return self.backend.run("reshape", x, shape)
-
-    def rows(self, x: Handle, start: int, stop: int) -> Handle:
-        """Rows [start, stop) of [1, 1, rows, width]."""
-        return self.backend.run("slice", x, [0, 0, start, 0], [1, 1, stop, x.shape[3]])
 
     def embed(self, tokens: Handle, table: Handle) -> Handle:
         """[1, L] → [1, 1, L, E]."""
@@ -150,39 +197,74 @@ class Ops:
         )
         return self.reshape(rows, (1, *rows.shape))
 
-    def cut_patches(self, pixels: Handle, patch: int, rows: int) -> Handle:
-        """[V, S, S, 3] → [V, 1, rows, tiled 3·patch²]: whole patches, padded to tiles."""
-        views, side = pixels.shape[0], pixels.shape[1]
-        grid, line = side // patch, 3 * patch
-        cells = self.reshape(pixels, (views, grid, patch, grid, line))
-        cells = self.backend.run("permute", cells, (0, 1, 3, 2, 4))
-        flat = self.reshape(cells, (views, 1, grid * grid, patch * line))
-        more = (rows - grid * grid, tiled(patch * line) - patch * line)
-        flat = self.backend.run("pad", flat, [(0, 0), (0, 0), (0, more[0]), (0, more[1])], 0.0)
-        return self.backend.run("to_layout", flat, self.backend.option("TILE_LAYOUT"))
+    def _norm(
+        self, name: str, x: Handle, weight: Handle, bias: Handle | None, epsilon: float
+    ) -> Handle:
+        rows, width = x.shape[2], x.shape[3]
+        program = {}
+        if self.in_loop:
+            grid = shards(tiled(width) // TILE)
+            columns = width // TILE // grid.cores
+            program["program_config"] = self.backend.ttnn.LayerNormShardedMultiCoreProgramConfig(
+                compute_with_storage_grid_size=(grid.x, grid.y),
+                subblock_w=columns,
+                block_h=rows // TILE,
+                block_w=columns,
+                inplace=False,
+            )
+        return self.backend.run(
+            name,
+            x,
+            epsilon=epsilon,
+            weight=weight,
+            bias=bias,
+            compute_kernel_config=self._kernel[self.precision.rest],
+            memory_config=self._stream(rows, width),
+            **program,
+        )
 
-    def _memory(self, x: Handle) -> Any:
-        few = x.shape[2] <= ROWS_IN_L1 * TILE
-        return self.backend.option("L1_MEMORY_CONFIG" if few else "DRAM_MEMORY_CONFIG")
+    def _allowed(self, fidelity: str) -> str:
+        """On Wormhole a product in HiFi4 whose sums are float32 is wrong in places (tt-metal
+        #38306); without its last pass, HiFi3, it is not."""
+        wormhole = self.backend.arch == self.backend.option("device.Arch.WORMHOLE_B0")
+        faulty = wormhole and self.precision.float32_sums and fidelity == "HiFi4"
+        return "HiFi3" if faulty else fidelity
 
-    def _matmul(self, x: Handle, weight: Handle, dtype: str) -> Any:
-        m, k, n = (tiled(length) // TILE for length in (x.shape[2], x.shape[3], weight.shape[1]))
+    def _unary(self, name: str) -> Any:
+        return self.backend.ttnn.UnaryWithParam(self.backend.option(f"UnaryOpType.{name}"))
+
+    def _memory(self) -> Any:
+        return self.backend.option("L1_MEMORY_CONFIG" if self.in_loop else "DRAM_MEMORY_CONFIG")
+
+    def _stream(self, rows: int, width: int) -> Any:
+        """Where the residual stream and the norms are."""
+        if not self.in_loop:
+            return self._memory()
+        ttnn, grid = self.backend.ttnn, shards(tiled(width) // TILE)
+        return ttnn.create_sharded_memory_config(
+            (rows, tiled(width) // grid.cores),
+            core_grid=ttnn.CoreGrid(x=grid.x, y=grid.y),
+            strategy=ttnn.ShardStrategy.WIDTH,
+            use_height_and_width_as_shard_shape=True,
+        )
+
+    def _matmul(
+        self, x: Handle, weight: Handle, dtype: str, fidelity: str | None = None
+    ) -> dict[str, Any]:
+        """Program and kernel of x · weight."""
+        rows = x.shape[0] * x.shape[2]
+        m, k, n = (tiled(length) // TILE for length in (rows, x.shape[3], weight.shape[1]))
         grid = self.backend.grid
         dtypes = (self.backend.dtype(x), self.backend.dtype(weight), dtype)
         b = matmul_blocks(m, k, n, grid, dtypes, self.precision.float32_sums)
-        common: dict[str, Any] = {
-            "compute_with_storage_grid_size": (grid.x, grid.y),
-            "in0_block_w": b.inner,
-            "out_subblock_h": b.sub_rows,
-            "out_subblock_w": b.sub_columns,
-            "out_block_h": b.block_rows,
-            "out_block_w": b.block_columns,
-            "per_core_M": b.rows,
-            "per_core_N": b.columns,
-            "fused_activation": None,
+        return {
+            "config": self.backend.ttnn.MinimalMatmulConfig(
+                M_block_size=b.rows,
+                K_block_size=b.inner,
+                N_block_size=b.columns,
+                subblock_h=b.sub_rows,
+                subblock_w=b.sub_columns,
+                compute_with_storage_grid_size=self.backend.ttnn.CoreCoord(grid.x, grid.y),
+            ),
+            "compute_kernel_config": self._kernel[fidelity or self.precision.linear],
         }
-        if b.spread == "columns":
-            config = self.backend.ttnn.MatmulMultiCoreReuseMultiCast1DProgramConfig
-            return config(**common, fuse_batch=True, mcast_in0=True)
-        config = self.backend.ttnn.MatmulMultiCoreReuseMultiCastProgramConfig
-        return config(**common, transpose_mcast=False)

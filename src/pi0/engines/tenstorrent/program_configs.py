@@ -6,6 +6,7 @@ Lengths are in tiles of 32 × 32.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pi0.engines.tenstorrent.backend import Grid
 
@@ -13,74 +14,90 @@ from pi0.engines.tenstorrent.backend import Grid
 # matrix product may take; the rest is left to tensors that stay there.
 BUDGET = 1_000_000
 TILE_BYTES = {"bfloat16": 2048, "bfloat8_b": 1088, "float32": 4096}
-ROWS_IN_L1 = 4  # activations of at most this many tile rows stay in the cores' memory
-K_BLOCK = 8  # tiles of the inner dimension taken at a time, at most
+LONGEST = 8  # tiles of a block in each direction, at most
+SHARDS = (16, 8, 4, 2, 1)  # cores that the loop's residual stream can lie on, two rows of eight
+LOOP_QUERIES = 32  # tokens of queries taken at a time in the loop: 8 heads of 64 fill 16 cores
 
 
 @dataclass(frozen=True)
 class MatmulBlocks:
     """Blocks of a matrix product.
 
+    The shorter side of the grid's rectangle of cores, rows unless the product is taller than wide,
+    divides the rows of the product, the other one its columns.
+
     Attributes:
-        rows, columns: output tiles of a core.
-        block_rows, block_columns: of these, how many at a time.
+        rows, columns: output tiles of a core at a time.
         inner: tiles of the inner dimension at a time.
         sub_rows, sub_columns: tiles that are in the registers together.
-        spread: "columns": all cores divide the columns, each has all rows; "both": rows of the
-            grid divide the rows, its columns the columns.
     """
 
     rows: int
     columns: int
-    block_rows: int
-    block_columns: int
     inner: int
     sub_rows: int
     sub_columns: int
-    spread: str
 
 
+@lru_cache
 def matmul_blocks(
     m: int, k: int, n: int, grid: Grid, dtypes: tuple[str, str, str], float32_sums: bool
 ) -> MatmulBlocks:
-    """Blocks of an [m, k] × [k, n] product.
+    """Blocks of an [m, k] × [k, n] product, to which a tensor of the product's dtype may be added.
+
+    What a core pays is counted as one for a tile, for each time that its registers are filled, and
+    for each block: where its share is a prime number of tiles, it is given one more rather than few
+    at a time.
 
     Args:
         dtypes: of the two operands and of the product.
         float32_sums: sums in float32, which halves the registers to 4 tiles.
     """
     registers = 4 if float32_sums else 8
-    if m <= ROWS_IN_L1:
-        rows, columns, spread = m, ceil(n, grid.cores), "columns"
-    else:
-        rows, columns, spread = ceil(m, grid.y), ceil(n, grid.x), "both"
+    down, across = (grid.x, grid.y) if m > n else (grid.y, grid.x)
+    own_rows, own_columns = ceil(m, down), ceil(n, across)
     a, b, out = (TILE_BYTES[dtype] for dtype in dtypes)
     sums = TILE_BYTES["float32" if float32_sums else "bfloat16"]
 
-    def memory(block_rows: int, block_columns: int, inner: int) -> int:
-        operands = 2 * inner * (block_rows * a + block_columns * b)  # two of each: one fills
-        return operands + block_rows * block_columns * (out + sums)
+    def memory(rows: int, columns: int, inner: int) -> int:
+        operands = 2 * inner * (rows * a + columns * b)  # two of each: one fills
+        return operands + rows * columns * (4 * out + sums)
 
+    sizes = range(1, LONGEST + 1)
     fitting = [
-        (block_rows * block_columns, inner, block_rows, block_columns)
-        for block_rows in (divisors(rows) if spread == "both" else [rows])
-        for block_columns in (divisors(columns) if spread == "both" else [columns])
+        (
+            -tiles * (1 + 1 / together + 1 / (rows * columns)),
+            inner,
+            rows,
+            columns,
+            sub_rows,
+            together,
+        )
+        for rows in sizes
+        for columns in sizes
+        for tiles in [ceil(own_rows, rows) * rows * ceil(own_columns, columns) * columns]
+        for sub_rows in divisors(rows)
+        for sub_columns in divisors(columns)
+        for together in [sub_rows * sub_columns]
+        if 1 < together <= registers
         for inner in divisors(k)
-        if inner <= K_BLOCK and memory(block_rows, block_columns, inner) <= BUDGET
+        if inner <= LONGEST and memory(rows, columns, inner) <= BUDGET
     ]
-    _, inner, block_rows, block_columns = max(fitting)
-    sub_columns = max(d for d in divisors(block_columns) if d <= registers)
-    whole = sub_columns == block_columns  # only then may a block in registers have several rows
-    most = registers // sub_columns if whole else 1
-    sub_rows = max(d for d in divisors(block_rows) if d <= most)
-    return MatmulBlocks(
-        rows, columns, block_rows, block_columns, inner, sub_rows, sub_columns, spread
-    )
+    _, inner, rows, columns, sub_rows, together = max(fitting)
+    return MatmulBlocks(rows, columns, inner, sub_rows, together // sub_rows)
 
 
-def attention_chunks(queries: int, keys: int) -> tuple[int, int]:
-    """Tokens of queries and keys taken at a time: the largest that fit with heads of 256."""
-    return min(queries * 32, 128), min(keys * 32, 128)
+def attention_chunks(queries: int, keys: int, in_loop: bool) -> tuple[int, int]:
+    """Tokens of queries and keys taken at a time: the largest that fit with heads of 256, and of
+    the loop's few queries less, for more cores."""
+    most = LOOP_QUERIES if in_loop else 128
+    return min(queries * 32, most), min(keys * 32, 128)
+
+
+def shards(columns: int) -> Grid:
+    """Cores that divide a width of so many tiles among them."""
+    cores = next(count for count in SHARDS if columns % count == 0)
+    return Grid(min(cores, 8), ceil(cores, 8))
 
 
 def ceil(a: int, b: int) -> int:

@@ -1,9 +1,9 @@
 """What a timestep is to the network.
 
-In π0 a row that is added to the actions' tokens, in π0.5 scale, shift and gate of the expert's
-norms. They depend on nothing else, so they are computed on the host, in float32, and uploaded once
-for all steps of a schedule. Each is a tensor of its own: to cut it out of a larger one would cost
-an operation each time.
+In π0 what is added to the actions' tokens, in π0.5 scale, shift and gate of the expert's norms.
+They depend on nothing else, so they are computed on the host, in float32, and uploaded once for all
+steps of a schedule. Each is a tensor of its own: to cut it out of a larger one would cost an
+operation each time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Timestep:
     """One timestep on the device.
 
     Attributes:
-        bias: [1, 1, 1, E] float32, added to the actions before their activation; None in π0.5.
+        bias: [1, 1, suffix, E] float32, added to the actions before their activation, 0 in other
+            rows; None in π0.5.
         norms: of the expert.
     """
 
@@ -50,8 +51,9 @@ def put_timesteps(
 ) -> list[Timestep]:
     """Uploads times t [N], one timestep each; the tap sees π0.5's condition [N, E]."""
     if isinstance(time, StateAndTime):
-        biases = F.linear(embed_time(t, len(time.time)), time.time)
-        return [Timestep(put(Upload(row[None, None, None], F32)), time.norms) for row in biases]
+        biases = F.linear(embed_time(t, len(time.time[0])), *time.time)  # [N, E]
+        spread = time.action_rows[None, None, :, None] * biases[:, None, None, None]
+        return [Timestep(put(Upload(rows, F32)), time.norms) for rows in spread]
     first, second = time.mlp
     embedded = embed_time(t, len(first[0]))
     condition = F.silu(F.linear(F.silu(F.linear(embedded, *first)), *second))
@@ -66,8 +68,9 @@ def put_timesteps(
 
 def _put_norm(modulation: Tensor, precision: Precision, put: Put) -> RmsNorm:
     scale, shift, gate = modulation[None, None].chunk(3, dim=-1)  # each [1, 1, 1, E]
+    weight, shift = (precision.rounded(x, precision.norm) for x in (1 + scale, shift))
     return RmsNorm(
-        put(Upload(1 + scale, precision.norm)),
-        put(Upload(shift, precision.norm)),
+        put(Upload(weight, precision.norm)),
         put(Upload(gate, precision.residual)),  # multiplied with the branch in one dtype
+        put(Upload(shift, precision.norm)),
     )

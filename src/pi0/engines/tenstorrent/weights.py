@@ -1,9 +1,10 @@
 """The model's parameters as the network wants them: fused, padded to tiles, in the preset's dtypes.
 
 Matrices are stored [in, out]. Heads that are no whole tiles are padded with zeros, which changes no
-product; RMSNorm's 1 + w is folded; in π0 the first of the two linear layers on the actions is
-folded into the second, between which there is nothing. What reads only the timestep stays on the
-host.
+product. Folded: RMSNorm's 1 + w; the scale of the trunks' logits into the queries' weights and that
+of the text into the token table, where the published sizes make both powers of two or one rounding;
+in π0 the first of the two linear layers on the actions into the second, between which there is
+nothing. What reads only the timestep stays on the host.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pi0.config import Pi0Config
 from pi0.engines.folded_actions import fold_actions
 from pi0.engines.tenstorrent.backend import Handle, Upload
 from pi0.engines.tenstorrent.layout import padded_head, tiled
@@ -41,12 +43,13 @@ class RmsNorm:
 
     Attributes:
         weight: 1 + scale.
-        shift, gate: of an adaptive norm: added to the result, multiplied with the branch after it.
+        gate: multiplied with the branch after the norm: ones, unless the norm is adaptive.
+        shift: of an adaptive norm: added to the result.
     """
 
     weight: Handle
+    gate: Handle
     shift: Handle | None = None
-    gate: Handle | None = None
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,7 @@ class TtnnVisionBlock:
 class TtnnGemmaBlock:
     qkv: Linear
     out: Linear
-    gate: Linear
-    up: Linear
+    gate_up: Linear  # one beside the other
     down: Linear
 
 
@@ -82,14 +84,20 @@ class StateAndTime:
 
     Attributes:
         state: makes the state's token.
-        mixed: follows the activation of actions with time.
-        time: [E, E] float32, on the host: embedded time → what it adds to the actions.
+        mixed: follows the activation of actions with time; without its bias.
+        mixed_bias: [1, 1, suffix, E], the bias in the rows of actions, else 0.
+        ones: [1, 1, 1, E].
+        time: [E, E] and [E] float32, on the host: embedded time → what is added to the actions.
+        action_rows: [suffix] float32, 1 in the rows of actions, else 0.
         norms: the expert's, the same at any time.
     """
 
     state: Linear
     mixed: Linear
-    time: Tensor
+    mixed_bias: Handle
+    ones: Handle
+    time: HostLinear
+    action_rows: Tensor
     norms: TrunkNorms
 
 
@@ -112,8 +120,10 @@ class TtnnWeights:
     position: Handle
     vision: list[TtnnVisionBlock]
     vision_norm: Linear
+    vision_gate: Handle  # ones
     projector: Linear
     embedding: Handle
+    unwritten: Handle  # [1, K, suffix, D] zeros: the suffix's keys or values before a step
     vlm: list[TtnnGemmaBlock]
     vlm_norms: TrunkNorms
     expert: list[TtnnGemmaBlock]
@@ -130,6 +140,7 @@ class Packer:
 
     def pack(self, model: Pi0) -> TtnnWeights:
         vision, norm = self._tower(model.vision_tower)
+        scaled = model.token_embedding.weight.detach() * model.config.vlm.width**0.5
         actions, time = self._suffix(model)  # first: the trunk's norms are freed
         conv = model.vision_tower.patch_embedding.conv
         patch = conv.weight.permute(0, 2, 3, 1).flatten(1)  # [E, 14·14·3], channels last
@@ -138,10 +149,10 @@ class Packer:
             position=self._position(model.vision_tower.patch_embedding.position),
             vision=vision,
             vision_norm=norm,
+            vision_gate=self._ones(model.config.vision.width),
             projector=self._layer("projector", model.projector),
-            embedding=self._put(
-                Upload(model.token_embedding.weight.detach(), self.precision.embedding, tiled=False)
-            ),
+            embedding=self._put(Upload(scaled, self.precision.embedding, tiled=False)),
+            unwritten=self._unwritten(model.config),
             vlm_norms=self._norms(model.vlm),
             vlm=self._blocks("vlm", model.vlm),
             expert=self._blocks("expert", model.expert),
@@ -152,6 +163,11 @@ class Packer:
         free(model)
         return weights
 
+    def _unwritten(self, config: Pi0Config) -> Handle:
+        head, heads = tiled(config.expert.head_dim), config.expert.num_kv_heads
+        rows = torch.zeros(1, heads, tiled(config.suffix_len), head)
+        return self._put(Upload(rows, self.precision.residual))
+
     def _suffix(self, model: Pi0) -> tuple[Linear, StateAndTime | AdaptiveNorms]:
         """The layer on the actions; what makes the rest of the suffix and the expert's norms."""
         first = model.action_in_proj
@@ -161,19 +177,24 @@ class Packer:
                 [host_linear(norm.dense) for norm in norms_of(model.expert)],
             )
             return self._layer("action", first), time
-        second = model.action_time_mlp_in
+        second, mixed = model.action_time_mlp_in, model.action_time_mlp_out
         folded = fold_actions((first.weight, first.bias), (second.weight, second.bias))
-        return self._linear("action", folded.actions, folded.bias), StateAndTime(
+        rows = action_rows(model.config).to(first.weight.device)
+        dtype = self.precision.weights["action"]
+        return self._linear("action", folded.actions), StateAndTime(
             state=self._layer("action", model.state_proj),
-            mixed=self._layer("action", model.action_time_mlp_out),
-            time=folded.time,
+            mixed=self._linear("action", mixed.weight),
+            mixed_bias=self._put(Upload(rows[None, None, :, None] * mixed.bias, dtype)),
+            ones=self._put(Upload(torch.ones(1, 1, 1, len(mixed.bias)), dtype)),
+            time=(folded.time, folded.bias),
+            action_rows=rows,
             norms=self._norms(model.expert),
         )
 
     def _linear(self, kind: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """weight [out, in], as torch has it."""
         dtype = self.precision.weights[kind]
-        matrix = self._put(Upload(weight.t(), dtype))
+        matrix = self._put(Upload(self.precision.rounded(weight.t(), dtype), dtype))
         if bias is None:
             return Linear(matrix)
         bias_dtype = BF16 if dtype == BFP8 else dtype
@@ -183,7 +204,12 @@ class Packer:
         return self._linear(kind, layer.weight, layer.bias)
 
     def _norm(self, weight: Tensor) -> Handle:
-        return self._put(Upload(weight[None, None, None], self.precision.norm))
+        rounded = self.precision.rounded(weight[None, None, None], self.precision.norm)
+        return self._put(Upload(rounded, self.precision.norm))
+
+    def _ones(self, width: int) -> Handle:
+        """A gate that lets a branch through."""
+        return self._put(Upload(torch.ones(1, 1, 1, width), self.precision.residual))
 
     def _layer_norm(self, norm: nn.LayerNorm) -> Linear:
         return Linear(self._norm(norm.weight), self._norm(norm.bias))
@@ -205,16 +231,16 @@ class Packer:
             out = pad_heads(block.out_proj.weight.t(), d, head).t()
             packed = TtnnVisionBlock(
                 norm1=self._layer_norm(block.norm1),
-                qkv=self._linear("vision_attention", qkv, bias),
-                out=self._linear("vision_attention", out, block.out_proj.bias),
+                qkv=self._linear("vision_in", qkv, bias),
+                out=self._linear("vision_out", out, block.out_proj.bias),
                 norm2=self._layer_norm(block.norm2),
                 fc1=self._linear(
-                    "vision_mlp",
+                    "vision_in",
                     pad_rows(block.fc1.weight, hidden),
                     pad_rows(block.fc1.bias[:, None], hidden)[:, 0],
                 ),
                 fc2=self._linear(
-                    "vision_mlp", pad_columns(block.fc2.weight, hidden), block.fc2.bias
+                    "vision_out", pad_columns(block.fc2.weight, hidden), block.fc2.bias
                 ),
             )
             blocks.append(packed)
@@ -222,7 +248,10 @@ class Packer:
         return blocks, self._layer_norm(tower.norm)
 
     def _norms(self, trunk: GemmaTrunk) -> TrunkNorms:
-        *norms, final = (RmsNorm(self._norm(1 + norm.weight)) for norm in norms_of(trunk))
+        gate = self._ones(len(trunk.norm.weight))
+        *norms, final = (
+            RmsNorm(self._norm(1 + norm.weight.float()), gate) for norm in norms_of(trunk)
+        )
         return TrunkNorms(pairs_of(norms), final)
 
     def _blocks(self, name: str, trunk: GemmaTrunk) -> list[TtnnGemmaBlock]:
@@ -230,19 +259,26 @@ class Packer:
         modules: Any = trunk.blocks
         for block in modules:
             d, head = block.head_dim, padded_head(block.head_dim)
-            projections = (block.q_proj, block.k_proj, block.v_proj)
-            qkv = torch.cat([pad_heads(p.weight, d, head) for p in projections])
+            weights = (block.q_proj.weight * d**-0.5, block.k_proj.weight, block.v_proj.weight)
+            qkv = torch.cat([pad_heads(weight, d, head) for weight in weights])
             out = pad_heads(block.o_proj.weight.t(), d, head).t()
+            gate_up = torch.cat([block.gate_proj.weight, block.up_proj.weight])
             packed = TtnnGemmaBlock(
-                qkv=self._linear(f"{name}_attention", qkv),
-                out=self._linear(f"{name}_attention", out),
-                gate=self._linear(f"{name}_mlp", block.gate_proj.weight),
-                up=self._linear(f"{name}_mlp", block.up_proj.weight),
-                down=self._linear(f"{name}_mlp", block.down_proj.weight),
+                qkv=self._linear(f"{name}_in", qkv),
+                out=self._linear(f"{name}_out", out),
+                gate_up=self._linear(f"{name}_in", gate_up),
+                down=self._linear(f"{name}_out", block.down_proj.weight),
             )
             blocks.append(packed)
             free(block)
         return blocks
+
+
+def action_rows(config: Pi0Config) -> Tensor:
+    """[suffix], 1 in the rows of actions, else 0."""
+    rows = torch.zeros(tiled(config.suffix_len))
+    rows[config.state_tokens : config.suffix_len] = 1
+    return rows
 
 
 def norms_of(trunk: GemmaTrunk) -> list[RMSNorm]:

@@ -6,6 +6,7 @@ and why.
 
 from __future__ import annotations
 
+import statistics
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,17 +21,19 @@ from pi0.engines.base import Capabilities, Engine, EngineOptions, exclusive
 from pi0.engines.fast.cuda import fp8
 from pi0.engines.fast.cuda.fp8 import Fp8Kernels
 from pi0.engines.fast.cuda.graph import Call, Graphs
+from pi0.engines.fast.cuda.parts import make_parts, time_run
 from pi0.engines.fast.kernels import Kernels
 from pi0.engines.fast.network import VLM_OUTPUT, Cache, Network
 from pi0.engines.fast.plan import TokenPlan, copy, make_token_plan
-from pi0.engines.fast.weights import Matrix, Scheme, pack
+from pi0.engines.fast.weights import Scheme, pack
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
 from pi0.model import Tap
 from pi0.model.pi0 import no_tap
 from pi0.model.precision import parse_dtype
 
-BUCKET = 16  # prefix tokens are rounded up to a multiple, so that like prompts share a graph
+BUCKET = 16  # prefix tokens are rounded up to a multiple where prompts change with every call
+PART_REPEATS = 20  # replays of a part, of which the median counts
 UNSPLIT = 2**31  # the MLPs are not cut: a GPU's caches hold no part of their weights anyway
 PRECISIONS = ("bfloat16", "fp8", "float32")
 PLAIN = (
@@ -57,7 +60,7 @@ class CudaEngine(Engine):
         self.device = find_device(options.device or "cuda")
         scheme, kept = choose_scheme(checkpoint, options.precision)
         with on_device(self.device):
-            kernels, chosen = choose_kernels(self.device, scheme)
+            kernels, chosen = choose_kernels(self.device, scheme, self.config)
         self.notes = [*chosen, *kept]
         for note in self.notes:
             warnings.warn(note, stacklevel=3)
@@ -98,12 +101,29 @@ class CudaEngine(Engine):
             on_step()
         return actions
 
+    @exclusive
+    @torch.inference_mode()
+    def time_parts(
+        self, inputs: ModelInputs, noise: Tensor, steps: int
+    ) -> tuple[float, float, float]:
+        """See `Engine`; medians of replays of graphs of their own."""
+        call = Call(inputs, self._plan(inputs), noise, steps)
+        with on_device(self.device):
+            runs = make_parts(self.network, call, self.device)
+            prefill, vision, step = (
+                statistics.median(time_run(runs[name], self.graphs.spare, PART_REPEATS))
+                for name in ("prefill", "vision", "step")
+            )
+        return prefill, vision, step
+
     def _close(self) -> None:
         del self.graphs, self.network
 
     def _plan(self, inputs: ModelInputs) -> TokenPlan:
         config = self.config
-        return make_token_plan(inputs, config.vision.num_patches, config.suffix_len, BUCKET)
+        return make_token_plan(
+            inputs, config.vision.num_patches, config.suffix_len, choose_bucket(config)
+        )
 
 
 def guard(tap: Tap) -> Tap:
@@ -155,14 +175,22 @@ def check_fp8(device: torch.device) -> None:
             f"newer, found {_dotted(capability)} ({torch.cuda.get_device_name(device)}). "
             "Use --dtype bfloat16."
         )
-    values, scale = torch.zeros(16, 16, device=device, dtype=fp8.FP8), torch.ones(16, device=device)
     try:
-        fp8.multiply(fp8.Rows(values, scale[:, None]), Matrix(values, scale=scale))
+        fp8.check_products(device)
     except RuntimeError as error:
         raise EngineError(
             f"dtype fp8: expected a PyTorch with row-wise scaled products for this device, found "
             f"{torch.__version__} ({error}). Use --dtype bfloat16, or a newer PyTorch."
         ) from error
+
+
+def choose_bucket(config: Pi0Config) -> int:
+    """What prefix tokens are rounded up to, which takes a mask, and that takes time.
+
+    A task's prompt is the same in every call, so its graph has its exact length. In π0.5 the state
+    is written into the prompt, and a graph for each number of digits would be too many.
+    """
+    return 1 if config.state_tokens else BUCKET
 
 
 def choose_scheme(checkpoint: Checkpoint, precision: str) -> tuple[Scheme, list[str]]:
@@ -172,7 +200,9 @@ def choose_scheme(checkpoint: Checkpoint, precision: str) -> tuple[Scheme, list[
     return Scheme(parse_dtype(precision), mlp_chunk=UNSPLIT), []
 
 
-def choose_kernels(device: torch.device, scheme: Scheme) -> tuple[Kernels, list[str]]:
+def choose_kernels(
+    device: torch.device, scheme: Scheme, config: Pi0Config
+) -> tuple[Kernels, list[str]]:
     """The fastest kernels that work on the current device, and notes on why others do not."""
     try:
         from pi0.engines.fast.cuda.triton_check import TritonUnavailable, check
@@ -180,7 +210,7 @@ def choose_kernels(device: torch.device, scheme: Scheme) -> tuple[Kernels, list[
     except ImportError as error:
         return Fp8Kernels(), [PLAIN.format(why=error)]
     try:
-        check(device, scheme.dtype, fp8.FP8 in scheme.dtype_by_pattern.values())
+        check(device, scheme.dtype, fp8.FP8 in scheme.dtype_by_pattern.values(), config)
     except TritonUnavailable as why:
         return Fp8Kernels(), [PLAIN.format(why=why)]
     return TritonKernels(), []

@@ -7,9 +7,8 @@ inputs hold, waits for nothing and looks at no value; tests/engines/test_cuda.py
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,15 +17,16 @@ from pi0.engines.fast.network import Network
 from pi0.engines.fast.plan import TokenPlan, copy
 from pi0.inputs import ModelInputs
 
-LIMIT = 4  # graphs that are kept: a robot has few prompts and one set of cameras
+LIMIT = 8  # graphs that are kept: a robot has few prompts and one set of cameras
 WARM_UP = 2  # runs before a capture, in which libraries allocate and Triton compiles
 
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of a sampling call, all on one device: noise is [B, horizon, action_dim] float32.
+    """Arguments of a sampling call, all on one device.
 
-    The plan is one with a bucket.
+    Attributes:
+        noise: [B, horizon, action_dim] float32.
     """
 
     inputs: ModelInputs
@@ -63,6 +63,7 @@ class Graph:
         self.actions = torch.empty_like(self.call.noise)
         self.times = network.step_times(call.steps)
         self.captured: torch.cuda.CUDAGraph | None = None
+        self.stream: torch.cuda.Stream | None = None
 
     def run(self) -> None:
         """Actions from what is in the buffers. This is what is captured."""
@@ -70,19 +71,17 @@ class Graph:
         cache = self.network.prefill(call.inputs, call.plan)
         self.actions.copy_(self.network.denoise(call.noise, self.times, cache))
 
-    def capture(self, pool: Any) -> None:
-        """Records `run` on the current CUDA device, with memory from a pool of
-        `torch.cuda.graph_pool_handle`."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                self.run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            self.run()
-        self.captured = graph
+    def capture(self, stream: torch.cuda.Stream) -> None:
+        """Makes calls replays of `run`; `stream` as for `capture`."""
+        self.captured, self.stream = capture(self.run, stream), stream
+
+    def release(self) -> torch.cuda.Stream | None:
+        """Gives the stream back. What was captured is destroyed, also where others still hold it:
+        PyTorch then clears the stream's workspaces, which the next graph is not to share."""
+        if self.captured is not None:
+            self.captured.reset()
+        stream, self.captured, self.stream = self.stream, None, None
+        return stream
 
     def __call__(self, call: Call) -> Tensor:
         """Actions [B, horizon, action_dim] on the CPU of a call of this shape."""
@@ -95,17 +94,41 @@ class Graph:
         return self.actions.to("cpu", copy=True)
 
 
+def capture(run: Callable[[], None], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    """Records what a function launches on the current CUDA device.
+
+    Args:
+        stream: one that no other living graph was captured on: cuBLAS's workspaces belong to a
+            stream, and go when a graph of that stream is destroyed (pytorch#193402).
+    """
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may allocate meanwhile, as one does that fetches images.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        run()
+    return graph
+
+
 class Graphs:
     """The graphs of the shapes that were called last; on the CPU they run without capture.
 
-    They share memory between them: no two run at once, and each writes what it reads.
+    Each has a stream and memory of its own.
+
+    Attributes:
+        spare: a stream that none of them has; None on the CPU.
     """
 
     def __init__(self, network: Network, device: torch.device) -> None:
         self.network = network
         self.device = device
         self.kept: dict[Hashable, Graph] = {}  # the one used last is last
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        cuda = device.type == "cuda"
+        self.free = [torch.cuda.Stream(device) for _ in range(LIMIT)] if cuda else []
+        self.spare = torch.cuda.Stream(device) if cuda else None
 
     def __call__(self, call: Call) -> Tensor:
         """Actions [B, horizon, action_dim] on the CPU."""
@@ -115,8 +138,11 @@ class Graphs:
 
     def _make(self, call: Call) -> Graph:
         if len(self.kept) == LIMIT:
-            del self.kept[next(iter(self.kept))]
+            stream = self.kept.pop(next(iter(self.kept))).release()
+            if stream is not None:
+                self.free.append(stream)
         graph = Graph(self.network, call, self.device)
-        if self.device.type == "cuda":
-            graph.capture(self.pool)
+        if self.free:
+            graph.capture(self.free[-1])
+            self.free.pop()
         return graph

@@ -3,14 +3,15 @@
 Notable: each reads bfloat16, e4m3 or float32, computes in float32 and rounds once. A row that is
 meant for an e4m3 matrix is quantised where it is made. Residuals are added by the matrix product,
 in place. The actions' few queries have their keys shared out among many programs, which would leave
-most of a GPU idle otherwise, and take their mask as it is.
+most of a GPU idle otherwise. Masks are read as they are. Many queries without a mask are PyTorch's,
+and so is all attention in float32.
 
 Runs on the CPU in Triton's interpreter (tests/engines/test_triton.py).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,9 +34,25 @@ UNSEEN = tl.constexpr(-1e30)  # the logit of a masked key
 # a·b + c rounded once: Triton's default up to 3.9, which warns if it is not asked for.
 FUSED = {"enable_fp_fusion": True}
 COLUMNS = 1024  # of a row, that a program computes where a row need not be one program
-QUERIES, KEYS = 32, 32  # rows and columns of the logits that a program holds
-SHARE = 128  # keys that one program goes through
-MOST_QUERIES = 1024  # beyond these a GPU is busy without sharing out keys
+MATRIX_DTYPES = {torch.bfloat16}  # float32 has no tensor cores, and no room in shared memory
+
+
+class Tile(NamedTuple):
+    """What a program of the attention holds: rows and columns of the logits."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# 256 wide these take 82 and 68 KB of shared memory, of the 99 that the smallest GPUs have, and no
+# stack: tests/engines/test_triton_compiles.py.
+FEW = Tile(32, 32, warps=4, stages=3)  # the suffix's queries: their keys are shared out
+MANY = Tile(64, 32, warps=8, stages=2)  # the prefix's: enough to keep a GPU busy without
+SHARE = 128  # keys that one program goes through, of few queries
+MOST_QUERIES = 1024  # that are few
+LEAST_WIDTH = 16  # of an operand of `tl.dot` in bfloat16; the interpreter takes less
 
 
 class TritonKernels(Fp8Kernels):
@@ -85,9 +102,10 @@ class TritonKernels(Fp8Kernels):
         return q
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
-        if valid is None or q[..., 0].numel() > MOST_QUERIES:
+        few = q[..., 0].numel() <= MOST_QUERIES
+        if q.dtype not in MATRIX_DTYPES or not (few or valid is not None):
             return super().attend(q, k, v, valid)
-        return _attend(q, k, v, valid)
+        return _attend(q, k, v, valid, *((FEW, SHARE) if few else (MANY, k.shape[1])))
 
 
 def _norm(
@@ -139,19 +157,24 @@ def _warps(block: int) -> int:
     return max(1, min(16, block // 512))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, tile: Tile, share: int
+) -> Tensor:
     batch, t, heads, width = q.shape
     keys, kv_heads = k.shape[1:3]
     pairs, group = batch * kv_heads, heads // kv_heads
-    rows, shares = t * group, triton.cdiv(keys, SHARE)
+    rows, shares = t * group, triton.cdiv(keys, share)
     sums = q.new_empty(shares, pairs, rows, width, dtype=torch.float32)
     stats = q.new_empty(shares, pairs, rows, 2, dtype=torch.float32)
     out = q.new_empty(batch * t, heads * width)
-    block = triton.next_power_of_2(width)
-    _attend_kernel[(triton.cdiv(rows, QUERIES), shares, pairs)](
-        *(q, k, v, valid, sums, stats, rows, keys, kv_heads, group, width, width**-0.5),
-        *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], valid.stride(0)),
-        *(QUERIES, KEYS, SHARE, block),
+    block = max(LEAST_WIDTH, triton.next_power_of_2(width))
+    _attend_kernel[(triton.cdiv(rows, tile.queries), shares, pairs)](
+        *(q, k, v, valid, sums, stats, rows, keys, share, kv_heads, group, width, width**-0.5),
+        *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
+        0 if valid is None else valid.stride(0),
+        *(tile.queries, tile.keys, block),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
         **FUSED,
     )
     _join_kernel[(rows, pairs)](
@@ -284,6 +307,7 @@ def _attend_kernel(
     stats,
     rows,
     keys,
+    share_keys,
     kv_heads,
     group,
     width,
@@ -297,10 +321,9 @@ def _attend_kernel(
     valid_row,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
-    SHARE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """A program lets QUERIES queries of a key/value head see SHARE keys.
+    """A program lets QUERIES queries of a key/value head see `share_keys` keys, KEYS at a time.
 
     It leaves Σ exp(l - m) v in `sums`, and m and Σ exp(l - m) in `stats`, l being the logits and m
     the largest of them.
@@ -316,10 +339,13 @@ def _attend_kernel(
     peak = tl.full([QUERIES], UNSEEN, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     summed = tl.zeros([QUERIES, WIDTH], tl.float32)
-    for start in range(0, SHARE, KEYS):
-        key = share * SHARE + start + tl.arange(0, KEYS)
-        seen = tl.load(valid + batch * valid_row + key, mask=key < keys, other=0) != 0
-        there = (key < keys)[:, None] & (lane < width)[None]
+    end = tl.minimum(share * share_keys + share_keys, keys)
+    for start in range(share * share_keys, end, KEYS):
+        key = start + tl.arange(0, KEYS)
+        seen = key < end
+        if valid is not None:
+            seen = tl.load(valid + batch * valid_row + key, mask=seen, other=0) != 0
+        there = (key < end)[:, None] & (lane < width)[None]
         of_keys = batch * k_row + key[:, None] * k_token + kv_head * width + lane[None]
         some_keys = tl.load(k + of_keys, mask=there, other=0.0)
         of_values = batch * v_row + key[:, None] * v_token + kv_head * width + lane[None]

@@ -1,0 +1,379 @@
+"""One server, several replicas of its policy, as a Ray Serve deployment (docs/scaling.md).
+
+The server keeps connections, turns, limits and noise. A replica, in a process of its own and maybe
+on another machine, gets one observation's frame at a time and returns the frame of its answer. It
+keeps nothing between two observations, so that any replica may answer any client. Ray starts
+replicas, watches them, replaces those that fail, and adds and removes some as load asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pi0.errors import ConfigError, Pi0Error, install_hint
+from pi0.policy import Pipeline, Policy, PolicyOptions, Robot
+from pi0.serve.answer import AbandonedError, Answer, Answerer, Chunk, Request, failure
+from pi0.serve.wire import MessageLimits, unpack
+
+logger = logging.getLogger("pi0.serve")
+POLL = 0.05  # seconds between two looks whether an answer is still wanted
+OBJECT_STORE = 200 << 20  # bytes, where Ray is started here; an observation is a few megabytes
+START_TIMEOUT = 1800.0  # seconds: large weights from a slow disk
+LOST = (
+    "server: expected an answer, found that two replicas were lost while they computed it. Send "
+    "the next observation."
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a replica needs to make its policy; the files must be there on its machine.
+
+    Attributes:
+        options: pre- and post-processing.
+        checkpoint, engine, horizon, max_tokens, base, steps, on_limit, weight_cache: see
+            `Policy.from_checkpoint`.
+        limits: of messages.
+    """
+
+    checkpoint: Path
+    options: PolicyOptions
+    engine: str
+    horizon: int | None = None
+    max_tokens: int | None = None
+    base: Path | None = None
+    steps: int | None = None
+    on_limit: str = "error"
+    weight_cache: bool = False
+    limits: MessageLimits = field(default_factory=MessageLimits)
+
+    def make_policy(self) -> Policy:
+        """Loads the weights."""
+        return Policy.from_checkpoint(
+            self.checkpoint,
+            **vars(self.options),
+            engine=self.engine,
+            horizon=self.horizon,
+            max_tokens=self.max_tokens,
+            base=self.base,
+            steps=self.steps,
+            on_limit=self.on_limit,
+            weight_cache=self.weight_cache,
+        )
+
+    def with_absolute_paths(self) -> Recipe:
+        """The same for a process that runs in another folder."""
+        options = {name: _absolute(value) for name, value in vars(self.options).items()}
+        base = self.base and self.base.expanduser().absolute()
+        return replace(
+            self,
+            checkpoint=self.checkpoint.expanduser().absolute(),
+            base=base,
+            options=PolicyOptions(**options),
+        )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How many replicas there are, and what each of them gets.
+
+    Attributes:
+        replicas: how many, or with `most` the fewest.
+        most: at most so many, as load asks; None: always `replicas`.
+        cpus, gpus: of a replica; CPUs are threads, too.
+        name: of Ray's application, one for each server of a cluster.
+    """
+
+    replicas: int
+    most: int | None = None
+    cpus: int = 1
+    gpus: int = 0
+    name: str = "pi0"
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for numbers that contradict each other."""
+        if self.most is not None and self.most < self.replicas:
+            raise ConfigError(
+                f"--max-replicas: expected at least --replicas ({self.replicas}), found "
+                f"{self.most}."
+            )
+
+
+class PolicyReplica:
+    """What runs in a replica's process: a policy that is warm before Ray sends it anything."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._answerer = Answerer(recipe.make_policy(), recipe.limits)
+        self._seconds = self._answerer.warm_up(lambda: None)
+        self._suspect = False
+
+    def describe(self) -> dict[str, Any]:
+        """The greeting's frame, the policy's metadata, and how long the first chunk took."""
+        return {
+            "greeting": self._answerer.metadata(),
+            "metadata": dict(self._answerer.policy.metadata),
+            "seconds": self._seconds,
+        }
+
+    async def answer(self, request: dict[str, Any], age: float) -> Answer:
+        """The answer to a request whose fields are given; it arrived `age` seconds ago.
+
+        In a thread, so that Ray's question for the replica's health is answered meanwhile.
+        """
+        made = Request(**request, arrived=time.perf_counter() - age)
+        try:
+            answer = await asyncio.to_thread(self._answerer.answer, made)
+        except asyncio.CancelledError:
+            made.abandon()
+            raise
+        self._suspect |= answer.outcome == "internal"
+        return answer
+
+    async def check_health(self) -> None:
+        """Ray asks every few seconds, and replaces a replica for which this raises.
+
+        An internal error may come from one odd observation or from a device that is lost: a chunk
+        for nobody tells.
+        """
+        if self._suspect:
+            await asyncio.to_thread(self._answerer.warm_up, lambda: None)
+            self._suspect = False
+
+
+@dataclass(frozen=True)
+class Described:
+    """What is known of the replicas' policy where its weights are not.
+
+    Attributes:
+        pipeline: its pre- and post-processing.
+        metadata: see `Policy`.
+    """
+
+    pipeline: Pipeline
+    metadata: Mapping[str, Any]
+
+    @property
+    def robot(self) -> Robot:
+        """The robot's table."""
+        return self.pipeline.robot
+
+
+class Replicas:
+    """Answers requests by asking replicas, several at a time; in place of an `Answerer`.
+
+    Attributes:
+        policy: what all of them are.
+        limits: of messages.
+        at_once: how many requests may be asked at the same time.
+    """
+
+    def __init__(
+        self,
+        ask: Callable[[dict[str, Any], float], Any],
+        pipeline: Pipeline,
+        limits: MessageLimits,
+        description: Mapping[str, Any],
+        at_once: int = 1,
+        seed: int = 0,
+        lost: type[Exception] = ConnectionError,
+        stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            ask: sends a request to any replica; returns Ray's DeploymentResponse.
+            pipeline: the policy's.
+            description: `PolicyReplica.describe`.
+            seed: of the noise. It is drawn here, so that a request that is asked again has the
+                same answer.
+            lost: what a response raises if its replica is gone.
+            stop: called by `close`.
+        """
+        self.policy = Described(pipeline, description["metadata"])
+        self.limits = limits
+        self.at_once = at_once
+        self._ask, self._lost, self._stop = ask, lost, stop
+        self._greeting: bytes = description["greeting"]
+        self._seconds: float = description["seconds"]
+        self._generator = torch.Generator().manual_seed(seed)
+        self._numbers = itertools.count(1)
+        self._last: tuple[int, bytes, bytes] | None = None
+
+    @property
+    def last(self) -> Chunk | None:
+        """The last observation and its actions; None: there was none yet."""
+        if self._last is None:
+            return None
+        number, asked, answered = self._last
+        actions = unpack(answered, self.limits)["actions"]
+        return Chunk(number, unpack(asked, self.limits), actions)
+
+    def metadata(self) -> bytes:
+        """The frame that greets a client."""
+        return self._greeting
+
+    def warm_up(self, on_step: Callable[[], None]) -> float:
+        """Replicas are warm before they are asked; returns the seconds of one's first chunk."""
+        on_step()
+        return self._seconds
+
+    def answer(self, request: Request) -> Answer:
+        """The answer to a request; nothing is raised. For any number of threads.
+
+        A request whose replica is lost is asked once more.
+        """
+        config = self.policy.pipeline.config
+        noise = torch.randn(1, config.horizon, config.action_dim, generator=self._generator)
+        fields = {
+            "frame": request.frame,
+            "timeout": request.timeout,
+            "previous": request.previous,
+            "noise": noise,
+        }
+        stages = {"queue": time.perf_counter() - request.arrived}
+        try:
+            for _ in range(2):
+                try:
+                    answer = self._wait(request, fields)
+                except self._lost as error:
+                    reason = _reason(error).partition(". ")[0]  # of several with addresses
+                    logger.warning("a replica was lost while it computed (%s)", reason)
+                else:
+                    self._remember(request, answer)
+                    return answer
+            return Answer(LOST, "lost", stages)
+        except Exception as error:  # of any kind: the client waits, and others come after it
+            return failure(error, stages)
+
+    def close(self) -> None:
+        """Ends the replicas."""
+        self._stop()
+
+    def _wait(self, request: Request, fields: dict[str, Any]) -> Answer:
+        """Asks, and waits for as long as the answer is wanted."""
+        response = self._ask(fields, time.perf_counter() - request.arrived)
+        while True:
+            try:
+                answer: Answer = response.result(timeout_s=POLL)
+                return answer
+            except TimeoutError:
+                try:
+                    request.check()
+                except (AbandonedError, TimeoutError):
+                    response.cancel()
+                    raise
+
+    def _remember(self, request: Request, answer: Answer) -> None:
+        if isinstance(request.frame, bytes) and isinstance(answer.frame, bytes):
+            self._last = next(self._numbers), request.frame, answer.frame
+
+
+def start_replicas(recipe: Recipe, pipeline: Pipeline, scale: Scale, seed: int = 0) -> Replicas:
+    """Replicas that are warm, on the Ray cluster that RAY_ADDRESS names or that runs on this
+    machine, else in a Ray that is started here and ended with them.
+
+    Args:
+        pipeline: of the same checkpoint.
+        seed: of the noise.
+
+    Raises:
+        Pi0Error: Ray is not installed, or the replicas cannot start.
+    """
+    require_ray()
+    import ray
+    from ray import serve
+    from ray.exceptions import RayActorError
+
+    started = _connect()
+    most = scale.most or scale.replicas
+    count: dict[str, Any] = {"num_replicas": scale.replicas}
+    if scale.most is not None:
+        bounds = {"min_replicas": scale.replicas, "max_replicas": most}
+        count = {"autoscaling_config": {**bounds, "target_ongoing_requests": 1}}
+
+    def stop() -> None:
+        serve.delete(scale.name)
+        if started:
+            serve.shutdown()
+        ray.shutdown()
+
+    _require_room(ray.cluster_resources(), scale, ray.shutdown)
+    serve.start(proxy_location="Disabled")  # robots speak to this server, not to Ray's
+    deployment = serve.deployment(
+        PolicyReplica,
+        name="policy",
+        max_ongoing_requests=1,
+        graceful_shutdown_timeout_s=5,
+        ray_actor_options={"num_cpus": scale.cpus, "num_gpus": scale.gpus},
+        **count,
+    )
+    try:
+        handle = serve.run(
+            deployment.bind(recipe.with_absolute_paths()), name=scale.name, route_prefix=None
+        )
+        described = handle.describe.remote().result(timeout_s=START_TIMEOUT)
+    except BaseException as error:  # Ray has many; Ctrl-C leaves no replicas behind either
+        stop()
+        if not isinstance(error, Exception):
+            raise
+        raise Pi0Error(
+            f"--replicas: expected {scale.replicas} to start, found an error: {_reason(error)}."
+        ) from error
+    said = pipeline, recipe.limits, described, most, seed, RayActorError, stop
+    return Replicas(handle.answer.remote, *said)
+
+
+def require_ray() -> None:
+    """Raises Pi0Error if Ray is not installed."""
+    if find_spec("ray") is None:
+        raise Pi0Error(
+            "--replicas: expected the package ray, which the extra pi0[ray] brings, found none. "
+            f"{install_hint('ray')}"
+        )
+
+
+def _absolute(value: Any) -> Any:
+    """The value of an option; a file's path as seen from anywhere."""
+    if isinstance(value, (str, Path)) and Path(value).expanduser().is_file():
+        return Path(value).expanduser().absolute()
+    return value
+
+
+def _connect() -> bool:
+    """Connects to Ray; whether one was started for that."""
+    import ray
+
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        ray.init(address="auto", **quiet)
+    except ConnectionError:
+        ray.init(object_store_memory=OBJECT_STORE, include_dashboard=False, **quiet)
+        return True
+    return False
+
+
+def _require_room(resources: Mapping[str, float], scale: Scale, leave: Callable[[], None]) -> None:
+    """Leaves, and raises ConfigError, if the cluster can never hold so many: Ray would wait."""
+    for what, each in (("CPU", scale.cpus), ("GPU", scale.gpus)):
+        have = resources.get(what, 0)
+        if each * scale.replicas > have:
+            leave()
+            raise ConfigError(
+                f"--replicas: expected a Ray cluster with {each * scale.replicas} {what}s for "
+                f"{scale.replicas} replicas, found {have:g}. Ask for fewer, or add machines."
+            )
+
+
+def _reason(error: Exception) -> str:
+    """The last line of what Ray says, which is the error itself."""
+    lines = str(error).strip().splitlines()
+    return (lines[-1] if lines else type(error).__name__).strip().rstrip(".")

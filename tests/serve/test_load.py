@@ -1,0 +1,47 @@
+"""What `pi0 bench --serve` measures, on a server whose engine takes a known time."""
+
+from __future__ import annotations
+
+import pytest
+from serving import WIDTH, StateEngine, make_policy, running
+
+from pi0.errors import Pi0Error
+from pi0.policy import ROBOTS
+from pi0.serve import load
+from pi0.serve.load import Load, answer_times, server, summarize
+
+
+def test_answers_are_counted_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "WARM_UP", 0.2)
+    with running(make_policy(StateEngine(seconds=0.05))) as served:
+        times = answer_times(f"ws://{served.address}", ROBOTS["generic"], WIDTH, 2, 1.0)
+    found = summarize(2, times, 1.0)
+    assert 1 <= len(times) <= 1.5 / 0.05  # one at a time, however many ask
+    assert min(times) >= 0.05
+    assert (found.clients, found.rate) == (2, len(times))
+    assert 0.05 <= found.p50 <= found.p99
+
+
+def test_robots_follow_from_the_rate() -> None:
+    """4.2 answers a second: 2 robots that ask twice a second."""
+    assert Load(1, 4.2, 0.1, 0.2).robots(control_hz=50, execute=25) == 2
+    assert Load(1, 0.1, 0.1, 0.2).robots(control_hz=50, execute=25) == 0
+
+
+def test_errors_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "WARM_UP", 0.0)
+    with (
+        running(make_policy(StateEngine())) as served,
+        pytest.raises(Pi0Error, match=r"load: expected actions, found state: expected"),
+    ):
+        answer_times(f"ws://{served.address}", ROBOTS["generic"], WIDTH + 40, 1, 1.0)
+    with pytest.raises(Pi0Error, match="found none"):
+        summarize(1, [], 1.0)
+
+
+def test_a_server_that_does_not_start_says_why() -> None:
+    with (
+        pytest.raises(Pi0Error, match="expected it to start, found that it ended: .*nowhere"),
+        server("nowhere"),
+    ):
+        pass

@@ -1,0 +1,258 @@
+"""Several replicas behind one server, without Ray: threads stand for its processes.
+
+With Ray: tests/serve/test_replicas_ray.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+import urllib.request
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from serving import SOON, StateEngine, ask, eventually, make_policy, observation, read, running
+from torch import Tensor
+
+from pi0.errors import ConfigError, EngineError, Pi0Error
+from pi0.policy import PolicyOptions
+from pi0.serve import replicas as module
+from pi0.serve.answer import Answer
+from pi0.serve.replicas import PolicyReplica, Recipe, Replicas, Scale, require_ray
+from pi0.serve.wire import MessageLimits, pack
+
+
+class LostError(Exception):
+    """A replica is gone."""
+
+
+class Response:
+    """As much of Ray's DeploymentResponse as a server uses."""
+
+    def __init__(self, task: Future[Answer]) -> None:
+        self.task, self.cancelled = task, False
+
+    def result(self, timeout_s: float) -> Answer:
+        try:
+            return self.task.result(timeout_s)
+        except TimeoutError:
+            raise
+        except Exception as error:
+            if type(error).__name__ == "TimeoutError":  # of Python 3.10's futures
+                raise TimeoutError from error
+            raise
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Cluster:
+    """Replicas in threads, one for each engine; `lose` of the next requests lose theirs."""
+
+    def __init__(self, *engines: StateEngine) -> None:
+        self.pipeline = make_policy(engines[0]).pipeline
+        self.made = [replica_of(make_policy(engine)) for engine in engines]
+        self.idle = list(self.made)
+        self.lose, self.asked = 0, []
+        self.responses: list[Response] = []
+        self._pool = ThreadPoolExecutor(len(engines))
+
+    def ask(self, request: dict[str, Any], age: float) -> Response:
+        self.asked.append(request)
+        lost, self.lose = self.lose > 0, max(0, self.lose - 1)
+        self.responses.append(Response(self._pool.submit(self._answer, request, age, lost)))
+        return self.responses[-1]
+
+    def _answer(self, request: dict[str, Any], age: float, lost: bool) -> Answer:
+        if lost:
+            raise LostError("killed")
+        replica = self.idle.pop()
+        try:
+            return asyncio.run(replica.answer(request, age))
+        finally:
+            self.idle.append(replica)
+
+    def replicas(self, **options: Any) -> Replicas:
+        limits, made = MessageLimits(), self.made[0].describe()
+        return Replicas(
+            self.ask, self.pipeline, limits, made, len(self.made), lost=LostError, **options
+        )
+
+
+def replica_of(policy: Any) -> PolicyReplica:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recipe, "make_policy", lambda _: policy)
+        return PolicyReplica(Recipe(Path("nowhere"), PolicyOptions(), "reference"))
+
+
+def test_eight_clients_get_their_own_actions_of_two_replicas() -> None:
+    cluster = Cluster(StateEngine(seconds=0.01), StateEngine(seconds=0.01))
+    wrong: list[Any] = []
+
+    def loop(me: int, client: Any) -> None:
+        for i in range(8):
+            value = me + i / 64
+            answer = ask(client, observation(value))
+            if isinstance(answer, str) or not np.allclose(answer["actions"], value, rtol=1e-5):
+                wrong.append((me, answer))
+
+    with running(cluster.replicas()) as served, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(served.connect()) for _ in range(8)]
+        threads = [threading.Thread(target=loop, args=pair) for pair in enumerate(clients)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+    assert len(cluster.asked) == 64
+
+
+def test_two_requests_are_computed_at_the_same_time() -> None:
+    engines = [StateEngine(), StateEngine()]
+    with running(Cluster(*engines).replicas()) as served:
+        for engine in engines:
+            assert engine.started.acquire(timeout=SOON)  # the warm-up's
+            engine.gate.clear()
+        with served.connect() as a, served.connect() as b:
+            a.send(pack(observation(1)))
+            b.send(pack(observation(2)))
+            for engine in engines:
+                assert engine.started.acquire(timeout=SOON)
+            for engine in engines:
+                engine.gate.set()
+            np.testing.assert_allclose(read(a)["actions"], 1, rtol=1e-5)
+            np.testing.assert_allclose(read(b)["actions"], 2, rtol=1e-5)
+
+
+def test_a_lost_replica_costs_nobody_an_answer(caplog: pytest.LogCaptureFixture) -> None:
+    """The request is asked once more, with the noise that it had."""
+    cluster = Cluster(StateEngine(), StateEngine())
+    with running(cluster.replicas()) as served, served.connect() as client:
+        cluster.lose = 1
+        np.testing.assert_allclose(ask(client, observation(1))["actions"], 1, rtol=1e-5)
+        first, second = cluster.asked
+        assert torch.equal(first["noise"], second["noise"])
+        np.testing.assert_allclose(ask(client, observation(2))["actions"], 2, rtol=1e-5)
+    assert not torch.equal(cluster.asked[2]["noise"], first["noise"])
+    assert "a replica was lost while it computed (killed)" in caplog.text
+
+
+def test_two_lost_replicas_are_an_error_and_the_connection_stays() -> None:
+    cluster = Cluster(StateEngine(), StateEngine())
+    with running(cluster.replicas()) as served, served.connect() as client:
+        cluster.lose = 2
+        assert "two replicas were lost" in ask(client, observation(1))
+        np.testing.assert_allclose(ask(client, observation(2))["actions"], 2, rtol=1e-5)
+
+
+def test_a_client_that_left_is_not_waited_for() -> None:
+    engine = StateEngine()
+    cluster = Cluster(engine)
+    with running(cluster.replicas()) as served:
+        engine.gate.clear()
+        with served.connect() as client:
+            client.send(pack(observation(1)))
+            eventually(lambda: len(cluster.asked) == 1)
+        eventually(lambda: cluster.responses[0].cancelled)
+        engine.gate.set()
+
+
+def test_errors_of_a_replica_reach_the_client() -> None:
+    with running(Cluster(StateEngine()).replicas()) as served, served.connect() as client:
+        assert "camera" in ask(client, observation(1, images={}))
+        assert "actions" in ask(client, observation(1))
+
+
+def test_noise_follows_from_the_seed() -> None:
+    drawn: list[list[Tensor]] = []
+    for _ in range(2):
+        cluster = Cluster(StateEngine())
+        with running(cluster.replicas(seed=7)) as served, served.connect() as client:
+            for value in (1, 2):
+                ask(client, observation(value))
+        drawn.append([asked["noise"] for asked in cluster.asked])
+    assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
+
+
+def test_the_live_page_shows_the_last_answer() -> None:
+    with running(Cluster(StateEngine()).replicas()) as served, served.connect() as client:
+        assert status(served.address)["last"] is None
+        ask(client, observation(3))
+        last = status(served.address)["last"]
+    assert last["actions"][0][0] == pytest.approx(3)
+    assert last["cameras"]
+
+
+def status(address: str) -> Any:
+    with urllib.request.urlopen(f"http://{address}/status.json", timeout=SOON) as response:
+        return json.load(response)
+
+
+def test_a_replica_whose_device_is_lost_is_not_healthy() -> None:
+    """An internal error makes it suspect; a chunk for nobody tells whether it still computes."""
+    engine = StateEngine()
+    policy = make_policy(engine)
+    replica = replica_of(policy)
+    asyncio.run(replica.check_health())
+    inferred = policy.infer
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("device lost")
+
+    fields = {"frame": pack(observation(1)), "timeout": SOON, "previous": None, "noise": None}
+    policy.infer = broken
+    assert asyncio.run(replica.answer(fields, 0.0)).outcome == "internal"
+    computed = len(engine.computed)
+    asyncio.run(replica.check_health())
+    assert len(engine.computed) == computed + 1
+    assert asyncio.run(replica.answer(fields, 0.0)).outcome == "internal"
+    engine.scale = float("nan")
+    with pytest.raises(EngineError):
+        asyncio.run(replica.check_health())
+    engine.scale, policy.infer = 1.0, inferred
+    assert asyncio.run(replica.answer(fields, 0.0)).outcome == "ok"
+
+
+def test_age_counts_as_time_in_the_queue() -> None:
+    fields = {"frame": pack(observation(1)), "timeout": 1.0, "previous": None, "noise": None}
+    replica = replica_of(make_policy(StateEngine()))
+    answer = asyncio.run(replica.answer(fields, 0.5))
+    assert 0.5 <= answer.stages["queue"] < 1.0
+    late = asyncio.run(replica.answer(fields, 1.5))
+    assert late.outcome == "timeout"
+
+
+def test_paths_hold_in_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "arm.toml").write_text("")
+    options = PolicyOptions(robot="arm.toml", tokenizer=Path("none"), norm_stats="none")
+    made = Recipe(Path("ckpt"), options, "cpu", base=Path("base")).with_absolute_paths()
+    assert (made.checkpoint, made.base) == (tmp_path / "ckpt", tmp_path / "base")
+    assert made.options.robot == tmp_path / "arm.toml"
+    assert made.options.norm_stats == "none"
+
+
+def test_scale_and_missing_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="at least --replicas \\(4\\), found 2"):
+        Scale(4, 2)
+    monkeypatch.setattr(
+        module, "find_spec", lambda name: None if name == "ray" else find_spec(name)
+    )
+    with pytest.raises(Pi0Error, match=r"expected the package ray.*pi0\[ray\]"):
+        require_ray()
+
+
+def test_room_is_checked_before_ray_waits() -> None:
+    stopped: list[bool] = []
+    with pytest.raises(ConfigError, match="a Ray cluster with 4 CPUs for 2 replicas, found 2"):
+        module._require_room({"CPU": 2.0}, Scale(2, cpus=2), lambda: stopped.append(True))
+    assert stopped
+    module._require_room({"CPU": 4.0}, Scale(2, cpus=2), lambda: stopped.append(True))
+    assert len(stopped) == 1

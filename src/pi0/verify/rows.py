@@ -89,7 +89,7 @@ class Row:
 def structure_rows(cases: Sequence[Case], a: EngineRun, b: EngineRun, limits: Limits) -> list[Row]:
     """All that an engine that rounds nothing computes on the reference's inputs, its own loop, and
     each operation that only the candidate's precision has."""
-    rows = []
+    rows: list[Row] = []
     for case in cases:
         rows += _stage_rows(case, a.chained[case.name], b.isolated[case.name], limits, STRUCTURE)
         rows += _step_rows(case, a.chained[case.name], b.isolated[case.name], limits, STRUCTURE)
@@ -111,7 +111,7 @@ def operation_rows(case: Case, run: EngineRun, limits: Limits) -> list[Row]:
 
 def isolated_rows(cases: Sequence[Case], a: EngineRun, b: EngineRun, limits: Limits) -> list[Row]:
     """Each stage and block of the candidate on the reference's inputs."""
-    rows = []
+    rows: list[Row] = []
     for case in cases:
         rows += _stage_rows(case, a.chained[case.name], b.isolated[case.name], limits, ISOLATED)
         rows += _step_rows(case, a.chained[case.name], b.isolated[case.name], limits, ISOLATED)
@@ -201,10 +201,9 @@ def _sample_rows(
     rows = []
     for case in cases:
         if case.name in b.samples:
-            moved = compare(
-                a.chained[case.name].actions - case.noise, b.samples[case.name] - case.noise
-            )
-            rows.append(Row(case.name, "sample", moved, limit, 0.0, b.ms[case.name], part))
+            expected = a.chained[case.name].actions - case.noise
+            c = compare(expected, b.samples[case.name] - case.noise)
+            rows.append(Row(case.name, "sample", c, limit, 0.0, b.ms[case.name], part))
     for name, moved in b.moved.items():
         if name == UNCHANGED[1]:
             row = Row(cases[0].name, f"sample.{name}", compare(b.moved["first"], moved), same)

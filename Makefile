@@ -9,6 +9,7 @@ FULL := out/full
 LEROBOT := lerobot[pi]==0.6.1
 LEROBOT_PLUGIN := "lerobot[pi,dataset]==0.6.1" sentencepiece pytest hypothesis setuptools
 OPENPI := openpi-client==0.1.2 typing_extensions
+ALOHA := gym-aloha==0.1.5 mujoco==3.8.1 $(OPENPI)
 TEST_TTNN := pytest pytest-xdist hypothesis
 
 # The first Python of these versions that runs; pyenv's shims may be there and not run.
@@ -21,7 +22,7 @@ PYTHON_LEROBOT ?= $(call find,3.12)
 # libraries, which those pins would refuse, so it gets the newest of everything.
 LOCKED := $(if $(filter $(TORCH_LOCKED),$(TORCH)),-c requirements/venv.txt)
 
-.PHONY: demo help test test-ttnn test-ray test-lerobot-plugin test-full lint tokenizer drawing parity lock clean
+.PHONY: demo help test aloha test-ttnn test-ray test-lerobot-plugin test-full lint tokenizer drawing parity lock clean
 
 demo: .venv/run drawing ## a robot that does what sentences say, simulated, in films (default)
 	@if $(BIN)/python -c 'import pi0.sim.render' 2>/dev/null; then \
@@ -126,6 +127,14 @@ test-ray: .venv/ray ## pi0 serve --replicas, with a Ray that is started for it
 	.venv-openpi/bin/pip install -q -c requirements/openpi.txt $(OPENPI)
 	@touch $@
 
+# ALOHA's simulation with openpi's client, for examples/aloha_sim.py.
+aloha: .venv-aloha/installed ## the environment of examples/aloha_sim.py
+.venv-aloha/installed: requirements/aloha.txt
+	$(PYTHON) -m venv .venv-aloha
+	.venv-aloha/bin/pip install -q -c requirements/aloha.txt --upgrade pip
+	.venv-aloha/bin/pip install -q -c requirements/aloha.txt $(ALOHA)
+	@touch $@
+
 .venv-lerobot/installed: requirements/lerobot.txt
 	@if test -n "$(PYTHON_LEROBOT)"; then $(PYTHON_LEROBOT) -m venv .venv-lerobot \
 	  && .venv-lerobot/bin/pip install -q -c requirements/lerobot.txt --upgrade pip \
@@ -152,6 +161,8 @@ lock: .venv-lock/installed ## resolve requirements/*.txt again, to the newest ve
 	  pyproject.toml - --extra ttnn --extra report -o requirements/ttnn.txt >/dev/null
 	@printf '%s\n' pip $(OPENPI) | $(COMPILE) --python-version 3.10 \
 	  - -o requirements/openpi.txt >/dev/null
+	@printf '%s\n' pip $(ALOHA) | $(COMPILE) --python-version 3.10 \
+	  - -o requirements/aloha.txt >/dev/null
 	@printf '%s\n' pip '$(LEROBOT)' $(LEROBOT_PLUGIN) | $(COMPILE) --python-version 3.12 \
 	  - -o requirements/lerobot.txt >/dev/null
 
@@ -159,4 +170,4 @@ lock: .venv-lock/installed ## resolve requirements/*.txt again, to the newest ve
 	@$(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install -q uv && touch $@
 
 clean: ## remove all environments and outputs
-	rm -rf .venv .venv-ttnn .venv-lerobot .venv-openpi .venv-lock .cache out
+	rm -rf .venv .venv-ttnn .venv-lerobot .venv-openpi .venv-aloha .venv-lock .cache out

@@ -16,11 +16,10 @@ from typing import Any
 
 import msgpack
 import numpy as np
-from serve_load import add_server_options, resident_mb, served
+from serve_load import add_server_options, resident_mb, sample, served
 from websockets.exceptions import ConnectionClosed
 
-from pi0.policy import find_robot
-from pi0.serve.load import connected, sample_observation
+from pi0.serve.load import connected
 from pi0.serve.wire import pack
 
 ROUNDS = 10  # over which memory is watched
@@ -165,8 +164,7 @@ def main() -> None:
     print("| frames | errors | actions | closed | seconds | MB of memory | ms of a robot beside |")
     print("|---:|---:|---:|---:|---:|---:|---:|")
     with served(args) as (address, process):
-        table = find_robot(args.robot)
-        robot = sample_observation(table, table.state_dim or 32)
+        robot = sample(args.robot)
         for i in range(ROUNDS):
             start = time.perf_counter()
             count = fuzz(address, malformed(i, args.frames // ROUNDS, robot))

@@ -10,13 +10,15 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pi0.policy import find_robot
-from pi0.serve.load import WARM_UP, answer_times, server
+from pi0.serve.load import WARM_UP, answer_times, sample_observation, server
 
 SOAK_CLIENTS = 8
 
@@ -24,14 +26,22 @@ SOAK_CLIENTS = 8
 def add_server_options(parser: argparse.ArgumentParser) -> None:
     """What says which policy is served."""
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--robot", default="libero", help="as for pi0 serve")
+    parser.add_argument("--robot", default="generic", help="as for pi0 serve")
     parser.add_argument("--engine", default="auto", help="as for pi0 serve")
 
 
-def served(args: argparse.Namespace) -> AbstractContextManager[tuple[str, int]]:
-    """A server in a process of its own: its address and process id."""
+def served(
+    args: argparse.Namespace, *words: str, port: int = 0, before: Sequence[str] = ()
+) -> AbstractContextManager[tuple[str, int]]:
+    """A server in a process of its own: its address and process id; see `pi0.serve.load.server`."""
     said = ("--robot", args.robot, "--engine", args.engine, "--max-clients", "128")
-    return server(str(args.checkpoint), *said)
+    return server(str(args.checkpoint), *said, *words, port=port, before=before)
+
+
+def sample(robot: str, seed: int = 0) -> dict[str, Any]:
+    """What a robot sends that the server knows by this name."""
+    table = find_robot(robot)
+    return sample_observation(table, table.state_dim or 32, seed)
 
 
 def resident_mb(process: int) -> float:

@@ -1,7 +1,8 @@
 """A robot's side of `pi0 serve` or openpi's server: `python examples/robot_client.py ADDRESS 3`.
 
 Needs numpy, msgpack and websockets, not pi0. Asks the server at ws://HOST:PORT for so many chunks,
-with what a LIBERO arm might see, and connects again when the server is restarted.
+with what a LIBERO arm might see, and connects again when the server is restarted. With --real-time
+at the end (for `pi0 serve --real-time`) each chunk continues what is left of the last one.
 """
 
 import sys
@@ -27,17 +28,23 @@ def observe():
     return {**views, "observation/state": np.zeros(8), "prompt": "pick up the red cube"}
 
 
-address, chunks = sys.argv[1], int(sys.argv[2])
+address, chunks, real_time = sys.argv[1], int(sys.argv[2]), "--real-time" in sys.argv[3:]
+EXECUTED, DELAY = 25, 5  # ticks between two observations, and from one to its answer
+left = None  # of the last chunk, from the tick of the next observation on
 while chunks:
     try:
         with connect(address, compression=None, max_size=None) as server:
             server.recv()  # the greeting says what the policy is
             while chunks:
-                server.send(msgpack.packb(observe(), default=to_wire))
+                seen = observe()
+                if real_time and left is not None:
+                    seen |= {"pi0/previous": left, "pi0/delay": DELAY}
+                server.send(msgpack.packb(seen, default=to_wire))  # and go on executing
                 answer = server.recv()
                 if isinstance(answer, str):
                     sys.exit(answer)  # one sentence: what is wrong with the observation
                 actions = msgpack.unpackb(answer, object_hook=from_wire)["actions"]
+                left = actions[EXECUTED:]
                 print(f"{len(actions)} actions, the first: {actions[0].round(3)}")  # execute them
                 chunks -= 1
     except (OSError, ConnectionClosed) as gone:

@@ -58,7 +58,7 @@ ARROWS = {
         "checkpoint",
         "engines",
     },
-    "serve": {"errors", "policy"},
+    "serve": {"errors", "policy", "data"},
     "data": {"errors", "findings", "checkpoint", "policy"},
     "sim": {"errors", "data", "workers"},
     "train": {
@@ -72,7 +72,7 @@ ARROWS = {
         "policy",
         "data",
     },
-    "eval": {"errors", "figures", "checkpoint", "policy", "sim", "workers"},
+    "eval": {"errors", "figures", "checkpoint", "policy", "serve", "sim", "workers"},
     "cli": {
         "serve",
         "errors",

@@ -126,3 +126,40 @@ def test_interrupt(tiny_path: Path, robot: Path, tmp_path: Path) -> None:
     assert stdout == ""
     assert not list(films.glob(".*"))
     assert not list(films.glob("*.png"))
+
+
+def test_through_a_server(
+    tiny_path: Path, robot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rollouts are those of the in-process run; what the server decides cannot be said."""
+    monkeypatch.syspath_prepend(DOTS.parent / "serve")
+    from serving import running
+
+    from pi0.policy import Policy, RealTimeChunking
+
+    how = {"norm_stats": "none", "preprocessing": "openpi", "engine": "reference", "steps": 2}
+    real_time = RealTimeChunking(jacobian="identity")
+    common = [*ENV, "--episodes", "1", "--max-steps", "6", "--execute", "2", "--latency", "300"]
+    common += ["--real-time", "identity", "--json"]
+    with (
+        Policy.from_checkpoint(tiny_path, robot=robot, real_time=real_time, **how) as policy,
+        running(policy) as served,
+    ):
+        server = ("eval", "--server", f"ws://{served.address}")
+        code, stdout, stderr = run(*server, *common)
+        assert code == 0, stderr
+        table = run(*server, *common[:-1])[1]
+        assert "chunks are 2 ticks late (300 ms) and jump at their borders by" in table
+        for more in (("--steps", "3"), ("--norm-stats", "none"), (str(tiny_path),)):
+            code, _, stderr = run(*server, *ENV, *more)
+            assert code == 2
+            assert "--server: expected alone, found options of a policy" in stderr
+        code, _, stderr = run(*server, *ENV, "--real-time", "exact")
+        assert code == 2
+        assert "started with --real-time exact, found identity" in stderr
+    here = json.loads(run(*words(tiny_path, robot, *common, "--steps", "2"))[1])
+    there = json.loads(stdout)
+    assert there["rollouts"] == here["rollouts"]
+    assert there["border_jump"] == here["border_jump"]
+    assert there["border_jump"]["borders"] == 4
+    assert run("eval", *ENV)[2] == "pi0: eval: expected a checkpoint or --server, found neither.\n"

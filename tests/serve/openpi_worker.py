@@ -55,7 +55,12 @@ def infer(job: dict[str, Any]) -> dict[str, Any]:
     except RuntimeError as raised:
         error = str(raised)
     again = made.infer(observation(job["robot"]))
+    shape = made.get_server_metadata()["noise_shape"]
+    more = {"pi0/noise": np.ones(shape, np.float32), "pi0/reset": True}
+    more |= {"pi0/previous": answer["actions"][25:], "pi0/delay": 5}
+    extras = made.infer({**observation(job["robot"]), **more})
     return {
+        "extras": list(extras),
         "metadata": made.get_server_metadata(),
         "keys": list(answer),
         "actions": answer["actions"].tolist(),

@@ -29,6 +29,7 @@ from pi0.policy.normalize import make_normalizer
 from pi0.policy.tokenizer import PromptFormat, Tokenizer
 from pi0.serve.binding import bind
 from pi0.serve.options import ServeOptions
+from pi0.serve.replicas import Replicas
 from pi0.serve.server import PolicyServer
 from pi0.serve.wire import MessageLimits, pack, unpack
 
@@ -57,7 +58,7 @@ class StateEngine(Engine):
         return inputs
 
     def velocity(self, x_t: Tensor, t: Tensor, cache: ModelInputs, tap: Tap = no_tap) -> Tensor:
-        raise NotImplementedError
+        return (x_t - float(cache.state[0, 0])) / t[:, None, None]
 
     def _sample(
         self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: Callable[[], None]
@@ -129,7 +130,7 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    policy: Policy,
+    policy: Policy | Replicas,
     options: ServeOptions | None = None,
     wait: bool = True,
     send_buffer: int | None = None,

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from serving import NO_OPENPI, OPENPI_PYTHON, StateEngine, make_policy, running
 from test_wire import MESSAGES
 
+from pi0.policy import RealTimeChunking
 from pi0.serve.binding import make_tls
 from pi0.serve.options import ServeOptions
 from pi0.serve.wire import MessageLimits, pack, unpack
@@ -43,7 +44,8 @@ def openpi(*jobs: dict[str, Any], **environment: str) -> list[dict[str, Any]]:
 
 def test_it_gets_actions_for_four_robots() -> None:
     with contextlib.ExitStack() as stack:
-        policies = {name: make_policy(StateEngine(), name) for name in ROBOTS}
+        real_time = RealTimeChunking(jacobian="identity")
+        policies = {name: make_policy(StateEngine(), name, real_time=real_time) for name in ROBOTS}
         servers = {name: stack.enter_context(running(p)) for name, p in policies.items()}
         jobs = [
             {"do": "infer", "robot": name, "host": "127.0.0.1", "port": server.port}
@@ -55,6 +57,7 @@ def test_it_gets_actions_for_four_robots() -> None:
         assert np.isfinite(result["actions"]).all()
         assert result["dtype"] == "<f4"
         assert result["keys"] == ["actions", "policy_timing", "server_timing"]
+        assert result["extras"] == result["keys"]
         assert result["step_shapes"] == [[ROBOTS[name]]]
         assert result["metadata"]["robot"] is None  # these policies were made without a checkpoint
         assert result["metadata"]["n_action_steps"] == 50

@@ -11,6 +11,7 @@ import json
 import threading
 import urllib.request
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,17 @@ import numpy as np
 import pytest
 import torch
 from serving import SOON, StateEngine, ask, eventually, make_policy, observation, read, running
+from test_record import episodes
 from torch import Tensor
 
+from pi0.data import Dataset
 from pi0.errors import ConfigError, EngineError, Pi0Error
-from pi0.policy import PolicyOptions
+from pi0.policy import Policy, PolicyOptions, RealTimeChunking
+from pi0.serve import record
 from pi0.serve import replicas as module
 from pi0.serve.answer import Answer
+from pi0.serve.client import ServerPolicy
+from pi0.serve.options import ServeOptions
 from pi0.serve.replicas import PolicyReplica, Recipe, Replicas, Scale, require_ray
 from pi0.serve.wire import MessageLimits, pack
 
@@ -54,15 +60,17 @@ class Response:
 
 
 class Cluster:
-    """Replicas in threads, one for each engine; `lose` of the next requests lose theirs."""
+    """Replicas in threads, one for each engine or policy; `lose` of the next requests lose
+    theirs."""
 
-    def __init__(self, *engines: StateEngine) -> None:
-        self.pipeline = make_policy(engines[0]).pipeline
-        self.made = [replica_of(make_policy(engine)) for engine in engines]
+    def __init__(self, *given: StateEngine | Policy) -> None:
+        policies = [make_policy(one) if isinstance(one, StateEngine) else one for one in given]
+        self.pipeline = policies[0].pipeline
+        self.made = [replica_of(policy) for policy in policies]
         self.idle = list(self.made)
         self.lose, self.asked = 0, []
         self.responses: list[Response] = []
-        self._pool = ThreadPoolExecutor(len(engines))
+        self._pool = ThreadPoolExecutor(len(policies))
 
     def ask(self, request: dict[str, Any], age: float) -> Response:
         self.asked.append(request)
@@ -181,10 +189,53 @@ def test_noise_follows_from_the_seed() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
 
 
+def test_noise_and_previous_reach_a_replica(tiny_path: Path) -> None:
+    """Bit for bit what `infer` gives here; the client's noise goes before the front's."""
+    recipe = Recipe(tiny_path, PolicyOptions(robot="generic"), "reference", steps=2)
+    policy = replace(recipe, real_time=RealTimeChunking()).make_policy()
+    noise = np.random.default_rng(0).standard_normal((50, 32), np.float32)
+    seen = observation(0.5, state=np.zeros(32))
+    alone = policy.infer(seen, noise)["actions"]
+    rest = alone[20:]
+    expected = policy.infer(seen, noise, previous=rest, delay=10)["actions"]
+    with (
+        running(Cluster(policy).replicas()) as served,
+        ServerPolicy(f"ws://{served.address}") as client,
+    ):
+        assert client.metadata["real_time"]["jacobian"] == "exact"
+        np.testing.assert_array_equal(client.infer(seen, noise)["actions"], alone)
+        answer = client.infer(seen, noise, previous=rest, delay=10)
+        np.testing.assert_array_equal(answer["actions"], expected)
+    with running(Cluster(StateEngine()).replicas()) as served, served.connect() as client:
+        refused = ask(client, observation(1, **{"pi0/previous": rest}))
+    assert refused.startswith("pi0/previous: expected a server that continues chunks")
+
+
+def test_what_replicas_answer_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a single policy: clients' frames do not mix, and errors are no frames."""
+    monkeypatch.setattr(record, "_yield_to_others", lambda: None)  # a busy machine's minutes
+    folder = tmp_path / "recorded"
+    replicas = Cluster(StateEngine(), StateEngine()).replicas()
+    with (
+        running(replicas, ServeOptions(record=folder)) as served,
+        served.connect() as one,
+        served.connect() as two,
+    ):
+        for value in (1, 2):
+            ask(one, observation(value))
+            ask(two, observation(10 + value))
+        assert "camera" in ask(one, observation(9, images={}))
+        ask(one, observation(3, **{"pi0/reset": True}))
+    assert sorted(episodes(folder)) == [[1, 2], [3], [11, 12]]
+    np.testing.assert_array_equal(
+        sorted(Dataset.open(folder).column("observation.state")[:, 0]), [1, 2, 3, 11, 12]
+    )
+
+
 def test_the_live_page_shows_the_last_answer() -> None:
     with running(Cluster(StateEngine()).replicas()) as served, served.connect() as client:
         assert status(served.address)["last"] is None
-        ask(client, observation(3))
+        ask(client, observation(3, **{"pi0/reset": True}))
         last = status(served.address)["last"]
     assert last["actions"][0][0] == pytest.approx(3)
     assert last["cameras"]

@@ -20,6 +20,7 @@ from serving import IMAGE, SOON, StateEngine, ask, make_policy, read, running
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from pi0.policy import RealTimeChunking
 from pi0.serve.wire import pack
 
 SRC = Path(__file__).parents[2] / "src"
@@ -115,10 +116,11 @@ def test_killed_and_started_again_while_clients_reconnect(libero: Path) -> None:
 
 def test_the_example_gets_actions_and_errors() -> None:
     example = Path(__file__).parents[2] / "examples" / "robot_client.py"
+    real_time = RealTimeChunking(jacobian="identity")
     for robot, code in (("libero", 0), ("aloha", 1)):
-        with running(make_policy(StateEngine(), robot)) as server:
+        with running(make_policy(StateEngine(), robot, real_time=real_time)) as server:
             done = subprocess.run(
-                [sys.executable, example, f"ws://{server.address}", "2"],
+                [sys.executable, example, f"ws://{server.address}", "2", "--real-time"],
                 capture_output=True,
                 text=True,
                 timeout=60,

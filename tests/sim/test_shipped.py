@@ -22,6 +22,7 @@ def test_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert find_files("tabletop").path == Path("tabletop")
 
 
+@pytest.mark.filterwarnings("ignore:.*states no limits")
 def test_lifts_what_the_sentence_names() -> None:
     """In 16 of 20 fixed scenes; of other twenties, a policy that succeeds in 95 of 100 would fall
     below that in 3 of 1000."""

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from descriptors import read_descriptors
 
-from pi0.engines.tenstorrent.stub_compiler import has_compiler
-from pi0.engines.tenstorrent.ttnn_import import MOCK
+from pi0.engines.tenstorrent.stub_compiler import has_compiler, make_root
+from pi0.engines.tenstorrent.ttnn_import import MOCK, SFPI, package_folder
 
 pytestmark = [
     pytest.mark.ttnn,
@@ -38,16 +38,30 @@ def clean_environment() -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("board", "grid", "dtype"),
-    [("n150", [8, 8], "accurate"), ("n300", [8, 7], "fast"), ("p150", [13, 10], "fast")],
+    [
+        ("n150", [8, 8], "accurate"),
+        ("n300", [8, 7], "fast"),
+        ("p150", [11, 10], "fast"),
+        ("p150-13x10", [13, 10], "fast"),
+    ],
 )
 def test_tiny(either_path: Path, board: str, grid: list[int], dtype: str) -> None:
     done = pi0("ttnn", "dry-run", either_path, "--board", board, "--dtype", dtype, "--json")
     assert done.returncode == 0, done.stderr
     data = json.loads(done.stdout)
     assert data["grid"] == grid
-    assert 40 < data["programs"] < 100
+    assert 30 < data["programs"] < 100
     assert 0 < data["peak_l1"] <= data["l1"]
     assert 0 < data["weights"] < data["peak_dram"] < data["dram"]
+    *stages, call = data["times"]
+    assert [stage["stage"] for stage in stages][-1] == "velocity"
+    assert call["programs"] == sum(stage["programs"] for stage in stages)
+    assert data["programs"] <= call["programs"] < 1000
+    assert all(0 < stage["cores"] <= grid[0] * grid[1] for stage in stages if stage["programs"])
+    arithmetic = {stage["stage"] for stage in stages if stage["flop"]}
+    assert {"projector", "action_projection"} <= arithmetic  # which have matrix products alone
+    assert call["dram"] > data["weights"] / 2  # the table of tokens is looked up
+    assert call["bound_ms"] >= max(call["dram_ms"], call["math_ms"]) > 0
 
 
 def test_formats_are_those_that_the_host_computes_with(tiny_path: Path, tmp_path: Path) -> None:
@@ -151,9 +165,22 @@ def test_bad_input(tiny_path: Path, tmp_path: Path) -> None:
 
 
 def test_device_that_cannot_be_opened(tiny_path: Path, tmp_path: Path) -> None:
-    done = pi0("trace", tiny_path, "--engine", "ttnn", TT_METAL_SIMULATOR=str(tmp_path / "none"))
+    root = make_root(package_folder(), tmp_path / "root")  # its compiler says the right version
+    done = pi0(
+        *("trace", tiny_path, "--engine", "ttnn"),
+        TT_METAL_SIMULATOR=str(tmp_path / "none"),
+        TT_METAL_RUNTIME_ROOT=str(root),
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert "engine ttnn: expected a device 0 that can be opened, found: bad file" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(SFPI.exists(), reason="there is Tenstorrent's compiler")
+def test_no_compiler(tiny_path: Path, tmp_path: Path) -> None:
+    done = pi0("trace", tiny_path, "--engine", "ttnn", TT_METAL_SIMULATOR=str(tmp_path / "none"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "expected Tenstorrent's compiler sfpi 7.89.0 in /opt/tenstorrent/sfpi" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -164,4 +191,4 @@ def test_device_that_cannot_be_opened(tiny_path: Path, tmp_path: Path) -> None:
 def test_no_card(tiny_path: Path) -> None:
     done = pi0("trace", tiny_path, "--engine", "ttnn")
     assert done.returncode == 2
-    assert "expected a Tenstorrent card (/dev/tenstorrent) or a simulator" in done.stderr
+    assert "expected a Tenstorrent card (/dev/tenstorrent), a simulator" in done.stderr

@@ -1,105 +1,107 @@
-"""When sampling calls are captured and released, on a card that is not there."""
+"""Captured calls: the order of both queues, on a card that runs them in the worst one."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from fake_card import Buffer, FakeCard, NoEvents
 from torch import Tensor
 
-from pi0.checkpoint.load import open_checkpoint
-from pi0.engines.base import EngineOptions
-from pi0.engines.tenstorrent.backend import Upload
-from pi0.engines.tenstorrent.device import DeviceBackend
-from pi0.engines.tenstorrent.engine import TtnnEngine, TtnnHostEngine
-from pi0.engines.tenstorrent.host import HostBackend
-from pi0.inputs import random_inputs
-
-pytestmark = pytest.mark.ttnn
+from pi0.engines.tenstorrent.backend import Handle, Upload
+from pi0.engines.tenstorrent.replay import CaptureError, Replay
 
 
-class Library:
-    """TTNN, with captures that are counted and do nothing."""
-
-    def __init__(self, ttnn: Any) -> None:
-        self._ttnn, self.live, self.captured, self.replayed = ttnn, set(), 0, 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ttnn, name)
-
-    def begin_trace_capture(self, device: Any, cq_id: int) -> int:
-        self.captured += 1
-        return self.captured
-
-    def end_trace_capture(self, device: Any, trace: int, cq_id: int) -> None:
-        self.live.add(trace)
-
-    def release_trace(self, device: Any, trace: int) -> None:
-        self.live.remove(trace)
-
-    def execute_trace(self, device: Any, trace: int, cq_id: int, blocking: bool) -> None:
-        assert trace in self.live
-        self.replayed += 1
-
-    def copy_host_to_device_tensor(self, *args: Any, **options: Any) -> None:
-        pass
-
-    wait_for_event = record_event = copy_host_to_device_tensor
+def arithmetic(name: str, *args: Any) -> tuple[Tensor, str]:
+    a, b = (arg.value if isinstance(arg, Buffer) else arg for arg in args)
+    return {"add": torch.add, "multiply": torch.mul}[name](a, b), "float32"
 
 
-class Card(DeviceBackend):
-    """The host's arithmetic behind a card's face."""
-
-    can_replay, device = True, None
-
-    def __init__(self, host: HostBackend) -> None:
-        self.host, self.arch, self.grid = host, host.arch, host.grid
-        self.ttnn = Library(host.ttnn)
-        self.get, self.dtype = host.get, host.dtype
-
-    def put(self, upload: Upload) -> Any:
-        assert not self.ttnn.live, "a replay could write there"
-        return self.host.put(upload)
-
-    def run(self, *args: Any, **options: Any) -> Any:
-        assert not self.ttnn.live, "a replay could write there"
-        return self.host.run(*args, **options)
-
-    def stage_upload(self, upload: Upload) -> Tensor:
-        return upload.value
-
-    def dram(self) -> tuple[int, int]:
-        return 0, 10**12
+def observation(i: int) -> dict[str, Upload]:
+    return {"x": Upload(torch.full((1, 1, 2, 2), float(i)), "float32"), "y": scalar(10.0 * i)}
 
 
-class Engine(TtnnEngine):
-    @classmethod
-    def _require_device(cls, device: str | None) -> None:
-        pass
-
-    def _open(self, device: str | None) -> Card:
-        return Card(TtnnHostEngine._open(self, None))
+def scalar(value: float) -> Upload:
+    return Upload(torch.tensor(value), "float32")
 
 
-def test_nothing_is_put_beside_a_capture(either_path: Path) -> None:
-    engine = Engine(open_checkpoint(either_path), EngineOptions("accurate"))
-    library = engine.backend.ttnn
-    two, noise = random_inputs(engine.config, 2, 10, 0)
-    one, _ = random_inputs(engine.config, 1, 10, 0)
-    for inputs, steps, captured in (
-        (two, 1, 1),
-        (two, 1, 1),  # the same sizes: replayed
-        (one, 1, 2),
-        (one, 2, 3),
-        (two, 1, 4),
+def make(card: FakeCard) -> Replay:
+    weight = card.put(scalar(3.0))
+
+    def call(given: dict[str, Handle]) -> Handle:
+        return card.run("add", card.run("multiply", given["x"], weight), given["y"])
+
+    return Replay(card, observation(0), call)
+
+
+EXPECTED = [13.0 * i for i in (5, 1, 2, 7)]
+
+
+def results(replay: Replay) -> list[float]:
+    return [result[0, 0, 0, 0].item() for result in replay(observation(i) for i in (5, 1, 2, 7))]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_each_observation_gives_its_own_result(ahead: int) -> None:
+    """Whichever queue runs ahead, also when a second batch follows the first."""
+    replay = make(FakeCard(arithmetic, ahead=ahead))
+    assert results(replay) == EXPECTED
+    assert results(replay) == EXPECTED
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_the_card_punishes_a_missing_event(ahead: int) -> None:
+    replay = make(FakeCard(arithmetic, ahead=ahead, library=NoEvents))
+    assert results(replay) != EXPECTED
+
+
+def test_the_next_inputs_go_up_beside_a_replay() -> None:
+    """With a second queue that runs ahead: written before the replay of the observation before."""
+    card = FakeCard(arithmetic, ahead=1)
+    results(make(card))
+    commands = [name for name in card.ttnn.done if name != "record"]
+    first, beside = ["write"] * 2 + ["move"] * 2, ["write"] * 2 + ["replay"] + ["move"] * 2
+    assert commands[2:] == first + 3 * beside + ["replay"]  # two moves built the program
+
+
+def test_observations_are_made_while_a_replay_runs() -> None:
+    card = FakeCard(arithmetic)
+    replay, made = make(card), []
+
+    def observations() -> Iterator[dict[str, Upload]]:
+        for i in range(3):
+            made.append(i)
+            yield observation(i)
+
+    seen = [list(made) for _ in replay(observations())]
+    assert seen == [[0, 1], [0, 1, 2], [0, 1, 2]]
+
+
+def test_no_room_for_commands() -> None:
+    card = FakeCard(arithmetic, room=False)
+    with pytest.raises(CaptureError, match="room for the commands.*only 1B is allocated"):
+        make(card)
+    assert not card.ttnn.live
+    card.put(scalar(1.0))
+
+
+def test_a_call_that_does_not_run_is_no_failed_capture() -> None:
+    card = FakeCard(arithmetic)
+    with pytest.raises(KeyError):
+        Replay(card, observation(0), lambda given: card.run("divide", given["x"], given["y"]))
+    assert card.ttnn.captured == 0
+
+
+def test_what_the_card_forbids() -> None:
+    card = FakeCard(arithmetic)
+    make(card)
+    x = Buffer(torch.zeros(1), "float32")
+    for forbidden in (
+        lambda: card.put(scalar(1.0)),
+        lambda: card.run("add", x, x),
+        lambda: card.run("copy", x, x),  # a program of another shape
     ):
-        engine.sample(inputs, noise, steps)
-        assert (library.captured, len(library.live)) == (captured, 1)
-    prefix = engine.prefill(two)
-    assert not library.live
-    engine.sample(two, noise, 1)
-    assert (library.captured, library.replayed) == (5, 6)
-    engine.velocity(noise, torch.ones(1), prefix)
-    assert not library.live
+        with pytest.raises(AssertionError, match="where a replay writes"):
+            forbidden()

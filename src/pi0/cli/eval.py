@@ -11,13 +11,32 @@ import typer
 from pi0.cli import options
 
 if TYPE_CHECKING:
-    from pi0.eval import CheckpointPolicy, EvalPlan, Results, Summary
+    from pi0.eval import CheckpointPolicy, EvalPlan, Results, ServedPolicy, Summary
 
 
 @options.with_policy
 def evaluate(
-    checkpoint: options.Checkpoint,
     wishes: options.PolicyOptions,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[CKPT]",
+            help="Checkpoint as for the other verbs, unless there is --server.",
+            show_default=False,
+        ),
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ws://HOST:PORT",
+            help="Evaluate the policy of a `pi0 serve`, by its protocol; each worker is a robot.",
+            show_default=False,
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The server's key.", show_default=False),
+    ] = None,
     env: Annotated[
         str,
         typer.Option(
@@ -98,6 +117,16 @@ def evaluate(
             help="Gaussian noise on the actions, in standard deviations of the training data's.",
         ),
     ] = 0.0,
+    latency: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            metavar="MS",
+            help="From an observation to its chunk, by the environment's clock; the robot goes on "
+            "with the last chunk meanwhile.",
+        ),
+    ] = 0.0,
+    real_time: options.RealTime = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes, each with a policy.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each process.")] = 1,
     video: Annotated[
@@ -134,11 +163,16 @@ def evaluate(
         pi0 eval my_tabletop --episodes 100 --workers 2 \\
             --out results.json
         pi0 eval my_tabletop --tasks lift --prompt-swap
+        pi0 eval --server ws://127.0.0.1:8000 --workers 4 \\
+            --latency 300 --real-time identity
         pi0 eval my_aloha --env gym_aloha:gym_aloha/AlohaInsertion-v0 \\
             --robot aloha_gym.toml --prompt "insert the peg" --video films
     """
     from pi0.checkpoint.files import expand_user, require_writable
-    from pi0.eval import CheckpointPolicy, EnvOptions, EvalPlan, FilmOptions
+    from pi0.errors import ConfigError
+    from pi0.eval import CheckpointPolicy, EnvOptions, EvalPlan, FilmOptions, ServedPolicy
+    from pi0.policy import PolicyOptions, RealTimeChunking
+    from pi0.serve.binding import read_api_key
 
     require_writable(out)
     film = video and FilmOptions(expand_user(video), video_format, video_episodes)
@@ -152,7 +186,22 @@ def evaluate(
         workers,
         threads,
         film or None,
+        latency,
     )
+    if server:
+        changed = replace(wishes, robot=robot) != PolicyOptions()
+        ours = (checkpoint, steps, horizon, max_tokens, base, device, dtype)
+        if changed or any(value is not None for value in ours) or engine != "auto":
+            raise ConfigError(
+                "--server: expected alone, found options of a policy in this process, too. The "
+                "server's policy is as it was started."
+            )
+        key = read_api_key(api_key_file) if api_key_file else None
+        served = ServedPolicy(server, on_limit, real_time, key)
+        _run(served, _resolved_plan(served, plan), out, as_json)
+        return
+    if checkpoint is None:
+        raise ConfigError("eval: expected a checkpoint or --server, found neither.")
     policy = CheckpointPolicy(
         checkpoint,
         replace(wishes, robot=robot),
@@ -162,6 +211,7 @@ def evaluate(
         horizon,
         max_tokens,
         base,
+        RealTimeChunking(jacobian=real_time) if real_time else None,
     )
     _run(*_resolved(policy, plan, dtype, device), out, as_json)
 
@@ -195,7 +245,24 @@ def _resolved(
     return replace(policy, options=options, engine=spec.label), plan
 
 
-def _run(policy: CheckpointPolicy, plan: EvalPlan, out: Path | None, as_json: bool) -> None:
+def _resolved_plan(policy: ServedPolicy, plan: EvalPlan) -> EvalPlan:
+    """The plan with its tasks named; what does not fit is said before the work."""
+    from contextlib import closing
+
+    from pi0.eval.environment import Environment
+    from pi0.eval.rollout import Runner
+    from pi0.serve import require_packages
+
+    require_packages()
+    with closing(Environment(plan.env)) as environment, policy() as connected:
+        environment.require_tasks(plan.tasks or (), plan.seed_start)
+        Runner(connected, environment, plan)
+        return replace(plan, tasks=plan.tasks or environment.tasks or None)
+
+
+def _run(
+    policy: CheckpointPolicy | ServedPolicy, plan: EvalPlan, out: Path | None, as_json: bool
+) -> None:
     from pi0.checkpoint.files import replacing
     from pi0.cli.show import print_json, print_line, step_progress, to_json
     from pi0.eval import Episode
@@ -249,6 +316,14 @@ def _print(results: Results) -> None:
         f"inference (median), {latency['p99_ms']:.1f} ms (99th percentile), "
         f"{latency['inferences']} inferences"
     )
+    jump, delay = results.border_jump, run["delay"]
+    if jump["borders"]:
+        print_line(
+            f"chunks are {delay} ticks late ({run['injected_latency']:g} ms) and jump at their "
+            f"borders by {jump['rms']:.4g} (root mean square), {jump['max']:.4g} at most, in the "
+            f"robot's units, {jump['borders']} borders; "
+            + ("real-time chunking" if run["real_time"] else "no real-time chunking")
+        )
     if results.total.outside:
         print_line(
             f"{results.total.outside} values of actions were beyond the action space "

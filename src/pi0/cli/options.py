@@ -73,6 +73,15 @@ WeightCache = Annotated[
 ]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")]
+RealTime = Annotated[
+    str | None,
+    typer.Option(
+        metavar="exact|identity",
+        help="Real-time chunking: a chunk continues what is left of the previous one. exact: with "
+        "the denoiser's Jacobian, engine reference; identity: any engine.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 ImageSize = Annotated[
     int | None,

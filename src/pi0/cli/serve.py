@@ -69,6 +69,14 @@ def serve(
     replica_cpus: Annotated[
         int, typer.Option(min=1, help="CPUs, and threads, of each replica.")
     ] = 1,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Record observations and actions there, as episodes of a LeRobot dataset.",
+            show_default=False,
+        ),
+    ] = None,
     max_clients: Annotated[int, typer.Option(min=1, help="Robots connected at once.")] = 64,
     max_message: Annotated[
         int, typer.Option(min=1, metavar="MB", help="Size of an observation; an array: half.")
@@ -88,6 +96,7 @@ def serve(
         ),
     ] = None,
     seed: options.Seed = 0,
+    real_time: options.RealTime = None,
     default_prompt: Annotated[
         str | None,
         typer.Option(help="For observations without a prompt.", show_default=False),
@@ -116,23 +125,30 @@ def serve(
 
     require_packages()
 
+    from pi0.checkpoint.files import expand_user, require_writable
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.engine import load_engine
     from pi0.errors import ConfigError
-    from pi0.policy import Policy, choose_engine, prepare
+    from pi0.policy import Policy, RealTimeChunking, choose_engine, prepare
     from pi0.serve.binding import bind, check_exposure, make_tls, read_api_key
     from pi0.serve.options import ServeOptions
     from pi0.serve.wire import MessageLimits
 
     _log_to_stderr()
+    rtc = RealTimeChunking(jacobian=real_time) if real_time else None
     if max_replicas is not None and replicas is None:
         raise ConfigError("--max-replicas: expected --replicas beside it, found none.")
+    if record:
+        from pi0.data.schema import INFO
+
+        record = expand_user(record)
+        require_writable(record / INFO)
     key = read_api_key(api_key_file) if api_key_file else None
     tls = make_tls(tls_cert, tls_key)
     with bind(host, port) as sock:
         check_exposure(sock, key, tls is not None, allow_no_key)
         limits = MessageLimits(max_message << 20, max_message << 19)
-        settings = ServeOptions(key, tls, limits, max_clients, timeout)
+        settings = ServeOptions(key, tls, limits, max_clients, timeout, record=record)
         opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
         wishes = replace(wishes, default_prompt=default_prompt)
         setup = prepare(opened, wishes)
@@ -142,7 +158,7 @@ def serve(
         if replicas is not None:
             from pi0.serve.replicas import Recipe, Scale, start_replicas
 
-            said = horizon, max_tokens, base, steps, on_limit, weight_cache, limits
+            said = horizon, max_tokens, base, steps, on_limit, weight_cache, limits, rtc
             recipe = Recipe(checkpoint, wishes, spec.label, *said)
             name = f"pi0-{sock.getsockname()[1]}"
             scale = Scale(replicas, max_replicas, replica_cpus, gpus_of(spec), name)
@@ -158,6 +174,7 @@ def serve(
             seed=seed,
             n_action_steps=setup.n_action_steps,
             on_limit=on_limit,
+            real_time=rtc,
             metadata=setup.describe(),
         ) as policy:
             run(policy, sock, settings)

@@ -1,4 +1,4 @@
-"""`pi0 ttnn dry-run`: does a model fit a Tenstorrent board?"""
+"""`pi0 ttnn`: does a model fit a Tenstorrent board, and what is missing for a card?"""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pi0.engines.tenstorrent.dryrun import DryRun
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="markdown", help="Tenstorrent, without a card."
+    no_args_is_help=True, rich_markup_mode="markdown", help="Tenstorrent, with and without a card."
 )
 
 
@@ -37,7 +37,11 @@ def dry_run(
         ),
     ] = None,
     board: Annotated[
-        str, typer.Option(help="n150 (8×8 cores), n300 (one chip, 8×7) or p150 (13×10).")
+        str,
+        typer.Option(
+            help="n150 (8×8 cores), n300 (one chip, 8×7), p150 (11×10) or p150-13x10, with "
+            "firmware before 19.5."
+        ),
     ] = "n150",
     dtype: Annotated[str, typer.Option(help="accurate or fast.")] = "accurate",
     image_size: options.ImageSize = None,
@@ -55,6 +59,9 @@ def dry_run(
     board's cores and its DRAM; an operation that it rejects is an error that names the stage.
     Kernels are not compiled and nothing is computed: of numbers it says nothing, `pi0 verify
     --engines reference ttnn-host` does.
+
+    The second table is arithmetic, no measurement: of each stage the programs, bytes over DRAM and
+    operations, and the least time that these take at the chip's peaks.
 
     Needs `pip install '.[ttnn]'` and, as a stand-in for Tenstorrent's compiler,
     `apt install gcc-riscv64-unknown-elf`.
@@ -112,7 +119,78 @@ def _print(done: DryRun) -> None:
             ["peak L1 of a core", f"{human_bytes(done.peak_l1)} of {human_bytes(done.l1)}"],
             ["weights in DRAM", human_bytes(done.weights)],
             ["peak DRAM", f"{human_bytes(done.peak_dram)} of {human_bytes(done.dram)}"],
-            ["first pass, second", " s, ".join(f"{t:.2f}" for t in done.seconds) + " s"],
+            ["this host: first pass, second", " s, ".join(f"{t:.2f}" for t in done.host_seconds)],
         ],
     )
+    _print_times(done)
     print_line("every operation was accepted and fits; nothing was computed")
+
+
+def _print_times(done: DryRun) -> None:
+    from pi0.cli.show import print_line, table
+
+    columns = "stage, programs, on < 8 cores, cores, DRAM MB, GFLOP, DRAM ms, math ms, bound ms"
+    table(
+        "Arithmetic, not measured",
+        [*columns.split(", "), "launches ms", "limit"],
+        [
+            [
+                row.stage,
+                str(row.programs),
+                str(row.on_few_cores),
+                str(row.cores),
+                f"{row.dram / 1e6:.1f}",
+                f"{row.flop / 1e9:.1f}",
+                *(f"{ms:.2f}" for ms in (row.dram_ms, row.math_ms, row.bound_ms, row.launch_ms)),
+                row.limit,
+            ]
+            for row in done.times
+        ],
+    )
+    peaks = done.peaks
+    print_line(
+        f"peaks: {peaks.dram / 1e9:.0f} GB/s, {peaks.clock / 1e9:.2f} GHz ({peaks.source}); "
+        f"{done.launch_us:.0f} µs a launch (assumed)"
+    )
+
+
+@app.command("doctor")
+def doctor(
+    no_open: Annotated[
+        bool, typer.Option("--no-open", help="Look at files only; leave the card alone.")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Look for what stands between this machine and its Tenstorrent card.
+
+    Driver, card, firmware, hugepages, library and compiler; then card 0 is opened, and its cores
+    and DRAM are named. Each finding says how to mend it. Exit code 1 if one is an error.
+
+    **Examples**
+
+        pi0 ttnn doctor
+        pi0 ttnn doctor --no-open --json
+    """
+    from dataclasses import asdict
+
+    from rich.text import Text
+
+    from pi0.cli.doctor import COLOURS
+    from pi0.cli.show import print_json, table
+    from pi0.engines.tenstorrent.card_doctor import examine
+
+    checks = examine(open_device=not no_open)
+    if as_json:
+        print_json({"checks": [asdict(check) for check in checks]})
+    else:
+        rows: list[list[str | Text]] = [
+            [
+                Text(check.status, COLOURS.get(check.status, "")),
+                check.name,
+                " ".join(filter(None, (check.found, check.remedy))),
+            ]
+            for check in checks
+        ]
+        table("", ["", "", "found, and how to mend it"], rows, left=3)
+    if any(check.status == "error" for check in checks):
+        raise typer.Exit(1)

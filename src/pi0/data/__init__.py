@@ -15,7 +15,7 @@ from pi0.data.frames import FrameStore
 from pi0.data.read import Dataset
 from pi0.data.schema import Recording, Schema
 from pi0.data.statistics import RunningStatistics, norm_stats_json
-from pi0.data.write import finish, remove_shard, shard_episodes, write_shard
+from pi0.data.write import finish, next_place, remove_shard, shard_episodes, write_shard
 
 __all__ = [
     "Dataset",
@@ -24,6 +24,7 @@ __all__ = [
     "RunningStatistics",
     "Schema",
     "finish",
+    "next_place",
     "norm_stats_json",
     "remove_shard",
     "shard_episodes",

@@ -39,7 +39,15 @@ from pi0.data.statistics import PixelStatistics
 from pi0.data.video import sync, write_video
 from pi0.errors import DataError
 
-__all__ = ["Recording", "Schema", "finish", "remove_shard", "shard_episodes", "write_shard"]
+__all__ = [
+    "Recording",
+    "Schema",
+    "finish",
+    "next_place",
+    "remove_shard",
+    "shard_episodes",
+    "write_shard",
+]
 
 SHARD = b"pi0.shard"  # in the parquet file's metadata: JSON, see `Shard`
 
@@ -78,6 +86,16 @@ def shard_episodes(root: Path, index: int) -> int:
 def remove_shard(root: Path, index: int) -> None:
     """Removes a shard, so that another can be written in its place."""
     data_path(root, index).unlink()
+
+
+def next_place(root: Path, schema: Schema) -> tuple[int, int]:
+    """The index of the shard after those that are there, and the number of its first episode.
+
+    Raises:
+        DataError: the shards that are there were written with another schema, or one is missing.
+    """
+    shards = list(_read_shards(root, schema))
+    return (shards[-1].index + 1 if shards else 0), sum(len(shard.tasks) for shard in shards)
 
 
 def write_shard(

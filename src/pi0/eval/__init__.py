@@ -7,7 +7,7 @@
 Needs the package gymnasium, which the extra `[sim]` brings.
 """
 
-from pi0.eval.plan import CheckpointPolicy, EnvOptions, EvalPlan, FilmOptions
+from pi0.eval.plan import CheckpointPolicy, EnvOptions, EvalPlan, FilmOptions, ServedPolicy
 from pi0.eval.results import Episode, Results, Summary, wilson_interval
 from pi0.eval.run import evaluate
 
@@ -18,6 +18,7 @@ __all__ = [
     "EvalPlan",
     "FilmOptions",
     "Results",
+    "ServedPolicy",
     "Summary",
     "evaluate",
     "wilson_interval",

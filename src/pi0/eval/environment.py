@@ -9,7 +9,7 @@ import importlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from pi0.errors import ConfigError, ObservationError, Pi0Error, install_hint
 from pi0.eval.plan import EnvOptions
 from pi0.policy.limits import ActionLimits, apply_limits, summary
 from pi0.policy.observation import lookup
-from pi0.policy.pipeline import Pipeline
+from pi0.policy.robot import Robot
 
 logger = logging.getLogger("pi0")
 T = TypeVar("T")
@@ -27,6 +27,17 @@ SUCCESS_KEYS = ("success", "is_success")  # the tabletop's; LeRobot's and gymnas
 DEFAULT_FPS = 10.0  # of films, where an environment does not say
 SHOWN_IDS = 20
 SIM_PACKAGES = ("gymnasium", "mujoco")
+
+
+class Surface(Protocol):
+    """What an environment needs of a policy's `Pipeline`, here or behind a server."""
+
+    @property
+    def robot(self) -> Robot: ...
+    @property
+    def rename(self) -> Mapping[str, str]: ...
+    @property
+    def action_dim(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,7 @@ class Environment:
         for task in tasks:
             self._reset(seed, task, {})
 
-    def require_fit(self, pipeline: Pipeline) -> None:
+    def require_fit(self, pipeline: Surface) -> None:
         """Compares its spaces with what a policy reads and hands out.
 
         Raises:
@@ -226,7 +237,7 @@ def find(observation: Any, key: str, rename: Mapping[str, str]) -> Any:
     return None
 
 
-def read(moment: Moment, pipeline: Pipeline, blank_cameras: bool) -> dict[str, Any]:
+def read(moment: Moment, pipeline: Surface, blank_cameras: bool) -> dict[str, Any]:
     """A policy's observation: what the robot's table names, and the sentence.
 
     Raises:

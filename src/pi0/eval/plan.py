@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pi0.errors import ConfigError
-from pi0.policy import Policy, PolicyOptions
+from pi0.policy import Policy, PolicyOptions, RealTimeChunking
+
+if TYPE_CHECKING:
+    from pi0.eval.remote import RemotePolicy
 
 DEFAULT_ENV = "pi0/Tabletop-v0"
 SEED_START = 9_000_000  # demonstrations of the tabletop have lower seeds only
@@ -28,6 +32,7 @@ class CheckpointPolicy:
         on_limit: "error", "clamp" or "warn", for actions beyond the robot's limits and beyond the
             environment's action space.
         horizon, max_tokens, base: see `Policy.from_checkpoint`.
+        real_time: how a chunk continues what is left of the previous one; None: it does not.
     """
 
     checkpoint: Path | str
@@ -38,6 +43,7 @@ class CheckpointPolicy:
     horizon: int | None = None
     max_tokens: int | None = None
     base: Path | str | None = None
+    real_time: RealTimeChunking | None = None
 
     def __call__(self) -> Policy:
         """Loads the checkpoint.
@@ -54,7 +60,37 @@ class CheckpointPolicy:
             horizon=self.horizon,
             max_tokens=self.max_tokens,
             base=self.base,
+            real_time=self.real_time,
         )
+
+
+@dataclass(frozen=True)
+class ServedPolicy:
+    """A policy behind `pi0 serve`; calling it opens a connection, so that each worker is a robot.
+
+    Attributes:
+        address: ws://HOST:PORT, or wss://.
+        on_limit: for actions beyond the environment's action space; limits of the robot are the
+            server's business.
+        real_time: "exact" or "identity", which the server must have been started with; None:
+            chunks do not continue each other.
+        api_key: what the server wants to be shown.
+    """
+
+    address: str
+    on_limit: str = "clamp"
+    real_time: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+
+    def __call__(self) -> RemotePolicy:
+        """Connects.
+
+        Raises:
+            Pi0Error: see `RemotePolicy`.
+        """
+        from pi0.eval.remote import RemotePolicy  # which needs packages that others do not
+
+        return RemotePolicy(self)
 
 
 @dataclass(frozen=True)
@@ -121,6 +157,9 @@ class EvalPlan:
         episodes: of each task.
         execute: actions of a chunk that are executed before the next is computed; None: the
             policy's `n_action_steps`.
+        injected_latency: milliseconds from an observation to the chunk for it, by the
+            environment's clock: rounded up to its ticks, in which the robot executes the previous
+            chunk. How long the policy really takes counts for nothing.
         perturb: standard deviation of Gaussian noise on the actions, in the model's normalised
             units, in which the actions of the training data have a standard deviation of 1 (or,
             with quantiles, a range from -1 to 1).
@@ -137,6 +176,7 @@ class EvalPlan:
     workers: int = 1
     threads: int = 1
     film: FilmOptions | None = None
+    injected_latency: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("episodes", "workers", "threads"):
@@ -145,8 +185,9 @@ class EvalPlan:
             _require_count("execute", self.execute)
         if self.seed_start < 0:
             raise ConfigError(f"seed_start: expected 0 or more, found {self.seed_start}.")
-        if not 0 <= self.perturb < float("inf"):
-            raise ConfigError(f"perturb: expected 0 or more, found {self.perturb}.")
+        for name in ("perturb", "injected_latency"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name}: expected 0 or more, found {getattr(self, name)}.")
         names = self.tasks
         if names is not None and (not names or not all(names) or len(set(names)) < len(names)):
             raise ConfigError(

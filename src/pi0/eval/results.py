@@ -72,11 +72,14 @@ class Results:
 
     Attributes:
         latency_ms: of every inference, from the observation to actions; no part of comparisons.
+        jumps: at each border between two chunks, how far the new chunk's action is from what the
+            old one had for the same tick: root mean square over the actions, in the robot's units.
         run: checkpoint, environment, engine and options, as plain data.
     """
 
     episodes: tuple[Episode, ...]
     latency_ms: tuple[float, ...] = field(default=(), compare=False)
+    jumps: tuple[float, ...] = ()
     run: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @cached_property
@@ -100,12 +103,23 @@ class Results:
             "inferences": len(self.latency_ms),
         }
 
+    @property
+    def border_jump(self) -> dict[str, float | None]:
+        """Root mean square and largest of `jumps`, None if there are none, and how many."""
+        jumps = np.array(self.jumps)
+        return {
+            "rms": float(np.sqrt(np.mean(jumps**2))) if len(jumps) else None,
+            "max": float(jumps.max()) if len(jumps) else None,
+            "borders": len(jumps),
+        }
+
     def to_data(self) -> dict[str, Any]:
         """Everything as plain data, as `--out` writes it."""
         return {
             "tasks": {name: _plain(summary) for name, summary in self.tasks.items()},
             **_plain(self.total),
             "latency": self.latency,
+            "border_jump": self.border_jump,
             **self.run,
             "rollouts": [asdict(episode) for episode in self.episodes],
         }

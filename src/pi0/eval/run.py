@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 import torch
@@ -32,7 +32,10 @@ from pi0.eval.rollout import Job, Runner
 from pi0.policy import Policy
 from pi0.workers import run_here, run_in_processes
 
-MakePolicy = Callable[[], Policy]
+if TYPE_CHECKING:
+    from pi0.eval.remote import RemotePolicy
+
+MakePolicy = Callable[[], "Policy | RemotePolicy"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Outcome:
     job: Job
     episode: Episode
     latency_ms: list[float]
+    jumps: list[float]
     notes: list[str]
     run: dict[str, Any]
     thumbnail: NDArray[np.uint8] | None
@@ -99,6 +103,7 @@ def evaluate(
     return Results(
         tuple(outcome.episode for outcome in ordered),
         tuple(ms for outcome in ordered for ms in outcome.latency_ms),
+        tuple(jump for outcome in ordered for jump in outcome.jumps),
         {**describe(plan), **ordered[0].run},
     )
 
@@ -147,14 +152,17 @@ def _worker(make_policy: MakePolicy, plan: EvalPlan) -> Iterator[Callable[[Job],
         with notes.collecting():
             env = Environment(plan.env, film=plan.film is not None)
             stack.callback(env.close)
-            policy = stack.enter_context(make_policy())
+            policy = make_policy()
+            stack.callback(policy.close)
             runner = Runner(policy, env, plan)
         about = {
             "checkpoint": policy.metadata.get("checkpoint"),
-            "robot": policy.robot.name,
+            "robot": policy.pipeline.robot.name,
             "engine": policy.metadata["engine"],
-            "steps": policy.steps,
+            "steps": policy.metadata["steps"],
             "execute": runner.execute,
+            "delay": runner.delay,
+            "real_time": policy.metadata["real_time"] if policy.real_time else None,
             "on_limit": policy.on_limit,
         }
 
@@ -164,7 +172,8 @@ def _worker(make_policy: MakePolicy, plan: EvalPlan) -> Iterator[Callable[[Job],
                 thumbnail = None
                 if job.film and plan.film:
                     thumbnail = film.write_film(plan.film, trial, env.fps)
-            return Outcome(job, trial.episode, trial.latency_ms, notes.take(), about, thumbnail)
+            times = (trial.latency_ms, trial.jumps)
+            return Outcome(job, trial.episode, *times, notes.take(), about, thumbnail)
 
         yield work
 

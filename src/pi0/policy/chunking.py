@@ -201,6 +201,7 @@ class ActionBuffer:
         due = self._tick - self._observed >= self.execution_horizon
         if self._pending is None and (due or not len(rest)):
             self._start(observation, rest)
+            rest = self._rest()
         if not len(rest):
             if self._last is not None and not waits:
                 return self._run_dry(self._last)
@@ -222,7 +223,10 @@ class ActionBuffer:
             expected = max(self.delays, default=len(rest))
             inpainting = {"previous": rest.astype(np.float32), "delay": min(expected, len(rest))}
         infer = partial(self.policy.infer, observation, **inpainting)
-        self._pending = self._tick, self._executor.submit(infer)
+        future = self._executor.submit(infer)
+        self._pending = self._tick, future
+        if future.done():  # before this tick was over
+            self._take_in()
 
     def _take_in(self) -> None:
         """Makes the pending chunk part of the plan; waits for it if need be."""

@@ -308,9 +308,13 @@ class Policy:
 
     def draw_noise(self) -> Tensor:
         """The generator's next noise, [1, horizon, action_dim of the model] float32."""
-        config = self.engine.config
         with self._lock:
-            return torch.randn(1, config.horizon, config.action_dim, generator=self._generator)
+            return torch.randn(1, *self.noise_shape, generator=self._generator)
+
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """Horizon and action_dim of the model."""
+        return self.engine.config.horizon, self.engine.config.action_dim
 
     def _noise(self, noise: NDArray[np.floating] | Tensor | None) -> Tensor:
         if noise is None:

@@ -9,6 +9,10 @@
     server.py    all of them: start, warm-up, shutdown
     load.py      clients that ask as fast as they can, for measurements
     metrics.py   what is counted and timed
+    extras.py    what a client may say beside its observation
+    client.py    the other side, for programs that have pi0
+    record.py    what was answered, as episodes of a dataset (needs pi0[train])
+    pictures.py  those of an observation
     site.py      the HTTP side: health, metrics, the live page
 
 This file imports nothing of the packages that the extra `pi0[serve]` brings.

@@ -23,6 +23,7 @@ from torch import Tensor
 from pi0 import __version__
 from pi0.errors import EngineError, LimitError, ObservationError, Pi0Error
 from pi0.policy import Policy
+from pi0.serve.extras import split_extras
 from pi0.serve.wire import MessageLimits, pack, unpack
 
 logger = logging.getLogger("pi0.serve")
@@ -30,7 +31,7 @@ SHOWN_CHARACTERS = 1000  # of an error
 # What clients may know of a policy: nothing that tells where files lie.
 PUBLIC_METADATA = (
     *("layout", "horizon", "robot", "resize", "prompt", "state_in_prompt", "default_prompt"),
-    *("engine", "steps", "n_action_steps", "on_limit"),
+    *("engine", "steps", "n_action_steps", "on_limit", "real_time"),
 )
 # What becomes of an observation, by the error that ended it.
 OUTCOMES = {ObservationError: "observation", LimitError: "limit", EngineError: "engine"}
@@ -47,6 +48,7 @@ class Request:
     Attributes:
         frame: as it came; text is no observation.
         timeout: seconds after which nobody wants the answer.
+        client: whose it is.
         arrived: `time.perf_counter()`.
         previous: seconds from arrival to answer of this client's previous observation.
         superseded: older observations of this client that this one replaced while they waited.
@@ -55,6 +57,7 @@ class Request:
 
     frame: bytes | str
     timeout: float
+    client: str = ""
     arrived: float = field(default_factory=time.perf_counter)
     previous: float | None = None
     superseded: int = 0
@@ -86,12 +89,37 @@ class Answer:
         outcome: "ok", or the kind of error.
         stages: seconds of each stage that was reached.
         warnings: how many were raised.
+        state: [D] float32, that the actions begin from; None: there are no actions.
     """
 
     frame: bytes | str
     outcome: str
     stages: Mapping[str, float]
     warnings: int = 0
+    state: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """An observation that was answered, as it is recorded.
+
+    Attributes:
+        client: whose it is.
+        observation: as the policy read it.
+        state: [D] float32.
+        actions: [H, D] float32.
+        reset: another episode begins with it.
+        arrived: `time.perf_counter()`.
+        size: bytes that it keeps in memory.
+    """
+
+    client: str
+    observation: Mapping[str, Any]
+    state: NDArray[np.float32]
+    actions: NDArray[np.float32]
+    reset: bool
+    arrived: float
+    size: int
 
 
 @dataclass(frozen=True)
@@ -110,6 +138,7 @@ class Answerer:
         policy: computes.
         limits: of messages.
         last: the last observation and its actions; None: there was none yet.
+        on_frame: is given each observation with its actions, for a recording; None: nobody is.
     """
 
     at_once = 1  # requests
@@ -117,6 +146,7 @@ class Answerer:
     def __init__(self, policy: Policy, limits: MessageLimits) -> None:
         self.policy = policy
         self.limits = limits
+        self.on_frame: Callable[[Frame], None] | None = None
         self.last: Chunk | None = None
         self._shape = (policy.engine.config.horizon, policy.pipeline.action_dim)
         self._numbers = itertools.count(1)
@@ -124,6 +154,7 @@ class Answerer:
     def metadata(self) -> bytes:
         """The frame that greets a client."""
         known = {name: self.policy.metadata.get(name) for name in PUBLIC_METADATA}
+        known["noise_shape"] = list(self.policy.noise_shape)
         return pack({**known, "server": f"pi0 {__version__}"})
 
     def warm_up(self, on_step: Callable[[], None]) -> float:
@@ -155,7 +186,8 @@ class Answerer:
                 warnings.simplefilter("always")
                 result = self._infer(request, stages)
             said = [str(warning.message) for warning in raised]
-            return Answer(self._pack(result, said, stages, request), "ok", stages, len(said))
+            frame = self._pack(result, said, stages, request)
+            return Answer(frame, "ok", stages, len(said), result["state"])
         except Exception as error:  # of any kind: the client waits, and others come after it
             return failure(error, stages)
 
@@ -167,14 +199,28 @@ class Answerer:
                 "openpi's client, or pack as docs/serving.md shows."
             )
         start = time.perf_counter()
-        observation = unpack(request.frame, self.limits)
+        observation, extras = split_extras(unpack(request.frame, self.limits))
         stages["decode"] = time.perf_counter() - start
-        result = self.policy.infer(observation, request.noise, request.check)
+        if extras.previous is not None and self.policy.real_time is None:
+            raise ObservationError(
+                "pi0/previous: expected a server that continues chunks, found one without. Start "
+                "it with --real-time, or leave the key out."
+            )
+        result = self.policy.infer(
+            observation,
+            request.noise if extras.noise is None else extras.noise,
+            request.check,
+            previous=extras.previous,
+            delay=extras.delay,
+        )
         request.check()
         for stage in ("preprocess", "infer", "postprocess"):
             stages[stage] = result["policy_timing"][f"{stage}_ms"] / 1e3
         check_actions(result["actions"], self._shape)
         self.last = Chunk(next(self._numbers), observation, result["actions"])
+        if self.on_frame:
+            told = (observation, result["state"], result["actions"], extras.reset)
+            self.on_frame(Frame(request.client, *told, request.arrived, len(request.frame)))
         return result
 
     def _pack(

@@ -46,16 +46,21 @@ class Load:
 
 
 @contextlib.contextmanager
-def server(checkpoint: str, *words: str) -> Iterator[tuple[str, int]]:
+def server(
+    checkpoint: str, *words: str, port: int = 0, before: Sequence[str] = ()
+) -> Iterator[tuple[str, int]]:
     """`pi0 serve` in a process of its own: its address and process id.
 
     Args:
         words: its options.
+        port: to listen on; 0: one that is free.
+        before: words of a command that runs the command after it, such as `nice`.
 
     Raises:
         Pi0Error: it does not start; the sentence is its own.
     """
-    command = [sys.executable, "-m", "pi0.cli.main", "serve", checkpoint, "--port", "0", *words]
+    command = [*before, sys.executable, "-m", "pi0.cli.main", "serve", checkpoint]
+    command += ["--port", str(port), *words]
     with (
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process,

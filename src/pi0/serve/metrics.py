@@ -23,6 +23,7 @@ from pi0.serve.answer import Answer
 # Seconds: from a small model on a GPU to the full one on two CPU cores.
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 CHARTED = 240  # latencies on the live page
+RECORDED = ("episodes", "frames", "dropped", "errors")
 REMEMBERED = 20_000  # answers within the time that a line of the log tells of
 
 
@@ -48,6 +49,7 @@ class Metrics:
     Attributes:
         outcomes: answers by outcome.
         latencies: seconds of the last chunks, for a chart.
+        recording: what became of frames and episodes that are recorded.
     """
 
     def __init__(self, clients: Callable[[], int], waiting: Callable[[], int]) -> None:
@@ -58,6 +60,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.outcomes: Tally[str] = Tally()
         self.latencies: deque[float] = deque(maxlen=CHARTED)
+        self.recording: Tally[str] = Tally()
         self._recent: deque[tuple[float, bool, float]] = deque(maxlen=REMEMBERED)
         ProcessCollector(registry=self.registry)  # memory, CPU, open files
         gauges = {
@@ -76,6 +79,14 @@ class Metrics:
         self._warnings = Counter(
             "pi0_warnings", "Warnings sent with actions.", registry=self.registry
         )
+        self._recorded = Counter(
+            "pi0_recorded",
+            "Of --record: episodes and frames, frames dropped, and errors.",
+            ["what"],
+            registry=self.registry,
+        )
+        for what in RECORDED:  # each is 0 before it happens, not absent
+            self._recorded.labels(what)
         self._seconds = Histogram(
             "pi0_stage_seconds",
             "Seconds of each stage of an answer; total: from arrival to the end of sending.",
@@ -97,6 +108,11 @@ class Metrics:
             self.latencies.append(total)
         if answer.outcome != "superseded":
             self._recent.append((time.monotonic(), ok, total))
+
+    def recorded(self, what: str, count: int) -> None:
+        """Counts "episodes", "frames", "dropped" frames or "errors" of a recording; any thread."""
+        self.recording[what] += count
+        self._recorded.labels(what).inc(count)
 
     def refused(self, reason: str) -> None:
         """Counts a connection that was refused."""

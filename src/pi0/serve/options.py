@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pi0.serve.wire import MessageLimits
 
@@ -22,6 +23,7 @@ class ServeOptions:
         grace: seconds that a shutdown waits for answers that are being computed.
         ping_interval, ping_timeout: seconds between pings, and until a silent client is dropped.
         log_interval: seconds between lines of latency in the log.
+        record: folder of a dataset to which observations and actions are recorded; None: nowhere.
     """
 
     api_key: str | None = None
@@ -34,3 +36,4 @@ class ServeOptions:
     ping_interval: float = 20
     ping_timeout: float = 20
     log_interval: float = 60
+    record: Path | None = None

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from pi0.errors import ConfigError, Pi0Error, install_hint
-from pi0.policy import Pipeline, Policy, PolicyOptions, Robot
-from pi0.serve.answer import AbandonedError, Answer, Answerer, Chunk, Request, failure
+from pi0.policy import Pipeline, Policy, PolicyOptions, RealTimeChunking, Robot
+from pi0.serve.answer import AbandonedError, Answer, Answerer, Chunk, Frame, Request, failure
+from pi0.serve.extras import split_extras
 from pi0.serve.wire import MessageLimits, unpack
 
 logger = logging.getLogger("pi0.serve")
@@ -41,7 +42,7 @@ class Recipe:
 
     Attributes:
         options: pre- and post-processing.
-        checkpoint, engine, horizon, max_tokens, base, steps, on_limit, weight_cache: see
+        checkpoint, engine, horizon, max_tokens, base, steps, on_limit, weight_cache, real_time: see
             `Policy.from_checkpoint`.
         limits: of messages.
     """
@@ -56,6 +57,7 @@ class Recipe:
     on_limit: str = "error"
     weight_cache: bool = False
     limits: MessageLimits = field(default_factory=MessageLimits)
+    real_time: RealTimeChunking | None = None
 
     def make_policy(self) -> Policy:
         """Loads the weights."""
@@ -69,6 +71,7 @@ class Recipe:
             steps=self.steps,
             on_limit=self.on_limit,
             weight_cache=self.weight_cache,
+            real_time=self.real_time,
         )
 
     def with_absolute_paths(self) -> Recipe:
@@ -175,6 +178,7 @@ class Replicas:
         policy: what all of them are.
         limits: of messages.
         at_once: how many requests may be asked at the same time.
+        on_frame: is given each observation with its actions; see `Answerer`.
     """
 
     def __init__(
@@ -201,6 +205,7 @@ class Replicas:
         self.policy = Described(pipeline, description["metadata"])
         self.limits = limits
         self.at_once = at_once
+        self.on_frame: Callable[[Frame], None] | None = None
         self._ask, self._lost, self._stop = ask, lost, stop
         self._greeting: bytes = description["greeting"]
         self._seconds: float = description["seconds"]
@@ -214,8 +219,8 @@ class Replicas:
         if self._last is None:
             return None
         number, asked, answered = self._last
-        actions = unpack(answered, self.limits)["actions"]
-        return Chunk(number, unpack(asked, self.limits), actions)
+        observation, _ = split_extras(unpack(asked, self.limits))
+        return Chunk(number, observation, unpack(answered, self.limits)["actions"])
 
     def metadata(self) -> bytes:
         """The frame that greets a client."""
@@ -273,8 +278,14 @@ class Replicas:
                     raise
 
     def _remember(self, request: Request, answer: Answer) -> None:
-        if isinstance(request.frame, bytes) and isinstance(answer.frame, bytes):
-            self._last = next(self._numbers), request.frame, answer.frame
+        asked, answered = request.frame, answer.frame
+        if answer.state is None or isinstance(asked, str) or isinstance(answered, str):
+            return
+        self._last = next(self._numbers), asked, answered
+        if self.on_frame:
+            observation, extras = split_extras(unpack(asked, self.limits))
+            told = (observation, answer.state, unpack(answered, self.limits)["actions"])
+            self.on_frame(Frame(request.client, *told, extras.reset, request.arrived, len(asked)))
 
 
 def start_replicas(recipe: Recipe, pipeline: Pipeline, scale: Scale, seed: int = 0) -> Replicas:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from websockets.asyncio.server import ServerConnection
 from websockets.asyncio.server import serve as serve_websockets
@@ -26,6 +26,9 @@ from pi0.serve.options import ServeOptions
 from pi0.serve.replicas import Replicas
 from pi0.serve.session import Session, event_or_end
 from pi0.serve.site import Site
+
+if TYPE_CHECKING:
+    from pi0.serve.record import Recorder
 
 logger = logging.getLogger("pi0.serve")
 websocket_logger = logging.getLogger("pi0.serve.websockets")
@@ -43,6 +46,7 @@ class PolicyServer:
         sessions: clients that are connected.
         answerer: computes.
         metrics: counts.
+        recorder: records what is answered; None: nobody does.
     """
 
     def __init__(self, policy: Policy | Replicas, options: ServeOptions | None = None) -> None:
@@ -55,11 +59,21 @@ class PolicyServer:
             clients=lambda: len(self.sessions),
             waiting=lambda: sum(session.waiting for session in self.sessions),
         )
+        self.recorder = self._make_recorder()
+        self.answerer.on_frame = self.recorder.put if self.recorder else None
         self._ready = asyncio.Event()
         self._stopping = threading.Event()  # the computing thread looks at it, too
         self._turn = asyncio.Semaphore(self.answerer.at_once)
         self._thread = ThreadPoolExecutor(self.answerer.at_once, thread_name_prefix="pi0-policy")
         self._site = Site(self)
+
+    def _make_recorder(self) -> Recorder | None:
+        if self.options.record is None:
+            return None
+        from pi0.serve.record import Recorder  # which needs packages that serving does not
+
+        pipeline = self.answerer.policy.pipeline
+        return Recorder(self.options.record, pipeline, self.metrics.recorded)
 
     @property
     def ready(self) -> bool:
@@ -106,6 +120,9 @@ class PolicyServer:
         finally:
             self._stopping.set()
             self._thread.shutdown(wait=True, cancel_futures=True)
+            if self.recorder:
+                logger.info("recording: writing the episodes that are under way")
+                await asyncio.to_thread(self.recorder.close)
 
     async def _until(self, stop: asyncio.Event, on_ready: Callable[[float], None]) -> None:
         watch = asyncio.create_task(self._watch(stop))
@@ -153,6 +170,8 @@ class PolicyServer:
                 await session.run(self.answerer.metadata())
         finally:
             self.sessions.discard(session)
+            if self.recorder:
+                self.recorder.end(session.name)
             logger.info("client %s: gone after %d answers", session.name, session.answers)
 
     async def _compute(self, request: Request) -> Answer:

@@ -100,7 +100,7 @@ class Session:
         async for frame in self._connection:
             if self._closing:
                 continue
-            request = Request(frame, self._options.timeout)
+            request = Request(frame, self._options.timeout, self.name)
             if self._newest is not None:
                 request.superseded = self._newest.superseded + 1
             self._newest = request

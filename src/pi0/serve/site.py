@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import Iterator
 from http import HTTPStatus
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -16,10 +15,10 @@ from websockets.asyncio.server import ServerConnection
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
-from pi0.policy.images import channels_last, eight_bit
-from pi0.policy.observation import check_observation, lookup, read_image
 from pi0.serve.answer import Chunk
 from pi0.serve.binding import shows_key
+from pi0.serve.metrics import RECORDED
+from pi0.serve.pictures import read_pictures
 
 if TYPE_CHECKING:
     from pi0.policy import Pipeline
@@ -106,7 +105,19 @@ class Site:
             "outcomes": dict(server.metrics.outcomes),
             "recent": recent and vars(recent),
             "latencies": list(server.metrics.latencies),
+            "recording": self._recording(),
             "last": last and _describe(last, policy.pipeline),
+        }
+
+    def _recording(self) -> dict[str, Any] | None:
+        """What is recorded, and the last error without the folder's place."""
+        server = self._server
+        if server.recorder is None or server.options.record is None:
+            return None
+        error, folder = server.recorder.error, server.options.record
+        return {
+            **{what: server.metrics.recording[what] for what in RECORDED},
+            "error": error and error.replace(str(folder), folder.name),
         }
 
     def _picture(self, name: str) -> bytes | None:
@@ -114,10 +125,10 @@ class Site:
         last, pipeline = self._server.answerer.last, self._server.answerer.policy.pipeline
         if last is None or not name.isdecimal():
             return None
-        arrays = dict(enumerate(array for _, array in _images(last, pipeline)))
-        if int(name) not in arrays:
+        pictures = [picture for _, picture in read_pictures(last.observation, pipeline)]
+        if int(name) >= len(pictures):
             return None
-        image = Image.fromarray(np.ascontiguousarray(eight_bit(arrays[int(name)])))
+        image = Image.fromarray(np.ascontiguousarray(pictures[int(name)]))
         image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
         out = io.BytesIO()
         image.save(out, "PNG")
@@ -131,21 +142,12 @@ def _describe(chunk: Chunk, pipeline: Pipeline) -> dict[str, Any]:
     return {
         "number": chunk.number,
         "prompt": str(observation.get("prompt", observation.get("task", ""))),
-        "cameras": [key for key, _ in _images(chunk, pipeline)],
+        "cameras": [key for key, _ in read_pictures(observation, pipeline)],
         "actions": actions.tolist(),
         "names": list(robot.action_names[:PLOTTED] or map(str, range(actions.shape[1]))),
         "units": list(robot.action_units[:PLOTTED]),
         "rate_hz": robot.control_hz,
     }
-
-
-def _images(chunk: Chunk, pipeline: Pipeline) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-    """Keys and images of an observation that the policy has read."""
-    observation = check_observation(chunk.observation, pipeline.robot, pipeline.rename)
-    for camera in pipeline.robot.cameras:
-        image = lookup(observation, camera.key)
-        if image is not None:
-            yield camera.key, channels_last(camera.key, read_image(camera.key, image))
 
 
 def _response(kind: str, body: bytes) -> Response:

@@ -53,12 +53,17 @@ boards:
 
 @dataclass(frozen=True)
 class Board:
-    """One chip, and how it is described."""
+    """One chip, and how it is described.
+
+    Attributes:
+        harvest_mask: lines of cores that are switched off, a bit each: rows on Wormhole, columns on
+            Blackhole.
+    """
 
     name: str
     board_type: str
     template: str
-    harvest_mask: int  # rows of cores that are switched off, a bit each
+    harvest_mask: int
 
     def write(self, folder: Path) -> Path:
         """Writes the description; returns its path."""
@@ -76,7 +81,10 @@ BOARDS = {
         Board("n150", "n150", WORMHOLE, 1),
         # One chip of an n300 by itself: described as an n300, TTNN would expect its twin.
         Board("n300", "n150", WORMHOLE, 3),
-        Board("p150", "p150", BLACKHOLE, 0),
+        # Two columns are off since firmware 19.5 (tt-metal issue 47014, tt-umd pull request 1942).
+        Board("p150", "p150", BLACKHOLE, 3),
+        # With older firmware.
+        Board("p150-13x10", "p150", BLACKHOLE, 0),
     )
 }
 

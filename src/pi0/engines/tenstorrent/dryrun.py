@@ -11,8 +11,6 @@ import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import distribution
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +29,17 @@ from pi0.engines.tenstorrent.engine import (
 )
 from pi0.engines.tenstorrent.layout import TileLayout
 from pi0.engines.tenstorrent.network import Constants
+from pi0.engines.tenstorrent.observer import Observer
 from pi0.engines.tenstorrent.precision import PRESETS, Precision
+from pi0.engines.tenstorrent.replay import Inputs
+from pi0.engines.tenstorrent.time_model import (
+    LAUNCH_SECONDS,
+    PEAKS,
+    Operation,
+    Peaks,
+    StageTime,
+    stage_times,
+)
 from pi0.engines.tenstorrent.timestep import put_timesteps
 from pi0.errors import EngineError
 from pi0.inputs import random_inputs
@@ -49,7 +57,11 @@ class DryRun:
         peak_l1: bytes of the fullest core's memory.
         l1: bytes of it that tensors and buffers can have.
         weights, peak_dram, dram: bytes that weights take, that are taken at most, that there are.
-        seconds: of the first pass, which builds the programs, and of the second.
+        host_seconds: that this machine took for the first pass, which builds the programs, and for
+            the second. They say nothing of a card.
+        times: arithmetic of each stage and of the call, see `StageTime`.
+        launch_us: the cost of starting a program in it.
+        peaks: of the chip in it, and where they are from.
     """
 
     board: str
@@ -63,7 +75,10 @@ class DryRun:
     weights: int
     peak_dram: int
     dram: int
-    seconds: tuple[float, float]
+    host_seconds: tuple[float, float]
+    times: list[StageTime]
+    launch_us: float
+    peaks: Peaks
 
 
 def dry_run(
@@ -94,18 +109,21 @@ def dry_run(
         network = build_network(empty_model(config, torch.bfloat16), backend, precision)
         weights, _ = backend.dram()
         layout = TileLayout(config, cameras, tokens or config.max_tokens)
-        on, given = upload_inputs(layout, backend, precision)
+        on, inputs = upload_inputs(layout, backend, precision)
         times = torch.tensor(schedule(steps), device="meta")
         timesteps = put_timesteps(network.weights.time, times, precision, backend.put)
 
         def call() -> Handle:
-            return network.sample(on, given, timesteps)
+            inputs.move()  # as a replay does, which is more than a call by itself
+            return network.sample(on, inputs.given, timesteps)
 
         backend.get(call())
         first = time.perf_counter() - started
         programs = backend.device.num_program_cache_entries()
         before, dram = backend.dram()
         second, peak_l1, more = backend.measure(call)
+        peaks = PEAKS[backend.arch.name]
+        rows = stage_times(backend.observe(call), peaks)
         return DryRun(
             board,
             dtype,
@@ -119,6 +137,9 @@ def dry_run(
             before + more,
             dram,
             (first, second),
+            rows,
+            LAUNCH_SECONDS * 1e6,
+            peaks,
         )
     finally:
         backend.close()
@@ -126,7 +147,7 @@ def dry_run(
 
 def upload_inputs(
     layout: TileLayout, backend: MockBackend, precision: Precision
-) -> tuple[Constants, dict[str, Handle]]:
+) -> tuple[Constants, Inputs]:
     """What a sampling call is given. Shapes only: masks may be larger than the model."""
     inputs, noise = random_inputs(layout.config, layout.views, layout.tokens, seed=0)
     backend.stage = "inputs"
@@ -134,7 +155,7 @@ def upload_inputs(
         inputs, noise = inputs.to(meta), noise.to(meta)
         on = upload_constants(layout, backend)
         uploads = layout.uploads(inputs, precision) | {"x_t": layout.actions(noise)}
-    return on, {name: backend.put(upload) for name, upload in uploads.items()}
+    return on, Inputs(backend, uploads)
 
 
 class MockBackend(DeviceBackend):
@@ -142,6 +163,7 @@ class MockBackend(DeviceBackend):
 
     def __init__(self, board: str, on_stage: Callable[[str], None]) -> None:
         self._stage, self._on_stage = "", on_stage
+        self._observer: Observer | None = None
         found = find_board(board)
         ttnn_import.require_ttnn()
         if not stub_compiler.has_compiler():
@@ -150,7 +172,7 @@ class MockBackend(DeviceBackend):
                 "compiler, found none. Install it: apt install gcc-riscv64-unknown-elf."
             )
         folder = ttnn_import.cache_folder()
-        package = Path(str(distribution("ttnn").locate_file("ttnn")))
+        package = ttnn_import.package_folder()
         root = stub_compiler.make_root(package, folder / f"root-{ttnn_import.VERSION}")
         (folder / "logs").mkdir(exist_ok=True)
         environment = {
@@ -186,6 +208,21 @@ class MockBackend(DeviceBackend):
         nodes = graph.end_graph_capture()
         peak_l1: int = graph.extract_resource_usage_per_core(nodes).peak_total
         return seconds, peak_l1, peak_dram(nodes)
+
+    def run(self, name: str, *args: Any, dtype: str | None = None, **options: Any) -> Any:
+        def call() -> Any:
+            return super(MockBackend, self).run(name, *args, dtype=dtype, **options)
+
+        return self._observer(name, args, options, call) if self._observer else call()
+
+    def observe(self, call: Callable[[], Any]) -> list[Operation]:
+        """The operations of a call."""
+        self._observer = Observer(self)
+        try:
+            call()
+            return self._observer.operations
+        finally:
+            self._observer = None
 
 
 def peak_dram(nodes: list[dict[str, Any]]) -> int:

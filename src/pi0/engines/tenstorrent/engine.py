@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from pi0.engines.base import Capabilities, Engine, EngineOptions, exclusive
 from pi0.engines.tenstorrent import golden, ttnn_import
 from pi0.engines.tenstorrent.backend import Backend, Handle, Upload
 from pi0.engines.tenstorrent.boards import find_board
-from pi0.engines.tenstorrent.device import TORCH_DTYPES, DeviceBackend, Replay
+from pi0.engines.tenstorrent.device import TORCH_DTYPES, DeviceBackend
 from pi0.engines.tenstorrent.host import HostBackend
 from pi0.engines.tenstorrent.layout import TILE, TileLayout, View, additive, tiled
 from pi0.engines.tenstorrent.network import (
@@ -27,8 +29,9 @@ from pi0.engines.tenstorrent.network import (
     no_handle_tap,
 )
 from pi0.engines.tenstorrent.ops import Ops
-from pi0.engines.tenstorrent.precision import BF16, F32, HOST_PRESETS, PRESETS, Precision
+from pi0.engines.tenstorrent.precision import BF16, F32, HOST_PRESETS, PRESETS, Precision, for_arch
 from pi0.engines.tenstorrent.program_configs import TILE_BYTES
+from pi0.engines.tenstorrent.replay import CaptureError, Replay
 from pi0.engines.tenstorrent.silicon import CARD, IDEAL
 from pi0.engines.tenstorrent.timestep import Timestep, put_timesteps
 from pi0.engines.tenstorrent.weights import Packer
@@ -56,9 +59,13 @@ class TtnnEngine(Engine):
     """π0 or π0.5 on a Tenstorrent card or simulator; `device` is the card's number.
 
     On a card a sampling call is captured, and replayed as long as the numbers of views, tokens and
-    steps stay; inputs go up on a second command queue. One capture is held at a time and released
-    before anything else is put on the card: replayed, it writes where its tensors were, whatever is
-    there by then.
+    steps stay; rows of a batch go up on a second command queue, each while the one before it is
+    computed. One capture is held at a time and released before anything else is put on the card:
+    replayed, it writes where its tensors were, whatever is there by then. What cannot be captured
+    runs without, with a warning.
+
+    Attributes:
+        captures: whether sampling calls are captured.
     """
 
     name = "ttnn"
@@ -77,6 +84,7 @@ class TtnnEngine(Engine):
         self._constants: dict[tuple[int, int], Constants] = {}
         self._timesteps: list[Timestep] = []  # of the last number of steps
         self._replay: tuple[tuple[int, int, int], Replay] | None = None
+        self.captures = isinstance(self.backend, DeviceBackend) and self.backend.can_replay
 
     @classmethod
     def check_available(cls, config: Pi0Config, options: EngineOptions) -> None:
@@ -92,10 +100,12 @@ class TtnnEngine(Engine):
         ttnn_import.require_ttnn()
         if not ttnn_import.has_device():
             raise EngineError(
-                "engine ttnn: expected a Tenstorrent card (/dev/tenstorrent) or a simulator "
-                "(TT_METAL_SIMULATOR), found neither. `--engine ttnn-host` computes its numerics, "
-                "`pi0 ttnn dry-run` checks that the model fits."
+                f"engine ttnn: expected a Tenstorrent card ({ttnn_import.DRIVER}), a simulator "
+                f"({ttnn_import.SIMULATOR}) or the kernel emulator ({ttnn_import.EMULATOR}), found "
+                "none. `--engine ttnn-host` computes its numerics, `pi0 ttnn dry-run` checks that "
+                "the model fits, `pi0 ttnn doctor` says what is missing."
             )
+        ttnn_import.require_compiler()
 
     @exclusive
     def prefill(self, inputs: ModelInputs, tap: Tap = no_tap) -> DevicePrefix:
@@ -137,11 +147,53 @@ class TtnnEngine(Engine):
         self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: Callable[[], None]
     ) -> Tensor:
         """See `Engine`. The whole loop runs on the device; rows of a batch follow each other."""
-        actions = [
-            self._sample_one(inputs.row(i), noise[i : i + 1], steps, on_step)
-            for i in range(inputs.batch_size)
-        ]
+        key = inputs.image_mask.shape[1], inputs.tokens.shape[1], steps
+        if self._replay and self._replay[0] != key:
+            self._release_replay()
+        on = self._on(inputs)
+        times = torch.tensor(schedule(steps))
+        if len(times) != len(self._timesteps):
+            self._timesteps = self._put_timesteps(times)
+        timesteps, cut = self._timesteps, on.layout.view["actions"].cut
+
+        def uploads(row: int) -> dict[str, Upload]:
+            given = on.layout.uploads(inputs.row(row), self.network.ops.precision)
+            return given | {"x_t": on.layout.actions(noise[row : row + 1])}
+
+        def call(given: dict[str, Handle], on_step: Callable[[], None] = lambda: None) -> Handle:
+            return self.network.sample(on, given, timesteps, on_step)
+
+        rows = range(inputs.batch_size)
+        if self.captures and self._replay is None:
+            self._capture(key, uploads(0), call)
+        if self._replay is None:
+            return torch.cat(
+                [cut(self.backend.get(call(self._put(uploads(i)), on_step))) for i in rows]
+            )
+        actions = []
+        for result in self._replay[1](uploads(i) for i in rows):
+            actions.append(cut(result))
+            for _ in range(steps):
+                on_step()
         return torch.cat(actions)
+
+    def _capture(
+        self,
+        key: tuple[int, int, int],
+        uploads: dict[str, Upload],
+        call: Callable[[dict[str, Handle]], Handle],
+    ) -> None:
+        """Captures a call for replays; warns where that cannot be done, and does not try again."""
+        assert isinstance(self.backend, DeviceBackend)
+        try:
+            self._replay = key, Replay(self.backend, uploads, call)
+        except CaptureError as error:
+            self.captures = False
+            warnings.warn(
+                f"engine ttnn: {error} Calls run uncaptured from now on, which gives the same "
+                "actions, more slowly.",
+                stacklevel=2,
+            )
 
     def _close(self) -> None:
         self._release_replay()
@@ -150,7 +202,12 @@ class TtnnEngine(Engine):
             self._close_device()
 
     def _open(self, device: str | None) -> Backend:
-        backend = DeviceBackend(ttnn_import.load({}), int(device or "0"))
+        environment = {}
+        if ttnn_import.EMULATOR in os.environ:  # it needs to know which board it is
+            environment[ttnn_import.MOCK] = os.environ.get(ttnn_import.MOCK) or describe("n150")
+        ttnn_import.log_warnings()
+        backend = DeviceBackend(ttnn_import.load(environment), int(device or "0"))
+        self.notes = (f"TTNN's own warnings are in {ttnn_import.log_file()}.",)
         self._close_device = weakref.finalize(self, backend.close)
         return backend
 
@@ -168,34 +225,6 @@ class TtnnEngine(Engine):
         self.backend.stage = "suffix"
         time, precision = self.network.weights.time, self.network.ops.precision
         return put_timesteps(time, t, precision, self.backend.put, tap)
-
-    def _sample_one(
-        self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: Callable[[], None]
-    ) -> Tensor:
-        key = inputs.image_mask.shape[1], inputs.tokens.shape[1], steps
-        if self._replay and self._replay[0] != key:
-            self._release_replay()
-        on = self._on(inputs)
-        layout = on.layout
-        times = torch.tensor(schedule(steps))
-        if len(times) != len(self._timesteps):
-            self._timesteps = self._put_timesteps(times)
-        timesteps = self._timesteps
-        uploads = layout.uploads(inputs, self.network.ops.precision)
-        uploads["x_t"] = layout.actions(noise)
-
-        def call(given: dict[str, Handle], on_step: Callable[[], None] = lambda: None) -> Handle:
-            return self.network.sample(on, given, timesteps, on_step)
-
-        if not (isinstance(self.backend, DeviceBackend) and self.backend.can_replay):
-            x = self.backend.get(call(self._put(uploads), on_step))
-            return layout.view["actions"].cut(x)
-        if self._replay is None:
-            self._replay = key, Replay(self.backend, uploads, call)
-        actions = layout.view["actions"].cut(self._replay[1](uploads))
-        for _ in range(steps):
-            on_step()
-        return actions
 
     def _release_replay(self) -> None:
         if self._replay:
@@ -253,14 +282,19 @@ class TtnnHostEngine(TtnnEngine):
     def _open(self, device: str | None) -> Backend:
         environment = {}
         if not ttnn_import.has_device():  # its conversions ask for a chip, without touching it
-            description = find_board("n150").write(ttnn_import.cache_folder())
-            environment[ttnn_import.MOCK] = str(description)
+            environment[ttnn_import.MOCK] = describe("n150")
         silicon = IDEAL if self.options.precision == "exact" else CARD
         return HostBackend(ttnn_import.load(environment), silicon)
 
 
+def describe(board: str) -> str:
+    """The path of a board's description, which is written."""
+    return str(find_board(board).write(ttnn_import.cache_folder()))
+
+
 def build_network(model: Pi0, backend: Backend, precision: Precision) -> TtnnNetwork:
     """Packs a model, which is empty afterwards, onto a backend."""
+    precision = for_arch(precision, backend.arch.name)
     backend.stage = "weights"
     with torch.no_grad():
         weights = Packer(precision, backend.put).pack(model)

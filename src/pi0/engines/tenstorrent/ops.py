@@ -25,7 +25,7 @@ class Ops:
         self._kernel = {
             fidelity: backend.ttnn.init_device_compute_kernel_config(
                 backend.arch,
-                math_fidelity=backend.option(f"MathFidelity.{self._allowed(fidelity)}"),
+                math_fidelity=backend.option(f"MathFidelity.{fidelity}"),
                 math_approx_mode=False,
                 fp32_dest_acc_en=precision.float32_sums,
                 packer_l1_acc=True,
@@ -222,13 +222,6 @@ class Ops:
             memory_config=self._stream(rows, width),
             **program,
         )
-
-    def _allowed(self, fidelity: str) -> str:
-        """On Wormhole a product in HiFi4 whose sums are float32 is wrong in places (tt-metal
-        #38306); without its last pass, HiFi3, it is not."""
-        wormhole = self.backend.arch == self.backend.option("device.Arch.WORMHOLE_B0")
-        faulty = wormhole and self.precision.float32_sums and fidelity == "HiFi4"
-        return "HiFi3" if faulty else fidelity
 
     def _unary(self, name: str) -> Any:
         return self.backend.ttnn.UnaryWithParam(self.backend.option(f"UnaryOpType.{name}"))

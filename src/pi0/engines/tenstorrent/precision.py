@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -120,3 +120,24 @@ EXACT = Precision(
     mantissa=MANTISSA,
 )
 HOST_PRESETS = {**PRESETS, "exact": EXACT}
+
+
+def for_arch(precision: Precision, arch: str) -> Precision:
+    """The preset as an architecture can have it: "WORMHOLE_B0" or "BLACKHOLE".
+
+    Wormhole multiplies wrongly now and then with HiFi4 where sums are float32, off by powers of two
+    (tt-metal issue 38306; none seen with HiFi3: pull request 52327). TTNN's own defaults there are
+    HiFi3, too (pull request 40089).
+    """
+    if arch != "WORMHOLE_B0" or not precision.float32_sums:
+        return precision
+
+    def sound(fidelity: str) -> str:
+        return "HiFi3" if fidelity == "HiFi4" else fidelity
+
+    return replace(
+        precision,
+        linear=sound(precision.linear),
+        attention=sound(precision.attention),
+        rest=sound(precision.rest),
+    )

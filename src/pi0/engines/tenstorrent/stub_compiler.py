@@ -62,12 +62,17 @@ def has_compiler() -> bool:
     return shutil.which(COMPILER) is not None
 
 
-def version_line(root: Path) -> str:
-    """What the real compiler would say: the firmware in the wheel is filed under it."""
+def sfpi_release(root: Path) -> dict[str, str]:
+    """What the wheel or the runtime root at `root` says of the compiler that it wants."""
     lines = (root / "tt_metal" / "sfpi-version").read_text(encoding="utf-8").splitlines()
     pairs = (line.partition("=") for line in lines)
-    versions = {name.strip(): value.strip(" '\"") for name, _, value in pairs}
-    return f"{NAME} (tenstorrent/sfpi:{versions['sfpi_version']}[{versions['sfpi_build']}]) 15.1.0"
+    return {name.strip(): value.strip(" '\"") for name, _, value in pairs}
+
+
+def version_line(root: Path) -> str:
+    """What the real compiler would say: the firmware in the wheel is filed under it."""
+    release = sfpi_release(root)
+    return f"{NAME} (tenstorrent/sfpi:{release['sfpi_version']}[{release['sfpi_build']}]) 15.1.0"
 
 
 def link(arguments: list[str], cache: Path) -> bytes:

@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import importlib
 import os
-from importlib.metadata import PackageNotFoundError, version
+import subprocess
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
+from pi0.engines.tenstorrent import stub_compiler
 from pi0.errors import EngineError, install_hint
 
 VERSION = "0.81.1"
 MOCK = "TT_METAL_MOCK_CLUSTER_DESC_PATH"
+SIMULATOR = "TT_METAL_SIMULATOR"
+EMULATOR = "TT_METAL_EMULE_MODE"
+DRIVER = Path("/dev/tenstorrent")  # a file for each card
+SFPI = Path("/opt/tenstorrent/sfpi")  # where Tenstorrent's packages put the compiler
+LOG = "ttnn.log"
 
 
 def cache_folder() -> Path:
@@ -40,9 +47,91 @@ def require_ttnn() -> None:
         )
 
 
+def package_folder() -> Path:
+    """The folder of the installed library, without importing it."""
+    return Path(str(distribution("ttnn").locate_file("ttnn")))
+
+
 def has_device() -> bool:
-    """Whether there is a card or a simulator."""
-    return Path("/dev/tenstorrent").exists() or "TT_METAL_SIMULATOR" in os.environ
+    """Whether there is a card, a simulator or the kernel emulator."""
+    return DRIVER.exists() or SIMULATOR in os.environ or EMULATOR in os.environ
+
+
+def sfpi_wanted() -> str:
+    """The version of Tenstorrent's compiler that the library wants.
+
+    Raises:
+        EngineError: the library is not installed in the right version.
+    """
+    require_ttnn()
+    return stub_compiler.sfpi_release(package_folder())["sfpi_version"]
+
+
+def find_compiler() -> Path | None:
+    """Tenstorrent's compiler, where the library looks for it: in its runtime root, then in the
+    system."""
+    root = Path(os.environ.get("TT_METAL_RUNTIME_ROOT") or package_folder())
+    for folder in (root / "runtime" / "sfpi", SFPI):
+        compiler = folder / "compiler" / "bin" / stub_compiler.NAME
+        if compiler.is_file():
+            return compiler
+    return None
+
+
+def require_compiler() -> None:
+    """Raises EngineError unless Tenstorrent's compiler is there in the version that TTNN wants.
+
+    It is not part of the wheel (tt-metal issue 31962), and without it the first operation fails.
+    The emulator compiles with the host's compiler.
+    """
+    if EMULATOR in os.environ:
+        return
+    release = sfpi_wanted()
+    mend = (
+        f"Install sfpi {release}: the package sfpi_{release}_x86_64_debian.deb (or _fedora.rpm) of "
+        "https://github.com/tenstorrent/sfpi/releases."
+    )
+    compiler = find_compiler()
+    if compiler is None:
+        raise EngineError(
+            f"engine ttnn: expected Tenstorrent's compiler sfpi {release} in {SFPI}, found none. "
+            f"{mend}"
+        )
+    found = compiler_version(compiler)
+    if f"sfpi:{release}[" not in found:
+        raise EngineError(
+            f"engine ttnn: expected Tenstorrent's compiler sfpi {release}, found {found!r} at "
+            f"{compiler}. {mend}"
+        )
+
+
+def compiler_version(compiler: Path) -> str:
+    """What a compiler says that it is: its first line."""
+    try:
+        done = subprocess.run(
+            [str(compiler), "--version"], capture_output=True, text=True, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return (done.stdout or done.stderr).strip().partition("\n")[0]
+
+
+def log_file() -> Path:
+    """Where the library's warnings go in a process with a card: results have the output."""
+    return cache_folder() / "logs" / LOG
+
+
+def log_warnings() -> None:
+    """Has the library, not imported yet, write its warnings to `log_file`; a level that is set in
+    the environment stays, and goes to the output.
+
+    The level is `warn`: `warning` is no level to TTNN 0.81.1, which then says everything.
+    """
+    if "TT_METAL_LOGGER_LEVEL" in os.environ:
+        return
+    log_file().parent.mkdir(parents=True, exist_ok=True)
+    os.environ["TT_METAL_LOGGER_LEVEL"] = "warn"
+    os.environ.setdefault("TT_METAL_LOGGER_FILE", str(log_file()))
 
 
 def load(environment: dict[str, str]) -> Any:
@@ -52,7 +141,8 @@ def load(environment: dict[str, str]) -> Any:
         EngineError: not installed, or the process has been using it in another way.
     """
     require_ttnn()
-    if os.environ.get(MOCK, "") != environment.get(MOCK, "") and MOCK in os.environ:
+    asked = environment.get(MOCK, os.environ.get(MOCK, "") if EMULATOR in os.environ else "")
+    if os.environ.get(MOCK, "") != asked and MOCK in os.environ:
         raise EngineError(
             "ttnn: expected a process that uses one board, found one that was set up for another "
             f"({MOCK}). Start a new process."

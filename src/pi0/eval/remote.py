@@ -1,0 +1,113 @@
+"""A policy behind `pi0 serve`, as an evaluation sees it: over openpi's protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pi0.errors import ConfigError
+from pi0.policy import Camera, Robot
+from pi0.serve.client import ServerPolicy
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from pi0.eval.plan import ServedPolicy
+
+
+@dataclass(frozen=True)
+class RemoteSurface:
+    """What an environment is compared with; see `environment.Surface`."""
+
+    robot: Robot
+    action_dim: int
+    rename: Mapping[str, str] = field(default_factory=dict)  # the server renames by itself
+
+
+class RemotePolicy:
+    """A connection, one robot's, with what the greeting says of the policy.
+
+    Attributes:
+        pipeline: keys of observations, and the number of actions.
+        noise_shape, n_action_steps: see `Policy`.
+        on_limit: for actions beyond the environment's action space; the server has its own.
+        real_time: chunks continue the previous one; else the server is not asked to.
+        metadata: the greeting, with the address as the checkpoint.
+    """
+
+    def __init__(self, options: ServedPolicy) -> None:
+        """
+        Raises:
+            Pi0Error: there is no server, or it is none that this evaluation can use.
+        """
+        self._server = ServerPolicy(options.address, options.api_key)
+        try:
+            greeting = self._server.metadata
+            found = [key for key in ("robot", "noise_shape", "engine") if not greeting.get(key)]
+            if found:
+                raise ConfigError(
+                    f"server {options.address}: expected the greeting of `pi0 serve`, found one "
+                    f"without {found[0]}."
+                )
+            running = (greeting.get("real_time") or {}).get("jacobian")
+            if options.real_time not in (None, running):
+                raise ConfigError(
+                    f"server {options.address}: expected one started with --real-time "
+                    f"{options.real_time}, found {running or 'none'}."
+                )
+        except BaseException:
+            self.close()
+            raise
+        robot = _robot(greeting["robot"])
+        self.pipeline = RemoteSurface(robot, greeting["robot"]["action_dim"])
+        self.noise_shape: tuple[int, int] = tuple(greeting["noise_shape"])
+        self.n_action_steps: int = greeting["n_action_steps"]
+        self.on_limit = options.on_limit
+        self.real_time = options.real_time
+        self.metadata = {**greeting, "checkpoint": options.address}
+
+    def infer(
+        self, observation: Mapping[str, Any], noise: NDArray[np.float32], **inpainting: Any
+    ) -> dict[str, Any]:
+        """See `ServerPolicy.infer`."""
+        return self._server.infer(observation, noise, **inpainting)
+
+    def reset(self) -> None:
+        """Another episode begins."""
+        self._server.reset()
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self._server.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _robot(table: Mapping[str, Any]) -> Robot:
+    """The robot that a greeting describes, as far as a client needs it."""
+    return Robot(
+        name=table["name"],
+        cameras=tuple(
+            Camera(camera["key"], tuple(camera["names"]), camera["required"])
+            for camera in table["cameras"]
+        ),
+        state=tuple(table["state"].items()),
+        action_dim=table["action_dim"],
+        action_names=tuple(table["action_names"]),
+        action_units=tuple(table["action_units"]),
+        control_hz=table["control_hz"],
+    )

@@ -1,0 +1,261 @@
+"""`pi0 serve --record`: what lies in the dataset, what begins an episode, what a full disk does."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+import threading
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from serving import (
+    IMAGE,
+    SOON,
+    Running,
+    StateEngine,
+    ask,
+    eventually,
+    make_policy,
+    observation,
+    read,
+    running,
+)
+from test_site import CHROMIUM, dump_dom, get, metric
+
+from pi0.data import Dataset
+from pi0.errors import Pi0Error
+from pi0.serve import record
+from pi0.serve.options import ServeOptions
+from pi0.serve.wire import pack
+
+ODD = np.add.outer(np.arange(23) * 5, np.arange(31) * 3)[..., None] + np.array([0, 20, 40])
+
+
+yield_to_others = record._yield_to_others
+
+
+@pytest.fixture(autouse=True)
+def _in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine threads of the lowest priority could take minutes."""
+    monkeypatch.setattr(record, "_yield_to_others", lambda: None)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "recorded"
+
+
+def recording(folder: Path, engine: StateEngine | None = None, **robot: str) -> Any:
+    return running(make_policy(engine or StateEngine(), **robot), ServeOptions(record=folder))
+
+
+def episodes(folder: Path) -> list[list[float]]:
+    """The first value of each frame's action, by episode; the folder is sound."""
+    dataset = Dataset.open(folder)
+    assert dataset.check() == []
+    first = dataset.column("action")[:, 0].round(3).tolist()
+    return [first[a:b] for a, b in pairwise(dataset.episode_starts)]
+
+
+def test_what_is_recorded(folder: Path) -> None:
+    """Observations and whole chunks, one episode of this connection; images of any form."""
+    floats = ODD.transpose(2, 0, 1).astype(np.float32) / 255
+    with recording(folder) as served, served.connect() as client:
+        for value in (0.5, 0.25):
+            ask(client, observation(value, images={"base": floats, "wrist": IMAGE}))
+        ask(client, {"nonsense": 1})  # an error is no frame
+    dataset = Dataset.open(folder)
+    assert episodes(folder) == [[0.5, 0.25]]
+    assert dataset.robot == "generic"
+    assert list(dataset.tasks) == ["go", "go"]
+    assert dataset.cameras == ("observation.images.base", "observation.images.wrist")
+    np.testing.assert_array_equal(dataset.column("observation.state")[:, 0], [0.5, 0.25])
+    chunks = dataset.column("served.chunk").reshape(2, 50, 14)
+    np.testing.assert_allclose(chunks[1], 0.25, rtol=1e-5)
+    seconds = dataset.column("served.seconds")[:, 0]
+    assert seconds[0] == 0 < seconds[1] < SOON
+    picture = dataset.frames("observation.images.base")[np.array([0])][0]
+    assert picture.shape == (22, 30, 3)
+    assert np.abs(picture.astype(int) - ODD[:22, :30]).mean() < 10  # as AV1 keeps it
+
+
+def test_what_begins_an_episode(folder: Path) -> None:
+    """A connection, `pi0/reset`, another sentence; clients beside each other do not mix."""
+    with recording(folder) as served, served.connect() as one, served.connect() as two:
+        ask(one, observation(1))
+        ask(two, observation(11))
+        ask(one, observation(2, **{"pi0/reset": False}))
+        ask(two, observation(12))
+        ask(one, observation(3, **{"pi0/reset": True}))
+        ask(one, observation(4, prompt="stop"))
+        with served.connect() as three:
+            ask(three, observation(21))
+    found = sorted(episodes(folder))
+    assert found == [[1, 2], [3], [4], [11, 12], [21]]
+
+
+def test_a_later_server_goes_on_with_the_dataset(folder: Path) -> None:
+    for value in (1, 2):
+        with recording(folder) as served, served.connect() as client:
+            ask(client, observation(value))
+    assert episodes(folder) == [[1], [2]]
+
+
+def test_other_pictures_do_not_fit_and_leave_the_dataset_sound(folder: Path) -> None:
+    with recording(folder) as served:
+        for images in ({"base": IMAGE}, {"base": IMAGE[:20]}, {"base": IMAGE}):
+            with served.connect() as client:
+                ask(client, observation(1, images=images))
+            # They are written one by one, and the order of the ends is that of the connections.
+            eventually(lambda: not served.server.sessions)
+        eventually(lambda: sum(served.server.metrics.recording[w] for w in COUNTED) == 3)
+        assert served.server.metrics.recording["errors"] == 1
+        assert "expected episodes of the same cameras and sizes" in served.server.recorder.error
+    assert episodes(folder) == [[1], [1]]
+    with recording(folder) as served:
+        with served.connect() as client:
+            ask(client, observation(2, images={"wrist": IMAGE}))
+        eventually(lambda: served.server.recorder.error is not None)
+        assert "of the same cameras, columns and frames per second" in served.server.recorder.error
+    assert episodes(folder) == [[1], [1]]
+
+
+COUNTED = ("episodes", "errors")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has no priority of its own")
+def test_a_recording_thread_yields_to_others() -> None:
+    found = []
+
+    def run() -> None:
+        yield_to_others()
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [record.NICE]
+    assert os.getpriority(os.PRIO_PROCESS, 0) < record.NICE
+
+
+def test_long_episodes_are_cut(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "MAX_FRAMES", 2)
+    with recording(folder) as served, served.connect() as client:
+        for value in range(5):
+            ask(client, observation(value))
+    assert episodes(folder) == [[0, 1], [2, 3], [4]]
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Episodes under way cannot be written while its value is true."""
+    full = [True]
+    add = record._Episode.add
+
+    def fail(*given: Any) -> None:
+        if full[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        add(*given)
+
+    monkeypatch.setattr(record._Episode, "add", fail)
+    return full
+
+
+def test_a_full_disk_does_not_stop_serving(
+    folder: Path, full_disk: list[bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The error is in the log, the metrics and the page's status; recording goes on later."""
+    with recording(folder) as served, served.connect() as client:
+        assert metric(served, 'pi0_recorded_total{what="dropped"}') == 0
+        for value in (1, 2):
+            np.testing.assert_allclose(ask(client, observation(value))["actions"], value, rtol=1e-5)
+        eventually(lambda: metric(served, 'pi0_recorded_total{what="dropped"}') == 1)
+        assert metric(served, 'pi0_recorded_total{what="errors"}') == 1
+        status = get(served, "/status.json")[1].decode()
+        assert "expected room for an episode in recorded, found: No space left" in status
+        assert str(folder.parent) not in status
+        full_disk[0] = False
+        ask(client, observation(3, **{"pi0/reset": True}))
+    assert caplog.text.count("expected room for an episode") == 1
+    assert episodes(folder) == [[3]]
+
+
+def test_a_shard_that_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next episode takes its place."""
+    true = record.write_shard
+
+    def fail(*_: Any) -> None:
+        monkeypatch.setattr(record, "write_shard", true)
+        raise Pi0Error("expected room for the file, found: No space left on device.")
+
+    monkeypatch.setattr(record, "write_shard", fail)
+    with recording(folder) as served:
+        for value in (1, 2):
+            with served.connect() as client:
+                ask(client, observation(value))
+            eventually(lambda: not served.server.sessions)
+    assert episodes(folder) == [[2]]
+    assert served.server.metrics.recording["errors"] == 1
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_fault_of_its_own_is_logged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(record, "read_prompt", lambda *_: 1 / 0)
+    with recording(folder) as served, served.connect() as client:
+        assert "actions" in ask(client, observation(1))
+        eventually(lambda: served.server.recorder.error is not None)
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_slow_disk_delays_no_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames beyond the queue are dropped and counted, and answers come all the while."""
+    slow, frame = threading.Event(), pack(observation(1))
+    add = record._Episode.add
+    monkeypatch.setattr(record, "QUEUE_BYTES", 3 * len(frame))
+    monkeypatch.setattr(record._Episode, "add", lambda *a: (slow.wait(SOON), add(*a)))
+    with recording(folder) as served, served.connect() as client:
+        client.send(frame)
+        read(client)
+        eventually(lambda: not served.server.recorder._queue)  # the first is being written
+        for _ in range(6):
+            client.send(frame)
+            assert "actions" in read(client)
+        assert served.server.metrics.recording["dropped"] == 3
+        slow.set()
+    assert episodes(folder) == [[1] * 4]
+
+
+def test_a_killed_server_leaves_a_sound_dataset(folder: Path) -> None:
+    """Episodes under way have no name; those that are over are complete."""
+    with recording(folder) as served, served.connect() as client:
+        with served.connect() as other:
+            ask(other, observation(1))
+        ask(client, observation(2))
+        eventually(lambda: served.server.metrics.recording["episodes"] == 1)
+        eventually(lambda: (folder / "meta" / "info.json").exists())
+        assert not [path for path in folder.rglob(".*") if path.stat().st_size]
+        assert episodes(folder) == [[1]]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_the_page_shows_the_error(folder: Path, tmp_path: Path, full_disk: list[bool]) -> None:
+    with recording(folder) as served, served.connect() as client:
+        ask(client, observation(1))
+        eventually(lambda: served.server.recorder.error is not None)
+        dom = dump_dom(f"http://{served.address}/", tmp_path / "profile")
+    numbers = dict(re.findall(r'<dd data-number="([^"]+)">([^<]*)</dd>', dom))
+    assert (numbers["recording errors"], numbers["frames"]) == ("1", "0")
+    assert re.search(r'<p id="recording" class="bad">recording: expected room for an ep', dom)
+
+
+def test_the_page_says_nothing_of_recording_without(tmp_path: Path) -> None:
+    with running(make_policy(StateEngine())) as served:
+        assert '"recording": null' in get(served, "/status.json")[1].decode()
+        assert isinstance(served, Running)

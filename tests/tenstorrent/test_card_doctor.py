@@ -1,0 +1,138 @@
+"""What the doctor of cards says, of machines that are folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from pi0.cli.ttnn import app
+from pi0.engines.tenstorrent import card_doctor, ttnn_import
+from pi0.engines.tenstorrent.card_doctor import HUGEPAGES, Check, examine
+from pi0.errors import EngineError
+
+SOUND = {
+    "sys/module/tenstorrent/version": "2.3.0",
+    "dev/tenstorrent/0": "",
+    "sys/class/tenstorrent/tenstorrent!0/tt_card_type": "p150a",
+    "sys/class/tenstorrent/tenstorrent!0/tt_fw_bundle_ver": "19.5.0.0",
+    HUGEPAGES: "1",
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine with a card, library and compiler, all as they should be."""
+    for name in (ttnn_import.SIMULATOR, ttnn_import.EMULATOR):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("require_ttnn", "require_compiler"):
+        monkeypatch.setattr(ttnn_import, name, lambda: None)
+    monkeypatch.setattr(ttnn_import, "sfpi_wanted", lambda: "7.89.0")
+    for path, text in SOUND.items():
+        write(tmp_path, path, text)
+    return tmp_path
+
+
+def write(root: Path, path: str, text: str) -> None:
+    (root / path).parent.mkdir(parents=True, exist_ok=True)
+    (root / path).write_text(f"{text}\n")
+
+
+def look(root: Path) -> dict[str, Check]:
+    return {check.name: check for check in examine(root, open_device=False)}
+
+
+def test_nothing_to_mend(root: Path) -> None:
+    checks = look(root)
+    assert set(checks) == {
+        *("driver", "card 0", "firmware 0", "hugepages", "library", "compiler", "device")
+    }
+    assert {check.status for check in checks.values()} == {"ok", "skipped"}
+    assert checks["device"].status == "skipped"
+    assert not any(check.remedy for check in checks.values())
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "name", "status", "remedy"),
+    [
+        ("sys/module/tenstorrent/version", "1.34.0", "driver", "error", "2.0.0 or newer"),
+        ("sys/class/tenstorrent/tenstorrent!0/tt_fw_bundle_ver", "18.4.0", "firmware 0", "error",
+         "18.5.0 or newer"),
+        ("sys/class/tenstorrent/tenstorrent!0/tt_fw_bundle_ver", "80.18.3.0", "firmware 0", "error",
+         "tt-flash"),
+        ("sys/class/tenstorrent/tenstorrent!0/tt_fw_bundle_ver", "19.4.2", "firmware 0", "warning",
+         "p150-13x10"),
+        ("sys/class/tenstorrent/tenstorrent!0/tt_fw_bundle_ver", "", "firmware 0", "warning",
+         "tt-smi"),
+        (HUGEPAGES, "0", "hugepages", "error", "tenstorrent-hugepages.service"),
+    ],
+)  # fmt: skip
+def test_each_fault_has_its_remedy(
+    root: Path, path: str, text: str, name: str, status: str, remedy: str
+) -> None:
+    write(root, path, text)
+    found = look(root)[name]
+    assert found.status == status
+    assert remedy in found.remedy
+
+
+def test_wormhole_takes_older_firmware(root: Path) -> None:
+    card = "sys/class/tenstorrent/tenstorrent!0"
+    write(root, f"{card}/tt_card_type", "n150")
+    write(root, f"{card}/tt_fw_bundle_ver", "18.3.0")
+    assert look(root)["firmware 0"].status == "ok"
+
+
+def test_an_iommu_replaces_hugepages(root: Path) -> None:
+    write(root, HUGEPAGES, "0")
+    (root / "sys/class/iommu/dmar0").mkdir(parents=True)
+    assert look(root)["hugepages"].status == "ok"
+
+
+def test_no_driver_and_no_card(root: Path) -> None:
+    (root / "sys/module/tenstorrent/version").unlink()
+    (root / "dev/tenstorrent/0").unlink()
+    checks = look(root)
+    assert checks["driver"].status == checks["card"].status == "error"
+    assert "lspci" in checks["card"].remedy
+
+
+def test_library_and_compiler(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise EngineError("ttnn: expected ttnn 0.81.1, found none.")
+
+    monkeypatch.setattr(ttnn_import, "require_ttnn", missing)
+    monkeypatch.setattr(ttnn_import, "sfpi_wanted", missing)
+    checks = look(root)
+    assert (checks["library"].status, checks["compiler"].status) == ("error", "skipped")
+    assert "0.81.1" in checks["library"].found
+
+
+def test_a_simulator_needs_no_card(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ttnn_import.SIMULATOR, "libttsim.so")
+    assert set(look(root)) == {"card", "library", "compiler", "device"}
+
+
+def test_the_device_is_opened_last(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only where nothing stands in the way."""
+    opened = []
+    monkeypatch.setattr(
+        card_doctor, "_device", lambda root: opened.append(root) or [Check("grid", "ok", "")]
+    )
+    assert examine(root)[-1].name == "grid"
+    write(root, HUGEPAGES, "0")
+    assert examine(root)[-1].status == "skipped"
+    assert len(opened) == 1
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warning", 0), ("error", 1)])
+def test_the_verb(status: Any, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = [Check("driver", status, "tt-kmd 2.3.0", "Update it.")]
+    monkeypatch.setattr(card_doctor, "examine", lambda open_device: checks)
+    table, plain = (CliRunner().invoke(app, ["doctor", *words]) for words in ([], ["--json"]))
+    assert table.exit_code == plain.exit_code == code
+    assert "tt-kmd 2.3.0 Update it." in table.output
+    assert json.loads(plain.output)["checks"][0]["status"] == status

@@ -1,0 +1,111 @@
+"""When the engine captures and releases sampling calls, on a card that is not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_card import Buffer, FakeCard
+from torch import Tensor
+
+from pi0.checkpoint.load import open_checkpoint
+from pi0.config import Pi0Config
+from pi0.engines.base import EngineOptions
+from pi0.engines.tenstorrent.engine import TtnnEngine, TtnnHostEngine
+from pi0.engines.tenstorrent.host import HostTensor
+from pi0.inputs import ModelInputs, random_inputs
+
+pytestmark = pytest.mark.ttnn
+
+
+def as_host(value: Any) -> Any:
+    if isinstance(value, Buffer):
+        return HostTensor(value.value, value.dtype)
+    return [as_host(each) for each in value] if isinstance(value, list) else value
+
+
+class Engine(TtnnEngine):
+    """The engine, on the host's arithmetic behind a card's face."""
+
+    room, ahead = True, 1
+
+    @classmethod
+    def _require_device(cls, device: str | None) -> None:
+        pass
+
+    def _open(self, device: str | None) -> FakeCard:
+        host = TtnnHostEngine._open(self, None)
+
+        def compute(name: str, *args: Any, **options: Any) -> Any:
+            given = {key: as_host(value) for key, value in options.items()}
+            result = host.run(name, *(as_host(arg) for arg in args), **given)
+            if isinstance(result, tuple):
+                return [(each.value, each.dtype) for each in result]
+            return result.value, result.dtype
+
+        card = FakeCard(compute, host.ttnn, host.arch, self.ahead, self.room)
+        self._close_device = card.close
+        return card
+
+
+class Cramped(Engine):
+    room = False
+
+
+def test_nothing_is_put_beside_a_capture(either_path: Path) -> None:
+    engine = Engine(open_checkpoint(either_path), EngineOptions("accurate"))
+    library = engine.backend.ttnn
+    two, noise = random_inputs(engine.config, 2, 10, 0)
+    one, _ = random_inputs(engine.config, 1, 10, 0)
+    for inputs, steps, captured in (
+        (two, 1, 1),
+        (two, 1, 1),  # the same sizes: replayed
+        (one, 1, 2),
+        (one, 2, 3),
+        (two, 1, 4),
+    ):
+        engine.sample(inputs, noise, steps)
+        assert (library.captured, len(library.live)) == (captured, 1)
+    prefix = engine.prefill(two)
+    assert not library.live
+    engine.sample(two, noise, 1)
+    assert library.captured == 5
+    engine.velocity(noise, torch.ones(1), prefix)
+    assert not library.live
+    engine.sample(two, noise, 1)
+    engine.close()
+    assert not library.live
+
+
+def batch(config: Pi0Config) -> tuple[ModelInputs, Tensor]:
+    (a, x), (b, y) = (random_inputs(config, 2, 10, seed) for seed in range(2))
+    fields = ((getattr(a, field.name), getattr(b, field.name)) for field in dataclasses.fields(a))
+    return ModelInputs(*map(torch.cat, fields)), torch.cat([x, y])
+
+
+def test_rows_of_a_batch_are_their_own(either_path: Path) -> None:
+    """Replayed one after another with the next inputs going up, they are what each is alone."""
+    engine = Engine(open_checkpoint(either_path), EngineOptions("fast"))
+    inputs, noise = batch(engine.config)
+    together = engine.sample(inputs, noise, 1)
+    assert engine.backend.ttnn.captured == 1
+    for i in range(2):
+        alone = Cramped(open_checkpoint(either_path), EngineOptions("fast"))
+        with pytest.warns(UserWarning, match="trace region"):
+            row = alone.sample(inputs.row(i), noise[i : i + 1], 1)
+        assert torch.equal(row[0], together[i])
+
+
+def test_no_room_for_a_capture_is_a_warning_once(either_path: Path) -> None:
+    engine = Cramped(open_checkpoint(either_path), EngineOptions("accurate"))
+    inputs, noise = random_inputs(engine.config, 2, 10, 0)
+    with pytest.warns(UserWarning, match="for trace region. Calls run uncaptured"):
+        first = engine.sample(inputs, noise, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(engine.sample(inputs, noise, 1), first)
+    assert engine.backend.ttnn.captured == 1

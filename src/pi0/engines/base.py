@@ -6,7 +6,6 @@ Knows nothing of robots, and no engine by its type: what an engine can do, its c
 from __future__ import annotations
 
 import functools
-import math
 import sys
 import threading
 from abc import ABC, abstractmethod
@@ -35,8 +34,7 @@ if TYPE_CHECKING:
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-# Sees an operation (`expert_transformer.block.3.rms_norm`), what it should and what it did compute.
-SeeOperation = Callable[[str, Tensor, Tensor], None]
+SeeOperation = Callable[[str, Tensor, Tensor], None]  # its name, expected, computed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -103,7 +101,7 @@ class Threshold:
     min_pcc: float
     max_rel_l2: float
     why: str
-    max_gain_error: float = math.inf
+    max_gain_error: float = float("inf")
 
 
 def exclusive(
@@ -138,17 +136,14 @@ class Engine(ABC):
     Attributes:
         name: the engine's name in specs; that of the entry point for a plug-in.
         capabilities: see `Capabilities`.
-        thresholds: limits of `pi0 verify` for precisions that only this engine has: by precision, a
-            `Threshold` for each stage that has its own, and "*" for all others.
+        thresholds: limits of `pi0 verify` in its own precisions, by stage ("*": all others).
         hidden_stages: stages that its taps do not see though it shows stages, with the reason.
-        unrounded: by precision, the engine (as `EngineSpec.parse` reads it) that runs the same code
-            and rounds nothing but float32: `pi0 verify` tests there whether both compute the same.
-            What code a precision has besides is shown by `show_operations`.
+        unrounded: by precision, the engine (a spec) that runs the same code in float32, where `pi0
+            verify` tests the computation; what code differs is shown by `show_operations`.
         config: the model's sizes, with the image size that it runs at.
         options: how it was made.
         notes: sentences that belong beside its results, such as which kernels were chosen.
-        own_seconds: how long its last call took, where the engine measures this itself (in another
-            process, without communication); else None.
+        own_seconds: of its last call, if it measures this itself (in another process), or None.
     """
 
     name: ClassVar[str]
@@ -326,8 +321,7 @@ class Engine(ABC):
 
     @property
     def info(self) -> dict[str, Any]:
-        """What this engine is, as plain data: name, precision, device, implementation, torch and
-        notes."""
+        """What this engine is, as plain data."""
         return {
             "name": self.name,
             "precision": self.options.precision,
@@ -339,9 +333,8 @@ class Engine(ABC):
 
     @contextmanager
     def show_operations(self, see: SeeOperation) -> Iterator[None]:
-        """Shows, as long as it lasts, each operation that this precision has code of its own for:
-        what it should have computed from its operands, computed in float32, and what it did
-        compute, less what rounding explains."""
+        """Shows each operation that this precision has code of its own for: what it should compute
+        from its operands, in float32, and what it did compute, less what rounding explains."""
         yield
 
     @classmethod

@@ -15,6 +15,7 @@ SRC = ROOT / "src" / "pi0"
 # Who may import whom; a room may import itself.
 ARROWS = {
     "errors": set(),
+    "closing": set(),
     "plugins": {"errors"},
     "findings": {"errors"},
     "figures": set(),
@@ -23,7 +24,7 @@ ARROWS = {
     "inputs": {"errors", "config"},
     "model": {"errors", "config", "inputs"},
     "checkpoint": {"errors", "findings", "config", "model"},
-    "engines": {"errors", "plugins", "config", "inputs", "model", "checkpoint"},
+    "engines": {"errors", "closing", "plugins", "config", "inputs", "model", "checkpoint"},
     "peers": {"errors", "config", "inputs", "model", "checkpoint", "engines"},
     "trace": {"inputs", "model", "engines"},
     "verify": {"errors", "figures", "config", "inputs", "model", "engines"},
@@ -50,6 +51,7 @@ ARROWS = {
     },
     "policy": {
         "errors",
+        "closing",
         "plugins",
         "findings",
         "config",
@@ -58,7 +60,7 @@ ARROWS = {
         "checkpoint",
         "engines",
     },
-    "serve": {"errors", "policy", "data"},
+    "serve": {"errors", "closing", "policy", "data"},
     "data": {"errors", "findings", "checkpoint", "policy"},
     "sim": {"errors", "data", "workers"},
     "train": {

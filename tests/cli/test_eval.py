@@ -88,7 +88,7 @@ def test_table_json_and_films(
         ((*ENV, "--prompt", "go", "--prompt-swap"), "Leave out --prompt or --prompt-swap"),
         ((*ENV, "--video", "x", "--video-format", "avi"), "expected one of mp4, gif"),
         ((*ENV, "--on-limit", "ignore"), "on_limit: expected one of error, clamp, warn"),
-        ((*ENV, "--on-limit", "error"), "task red, seed 9000000: action x: expected at"),
+        ((*ENV, "--on-limit", "error"), "task red, seed 9000000: action y: expected at"),
         ((*ENV, "--out", "/proc/results.json"), "expected a place where a file can be written"),
     ],
 )

@@ -47,7 +47,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> E
         return make_engine(name, checkpoint)
     monkeypatch.setattr(cuda, "find_device", lambda name: torch.device("cpu"))
     monkeypatch.setattr(cuda, "on_device", lambda device: nullcontext())
-    monkeypatch.setattr(cuda, "choose_kernels", lambda device, scheme: (Fp8Kernels(), []))
+    monkeypatch.setattr(cuda, "choose_kernels", lambda *_: (Fp8Kernels(), []))
     return CudaEngine(checkpoint, EngineOptions("float32"))
 
 

@@ -81,7 +81,8 @@ def test_it_shows_its_key_over_tls(tmp_path: Path) -> None:
     cert, key = certificate(tmp_path)
     options = ServeOptions(api_key="0123456789abcdef", tls=make_tls(cert, key))
     assert isinstance(options.tls, ssl.SSLContext)
-    with running(make_policy(StateEngine()), options) as served:
+    policy = make_policy(StateEngine(), real_time=RealTimeChunking(jacobian="identity"))
+    with running(policy, options) as served:
         job = {"do": "infer", "robot": "generic", "host": "wss://127.0.0.1", "port": served.port}
         trusted = {"SSL_CERT_FILE": str(cert)}
         (result,) = openpi({**job, "api_key": options.api_key}, **trusted)

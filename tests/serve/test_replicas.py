@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import sys
 import threading
 import urllib.request
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,8 @@ from serving import SOON, StateEngine, ask, eventually, make_policy, observation
 from test_record import episodes
 from torch import Tensor
 
+from pi0.checkpoint.locate import find_files
+from pi0.cli.main import main
 from pi0.data import Dataset
 from pi0.errors import ConfigError, EngineError, Pi0Error
 from pi0.policy import Policy, PolicyOptions, RealTimeChunking
@@ -96,7 +99,7 @@ class Cluster:
 
 def replica_of(policy: Any) -> PolicyReplica:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Recipe, "make_policy", lambda _: policy)
+        patch.setattr(Recipe, "make", lambda _: policy)
         return PolicyReplica(Recipe(Path("nowhere"), PolicyOptions(), "reference"))
 
 
@@ -192,7 +195,7 @@ def test_noise_follows_from_the_seed() -> None:
 def test_noise_and_previous_reach_a_replica(tiny_path: Path) -> None:
     """Bit for bit what `infer` gives here; the client's noise goes before the front's."""
     recipe = Recipe(tiny_path, PolicyOptions(robot="generic"), "reference", steps=2)
-    policy = replace(recipe, real_time=RealTimeChunking()).make_policy()
+    policy = replace(recipe, real_time=RealTimeChunking()).make()
     noise = np.random.default_rng(0).standard_normal((50, 32), np.float32)
     seen = observation(0.5, state=np.zeros(32))
     alone = policy.infer(seen, noise)["actions"]
@@ -288,6 +291,21 @@ def test_paths_hold_in_another_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (made.checkpoint, made.base) == (tmp_path / "ckpt", tmp_path / "base")
     assert made.options.robot == tmp_path / "arm.toml"
     assert made.options.norm_stats == "none"
+
+
+def test_the_policy_that_ships_is_found_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where replicas look for it, too, for which a name would be a folder of theirs."""
+    found: list[Path] = []
+
+    def start(recipe: Recipe, *_: object) -> None:
+        found.append(recipe.with_absolute_paths().checkpoint)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("pi0.serve.replicas.start_replicas", start)
+    monkeypatch.setattr(sys, "argv", ["pi0", "serve", "tabletop", "--port", "0", "--replicas", "1"])
+    with pytest.raises(SystemExit):
+        main()
+    assert find_files(found[0]).path == found[0]
 
 
 def test_scale_and_missing_ray(monkeypatch: pytest.MonkeyPatch) -> None:

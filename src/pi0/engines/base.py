@@ -8,17 +8,18 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint, Progress
+from pi0.closing import Closing
 from pi0.config import Pi0Config
 from pi0.engines.guidance import Guidance
 from pi0.engines.registry import find_engine, plugin_origin
@@ -28,9 +29,6 @@ from pi0.inputs import ModelInputs
 from pi0.model import Tap
 from pi0.model.flow import integrate
 from pi0.model.pi0 import no_tap
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -119,7 +117,7 @@ def exclusive(
     return run
 
 
-class Engine(ABC):
+class Engine(Closing):
     """Computes actions. Inputs and results are float32 tensors on the CPU.
 
     A subclass declares `name` and `capabilities`, loads weights in `__init__`, and implements
@@ -298,14 +296,8 @@ class Engine(ABC):
                 self._closed = True
                 self._close()
 
-    def _close(self) -> None:  # noqa: B027 - there may be nothing to release
+    def _close(self) -> None:
         """Releases weights, device or process; called once, by `close`."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def implementation(self) -> str:

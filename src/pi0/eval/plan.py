@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pi0.errors import ConfigError
-from pi0.policy import Policy, PolicyOptions, RealTimeChunking
+from pi0.policy import Policy, PolicyRecipe
 
 if TYPE_CHECKING:
     from pi0.eval.remote import RemotePolicy
@@ -21,47 +21,15 @@ FORMATS = ("mp4", "gif")
 
 
 @dataclass(frozen=True)
-class CheckpointPolicy:
-    """How a policy is made from a checkpoint; calling it makes one.
+class CheckpointPolicy(PolicyRecipe):
+    """How a policy is made from a checkpoint; `make` makes one. Actions beyond the environment's
+    action space are treated as those beyond the robot's limits, by default brought back."""
 
-    Attributes:
-        checkpoint: a path as `Policy.from_checkpoint` takes it.
-        options: pre- and post-processing; the robot's table reads the environment's observation.
-        engine: ENGINE[:PRECISION][@DEVICE], or "auto".
-        steps: Euler steps of a sampling; None: what a LeRobot checkpoint says, else 10.
-        on_limit: "error", "clamp" or "warn", for actions beyond the robot's limits and beyond the
-            environment's action space.
-        horizon, max_tokens, base: see `Policy.from_checkpoint`.
-        real_time: how a chunk continues what is left of the previous one; None: it does not.
-    """
-
-    checkpoint: Path | str
-    options: PolicyOptions = field(default_factory=PolicyOptions)
-    engine: str = "auto"
-    steps: int | None = None
     on_limit: str = "clamp"
-    horizon: int | None = None
-    max_tokens: int | None = None
-    base: Path | str | None = None
-    real_time: RealTimeChunking | None = None
 
     def __call__(self) -> Policy:
-        """Loads the checkpoint.
-
-        Raises:
-            Pi0Error: see `Policy.from_checkpoint`.
-        """
-        return Policy.from_checkpoint(
-            self.checkpoint,
-            **vars(self.options),
-            engine=self.engine,
-            steps=self.steps,
-            on_limit=self.on_limit,
-            horizon=self.horizon,
-            max_tokens=self.max_tokens,
-            base=self.base,
-            real_time=self.real_time,
-        )
+        """See `make`."""
+        return self.make()
 
 
 @dataclass(frozen=True)

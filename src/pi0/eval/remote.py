@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from pi0.errors import ConfigError
 from pi0.policy import Camera, Robot
 from pi0.serve.client import ServerPolicy
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from pi0.eval.plan import ServedPolicy
 
 
@@ -29,7 +23,7 @@ class RemoteSurface:
     rename: Mapping[str, str] = field(default_factory=dict)  # the server renames by itself
 
 
-class RemotePolicy:
+class RemotePolicy(ServerPolicy):
     """A connection, one robot's, with what the greeting says of the policy.
 
     Attributes:
@@ -45,9 +39,9 @@ class RemotePolicy:
         Raises:
             Pi0Error: there is no server, or it is none that this evaluation can use.
         """
-        self._server = ServerPolicy(options.address, options.api_key)
+        super().__init__(options.address, options.api_key)
         try:
-            greeting = self._server.metadata
+            greeting = self.metadata
             found = [key for key in ("robot", "noise_shape", "engine") if not greeting.get(key)]
             if found:
                 raise ConfigError(
@@ -70,31 +64,6 @@ class RemotePolicy:
         self.on_limit = options.on_limit
         self.real_time = options.real_time
         self.metadata = {**greeting, "checkpoint": options.address}
-
-    def infer(
-        self, observation: Mapping[str, Any], noise: NDArray[np.float32], **inpainting: Any
-    ) -> dict[str, Any]:
-        """See `ServerPolicy.infer`."""
-        return self._server.infer(observation, noise, **inpainting)
-
-    def reset(self) -> None:
-        """Another episode begins."""
-        self._server.reset()
-
-    def close(self) -> None:
-        """Ends the connection."""
-        self._server.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _robot(table: Mapping[str, Any]) -> Robot:

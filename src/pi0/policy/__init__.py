@@ -5,6 +5,7 @@ from pi0.policy.limits import ActionLimits
 from pi0.policy.pipeline import Pipeline
 from pi0.policy.policy import Policy, choose_engine
 from pi0.policy.realtime import RealTimeChunking
+from pi0.policy.recipe import PolicyRecipe
 from pi0.policy.resolve import prepare
 from pi0.policy.robot import Camera, Robot
 from pi0.policy.robots import ROBOTS, find_robot
@@ -18,6 +19,7 @@ __all__ = [
     "Pipeline",
     "Policy",
     "PolicyOptions",
+    "PolicyRecipe",
     "PolicySetup",
     "RealTimeChunking",
     "Robot",

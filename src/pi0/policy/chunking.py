@@ -12,19 +12,16 @@ from collections.abc import Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pi0.closing import Closing
 from pi0.errors import ConfigError, EngineError
 from pi0.policy.limits import apply_limits
 from pi0.policy.observation import Observation
 from pi0.policy.policy import Policy
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 OVERLAPS = ("replace", "ensemble", "average", "inpaint")
 WHEN_DRY = ("wait", "hold", "error")
@@ -89,7 +86,7 @@ def merge(old: Plan, new: Plan, overlap: str, decay: float) -> Plan:
     return Plan(new.start, actions, weight, count)
 
 
-class ActionBuffer:
+class ActionBuffer(Closing):
     """Hands out one action per tick, and has the next chunk computed in the background meanwhile.
 
     One robot's loop at a time. The first chunk of an episode is waited for.
@@ -181,17 +178,6 @@ class ActionBuffer:
     def close(self) -> None:
         """Waits for the chunk that is being computed, and ends the thread."""
         self._executor.shutdown()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _next(self, observation: Observation) -> Floats:
         waits = self._last is None or self.when_dry == "wait"

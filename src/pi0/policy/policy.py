@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
+from pi0.closing import Closing
 from pi0.config import Pi0Config
 from pi0.engines.base import Engine, make_engine
 from pi0.engines.fastest import fastest_engine
@@ -41,7 +41,7 @@ logger = logging.getLogger("pi0")
 _without_limits: set[str] = set()  # robots of which it was said that they state no limits
 
 
-class Policy:
+class Policy(Closing):
     """A π0 policy for one robot. Make one with `from_checkpoint`.
 
     Any number of threads may call one policy: each gets the answer that it would get alone for its
@@ -294,17 +294,6 @@ class Policy:
     def close(self) -> None:
         """Frees the engine; the policy cannot be used afterwards."""
         self.engine.close()
-
-    def __enter__(self) -> Policy:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def draw_noise(self) -> Tensor:
         """The generator's next noise, [1, horizon, action_dim of the model] float32."""

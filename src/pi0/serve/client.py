@@ -6,26 +6,23 @@ Robots need nothing of it: openpi's client, or thirty lines (`examples/robot_cli
 from __future__ import annotations
 
 from contextlib import ExitStack
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from websockets.exceptions import InvalidStatus, InvalidURI, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
+from pi0.closing import Closing
 from pi0.errors import ObservationError, Pi0Error
 from pi0.policy.observation import Observation
 from pi0.serve.extras import Extras, add_extras
 from pi0.serve.wire import MessageLimits, pack, unpack
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 LIMITS = MessageLimits()
 
 
-class ServerPolicy:
+class ServerPolicy(Closing):
     """A connection to a server; one robot's. An `ActionBuffer` takes it as it takes a `Policy`.
 
     Attributes:
@@ -113,17 +110,6 @@ class ServerPolicy:
     def close(self) -> None:
         """Ends the connection."""
         self._open.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _receive(self) -> Any:
         try:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from pi0.errors import ConfigError, Pi0Error, install_hint
-from pi0.policy import Pipeline, Policy, PolicyOptions, RealTimeChunking, Robot
+from pi0.policy import Pipeline, PolicyOptions, PolicyRecipe, Robot
 from pi0.serve.answer import AbandonedError, Answer, Answerer, Chunk, Frame, Request, failure
 from pi0.serve.extras import split_extras
 from pi0.serve.wire import MessageLimits, unpack
@@ -37,51 +37,22 @@ LOST = (
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(PolicyRecipe):
     """Everything that a replica needs to make its policy; the files must be there on its machine.
 
     Attributes:
-        options: pre- and post-processing.
-        checkpoint, engine, horizon, max_tokens, base, steps, on_limit, weight_cache, real_time: see
-            `Policy.from_checkpoint`.
         limits: of messages.
     """
 
-    checkpoint: Path
-    options: PolicyOptions
-    engine: str
-    horizon: int | None = None
-    max_tokens: int | None = None
-    base: Path | None = None
-    steps: int | None = None
-    on_limit: str = "error"
-    weight_cache: bool = False
     limits: MessageLimits = field(default_factory=MessageLimits)
-    real_time: RealTimeChunking | None = None
-
-    def make_policy(self) -> Policy:
-        """Loads the weights."""
-        return Policy.from_checkpoint(
-            self.checkpoint,
-            **vars(self.options),
-            engine=self.engine,
-            horizon=self.horizon,
-            max_tokens=self.max_tokens,
-            base=self.base,
-            steps=self.steps,
-            on_limit=self.on_limit,
-            weight_cache=self.weight_cache,
-            real_time=self.real_time,
-        )
 
     def with_absolute_paths(self) -> Recipe:
         """The same for a process that runs in another folder."""
         options = {name: _absolute(value) for name, value in vars(self.options).items()}
-        base = self.base and self.base.expanduser().absolute()
         return replace(
             self,
-            checkpoint=self.checkpoint.expanduser().absolute(),
-            base=base,
+            checkpoint=Path(self.checkpoint).expanduser().absolute(),
+            base=self.base and Path(self.base).expanduser().absolute(),
             options=PolicyOptions(**options),
         )
 
@@ -116,7 +87,7 @@ class PolicyReplica:
     """What runs in a replica's process: a policy that is warm before Ray sends it anything."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self._answerer = Answerer(recipe.make_policy(), recipe.limits)
+        self._answerer = Answerer(recipe.make(), recipe.limits)
         self._seconds = self._answerer.warm_up(lambda: None)
         self._suspect = False
 

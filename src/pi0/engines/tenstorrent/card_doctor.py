@@ -95,13 +95,13 @@ def _card(root: Path) -> Iterator[Check]:
 def _one_card(root: Path, number: int) -> Iterator[Check]:
     device = root / "dev/tenstorrent" / str(number)
     usable = os.access(device, os.R_OK | os.W_OK)
+    board = _attribute(root, number, "tt_card_type")
     yield Check(
         f"card {number}",
         "ok" if usable else "error",
-        _attribute(root, number, "tt_card_type") or "a card whose type the driver does not say",
+        board or "a card whose type the driver does not say",
         "" if usable else f"May not be read and written: sudo chmod a+rw {device}, or a udev rule.",
     )
-    board = _attribute(root, number, "tt_card_type")
     text = _attribute(root, number, "tt_fw_bundle_ver")
     name, flash = f"firmware {number}", f"Update it with tt-flash: {INSTALLER}."
     if not text:

@@ -11,6 +11,7 @@ slower than this.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
@@ -124,7 +125,7 @@ def _sum(stage: str, operations: list[Operation], peaks: Peaks) -> StageTime:
     cores = [operation.cores for operation in started for _ in range(operation.programs)]
     milliseconds = {
         "DRAM": sum(memory for memory, _ in times) * 1e3,
-        "math": sum(math for _, math in times) * 1e3,
+        "math": sum(multiplying for _, multiplying in times) * 1e3,
         "launches": len(cores) * LAUNCH_SECONDS * 1e3,
     }
     return StageTime(
@@ -144,20 +145,17 @@ def _sum(stage: str, operations: list[Operation], peaks: Peaks) -> StageTime:
 
 def _seconds(operation: Operation, peaks: Peaks) -> tuple[float, float]:
     """At least, for its bytes and for its arithmetic."""
-    math = 0.0
+    multiplying = 0.0
     if operation.flop:
-        math = operation.flop / peaks.flops(operation.fidelity, max(operation.cores, 1))
-    return operation.dram / peaks.dram, math
+        multiplying = operation.flop / peaks.flops(operation.fidelity, max(operation.cores, 1))
+    return operation.dram / peaks.dram, multiplying
 
 
 def matrix_flop(name: str, shapes: list[tuple[int, ...]]) -> int:
     """Multiplications and additions of an operation on tensors of these padded shapes."""
     if "minimal_matmul" in name:  # by itself, in parts, and with a sum
         (*outer, k), (_, n) = shapes[:2]
-        rows = 1
-        for length in outer:
-            rows *= length
-        return 2 * rows * k * n
+        return 2 * math.prod(outer) * k * n
     if name == "transformer.scaled_dot_product_attention":
         (batch, heads, queries, width), (_, _, keys, _) = shapes[:2]
         return 2 * 2 * batch * heads * queries * keys * width

@@ -31,7 +31,7 @@ MULTIPLE = 3
 FLOOR = 1e-6  # a few roundings of float32: exact on one machine is not exact on each
 GAIN_SHARE = 0.1  # of an error in all directions that may lie along the values themselves
 SAME_LIMITS = {"exact": "float32"}  # the TTNN network on the host with nothing rounded
-CLEAN_DEPTH = 2  # blocks of each tower where clean figures were measured
+CLEAN_DEPTH = 2  # blocks of each tower that clean figures are for: those of size tiny
 ADDING_UP = ("velocity", "actions", "sample")  # through all blocks, whatever they are fed with
 
 # Whatever the precision.
@@ -85,15 +85,19 @@ GENERAL: Mapping[str, Mapping[str, Threshold]] = {
 }
 
 
+def growth(part: str, key: str, depth: int) -> float:
+    """How many times as large as through `CLEAN_DEPTH` blocks errors are through so many."""
+    adds_up = part == CHAINED or key in ADDING_UP
+    return max(1.0, depth / CLEAN_DEPTH) ** 0.5 if adds_up else 1.0
+
+
 def _measured(precision: str, depth: int) -> dict[str, Threshold]:
     """Limits from clean figures, and the general ones for the rest."""
     general = GENERAL[precision]
     limits = dict(general)
     for (of, part, key), figures in CLEAN.items():
         if of == precision:
-            adds_up = part == CHAINED or key in ADDING_UP
-            growth = max(1.0, depth / CLEAN_DEPTH) ** 0.5 if adds_up else 1.0
-            rel_l2, gain = (growth * figure for figure in figures)
+            rel_l2, gain = (growth(part, key, depth) * figure for figure in figures)
             gain = max(gain, rel_l2 * GAIN_SHARE)
             why = (
                 f"{MULTIPLE} × the largest clean error, {rel_l2:.1e} (gain {gain:.0e}): "

@@ -13,6 +13,7 @@ The full size (--presets pi0_base) takes 14 GB of memory and half an hour per pr
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import tempfile
 from collections.abc import Iterator
@@ -30,9 +31,10 @@ from pi0.engines.reference import ReferenceEngine
 from pi0.engines.registry import find_engine
 from pi0.engines.spec import EngineSpec
 from pi0.errors import EngineError
-from pi0.verify.cases import default_cases
+from pi0.verify.cases import Case, default_cases
 from pi0.verify.clean import CLEAN
-from pi0.verify.run import VerifyResult, verify
+from pi0.verify.record import EngineRun
+from pi0.verify.run import VerifyResult, record_reference, verify
 from pi0.verify.thresholds import (
     CHAINED,
     EXACT,
@@ -58,12 +60,14 @@ COLUMNS = {
 Figures = dict[tuple[str, str, str], tuple[float, float]]  # (precision, part, key) → rel. L2, gain
 
 
-def verified(checkpoint: Checkpoint, spec: EngineSpec, seed: int) -> VerifyResult:
+def verified(
+    checkpoint: Checkpoint, reference: EngineRun, cases: list[Case], spec: EngineSpec
+) -> VerifyResult:
     unrounded = find_engine(spec.name).unrounded[spec.precision]
     return verify(
-        lambda: make_engine("reference:float32", checkpoint),
+        reference,
         lambda: make_engine(spec, checkpoint),
-        default_cases(checkpoint.config, cameras=3, tokens=checkpoint.config.max_tokens, seed=seed),
+        cases,
         layers=True,
         unrounded=None if unrounded == spec.label else lambda: make_engine(unrounded, checkpoint),
     )
@@ -178,11 +182,16 @@ def main() -> None:
     for name, found in tables.items():
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             with made(name, seed) as checkpoint:
-                depth = max(checkpoint.config.vision.depth, checkpoint.config.vlm.depth)
+                config = checkpoint.config
+                depth = max(config.vision.depth, config.vlm.depth)
+                cases = default_cases(config, cameras=3, tokens=config.max_tokens, seed=seed)
+                reference = record_reference(
+                    functools.partial(make_engine, "reference:float32", checkpoint), cases
+                )
                 for engine in options.engines:
                     spec = EngineSpec.parse(engine)
                     try:
-                        result = verified(checkpoint, spec, seed)
+                        result = verified(checkpoint, reference, cases, spec)
                     except EngineError as error:
                         print(f"{engine}: not measured: {error}")
                         continue

@@ -20,8 +20,12 @@ from pi0.config import PRESETS
 from pi0.engines.base import Engine, make_engine
 from pi0.engines.registry import find_engine
 from pi0.engines.spec import EngineSpec
-from pi0.verify.cases import default_cases
-from pi0.verify.run import VerifyResult, verify
+from pi0.verify.cases import Case, default_cases
+from pi0.verify.record import EngineRun
+from pi0.verify.run import VerifyResult, record_reference, verify
+
+STEPS = 3
+_references: dict[tuple[Path, int], EngineRun] = {}  # by path and seed
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,26 @@ def trained_like(folder: Path, preset: str = "tiny", seed: int = 0) -> Checkpoin
     return open_checkpoint(folder)
 
 
+def observation(checkpoint: Checkpoint, seed: int) -> list[Case]:
+    return default_cases(checkpoint.config, cameras=2, tokens=12, seed=seed)
+
+
+def reference(checkpoint: Checkpoint, seed: int = 0) -> EngineRun:
+    """Recorded once for all bugs of a module: none of them is in the reference."""
+    key = checkpoint.path, seed
+    if key not in _references:
+        _references[key] = record_reference(
+            lambda: make_engine("reference:float32", checkpoint),
+            observation(checkpoint, seed),
+            STEPS,
+        )
+    return _references[key]
+
+
 def verified(
     checkpoint: Checkpoint,
     engine: str,
     change: Callable[[Engine], None] = lambda made: None,
-    steps: int = 3,
     seed: int = 0,
 ) -> VerifyResult:
     """What `pi0 verify` finds by default, on a small observation."""
@@ -65,10 +84,10 @@ def verified(
         return made
 
     return verify(
-        lambda: make_engine("reference:float32", checkpoint),
+        reference(checkpoint, seed),
         candidate,
-        default_cases(checkpoint.config, cameras=2, tokens=12, seed=seed),
-        steps=steps,
+        observation(checkpoint, seed),
+        steps=STEPS,
         unrounded=None if unrounded == spec.label else lambda: make_engine(unrounded, checkpoint),
     )
 
@@ -77,6 +96,7 @@ def check_plant(
     checkpoint: Checkpoint, engine: str, plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Asserts that verify blames what the plant says."""
+    reference(checkpoint)  # before the bug is there
     plant.plant(monkeypatch)
     failure = verified(checkpoint, engine, plant.change).first_failure
     assert failure is not None, f"{plant.name}: not caught"

@@ -324,13 +324,13 @@ OF_INT8 = [
 
 # Those that show with wide margins in any weights that a policy could have learned its tasks with:
 # the one that ships may be trained anew.
-IN_TRAINED_WEIGHTS = [
-    Plant("last prefix token unseen", EXPERT, last_prefix_token_unseen),
-    Plant("suffix positions one too high", f"{EXPERT}.keys", suffix_positions_too_high),
-    Plant("RoPE base 10 500", f"{VLM}.keys", rope_base(10_500.0)),
-    Plant("Euler's t at the step's end", "sample", euler_at_the_steps_end),
-    Plant("sample reuses another image's prefix", "sample.image", stale("images")),
-]
+IN_TRAINED_WEIGHTS = (
+    "last prefix token unseen",
+    "suffix positions one too high",
+    "RoPE base 10 500",
+    "Euler's t at the step's end",
+    "sample reuses another image's prefix",
+)
 
 
 @pytest.fixture(scope="module")
@@ -358,10 +358,11 @@ def trained() -> Checkpoint:
     return open_checkpoint("tabletop")
 
 
-@pytest.mark.parametrize("plant", IN_TRAINED_WEIGHTS, ids=lambda plant: plant.name)
+@pytest.mark.parametrize("name", IN_TRAINED_WEIGHTS)
 def test_planted_in_trained_weights(
-    trained: Checkpoint, plant: Plant, monkeypatch: pytest.MonkeyPatch
+    trained: Checkpoint, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plant = next(plant for plant in PLANTS if plant.name == name)
     check_plant(trained, "cpu:int8", plant, monkeypatch)
 
 

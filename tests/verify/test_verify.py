@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,10 @@ from pi0.verify.clean import CLEAN
 from pi0.verify.compare import Comparison, compare
 from pi0.verify.run import VerifyResult, verify
 from pi0.verify.thresholds import GAIN_SHARE, MULTIPLE, limits_of, looser, threshold
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from verify_limits import docs_tables  # noqa: E402
 
 Plant = Callable[[ReferenceEngine], None]
 
@@ -269,6 +274,7 @@ def test_layers_blame_the_block(checkpoint: Checkpoint) -> None:
 def test_a_failure_says_which_limit_and_both_numbers(checkpoint: Checkpoint) -> None:
     def plant(engine: ReferenceEngine) -> None:
         engine.model.projector.weight *= 1.5
+        engine.model.projector.bias *= 1.5
 
     failure = run(checkpoint, plant).first_failure
     assert failure is not None
@@ -322,6 +328,11 @@ def test_limits_are_a_small_multiple_of_what_was_measured() -> None:
     deep = threshold("vlm_transformer", limits_of(CpuEngine, "int8", depth=18))
     shallow = threshold("vlm_transformer", limits_of(CpuEngine, "int8"))
     assert deep.max_rel_l2 >= shallow.max_rel_l2, "errors add up"
+
+
+def test_the_documented_figures_and_limits_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "verify.md").read_text(encoding="utf-8")
+    assert "\n".join(docs_tables()) in page, "python benchmarks/verify_limits.py --docs"
 
 
 def test_every_call_differs_in_one_input(checkpoint: Checkpoint) -> None:

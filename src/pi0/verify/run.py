@@ -78,8 +78,20 @@ class VerifyResult:
         return next((row for row in self.rows if not row.passed), None)
 
 
+def record_reference(
+    make: Callable[[], Engine],
+    cases: Sequence[Case],
+    steps: int = 10,
+    on_case: Callable[[], None] = lambda: None,
+) -> EngineRun:
+    """What candidates are compared with, recorded once for all of them; see `verify`."""
+    recorded = run_engine(make, cases, Passes(steps), on_case)
+    _require_finite(recorded.chained)
+    return recorded
+
+
 def verify(
-    reference: Callable[[], Engine],
+    reference: Callable[[], Engine] | EngineRun,
     candidate: Callable[[], Engine],
     cases: Sequence[Case],
     mode: str = "both",
@@ -94,7 +106,8 @@ def verify(
 
     Args:
         reference, candidate, oracle, unrounded: make the engines; called one after the other, so
-            that only one is in memory at a time, and closed afterwards.
+            that only one is in memory at a time, and closed afterwards. The reference may also be
+            what `record_reference` returned for these cases and steps.
         mode: which of the candidate's passes are compared, one of `MODES`. Engines that cannot be
             fed have no isolated pass.
         layers: compare every block of the chained pass, too.
@@ -107,8 +120,8 @@ def verify(
         DamagedCheckpointError: the reference's own results are not finite.
         EngineError: there are no limits for the precision of an engine.
     """
-    a = run_engine(reference, cases, Passes(steps), on_case)
-    _require_finite(a.chained)
+    recorded = isinstance(reference, EngineRun)
+    a = reference if recorded else record_reference(reference, cases, steps, on_case)
     feeds = a.chained
     exact = None
     if unrounded is not None:

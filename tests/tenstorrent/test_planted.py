@@ -15,13 +15,12 @@ from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint
 from pi0.engines.tenstorrent import engine as tt
-from pi0.engines.tenstorrent import host, layout
+from pi0.engines.tenstorrent import golden, layout
 from pi0.engines.tenstorrent.backend import Upload
-from pi0.engines.tenstorrent.host import HostBackend, HostTensor
 from pi0.engines.tenstorrent.layout import MASKED, TileLayout
-from pi0.engines.tenstorrent.network import TtnnNetwork
 from pi0.engines.tenstorrent.ops import Ops
 from pi0.engines.tenstorrent.precision import BFP8, HOST_PRESETS
+from pi0.engines.tenstorrent.silicon import Fpu
 from pi0.model.flow import schedule
 
 pytestmark = pytest.mark.ttnn
@@ -30,12 +29,8 @@ PRECISIONS = ("accurate", "fast")
 
 
 def gate_and_up_swapped(patch: Patch) -> None:
-    original = TtnnNetwork._post_attention
-
-    def swapped(self: Any, block: Any, *more: Any) -> Any:
-        return original(self, replace(block, gate=block.up, up=block.gate), *more)
-
-    patch.setattr(TtnnNetwork, "_post_attention", swapped)
+    original = Ops.gelu_product
+    patch.setattr(Ops, "gelu_product", lambda self, gate, up: original(self, up, gate))
 
 
 def change_uploads(change: Callable[[TileLayout, dict[str, Upload]], None]) -> Any:
@@ -54,7 +49,7 @@ def change_uploads(change: Callable[[TileLayout, dict[str, Upload]], None]) -> A
 
 def hide_last_prefix_token(of: TileLayout, uploads: dict[str, Upload]) -> None:
     mask = uploads["suffix_mask"].value.clone()
-    mask[..., of.view["prefix"].rows[-1]] = MASKED
+    mask[..., of.suffix + of.view["prefix"].rows[-1]] = MASKED  # behind the suffix's own columns
     uploads["suffix_mask"] = replace(uploads["suffix_mask"], value=mask)
 
 
@@ -109,7 +104,12 @@ def padded_heads_scale(patch: Patch) -> None:
 
 
 def erf_gelu(patch: Patch) -> None:
-    patch.setitem(host.GOLDEN, "gelu", lambda x, variant: F.gelu(x.value.float()))
+    original = golden.activate
+
+    def activate(x: Tensor, unary: Any) -> Tensor:
+        return F.gelu(x) if unary.op_type.name == "GELU_TANH" else original(x, unary)
+
+    patch.setattr(golden, "activate", activate)
 
 
 def euler_at_the_steps_end(patch: Patch) -> None:
@@ -143,28 +143,15 @@ def matrix_scaled(factor: float) -> Any:
 
 def sums_in_bfloat16(patch: Patch) -> None:
     """Of 32 products at a time, as registers of a card add them up."""
-    original = HostBackend.run
-
-    def run(self: HostBackend, name: str, *args: Any, **options: Any) -> Any:
-        if name != "linear":
-            return original(self, name, *args, **options)
-        x, weight = (handle.value.float() for handle in args)
-        total = torch.zeros(())
-        for start in range(0, x.shape[-1], 32):
-            columns = slice(start, start + 32)
-            total = (total + x[..., columns] @ weight[columns]).bfloat16().float()
-        if options["bias"] is not None:
-            total = total + options["bias"].value.float()
-        return HostTensor(self._round(total, options["dtype"]), options["dtype"])
-
-    patch.setattr(HostBackend, "run", run)
+    original, bfloat16 = Fpu._sums, Fpu(float32_sums=False)
+    patch.setattr(Fpu, "_sums", lambda self, x, w: original(bfloat16, x, w))
 
 
 def a_step_too_long(patch: Patch) -> None:
-    original = tt.TtnnEngine._sample_one
+    original = tt.TtnnEngine._sample
     patch.setattr(
         tt.TtnnEngine,
-        "_sample_one",
+        "_sample",
         lambda self, inputs, noise, steps, on_step: original(
             self, inputs, noise, steps + 1, on_step
         ),
@@ -175,7 +162,7 @@ def stale(*names: str) -> Any:
     """The engine's own loop keeps these inputs from its first call of a shape."""
 
     def plant(patch: Patch) -> None:
-        original = tt.TtnnEngine._sample_one
+        original = tt.TtnnEngine._sample
 
         def kept(self: Any, inputs: Any, *more: Any) -> Tensor:
             first = self.__dict__.setdefault("first", inputs)
@@ -184,7 +171,7 @@ def stale(*names: str) -> Any:
                 inputs = replace(inputs, **old)
             return original(self, inputs, *more)
 
-        patch.setattr(tt.TtnnEngine, "_sample_one", kept)
+        patch.setattr(tt.TtnnEngine, "_sample", kept)
 
     return plant
 

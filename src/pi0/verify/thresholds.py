@@ -28,6 +28,10 @@ ISOLATED, CHAINED, ORACLE = "isolated", "chained", "oracle"
 BLOCK = re.compile(r"(\w+)\.block\.(\d+)(?:\.(\w+))?")  # stage, block, and keys or values of it
 
 MULTIPLE = 3
+# Isolated, these stages are a tower's last norm alone, whose error depends on formats, hardly on
+# weights: from 2.7e-3 to 3.1e-3 in bfloat16.
+LAST_NORMS = ("vision_tower", "vlm_transformer", "expert_transformer")
+MULTIPLE_OF_NORMS = 1.5
 FLOOR = 1e-6  # a few roundings of float32: exact on one machine is not exact on each
 GAIN_SHARE = 0.1  # of an error in all directions that may lie along the values themselves
 SAME_LIMITS = {"exact": "float32"}  # the TTNN network on the host with nothing rounded
@@ -99,13 +103,15 @@ def _measured(precision: str, depth: int) -> dict[str, Threshold]:
         if of == precision:
             rel_l2, gain = (growth(part, key, depth) * figure for figure in figures)
             gain = max(gain, rel_l2 * GAIN_SHARE)
+            one_norm = part == ISOLATED and key in LAST_NORMS
+            multiple = MULTIPLE_OF_NORMS if one_norm else MULTIPLE
             why = (
-                f"{MULTIPLE} × the largest clean error, {rel_l2:.1e} (gain {gain:.0e}): "
+                f"{multiple} × the largest clean error, {rel_l2:.1e} (gain {gain:.0e}): "
                 f"{general['*'].why}"
             )
             limits[f"{part}:{key}"] = Threshold(
                 general["*"].min_pcc,
-                max(MULTIPLE * rel_l2, FLOOR),
+                max(multiple * rel_l2, FLOOR),
                 why,
                 max(MULTIPLE * gain, FLOOR),
             )

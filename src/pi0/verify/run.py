@@ -120,8 +120,10 @@ def verify(
         DamagedCheckpointError: the reference's own results are not finite.
         EngineError: there are no limits for the precision of an engine.
     """
-    recorded = isinstance(reference, EngineRun)
-    a = reference if recorded else record_reference(reference, cases, steps, on_case)
+    if isinstance(reference, EngineRun):
+        a = reference
+    else:
+        a = record_reference(reference, cases, steps, on_case)
     feeds = a.chained
     exact = None
     if unrounded is not None:

@@ -3,7 +3,7 @@ is blamed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -232,15 +232,19 @@ QUICK = (
 )  # the others take two minutes
 
 
-def each_precision() -> Iterator[Any]:
-    for precision in PRECISIONS:
-        for plant in PLANTS:
-            quick = precision == "fast" and plant.name in QUICK
-            marks = () if quick else pytest.mark.slow
-            yield pytest.param(precision, plant, marks=marks, id=f"{precision}-{plant.name}")
-
-
-@pytest.mark.parametrize(("precision", "plant"), each_precision())
+@pytest.mark.parametrize(
+    ("precision", "plant"),
+    [
+        pytest.param(
+            precision,
+            plant,
+            marks=() if precision == "fast" and plant.name in QUICK else pytest.mark.slow,
+            id=f"{precision}-{plant.name}",
+        )
+        for precision in PRECISIONS
+        for plant in PLANTS
+    ],
+)
 def test_planted(
     checkpoint: Checkpoint, precision: str, plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:

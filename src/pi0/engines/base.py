@@ -279,6 +279,15 @@ class Engine(Closing):
                 'that computes without it. Use jacobian="identity", or engine reference.'
             )
 
+    @classmethod
+    def check_batch(cls, size: int) -> None:
+        """Raises EngineError if so many observations are more than it takes at once."""
+        if size > 1 and not cls.capabilities.batch:
+            raise EngineError(
+                f"batch: expected an engine that takes several observations at once, found "
+                f"{cls.name}. Leave --batch out."
+            )
+
     def time_parts(
         self, inputs: ModelInputs, noise: Tensor, steps: int
     ) -> tuple[float, float, float] | None:

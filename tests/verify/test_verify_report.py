@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pi0.engines.threshold import Threshold
 from pi0.figures import RED, to_svg
 from pi0.verify import error_axis, plots
 from pi0.verify.action_plots import plot_differences
@@ -29,7 +30,6 @@ from pi0.verify.report import (
 )
 from pi0.verify.rows import Row
 from pi0.verify.run import VerifyResult
-from pi0.verify.thresholds import Threshold
 
 LIMIT = Threshold(0.999, 3e-2, "made up", 1e-3)
 EXACT = Threshold(0.999999, 0.0, "made up")

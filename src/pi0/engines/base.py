@@ -24,6 +24,7 @@ from pi0.config import Pi0Config
 from pi0.engines.guidance import Guidance
 from pi0.engines.registry import find_engine, plugin_origin
 from pi0.engines.spec import EngineSpec
+from pi0.engines.threshold import Threshold
 from pi0.errors import EngineError, Pi0Error
 from pi0.inputs import ModelInputs
 from pi0.model import Tap
@@ -83,23 +84,6 @@ class Capabilities:
     feedable: bool = True
     differentiable: bool = False
     peer: bool = False
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """How far `pi0 verify` lets a stage be from the reference.
-
-    Attributes:
-        min_pcc: least Pearson correlation.
-        max_rel_l2: largest norm of the difference as a fraction of the reference's norm.
-        why: the reason for these numbers, as a phrase.
-        max_gain_error: how far the least-squares factor between the two may be from 1.
-    """
-
-    min_pcc: float
-    max_rel_l2: float
-    why: str
-    max_gain_error: float = float("inf")
 
 
 def exclusive(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from pi0.engines.base import Threshold
+from pi0.engines.threshold import Threshold
 from pi0.inputs import ModelInputs
 from pi0.model.pi0 import prefix_valid
 from pi0.verify.cases import Case

@@ -14,7 +14,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from pi0.engines.base import Engine, Threshold
+from pi0.engines.base import Engine
+from pi0.engines.threshold import Threshold
 from pi0.errors import EngineError
 from pi0.verify.clean import CLEAN
 

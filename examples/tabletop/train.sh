@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a policy like the one that ships: demonstrations, training, evaluation.
+# From nothing to the policy that ships: demonstrations, training, evaluation.
 #   examples/tabletop/train.sh [FOLDER]
 # Two cores: about half an hour, an hour and half an hour. Run again, it goes on where it stopped.
 set -euo pipefail

@@ -214,3 +214,19 @@ def test_the_command_line(folder: Path, tmp_path: Path) -> None:
     }
     assert [row["state_in_prompt"] for row in found.values()] == [True, True, False]
     assert [len(row["findings"]) for row in found.values()] == [1, 0, 0]
+
+
+def test_processors_without_the_step_of_the_state(tmp_path: Path) -> None:
+    """LeRobot's own π0.5 has it always: the files may be those of a π0."""
+    synthesise(tmp_path, PRESETS["pi05_tiny"], LAYOUTS["lerobot"], 0, torch.float32)
+    assert not prepare(open_checkpoint(tmp_path), PolicyOptions()).findings
+    path = tmp_path / "policy_preprocessor.json"
+    content = json.loads(path.read_text())
+    content["steps"] = [s for s in content["steps"] if "pi05" not in s["registry_name"]]
+    path.write_text(json.dumps(content))
+    (found,) = prepare(open_checkpoint(tmp_path), PolicyOptions()).findings
+    assert (found.severity, found.code) == ("warning", "state-in-prompt-missing")
+    for stated in (True, False):
+        setup = prepare(open_checkpoint(tmp_path), PolicyOptions(state_in_prompt=stated))
+        assert not setup.findings
+        assert setup.require().prompt.state is stated

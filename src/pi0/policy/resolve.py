@@ -306,6 +306,13 @@ def _state_in_prompt(
         return False
     if stated is None and program:
         stated = program.state_in_prompt
+        if not stated:
+            sentence = (
+                "state_in_prompt: expected LeRobot's processors of a π0.5 to write the state into "
+                "the prompt, as its own do, found that these do not. Are they this checkpoint's? "
+                "Say it with --state-in-prompt or --no-state-in-prompt."
+            )
+            setup.findings.append(warning("state-in-prompt-missing", sentence))
     if stated is None:
         stated = setup.checkpoint.settings.get("discrete_state_input")
     if stated is None and setup.robot:

@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from success import Row, add_options, evaluate
@@ -78,7 +78,7 @@ def summary(cell: Cell, results: dict[str, Any], local: dict[str, Any] | None) -
     """What the table says of a cell; `local` is the one in process with the same options."""
     names = ("success", "episodes", "rate", "interval", "border_jump", "delay", "engine")
     same = None
-    if local is not None:
+    if local is not None and cell.way != IN_PROCESS:
         pairs = zip(results["rollouts"], local["rollouts"], strict=True)
         same = sum(mine == theirs for mine, theirs in pairs)
     return {**vars(cell), **{name: results[name] for name in names}, "as_in_process": same}
@@ -117,7 +117,7 @@ def main() -> None:
         cells = [Cell(way, ms, rtc) for ms in arguments.latencies for rtc in (False, True)]
         results |= run(way, cells, arguments)
     rows = [
-        summary(cell, found, results.get(Cell(IN_PROCESS, cell.latency, cell.real_time)))
+        summary(cell, found, results.get(replace(cell, way=IN_PROCESS)))
         for cell, found in results.items()
     ]
     (arguments.out / "table.json").write_text(json.dumps(rows, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
     python parity/run.py                          # minutes, 17 GiB of memory, 7.3 GB of disk
     python parity/run.py --sizes tiny pi05_tiny   # seconds
+    python parity/run.py --sizes pi05_wide        # the published widths, two layers: 7 GiB
 
 One process at a time. Checkpoints that lie in the work folder already (WORKDIR/pi05_base) are used
 and stay; a full-size one that was made here is removed when it is done. Exits 1 if an
@@ -48,18 +49,31 @@ class Size:
 
     name: str
     model: str
-    preset: str
+    config: Pi0Config
     weights: str
     dtypes: tuple[str, ...]
     tolerance: float
 
 
+def two_layers(config: Pi0Config) -> Pi0Config:
+    """The same widths and vocabulary, with towers of two layers."""
+    names = ("vision", "vlm", "expert")
+    return replace(config, **{name: replace(getattr(config, name), depth=2) for name in names})
+
+
+BOTH = ("float32", "bfloat16")
 SIZES = {
-    "tiny": Size("tiny", "π0", "tiny", "float32", ("float32",), 1e-4),
-    "full": Size("full", "π0", "pi0_base", "bfloat16", ("float32", "bfloat16"), 1e-5),
-    "pi05_tiny": Size("tiny", "π0.5", "pi05_tiny", "float32", ("float32",), 1e-4),
-    "pi05_full": Size("full", "π0.5", "pi05_base", "bfloat16", ("float32", "bfloat16"), 1e-5),
+    "tiny": Size("tiny", "π0", PRESETS["tiny"], "float32", ("float32",), 1e-4),
+    "pi0_base": Size("full", "π0", PRESETS["pi0_base"], "bfloat16", BOTH, 1e-5),
+    "pi05_tiny": Size("tiny", "π0.5", PRESETS["pi05_tiny"], "float32", ("float32",), 1e-4),
+    "pi05_base": Size("full", "π0.5", PRESETS["pi05_base"], "bfloat16", BOTH, 1e-5),
 }
+SIZES |= {
+    name.replace("base", "wide"): replace(size, name="wide", config=two_layers(size.config))
+    for name, size in SIZES.items()
+    if size.name == "full"
+}
+DEFAULT = [name for name, size in SIZES.items() if size.name != "wide"]
 
 
 @dataclass(frozen=True)
@@ -175,9 +189,9 @@ def checkpoint_of(size: Size, folder: Path) -> Iterator[Path]:
     made = not (folder / "model.safetensors").exists()
     if made:
         dtype = parse_dtype(size.weights)
-        synthesise(folder, PRESETS[size.preset], LAYOUTS["openpi"], 0, dtype)
+        synthesise(folder, size.config, LAYOUTS["openpi"], 0, dtype)
     yield folder
-    if made and size.name == "full":
+    if made and size.name != "tiny":
         shutil.rmtree(folder)
 
 
@@ -219,9 +233,10 @@ This page is written by
 **What is compared.** The checkpoint is one of `pi0 synth`: random values in exactly the published
 names and shapes. At size tiny it is the preset `tiny` or `pi05_tiny` in float32, at full size
 `pi0_base` or `pi05_base` (the published sizes) in bfloat16, which every implementation reads into
-float32 without loss. There are {cameras} cameras, the second of them masked, and 9 valid tokens of
-48, in π0.5 60 of 200; what is masked holds noise too. All of it is model-level, as for `pi0
-sample`: no tokenizer, no image resizing, no normalisation.
+float32 without loss. Size wide (`--sizes pi0_wide pi05_wide`) has the published widths and
+vocabulary and two layers a tower, for machines with less memory. There are {cameras} cameras, the
+second of them masked, and 9 valid tokens of 48, in π0.5 60 of 200; what is masked holds noise too.
+All of it is model-level, as for `pi0 sample`: no tokenizer, no image resizing, no normalisation.
 
 **How.** The others compute in float32, ours in float32 and, at full size, in bfloat16 too.
 Largest Δ is the largest absolute difference of any of the 50 × 32 actions, relative L2 the norm of
@@ -230,7 +245,7 @@ of their actions.
 
 **Tolerance.** In float32 the largest Δ may be {tolerances}.
 What is left there is the order in which float32 sums are taken, which adds up over 63 layers (27
-vision, 18 VLM, 18 expert; at size tiny 6) and ten steps. Planted in ours, the exact GELU in place
+vision, 18 VLM, 18 expert; at other sizes 6) and ten steps. Planted in ours, the exact GELU in place
 of its tanh form moved the actions by 1.5e-4 (tiny) and 5.4e-5 (full), one padding token shown by
 0.14 and 7e-3: the tolerances catch both. bfloat16 rows have none: they show what rounding costs.
 
@@ -253,7 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=DEFAULT)
     help_folder = "of checkpoints, which are made where `pi0 synth` did not make them earlier"
     default = ROOT / "out" / "parity"
     parser.add_argument("--workdir", type=Path, default=default, metavar="FOLDER", help=help_folder)
@@ -261,8 +276,9 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[Row] = []
     skipped: dict[str, str] = {}
-    for size in (SIZES[name] for name in options.sizes):
-        with checkpoint_of(size, options.workdir / size.preset) as checkpoint:
+    for name in options.sizes:
+        size = SIZES[name]
+        with checkpoint_of(size, options.workdir / name) as checkpoint:
             more, why = compare(size, checkpoint)
         rows, skipped = rows + more, skipped | why
     temporary = options.out.with_suffix(".tmp")

@@ -4,9 +4,9 @@
 
 For each precision: a synthetic checkpoint of each preset and seed, the largest relative L2 error
 and the largest gain error of each kind of row, divided by the growth with depth that limits assume.
-Names that are no preset are checkpoints, of which only the inputs depend on the seed. --python
-prints the lines of `pi0.verify.clean`, --alarms what exceeds its limit instead of the figures, and
---docs the tables of docs/verify.md, from figures and limits as they stand, without a measurement.
+Names that are no preset are checkpoints, of which only the inputs depend on the seed. What exceeds
+its limit as it stands is said on the way, on standard error. --python prints the lines of
+`pi0.verify.clean`, --docs the tables of docs/verify.md, without a measurement.
 The full size (--presets pi0_base) takes 14 GB of memory and half an hour per precision.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,10 +99,11 @@ def say_alarms(result: VerifyResult, what: str) -> None:
     print(
         f"{what}: {len(failed)} of {len(result.rows)} beyond; nearest: {worst.share_of_limit:.2f} "
         f"of its limit, {worst.part} {worst.name} ({worst.case})",
-        flush=True,
+        file=sys.stderr,
     )
     for row in failed:
-        print(f"    {row.part} {row.name} ({row.case}): {' and '.join(row.exceeded)}", flush=True)
+        why = " and ".join(row.exceeded)
+        print(f"    {row.part} {row.name} ({row.case}): {why}", file=sys.stderr)
 
 
 @contextmanager
@@ -172,8 +174,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first-seed", type=int, default=0)
     kind = parser.add_mutually_exclusive_group()
-    for name in ("python", "alarms", "docs"):
-        kind.add_argument(f"--{name}", action="store_true")
+    kind.add_argument("--python", action="store_true")
+    kind.add_argument("--docs", action="store_true")
     options = parser.parse_args()
     if options.docs:
         print("\n".join(docs_tables()))
@@ -195,13 +197,11 @@ def main() -> None:
                     except EngineError as error:
                         print(f"{engine}: not measured: {error}")
                         continue
-                    if options.alarms:
-                        say_alarms(result, f"{name}, seed {seed}, {spec.label}")
-                    else:
-                        measure(result, spec, depth, found)
+                    say_alarms(result, f"{name}, seed {seed}, {spec.label}")
+                    measure(result, spec, depth, found)
     if options.python:
         print_python(tables)
-    elif not options.alarms:
+    else:
         print_figures(tables)
 
 

@@ -18,15 +18,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
+from pi0.config import PRESETS
 from pi0.engines.base import EngineOptions
 from pi0.engines.fast.cpu.engine import CpuEngine
 from pi0.engines.reference import ReferenceEngine
 from pi0.engines.registry import BUILT_IN, find_engine
 from pi0.errors import CheckpointError, EngineError
+from pi0.inputs import random_inputs
 from pi0.model.gemma import RMSNorm
-from pi0.verify.cases import default_cases, one_change_each
+from pi0.verify.cases import Case, default_cases, one_change_each
 from pi0.verify.clean import CLEAN
 from pi0.verify.compare import Comparison, compare
+from pi0.verify.record import EngineRun
+from pi0.verify.rows import sample_rows
 from pi0.verify.run import VerifyResult, verify
 from pi0.verify.thresholds import GAIN_SHARE, MULTIPLE, limits_of, looser, threshold
 
@@ -333,6 +337,19 @@ def test_limits_are_a_small_multiple_of_what_was_measured() -> None:
 def test_the_documented_figures_and_limits_are_those_of_the_code() -> None:
     page = (ROOT / "docs" / "verify.md").read_text(encoding="utf-8")
     assert "\n".join(docs_tables()) in page, "python benchmarks/verify_limits.py --docs"
+
+
+@pytest.mark.parametrize(("candidate", "passes"), [(5e-4, True), (0.0, False)])
+def test_a_response_smaller_than_rounding(candidate: float, passes: bool) -> None:
+    """Any gain is chance then; but who gives the same bits as before has not noticed."""
+    change, rounding = torch.eye(8)[0].repeat(8), torch.eye(8)[1].repeat(8)
+    calls = ({"first": torch.zeros(64), "token": 1e-4 * change}, {"first": torch.zeros(64)})
+    calls[1]["token"] = candidate * (0.5 * change + rounding)
+    runs = [EngineRun(ReferenceEngine, "", "float32", 2, moved=moved) for moved in calls]
+    case = Case("c", *random_inputs(PRESETS["tiny"], 1, 4, 0))
+    rows = sample_rows([case], *runs, limits_of(CpuEngine, "int8"))
+    (row,) = (row for row in rows if row.name == "response.token")
+    assert row.passed == passes
 
 
 def test_every_call_differs_in_one_input(checkpoint: Checkpoint) -> None:

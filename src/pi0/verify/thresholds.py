@@ -110,9 +110,10 @@ def _measured(precision: str, depth: int) -> dict[str, Threshold]:
                 f"{multiple} × the largest clean error, {rel_l2:.1e} (gain {gain:.0e}): "
                 f"{general['*'].why}"
             )
+            most = max(multiple * rel_l2, FLOOR)
             limits[f"{part}:{key}"] = Threshold(
-                general["*"].min_pcc,
-                max(multiple * rel_l2, FLOOR),
+                min(general["*"].min_pcc, 1 - most**2),  # PCC falls by half the square of the error
+                most,
                 why,
                 max(MULTIPLE * gain, FLOOR),
             )

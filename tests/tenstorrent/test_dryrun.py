@@ -85,7 +85,7 @@ def test_formats_are_those_that_the_host_computes_with(tiny_path: Path, tmp_path
         assert k.float32_sums
         assert k.memory.count("Float32") == 3
         assert set(k.memory) == {"Float32", "Float16_b"}
-    for k in by_kernel["rotary_embedding_single_tile"]:
+    for k in by_kernel["rotary_embedding_llama"]:
         assert (set(k.memory), k.float32_sums) == ({"Float16_b"}, False)
     norms = by_kernel["layernorm"] + by_kernel["layernorm_sharded"]
     assert {(k.fidelity, k.float32_sums) for k in norms} == {("HiFi3", True)}

@@ -20,7 +20,7 @@ from pi0.cli.main import main
 from pi0.config import PRESETS
 from pi0.engines.base import Engine, EngineOptions, make_engine
 from pi0.engines.tenstorrent import engine as engine_module
-from pi0.engines.tenstorrent import timestep
+from pi0.engines.tenstorrent import network, timestep
 from pi0.engines.tenstorrent.backend import Upload
 from pi0.engines.tenstorrent.engine import TtnnHostEngine
 from pi0.engines.tenstorrent.golden import HostTensor
@@ -138,13 +138,15 @@ def no_vision_mask(engine: TtnnHostEngine) -> None:
 
 def padded_prefix_seen(engine: TtnnHostEngine) -> None:
     """The masks of the prefix are computed and not passed."""
-    attend_masked = engine.network._attend
+    for ops in (engine.network.ops, engine.network.loop):
+        attend_masked = ops.attention
 
-    def unmasked(ops, q, k, v, mask, tables):
-        open_mask = HostTensor(torch.zeros_like(mask.value), mask.dtype)
-        return attend_masked(ops, q, k, v, open_mask, tables)
+        def unmasked(q, k, v, mask, scale, attend_masked=attend_masked):
+            if scale == network.SCALED:  # of the trunks
+                mask = HostTensor(torch.zeros_like(mask.value), mask.dtype)
+            return attend_masked(q, k, v, mask, scale)
 
-    engine.network._attend = unmasked
+        ops.attention = unmasked
 
 
 @pytest.mark.parametrize(

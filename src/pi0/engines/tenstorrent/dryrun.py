@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ import torch
 from pi0.checkpoint.load import empty_model
 from pi0.config import Pi0Config
 from pi0.engines.tenstorrent import stub_compiler, ttnn_import
-from pi0.engines.tenstorrent.backend import Handle
+from pi0.engines.tenstorrent.backend import Handle, Upload
 from pi0.engines.tenstorrent.boards import find_board
 from pi0.engines.tenstorrent.device import DeviceBackend
 from pi0.engines.tenstorrent.engine import (
@@ -44,6 +44,9 @@ from pi0.engines.tenstorrent.timestep import put_timesteps
 from pi0.errors import EngineError
 from pi0.inputs import random_inputs
 from pi0.model.flow import schedule
+
+# Refuses results of one capture, which have all one address. It holds two tiles of a core's memory.
+UNMEASURED = "experimental.indexed_fused_update_cache"
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,7 @@ class MockBackend(DeviceBackend):
     def __init__(self, board: str, on_stage: Callable[[str], None]) -> None:
         self._stage, self._on_stage = "", on_stage
         self._observer: Observer | None = None
+        self._measuring = False
         found = find_board(board)
         ttnn_import.require_ttnn()
         if not stub_compiler.has_compiler():
@@ -199,20 +203,28 @@ class MockBackend(DeviceBackend):
         return size
 
     def measure(self, call: Callable[[], Any]) -> tuple[float, int, int]:
-        """Seconds of a call, its peak of L1 in a core and of DRAM in bytes."""
+        """Seconds of a call, its peak of L1 in a core and of DRAM in bytes (but `UNMEASURED`)."""
         graph = importlib.import_module("ttnn.graph")
         graph.begin_graph_capture(graph.RunMode.NO_DISPATCH)
         started = time.perf_counter()
+        self._measuring = True
         call()
+        self._measuring = False
         seconds = time.perf_counter() - started
         nodes = graph.end_graph_capture()
         peak_l1: int = graph.extract_resource_usage_per_core(nodes).peak_total
         return seconds, peak_l1, peak_dram(nodes)
 
+    def put(self, upload: Upload) -> Handle:
+        """Room for a tensor: uploaded ones are of another mesh, which some operations refuse."""
+        return super().put(replace(upload, value=upload.value.to("meta")))
+
     def run(self, name: str, *args: Any, dtype: str | None = None, **options: Any) -> Any:
         def call() -> Any:
             return super(MockBackend, self).run(name, *args, dtype=dtype, **options)
 
+        if self._measuring and name == UNMEASURED:
+            return None
         return self._observer(name, args, options, call) if self._observer else call()
 
     def observe(self, call: Callable[[], Any]) -> list[Operation]:

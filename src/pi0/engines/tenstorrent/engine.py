@@ -20,7 +20,7 @@ from pi0.engines.tenstorrent.backend import Backend, Handle, Upload
 from pi0.engines.tenstorrent.boards import find_board
 from pi0.engines.tenstorrent.device import TORCH_DTYPES, DeviceBackend
 from pi0.engines.tenstorrent.host import HostBackend
-from pi0.engines.tenstorrent.layout import TILE, TileLayout, View, additive, tiled
+from pi0.engines.tenstorrent.layout import TILE, TileLayout, View, additive, neighbours, tiled
 from pi0.engines.tenstorrent.network import (
     Constants,
     HandleTap,
@@ -29,7 +29,15 @@ from pi0.engines.tenstorrent.network import (
     no_handle_tap,
 )
 from pi0.engines.tenstorrent.ops import Ops
-from pi0.engines.tenstorrent.precision import BF16, F32, HOST_PRESETS, PRESETS, Precision, for_arch
+from pi0.engines.tenstorrent.precision import (
+    BF16,
+    F32,
+    HOST_PRESETS,
+    I32,
+    PRESETS,
+    Precision,
+    for_arch,
+)
 from pi0.engines.tenstorrent.program_configs import TILE_BYTES
 from pi0.engines.tenstorrent.replay import CaptureError, Replay
 from pi0.engines.tenstorrent.silicon import CARD, IDEAL
@@ -123,7 +131,7 @@ class TtnnEngine(Engine):
         self.backend.stage = "inputs"
         given = self._put(on.layout.uploads(inputs, self.network.ops.precision))
         layers = self.network.prefill(on, given, self._adapt(tap, on.layout), tap is not no_tap)
-        return DevicePrefix(on, given, layers, self.network.embed_state(on, given))
+        return DevicePrefix(on, given, layers, self.network.embed_state(given))
 
     @exclusive
     def velocity(self, x_t: Tensor, t: Tensor, cache: DevicePrefix, tap: Tap = no_tap) -> Tensor:
@@ -305,15 +313,16 @@ def build_network(model: Pi0, backend: Backend, precision: Precision) -> TtnnNet
 
 def upload_constants(layout: TileLayout, backend: Backend) -> Constants:
     """What depends on the layout only."""
-    state, actions = torch.zeros(2, 1, 1, layout.suffix, 1)
-    state[0, 0, : layout.config.state_tokens] = 1
+    actions = torch.zeros(1, 1, layout.suffix, 1)
     actions[0, 0, layout.view["actions"].rows] = 1
+    places = torch.arange(layout.suffix, dtype=torch.int32)[None]
     mask = layout.vision_mask()
     return Constants(
         layout,
         None if mask is None else backend.put(mask),
         action_rows=backend.put(Upload(actions, F32)),
-        state_row=backend.put(Upload(state, F32)) if layout.config.state_tokens else None,
+        suffix_places=backend.put(Upload(places, I32, tiled=False)),
+        turn=backend.put(Upload(neighbours(), BF16)),
     )
 
 

@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pi0.config import Pi0Config
+from pi0.config import GemmaConfig, Pi0Config
 from pi0.engines.tenstorrent.backend import Upload
 from pi0.engines.tenstorrent.precision import BF16, F32, U32, Precision
 from pi0.inputs import ModelInputs
@@ -33,9 +33,10 @@ def tiled(n: int) -> int:
 
 
 def padded_head(head_dim: int) -> Tensor:
-    """Where the elements of a rotated head are once it is padded: both halves grow alike."""
-    half = torch.arange(head_dim // 2)
-    return torch.cat([half, tiled(head_dim) // 2 + half])
+    """Where the elements of a rotated head are once it is padded: element i beside element
+    i + D/2, with which it is rotated."""
+    first = 2 * torch.arange(head_dim // 2)
+    return torch.cat([first, first + 1])
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,11 @@ class TileLayout:
         }
         if self.config.state_tokens:
             uploads["state"] = self.state(inputs.state)
-        for part, where in (("prefix", positions[:x]), ("suffix", positions[x:])):
-            cos, sin = rope_tables(where, self.config.vlm.head_dim)
+        for part, where, trunk in (
+            ("prefix", positions[:x], self.config.vlm),
+            ("suffix", positions[x:], self.config.expert),
+        ):
+            cos, sin = self._head_tables(where, trunk)
             uploads[f"{part}_cos"] = Upload(cos, precision.rope)
             uploads[f"{part}_sin"] = Upload(sin, precision.rope)
         return uploads
@@ -160,6 +164,18 @@ class TileLayout:
         padded = (0, tiled(width) - width, 0, self.patches - grid**2)
         return torch.nn.functional.pad(flat, padded).flatten(0, 1)[None, None]
 
+    def _head_tables(self, positions: Tensor, trunk: GemmaConfig) -> tuple[Tensor, Tensor]:
+        """Tables for queries, keys and values [1, 1, S, (H + 2K)·D] taken tile by tile as
+        [1, S/32·(H + 2K), 32, D]: values stay as they are."""
+        rotated = trunk.num_heads + trunk.num_kv_heads
+        heads = rotated + trunk.num_kv_heads
+        cos, sin = (
+            table.view(-1, 1, TILE, table.shape[-1]).repeat(1, heads, 1, 1)
+            for table in rope_tables(positions, trunk.head_dim)
+        )
+        cos[:, rotated:], sin[:, rotated:] = 1, 0
+        return cos.flatten(0, 1)[None], sin.flatten(0, 1)[None]
+
     def _sequence(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
         """Mask [1, S, S] and positions [S] of the padded sequence: the model's own, spread out."""
         config, x = self.config, self.prefix
@@ -176,9 +192,18 @@ def additive(mask: Tensor) -> Tensor:
 
 
 def rope_tables(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [1, 1, S, tiled head_dim] at positions [S], laid out by `padded_head`."""
+    """Cosine and sine [S, tiled head_dim] at positions [S], laid out by `padded_head`."""
     angle, columns = rotary_angles(positions, head_dim), padded_head(head_dim)
-    tables = torch.zeros(2, len(positions), tiled(head_dim))
-    tables[0][:, columns] = angle.cos().repeat(1, 2)
-    tables[1][:, columns] = angle.sin().repeat(1, 2)
-    return tables[0][None, None], tables[1][None, None]
+    cos, sin = torch.zeros(2, len(positions), tiled(head_dim))
+    cos[:, columns] = angle.cos().repeat(1, 2)
+    sin[:, columns] = angle.sin().repeat(1, 2)
+    return cos, sin
+
+
+def neighbours() -> Tensor:
+    """[1, 1, 32, 32] that a row is multiplied by to be turned by 90 degrees, each even column with
+    the next one: (a, b) → (-b, a)."""
+    turn = torch.zeros(TILE, TILE)
+    even = torch.arange(0, TILE, 2)
+    turn[even + 1, even], turn[even, even + 1] = -1, 1
+    return turn[None, None]

@@ -18,6 +18,7 @@ from pi0.engines.tenstorrent.ops import Ops
 from pi0.engines.tenstorrent.precision import F32
 from pi0.engines.tenstorrent.timestep import Timestep
 from pi0.engines.tenstorrent.weights import (
+    Linear,
     RmsNorm,
     StateAndTime,
     TtnnGemmaBlock,
@@ -30,6 +31,8 @@ from pi0.model import gemma, siglip
 # return value replaces the handle.
 HandleTap = Callable[[str, Handle, str], Handle]
 KeyValue = tuple[Handle, Handle]
+
+SCALED = 1.0  # of logits in the trunks: the queries' weights are scaled already
 
 
 def no_handle_tap(name: str, handle: Handle, kind: str) -> Handle:
@@ -44,13 +47,15 @@ class Constants:
     Attributes:
         vision_mask: [1, 1, patches, patches], or None if a view has no padding.
         action_rows: [1, 1, suffix, 1] float32, 1 in the rows of actions, else 0.
-        state_row: the same for the row of the state token, or None if there is none.
+        suffix_places: [1, suffix], where the suffix's keys and values are in the cache.
+        turn: `layout.neighbours`.
     """
 
     layout: TileLayout
     vision_mask: Handle | None
     action_rows: Handle
-    state_row: Handle | None
+    suffix_places: Handle
+    turn: Handle
 
 
 class TtnnNetwork:
@@ -84,7 +89,7 @@ class TtnnNetwork:
         ops.backend.stage = "prefix"
         x = tap("prefix", ops.concat([x, text], dim=2), "prefix")
         ops.backend.stage = "vlm_transformer"
-        tables = given["prefix_cos"], given["prefix_sin"]
+        tables = given["prefix_cos"], given["prefix_sin"], on.turn
         cache = []
         norms = self.weights.vlm_norms
         for i, (block, (first, second)) in enumerate(
@@ -96,22 +101,22 @@ class TtnnNetwork:
             unwritten = self.weights.unwritten
             cache.append((ops.concat([unwritten, k], dim=2), ops.concat([unwritten, v], dim=2)))
             if whole or i + 1 < config.vlm.depth:
-                attended = self._attend(ops, q, k, v, given["prefix_mask"], tables)
+                attended = ops.attention(q, k, v, given["prefix_mask"], SCALED)
                 x = self._post_attention(ops, block, first, second, x, attended)
                 x = tap(name, x, "prefix")
         if whole:
             tap("vlm_transformer", ops.rms_norm(x, norms.final, gemma.EPS), "prefix")
         return cache
 
-    def embed_state(self, on: Constants, given: dict[str, Handle]) -> Handle | None:
-        """What the suffix's tokens of a denoising step are added to, the same in all steps: the
-        state token in its row and a bias in those of actions. None in π0.5, which has neither."""
+    def embed_state(self, given: dict[str, Handle]) -> Handle | None:
+        """The state token in its row of the suffix, else 0: float32, the same in all steps. None in
+        π0.5, which has none."""
         ops, time = self.loop, self.weights.time
         if not isinstance(time, StateAndTime):
             return None
         ops.backend.stage = "suffix"
-        state = ops.action_linear(given["state"], time.state, F32)
-        return ops.addcmul(time.mixed_bias, state, on.state_row)
+        fidelity = ops.precision.rest
+        return ops.add_linear(time.state_bias, given["state"], time.state, time.ones, F32, fidelity)
 
     def velocity(
         self,
@@ -134,15 +139,14 @@ class TtnnNetwork:
         x = self._embed_suffix(x_t, state, timestep)
         x = self._tap_stream("suffix", x, "suffix", tap)
         ops.backend.stage = "expert_transformer"
-        expert, tables = self.config.expert, (given["suffix_cos"], given["suffix_sin"])
+        expert, tables = self.config.expert, (given["suffix_cos"], given["suffix_sin"], on.turn)
         layers = zip(self.weights.expert, timestep.norms.blocks, cache, strict=True)
         for i, (block, (first, second), (keys, values)) in enumerate(layers):
             name = f"expert_transformer.block.{i}"
             q, *kv = self._qkv(ops, block, first, expert, x, tables)
             k, v = self._tap_cache(name, kv, "suffix", tap)
-            ops.write_rows(keys, k)
-            ops.write_rows(values, v)
-            attended = self._attend(ops, q, keys, values, given["suffix_mask"], tables)
+            ops.write_rows(keys, k, values, v, on.suffix_places)
+            attended = ops.attention(q, keys, values, given["suffix_mask"], SCALED)
             x = self._post_attention(ops, block, first, second, x, attended)
             x = self._tap_stream(name, x, "suffix", tap)
         x = ops.rms_norm(x, timestep.norms.final, gemma.EPS)
@@ -168,7 +172,7 @@ class TtnnNetwork:
             given: what `TileLayout.uploads` names, and `x_t`.
         """
         cache = self.prefill(on, given, whole=False)
-        state, x = self.embed_state(on, given), given["x_t"]
+        state, x = self.embed_state(given), given["x_t"]
         for timestep in timesteps:
             v = self.velocity(on, given, cache, state, x, timestep)
             # Only the rows of actions move: what the others would gather never meets them.
@@ -186,9 +190,9 @@ class TtnnNetwork:
         ops.backend.stage = "suffix"
         if not isinstance(time, StateAndTime):
             return ops.action_linear(x_t, weights, self._residual)
-        h = ops.silu_sum(ops.action_linear(x_t, weights, F32), timestep.bias)
+        h = ops.action_linear(x_t, Linear(weights.weight, timestep.bias), F32, "SILU")
         fidelity = ops.precision.rest
-        return ops.add_linear(state, h, time.mixed, time.ones, self._residual, fidelity)
+        return ops.add_linear(state, h, time.mixed, time.action_rows, self._residual, fidelity)
 
     def _vision(self, on: Constants, patches: Handle, tap: HandleTap) -> Handle:
         """[1, 1, V·patches, 3·14²] → features [1, 1, V·patches, E]."""
@@ -226,12 +230,12 @@ class TtnnNetwork:
         norm: RmsNorm,
         config: GemmaConfig,
         x: Handle,
-        tables: KeyValue,
+        tables: tuple[Handle, Handle, Handle],
     ) -> tuple[Handle, ...]:
+        """Heads of queries and keys, which are rotated, and of values."""
         h = ops.rms_norm(x, norm, gemma.EPS)
-        qkv = ops.linear(h, block.qkv, self._residual)
-        q, k, v = ops.heads(qkv, config.num_heads, config.num_kv_heads)
-        return q, ops.rope(k, *tables), v
+        qkv = ops.rope(ops.linear(h, block.qkv, self._residual), *tables)
+        return ops.heads(qkv, config.num_heads, config.num_kv_heads)
 
     def _tap_stream(self, name: str, x: Handle, kind: str, tap: HandleTap) -> Handle:
         """What a tap returns instead is brought to where the loop has its stream."""
@@ -242,12 +246,6 @@ class TtnnNetwork:
         k, v = kv
         kind = f"{part}_heads"
         return tap(f"{name}.keys", k, kind), tap(f"{name}.values", v, kind)
-
-    def _attend(
-        self, ops: Ops, q: Handle, k: Handle, v: Handle, mask: Handle, tables: KeyValue
-    ) -> Handle:
-        # The queries' weights are scaled already.
-        return ops.attention(ops.rope(q, *tables), k, v, mask, 1.0)
 
     def _post_attention(
         self,

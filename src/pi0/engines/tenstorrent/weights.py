@@ -83,21 +83,21 @@ class StateAndTime:
     """What makes π0's suffix, beside the layer on its actions.
 
     Attributes:
-        state: makes the state's token.
-        mixed: follows the activation of actions with time; without its bias.
-        mixed_bias: [1, 1, suffix, E], the bias in the rows of actions, else 0.
+        state: makes the state's token; without its bias.
+        state_bias: [1, 1, suffix, E], the bias in the row of the state, else 0.
         ones: [1, 1, 1, E].
+        mixed: follows the activation of actions with time.
+        action_rows: [1, 1, suffix, E], 1 in the rows of actions, else 0.
         time: [E, E] and [E] float32, on the host: embedded time → what is added to the actions.
-        action_rows: [suffix] float32, 1 in the rows of actions, else 0.
         norms: the expert's, the same at any time.
     """
 
     state: Linear
-    mixed: Linear
-    mixed_bias: Handle
+    state_bias: Handle
     ones: Handle
+    mixed: Linear
+    action_rows: Handle
     time: HostLinear
-    action_rows: Tensor
     norms: TrunkNorms
 
 
@@ -179,17 +179,23 @@ class Packer:
             return self._layer("action", first), time
         second, mixed = model.action_time_mlp_in, model.action_time_mlp_out
         folded = fold_actions((first.weight, first.bias), (second.weight, second.bias))
-        rows = action_rows(model.config).to(first.weight.device)
-        dtype = self.precision.weights["action"]
+        config, ones = model.config, torch.ones_like(mixed.bias)
+        state, actions = slice(config.state_tokens), slice(config.state_tokens, config.suffix_len)
         return self._linear("action", folded.actions), StateAndTime(
-            state=self._layer("action", model.state_proj),
-            mixed=self._linear("action", mixed.weight),
-            mixed_bias=self._put(Upload(rows[None, None, :, None] * mixed.bias, dtype)),
-            ones=self._put(Upload(torch.ones(1, 1, 1, len(mixed.bias)), dtype)),
+            state=self._linear("action", model.state_proj.weight),
+            state_bias=self._in_rows(config, state, model.state_proj.bias),
+            ones=self._put(Upload(ones[None, None, None], self.precision.weights["action"])),
+            mixed=self._layer("action", mixed),
+            action_rows=self._in_rows(config, actions, ones),
             time=(folded.time, folded.bias),
-            action_rows=rows,
             norms=self._norms(model.expert),
         )
+
+    def _in_rows(self, config: Pi0Config, rows: slice, value: Tensor) -> Handle:
+        """[1, 1, suffix, E]: a value [E] in some rows of the suffix, else 0."""
+        spread = value.new_zeros(1, 1, tiled(config.suffix_len), len(value))
+        spread[:, :, rows] = value
+        return self._put(Upload(spread, self.precision.weights["action"]))
 
     def _linear(self, kind: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """weight [out, in], as torch has it."""
@@ -267,18 +273,11 @@ class Packer:
                 qkv=self._linear(f"{name}_in", qkv),
                 out=self._linear(f"{name}_out", out),
                 gate_up=self._linear(f"{name}_in", gate_up),
-                down=self._linear(f"{name}_out", block.down_proj.weight),
+                down=self._linear(f"{name}_down", block.down_proj.weight),
             )
             blocks.append(packed)
             free(block)
         return blocks
-
-
-def action_rows(config: Pi0Config) -> Tensor:
-    """[suffix], 1 in the rows of actions, else 0."""
-    rows = torch.zeros(tiled(config.suffix_len))
-    rows[config.state_tokens : config.suffix_len] = 1
-    return rows
 
 
 def norms_of(trunk: GemmaTrunk) -> list[RMSNorm]:

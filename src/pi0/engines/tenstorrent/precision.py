@@ -86,8 +86,8 @@ PRESETS = {
     ),
     "fast": Precision(
         # A program that multiplies and adds to the residual stream takes one dtype for both. Two
-        # programs also read and write the branch: only the VLM's MLP has a matrix so much larger
-        # than its branch that they move less.
+        # programs also write and read the branch, which is hardly less, but for the VLM's MLP: its
+        # second matrix is much larger than its branch.
         weights={
             **dict.fromkeys(MATRICES, BF16),
             **dict.fromkeys(("vision_in", "projector", "vlm_in", "vlm_down", "expert_in"), BFP8),

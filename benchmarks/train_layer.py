@@ -1,10 +1,10 @@
 """Memory and time of training one layer of each tower at full width, beside what is estimated.
 
-    python benchmarks/train_layer.py [--batch 1] [--bfloat16] [--recompute] [--device cpu]
+    python benchmarks/train_layer.py [--batch 1] [--lora 16] [--bfloat16] [--recompute]
 
 The towers of π0 with one layer each and a small vocabulary, three cameras of 224 px, 48 tokens:
 steps are timed, and the peak of memory is compared with `pi0 train --estimate`. On a CPU the peak
-is that of the resident set.
+is that of the resident set, less what it was before there was a model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import torch
 from pi0.config import PRESETS, Pi0Config
 from pi0.errors import human_bytes
 from pi0.inputs import ModelInputs
+from pi0.model import Pi0
 from pi0.train.estimate import estimate
+from pi0.train.lora import LoraOptions, add_lora
 from pi0.train.loss import Batch, TrainingModel
 from pi0.train.start import Start
 from pi0.train.trainer import TrainerOptions, autocast, keep_float32
@@ -36,20 +38,16 @@ def one_layer() -> Pi0Config:
 
 def random_batch(config: Pi0Config, size: int, device: torch.device) -> Batch:
     pixels = config.vision.image_size
-    batch = Batch(
-        ModelInputs(
-            images=torch.rand(size, CAMERAS, 3, pixels, pixels) * 2 - 1,
-            image_mask=torch.ones(size, CAMERAS, dtype=torch.bool),
-            tokens=torch.randint(config.vocab_size, (size, TOKENS)),
-            token_mask=torch.ones(size, TOKENS, dtype=torch.bool),
-            state=torch.randn(size, config.state_dim),
-        ),
-        actions=torch.randn(size, config.horizon, config.action_dim),
-        noise=torch.randn(size, 1, config.horizon, config.action_dim),
-        time=torch.rand(size, 1),
-        columns={},
+    inputs = ModelInputs(
+        images=torch.rand(size, CAMERAS, 3, pixels, pixels) * 2 - 1,
+        image_mask=torch.ones(size, CAMERAS, dtype=torch.bool),
+        tokens=torch.randint(config.vocab_size, (size, TOKENS)),
+        token_mask=torch.ones(size, TOKENS, dtype=torch.bool),
+        state=torch.randn(size, config.state_dim),
     )
-    return batch.to(device)
+    actions = torch.randn(size, config.horizon, config.action_dim, device=device)
+    noise, time = torch.randn_like(actions)[:, None], torch.rand(size, 1, device=device)
+    return Batch(inputs.to(device), actions, noise, time, columns={})
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -61,22 +59,28 @@ def peak_bytes(device: torch.device) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train an adapter alone")
     parser.add_argument("--bfloat16", action="store_true")
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     config, device = one_layer(), torch.device(arguments.device)
     options = TrainerOptions(bfloat16=arguments.bfloat16, recompute=arguments.recompute)
-    expected = estimate(
-        config, lambda _: None, options, arguments.batch, CAMERAS, TOKENS, draws=1, ema=False
-    )
+
+    def prepare(model: Pi0) -> None:
+        if arguments.lora:
+            add_lora(model, LoraOptions(arguments.lora), seed=0)
+
+    expected = estimate(config, prepare, options, arguments.batch, CAMERAS, TOKENS, 1, ema=False)
+    libraries = peak_bytes(device)
     model = Start("one layer", config).model(0, device)
+    prepare(model)
     if options.bfloat16:
         keep_float32(model, device.type)
     module = TrainingModel(model, config.action_dim, recompute=options.recompute)
-    optimizer = torch.optim.AdamW(module.parameters())
+    optimizer = torch.optim.AdamW(p for p in module.parameters() if p.requires_grad)
     batch = random_batch(config, arguments.batch, device)
-    before = peak_bytes(device)
+    made = peak_bytes(device) - libraries
     times = []
     for _ in range(STEPS):
         start = time.perf_counter()
@@ -88,10 +92,10 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    found = peak_bytes(device)
-    print(f"{device}, batch {arguments.batch}, {options}")
+    found = peak_bytes(device) - libraries
+    print(f"{device}, batch {arguments.batch}, adapter of rank {arguments.lora}, {options}")
     print(f"step: {min(times[1:]):.3f} s at best of {STEPS - 1}")
-    print(f"peak: {human_bytes(found)}, of which {human_bytes(before)} before the first step")
+    print(f"peak: {human_bytes(found)}; {human_bytes(made)} while the model was made")
     print(f"estimated: {human_bytes(expected.total)}: {expected}")
 
 

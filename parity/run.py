@@ -3,8 +3,9 @@
     python parity/run.py                          # minutes, 17 GiB of memory, 7.3 GB of disk
     python parity/run.py --sizes tiny pi05_tiny   # seconds
 
-One process at a time; a full-size checkpoint that was made here is removed when it is done. Exits 1
-if an implementation is further from ours than its tolerance.
+One process at a time. Checkpoints that lie in the work folder already (WORKDIR/pi05_base) are used
+and stay; a full-size one that was made here is removed when it is done. Exits 1 if an
+implementation is further from ours than its tolerance.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -166,12 +169,16 @@ def compare(size: Size, checkpoint: Path) -> tuple[list[Row], dict[str, str]]:
     return rows, skipped
 
 
-def made(size: Size, folder: Path) -> Path:
-    """A checkpoint of the size, made if it is not there."""
-    if not (folder / "model.safetensors").exists():
+@contextmanager
+def checkpoint_of(size: Size, folder: Path) -> Iterator[Path]:
+    """A checkpoint of the size; if it has to be made and is a large one, it is removed again."""
+    made = not (folder / "model.safetensors").exists()
+    if made:
         dtype = parse_dtype(size.weights)
         synthesise(folder, PRESETS[size.preset], LAYOUTS["openpi"], 0, dtype)
-    return folder
+    yield folder
+    if made and size.name == "full":
+        shutil.rmtree(folder)
 
 
 def machine() -> str:
@@ -247,19 +254,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--workdir", type=Path, default=ROOT / "out" / "parity", metavar="FOLDER")
-    help_full = "one that `pi0 synth` made earlier"
-    parser.add_argument("--full-checkpoint", type=Path, metavar="CKPT", help=help_full)
+    help_folder = "of checkpoints, which are made where `pi0 synth` did not make them earlier"
+    default = ROOT / "out" / "parity"
+    parser.add_argument("--workdir", type=Path, default=default, metavar="FOLDER", help=help_folder)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "parity.md", metavar="PAGE.md")
     options = parser.parse_args()
     rows: list[Row] = []
     skipped: dict[str, str] = {}
     for size in (SIZES[name] for name in options.sizes):
-        given = options.full_checkpoint if size.preset == "pi0_base" else None
-        checkpoint = given or made(size, options.workdir / size.preset)
-        more, why = compare(size, checkpoint)
-        if size.name == "full" and not given:
-            shutil.rmtree(checkpoint)
+        with checkpoint_of(size, options.workdir / size.preset) as checkpoint:
+            more, why = compare(size, checkpoint)
         rows, skipped = rows + more, skipped | why
     temporary = options.out.with_suffix(".tmp")
     temporary.write_text(page(rows, skipped), encoding="utf-8")

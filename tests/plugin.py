@@ -12,7 +12,8 @@ from pathlib import Path
 ENGINE = """
 from types import MappingProxyType
 
-from pi0.engines.base import Capabilities, EngineOptions, Threshold
+from pi0.engines.base import Capabilities, EngineOptions
+from pi0.engines.threshold import Threshold
 from pi0.engines.reference import ReferenceEngine
 
 

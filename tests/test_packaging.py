@@ -26,6 +26,7 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 LOCKS = {
     "venv": (["plot", "ray", "report", "test", "lint"], PYTHONS),
     "ttnn": (["ttnn", "report"], ["3.10", "3.12"]),
+    "inspect-robots": (["sim"], PYTHONS),
 }
 # Folders of one person's or one machine's files.
 MACHINE_PATH = re.compile(r"(?<![\w.~}])/(?:work|root|home/\w+|Users/\w+)/")
@@ -83,7 +84,9 @@ def test_locks_are_exact_and_name_no_index(lock: str) -> None:
 def test_makefile_names_what_is_locked() -> None:
     text = (ROOT / "Makefile").read_text()
     assert f"TORCH_LOCKED := torch=={pinned('venv', '3.12')['torch']}\n" in text
-    assert f"LEROBOT := lerobot[pi]=={pinned('lerobot', '3.12')['lerobot']}\n" in text
+    assert f"LEROBOT := lerobot[pi,dataset]=={pinned('lerobot', '3.12')['lerobot']}\n" in text
+    framework = pinned("inspect-robots", "3.12")["inspect-robots"]
+    assert f"INSPECT_ROBOTS := inspect-robots=={framework} " in text
 
 
 def test_makefile_explains_its_targets() -> None:

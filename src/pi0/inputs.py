@@ -6,7 +6,7 @@ code trusts shapes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,17 @@ class ModelInputs:
     def row(self, i: int) -> ModelInputs:
         """One observation of the batch."""
         return ModelInputs(**{name: value[i : i + 1] for name, value in vars(self).items()})
+
+    @classmethod
+    def joined(cls, rows: Sequence[ModelInputs]) -> ModelInputs:
+        """Observations of equal shapes as one batch, in their order; `row` is the inverse."""
+        names = vars(rows[0])
+        return cls(**{name: torch.cat([getattr(row, name) for row in rows]) for name in names})
+
+    @property
+    def shape(self) -> tuple[torch.Size, ...]:
+        """Of each tensor; observations with equal ones can be joined."""
+        return tuple(value.shape for value in vars(self).values())
 
     def same_prefix(self, other: ModelInputs) -> bool:
         """Whether all but the state is equal."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from jax_folder import ORACLES, copy_oracle, edit, odd_config, remove, synthesise_jax
 from peft_folder import copy_case
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from pi0.checkpoint import convert as module
 from pi0.checkpoint import orbax
@@ -269,6 +271,39 @@ def test_what_openpi_cannot_say(tmp_path: Path, code: str, norm_stats: str | Non
     found = export_files(checkpoint, "jax", "bfloat16", norm_stats).findings
     codes = {f.code for f in found} - {"statistics-missing"}
     assert codes == {"preprocessing-lost", code}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mean": [math.nan, *[0.0] * 31]}, "finite values of mean, found nan in dimension 0"),
+        ({"std": [1.0] * 7}, r"vectors of one length, found mean \[32\] and std \[7\]"),
+        ({"std": [-1.0] * 32}, "mean and std with a spread of 0 or more, found -1"),
+        ({"q01": [2.0] * 32}, "q01 and q99 with a spread of 0 or more"),
+        ({"mean": [0.0] * 40, "std": [1.0] * 40}, "at most the 32 values of the model, found 40"),
+    ],
+)
+@pytest.mark.parametrize("target", ["openpi", "lerobot", "jax"])
+def test_statistics_that_nobody_can_use(
+    tiny_path: Path, tmp_path: Path, target: str, changes: dict[str, Any], message: str
+) -> None:
+    source = shutil.copytree(tiny_path, tmp_path / "source")
+    (path,) = source.glob("assets/*/norm_stats.json")
+    content = json.loads(path.read_text())
+    content["norm_stats"]["actions"] |= changes
+    path.write_text(json.dumps(content))
+    with pytest.raises(Pi0Error, match=f"statistics of actions: expected {message}"):
+        export_files(open_checkpoint(source), target, "float32")
+
+
+def test_statistics_of_processors_that_nobody_can_use(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    synthesise(source, PRESETS["tiny"], LAYOUTS["lerobot"], 0, torch.float32)
+    (path,) = source.glob("policy_postprocessor_step_*.safetensors")
+    save_file(load_file(path) | {"action.std": torch.full((32,), math.nan)}, path)
+    for target in ("openpi", "lerobot"):
+        with pytest.raises(Pi0Error, match="finite values of std, found nan"):
+            export_files(open_checkpoint(source), target, "float32")
 
 
 def test_the_length_of_prompts_is_the_processors(tmp_path: Path) -> None:

@@ -90,9 +90,9 @@ def test_misfit_and_mixed_dtypes(folder: Path) -> None:
     assert all_found["dtype-mixed"][1].startswith("expert: expected its matrices in one dtype")
 
 
-def test_half_precision_is_refused(folder: Path) -> None:
-    rewrite(folder, lambda tensors: tensors.update({GATE: tensors[GATE].half()}))
-    assert "expected BF16 or F32, found F16" in found(folder)["weights-unfit"][1]
+def test_double_precision_is_refused(folder: Path) -> None:
+    rewrite(folder, lambda tensors: tensors.update({GATE: tensors[GATE].double()}))
+    assert "expected BF16, F32 or F16, found F64" in found(folder)["weights-unfit"][1]
 
 
 def test_adapter_that_changes_nothing(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_small_model_without_heads() -> None:
         ({"max_action_dim": 7}, "action_dim: the tensors say 32, config.json says 7"),
         ({"paligemma_variant": "gemma_300m"}, "vlm.width: the tensors say 2048"),
         ({"paligemma_variant": "gemma_7b"}, "expected one of gemma_2b"),
-        ({"type": "pi05"}, "adaptive_norm: the tensors say False"),
+        ({"type": "pi05"}, "type: the tensors say pi0, config.json says pi05"),
         ({"type": "act"}, "expected one of pi0, pi05, found 'act'"),
         ({"chunk_size": 50, "action_horizon": 10}, "one value for horizon, found 10 and 50"),
         ({"chunk_size": "50"}, "chunk_size: expected a count, found '50'"),

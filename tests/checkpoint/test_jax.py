@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorstore as ts
 import torch
 from jax_folder import ORACLES, PREFIX, copy_oracle, edit, odd_config, put, remove, synthesise_jax
 from typer.testing import CliRunner
@@ -303,6 +304,16 @@ def test_a_chunk_that_is_not_there(folder: Path, with_metadata: bool) -> None:
     edit(folder, lambda store: remove(store, "params.state_proj.kernel.value/0"))
     with pytest.raises(CheckpointError, match="state_proj/kernel: expected a complete"):
         load_model(open_checkpoint(folder))
+
+
+def test_zarr_of_version_3(tmp_path: Path) -> None:
+    (tmp_path / "params").mkdir()
+    base = {"driver": "file", "path": f"{tmp_path}/params/"}
+    store = {"driver": "ocdbt", "base": base, "path": "params.a.w/"}
+    spec = {"driver": "zarr3", "kvstore": store}
+    ts.open(spec, create=True, dtype=ts.float32, shape=[3]).result().write(1).result()
+    with pytest.raises(CheckpointError, match="found zarr v3. Save them again with use_zarr3=F"):
+        open_checkpoint(tmp_path)
 
 
 def test_no_manifest(folder: Path) -> None:

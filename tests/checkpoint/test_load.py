@@ -15,10 +15,13 @@ from torch import Tensor
 from weights_file import rewrite
 
 from pi0.checkpoint import files
+from pi0.checkpoint.convert import convert
 from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import load_model, open_checkpoint
 from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS, GemmaConfig, Pi0Config, SiglipConfig
+from pi0.engines.base import make_engine
+from pi0.engines.spec import EngineSpec
 from pi0.errors import CheckpointError, ConfigError
 from pi0.inputs import random_inputs
 from pi0.model import Pi0
@@ -55,6 +58,30 @@ def test_file_itself_and_other_name(tiny: Pi0, folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pi0.safetensors")
     save_file({"x": torch.ones(1)}, folder / "policy_preprocessor_step_5.safetensors")
     assert same(tiny, load_model(open_checkpoint(folder)))
+
+
+def test_float16_is_read_as_float32(folder: Path, tmp_path: Path) -> None:
+    """LeRobot loads such files, too. The fast engine and a conversion read the same values."""
+    path = folder / "model.safetensors"
+    halves = {name: values.half() for name, values in load_file(path).items()}
+    save_file({name: values.float() for name, values in halves.items()}, path)
+    expected, actions = load_model(open_checkpoint(folder)), sampled(folder)
+    save_file(halves, path)
+    checkpoint = open_checkpoint(folder)
+    assert same(expected, load_model(checkpoint))
+    assert torch.equal(sampled(folder), actions)
+    assert checkpoint.read_bytes == sum(v.nbytes for _, _, v in checkpoint.stream())
+    for target in ("openpi", "jax"):
+        convert(checkpoint, tmp_path / target, target, {})
+        shutil.copy(folder / "config.json", tmp_path / target)
+        assert same(expected, load_model(open_checkpoint(tmp_path / target)))
+
+
+def sampled(folder: Path) -> Tensor:
+    """Actions of engine cpu."""
+    with make_engine(EngineSpec.parse("cpu"), open_checkpoint(folder)) as engine:
+        inputs, noise = random_inputs(engine.config, 2, 8, seed=1)
+        return engine.sample(inputs, noise, 1)
 
 
 @pytest.fixture
@@ -105,7 +132,7 @@ def test_all_problems_in_one_error(folder: Path) -> None:
         del tensors["state_proj.bias"]
         tensors[K_PROJ] = tensors[K_PROJ][:-1].clone()
         tensors["extra.weight"] = torch.ones(3)
-        tensors["action_in_proj.bias"] = tensors["action_in_proj.bias"].half()
+        tensors["action_in_proj.bias"] = tensors["action_in_proj.bias"].double()
 
     rewrite(folder, damage)
     with pytest.raises(CheckpointError) as error:
@@ -115,7 +142,7 @@ def test_all_problems_in_one_error(folder: Path) -> None:
     assert "missing: state_proj.bias [32]" in text
     assert f"shape: {K_PROJ}: expected [16, 32], found [15, 32]" in text
     assert "unexpected: extra.weight [3]" in text
-    assert "dtype: action_in_proj.bias: expected BF16 or F32, found F16" in text
+    assert "dtype: action_in_proj.bias: expected BF16, F32 or F16, found F64" in text
 
 
 def test_long_lists_are_cut(folder: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from pi0.checkpoint.load import open_checkpoint
+from pi0.checkpoint.load import load_model, open_checkpoint
 from pi0.errors import CheckpointError
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 7022134\n"
@@ -97,6 +97,32 @@ def test_jax(tmp_path: Path) -> None:
     assert f"Name its folder: {tmp_path}/a/params." in refused(tmp_path / "a/params/_METADATA")
 
 
+def test_steps_of_an_openpi_run(tmp_path: Path) -> None:
+    for step in ("5000", "10000"):
+        (tmp_path / "pi0_libero" / "mine" / step / "params").mkdir(parents=True)
+        (tmp_path / "pi0_libero" / "mine" / step / "params" / "_METADATA").touch()
+    for above in (tmp_path, tmp_path / "pi0_libero", tmp_path / "pi0_libero" / "mine"):
+        assert "2 in folders below. Name one, such as" in refused(above)
+        assert f"{tmp_path}/pi0_libero/mine/10000." in refused(above)
+
+
+def test_params_beside_safetensors(folder: Path) -> None:
+    (folder / "params").mkdir()
+    assert not open_checkpoint(folder).findings
+    (folder / "params" / "manifest.ocdbt").touch()
+    (found,) = open_checkpoint(folder).findings
+    assert (found.severity, found.code) == ("warning", "params-ignored")
+    assert f"name them: {folder}/params." in found.sentence
+
+
+def test_files_that_macos_adds(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pi0.safetensors")
+    (folder / "._pi0.safetensors").write_bytes(b"\0\5\26\7" * 20)
+    assert {info.file.name for info in open_checkpoint(folder).tensors.values()} == {
+        "pi0.safetensors"
+    }
+
+
 def test_adapters(folder: Path) -> None:
     shutil.copy(folder / "model.safetensors", folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(
@@ -119,6 +145,22 @@ def test_adapter_under_another_name(folder: Path) -> None:
     values = load_file(folder / "model.safetensors")["action_out_proj.bias"]
     save_file({"base_model.model.x.lora_A.weight": values}, folder / "model.safetensors")
     assert "of an adapter: call the file adapter_model.safetensors" in refused(folder)
+
+
+def test_an_adapter_that_was_not_merged(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = "paligemma_with_expert.gemma_expert.model.layers.0.self_attn.q_proj."
+    factor = tensors["action_out_proj.bias"].clone()
+    save_file({**tensors, f"{name}lora_A.weight": factor}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"(?s)unexpected: .*lora_A.*LoRA was not merged"):
+        load_model(open_checkpoint(folder))
+    wrapped = {
+        f"base_model.model.{key.replace('.q_proj.', '.q_proj.base_layer.')}": values
+        for key, values in tensors.items()
+    }
+    wrapped[f"base_model.model.{name}lora_A.default.weight"] = factor
+    save_file(wrapped, folder / "model.safetensors")
+    assert "LoRA was not merged. Save what peft's merge_and_unload returns" in refused(folder)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "pi0.pth", "last.ckpt"])
@@ -213,6 +255,19 @@ def test_index_and_shards_that_differ(sharded: Path) -> None:
     first = next(iter(weight_map))
     write_index(sharded, {name: file for name, file in weight_map.items() if name != first})
     assert f"found 1 not listed, such as {first}" in refused(sharded)
+
+
+def test_shards_without_an_index(sharded: Path) -> None:
+    (sharded / INDEX).unlink()
+    names = [f"model-{i:05}-of-00002.safetensors" for i in (1, 2)]
+    for old, new in zip("ab", names, strict=True):
+        (sharded / f"{old}.safetensors").rename(sharded / new)
+    assert {info.file.name for info in open_checkpoint(sharded).tensors.values()} == {*names}
+    assert f"found one of 2 shards. Name the folder that it lies in: {sharded}." in refused(
+        sharded / names[0]
+    )
+    (sharded / names[1]).unlink()
+    assert f"expected 2 shards as {names[0]} says, found no {names[1]}. Copy" in refused(sharded)
 
 
 def test_index_decides_between_copies(sharded: Path) -> None:

@@ -350,8 +350,8 @@ def put(key: str, *shape: int, dtype: torch.dtype = torch.float32) -> Callable[.
             "expert.blocks.7.q_proj.weight: expected the base to have it",
         ),
         (
-            put(f"{PREFIX}state_proj.bias", 32, dtype=torch.float16),
-            "expected BF16 or F32, found F16",
+            put(f"{PREFIX}state_proj.bias", 32, dtype=torch.float64),
+            "expected BF16, F32 or F16, found F64",
         ),
         (dict.clear, "found none. It is not an adapter of this model"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import load_model, open_checkpoint
 from pi0.checkpoint.report import report
-from pi0.checkpoint.synth import byte_tokenizer, random_tensor, synthesise, tensor_list
+from pi0.checkpoint.synth import FLAT, byte_tokenizer, random_tensor, synthesise, tensor_list
 from pi0.config import PRESETS
 from pi0.inputs import random_inputs
 
@@ -35,7 +36,10 @@ def test_safetensors_itself_reads_it(tiny_path: Path) -> None:
 @pytest.mark.parametrize("preset", ["tiny", "small"])
 def test_activations_keep_their_scale(preset: str, outliers: float, tmp_path: Path) -> None:
     """The residual stream neither dies nor explodes from block to block."""
-    synthesise(tmp_path, PRESETS[preset], LAYOUTS["openpi"], 0, torch.float32, outliers=outliers)
+    statistics = replace(FLAT, outliers=outliers)
+    synthesise(
+        tmp_path, PRESETS[preset], LAYOUTS["openpi"], 0, torch.float32, statistics=statistics
+    )
     model = load_model(open_checkpoint(tmp_path))
     scales: dict[str, float] = {}
 
@@ -59,7 +63,9 @@ def test_outliers(preset: str) -> None:
     are smaller as a whole; everything else is as it was."""
     config = PRESETS[preset]
     for theirs, (ours, shape) in tensor_list(config, LAYOUTS["openpi"]).items():
-        plain, with_outliers = (random_tensor(ours, shape, config, 0, f) for f in (1, 30))
+        plain, with_outliers = (
+            random_tensor(ours, shape, config, 0, replace(FLAT, outliers=f)) for f in (1, 30)
+        )
         conditioned = ".dense." in ours
         if ".blocks." in ours and "norm" in ours and (conditioned or ours.endswith("weight")):
             # SigLIP's weights are the scale, Gemma's are added to 1; a conditioned norm's scale is

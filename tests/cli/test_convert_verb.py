@@ -32,6 +32,7 @@ def test_verb(source: Path, tmp_path: Path) -> None:
     [
         (["--to", "torch"], "--to: expected one of openpi, lerobot, jax, found 'torch'"),
         (["--to", "jax", "--tokenizer", "no.model"], "no.model: expected a file, found none"),
+        (["--to", "jax", "--tokenizer", __file__], f"{__file__}: expected a SentencePiece model"),
         (["--to", "jax", "--dtype", "int8"], "int8"),
         (["--to", "jax", "--horizon", "10"], "expected 50 as config.json says, found 10"),
     ],

@@ -36,8 +36,9 @@ from pi0.engines.fast.plan import make_token_plan
 from pi0.engines.fast.weights import pack, quantise_rows
 from pi0.errors import ConfigError, EngineError
 from pi0.inputs import ModelInputs, random_inputs
+from pi0.verify.cases import default_cases
 from pi0.verify.compare import compare
-from pi0.verify.run import VerifyResult, default_cases, verify
+from pi0.verify.run import VerifyResult, verify
 
 CPU = torch.device("cpu")
 # Operations that wait for the device or whose result has a shape that depends on values.

@@ -17,7 +17,8 @@ from pi0.engines.base import make_engine
 from pi0.engines.fast.cuda.engine import FP8_CAPABILITY, CudaEngine
 from pi0.engines.fast.cuda.graph import LIMIT
 from pi0.inputs import random_inputs
-from pi0.verify.run import default_cases, verify
+from pi0.verify.cases import default_cases
+from pi0.verify.run import verify
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
-from pi0.checkpoint.synth import synthesise
+from pi0.checkpoint.synth import FLAT, synthesise
 from pi0.cli.main import app
 from pi0.config import PRESETS
 from pi0.engines.base import make_engine
@@ -47,7 +48,8 @@ def outliers(
 ) -> Checkpoint:
     folder = tmp_path_factory.mktemp("outliers")
     config, layout = PRESETS[request.param], LAYOUTS["openpi"]
-    synthesise(folder, config, layout, seed=0, dtype=torch.bfloat16, outliers=30)
+    statistics = replace(FLAT, outliers=30)
+    synthesise(folder, config, layout, seed=0, dtype=torch.bfloat16, statistics=statistics)
     return open_checkpoint(folder)
 
 

@@ -33,7 +33,7 @@ from pi0.engines.fast.kernels import Norm
 from pi0.engines.fast.network import Network, make_rotation, slice_rotation
 from pi0.engines.fast.plan import make_token_plan
 from pi0.engines.fast.weights import Matrix, Scheme, pack
-from pi0.verify.run import default_cases
+from pi0.verify.cases import default_cases
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ROOT = Path(__file__).parents[2]

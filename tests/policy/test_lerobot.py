@@ -14,7 +14,7 @@ from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
 from pi0.errors import Pi0Error
-from pi0.policy import Policy
+from pi0.policy import Camera, Policy, Robot
 
 NAMES = ["a", "b", "c", "d", "Gripper.pos"]
 
@@ -40,6 +40,22 @@ def test_everything_comes_from_its_files(folder: LerobotFolder) -> None:
 def test_relative_actions(folder: LerobotFolder) -> None:
     folder.set_relative(exclude_joints=["gripper"], action_names=NAMES)
     assert Policy.from_checkpoint(folder.write()).pipeline.robot.delta == (1, 1, 1, 1, -1)
+
+
+def test_a_robot_table_with_the_keys_before_the_renames(folder: LerobotFolder) -> None:
+    """Or after them: both name the same pictures, in the same slots."""
+    front, joints = "observation.images.front", "observation.joints"
+    renames = {front: CAMERAS[0], joints: "observation.state"}
+    folder.set("rename_observations_processor", {"rename_map": renames})
+    path, pictures = folder.write(), np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3))
+    noise, actions = np.zeros((50, 32)), []
+    for camera, state in ((front, joints), (CAMERAS[0], "observation.state")):
+        robot = Robot("arm", (Camera(camera), Camera(CAMERAS[1])), ((state, 6),), 5)
+        policy = Policy.from_checkpoint(path, robot=robot, steps=1)
+        images = dict(zip((front, CAMERAS[1]), pictures.astype(np.uint8), strict=True))
+        observation = {**images, joints: np.arange(6.0), "task": "go"}
+        actions.append(policy.infer(observation, noise)["actions"])
+    np.testing.assert_array_equal(*actions)
 
 
 def test_errors_stop_a_policy(folder: LerobotFolder) -> None:

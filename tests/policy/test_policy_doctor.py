@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import open_checkpoint
 from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
+from pi0.errors import Pi0Error
 from pi0.policy import PolicyOptions, prepare
-from pi0.policy.doctor import PALIGEMMA_SIZE, examine
-from pi0.policy.tokenizer import Tokenizer
+from pi0.policy.doctor import examine
 
 
 @pytest.fixture
@@ -77,16 +77,13 @@ def test_statistics_missing_flat_or_narrow(folder: Path) -> None:
     assert "statistics-unusable" in codes(folder, robot="generic")
 
 
-@pytest.mark.parametrize(("bos", "newline"), [(1, [108]), (2, [13]), (2, [5, 108])])
-def test_another_vocabulary(folder: Path, bos: int, newline: list[int]) -> None:
+def test_no_policy_reads_prompts_with_another_vocabulary(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pi0.policy.tokenizer.PALIGEMMA_VOCABULARY", PRESETS["tiny"].vocab_size)
     setup = prepare(open_checkpoint(folder), PolicyOptions(robot="generic"))
-    assert setup.pipeline
-    config = replace(setup.pipeline.config, vocab_size=PALIGEMMA_SIZE)
-    for ids, first, expected in (([108], 2, []), (newline, bos, ["tokenizer-vocabulary"])):
-        tokenizer = Tokenizer(lambda _, ids=ids: ids, first, 32000, Path("x"))  # type: ignore[misc]
-        pipeline = replace(setup.pipeline, config=config, tokenizer=tokenizer)
-        found = examine(replace(setup, pipeline=pipeline))
-        assert [finding.code for finding in found] == expected
+    with pytest.raises(Pi0Error, match="expected PaliGemma's, with <bos> 2 and a line break"):
+        setup.require()
 
 
 @pytest.fixture
@@ -101,6 +98,18 @@ def test_cameras_of_a_named_robot(like_lerobot: Path) -> None:
     assert "observation/image, observation/wrist_image of robot libero" in found["cameras-differ"]
     assert "cameras-differ" not in codes(like_lerobot, robot="generic")  # has their names
     assert "cameras-differ" not in codes(like_lerobot)
+
+
+def test_processors_of_two_checkpoints(like_lerobot: Path) -> None:
+    assert "processors-differ" not in codes(like_lerobot)
+    (path,) = like_lerobot.glob("policy_postprocessor_step_*.safetensors")
+    statistics = load_file(path)
+    statistics["action.std"] *= 2
+    save_file(statistics, path)
+    assert "processors-differ" in codes(like_lerobot)
+    statistics = {k: v[:7] if k.startswith("action.") else v for k, v in statistics.items()}
+    save_file(statistics, path)
+    assert "processors-differ" in codes(like_lerobot)
 
 
 def test_two_origins(like_lerobot: Path, folder: Path) -> None:

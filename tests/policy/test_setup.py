@@ -73,7 +73,16 @@ def test_an_assumed_robot_is_said(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asset", "robot"), [("trossen", "aloha"), ("trossen_mobile", "aloha"), ("droid", "droid")]
+    ("asset", "robot"),
+    [
+        ("trossen", "aloha"),
+        ("trossen_mobile", "aloha"),
+        ("aloha_sim_transfer_cube_human", "aloha_sim"),
+        ("aloha_pen_uncap", "aloha"),
+        ("droid", "droid"),
+        ("DROID-100", "droid"),
+        ("libero_spatial", "libero"),
+    ],
 )
 def test_statistics_of_a_known_robot(folder: Path, asset: str, robot: str) -> None:
     shutil.move(folder / "assets/mine", folder / f"assets/{asset}")
@@ -262,6 +271,19 @@ def test_a_known_robot_anywhere_in_the_path(folder: Path, asset: str, code: str)
     path = write_stats(folder / asset / "norm_stats.json", 14, 14)
     assert code in codes(made(folder, preprocessing="openpi"))
     assert code in codes(made(folder, preprocessing="openpi", norm_stats=path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_statistics_that_are_not_finite(folder: Path, value: float) -> None:
+    table = {"mean": [0.0] * 14, "std": [1.0, 1.0, value, *[1.0] * 11]}
+    write_stats(
+        folder / "assets/mine/norm_stats.json",
+        14,
+        14,
+        norm_stats={"state": table, "actions": table},
+    )
+    setup = made(folder, robot="generic")
+    assert f"finite values of std, found {value} in dimension 2." in setup.findings[0].sentence
 
 
 @pytest.mark.parametrize(

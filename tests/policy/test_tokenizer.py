@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from pi0.checkpoint.synth import byte_tokenizer
+from pi0.checkpoint.synth import PALIGEMMA_VOCABULARY, byte_tokenizer
 from pi0.errors import ObservationError, Pi0Error
-from pi0.policy.tokenizer import PromptFormat, Tokenizer, find_tokenizer, load_tokenizer
+from pi0.policy.tokenizer import (
+    PromptFormat,
+    Tokenizer,
+    find_tokenizer,
+    load_tokenizer,
+    load_tokenizer_of,
+)
 
 GEMMA = Path(
     os.environ.get(
@@ -74,6 +80,10 @@ def test_gemma(gemma: Tokenizer) -> None:
     assert mask.sum() == 6
     raw, _ = gemma.tokenize("pick_up the cube ", PromptFormat("lerobot", 48))
     assert not torch.equal(ids, raw)
+
+
+def test_gemma_is_the_vocabulary_of_paligemma(gemma: Tokenizer) -> None:
+    assert load_tokenizer_of(gemma.source, PALIGEMMA_VOCABULARY).bos == 2
 
 
 def test_gemma_knows_the_words(gemma: Tokenizer) -> None:

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from websockets.sync.client import ClientConnection, connect
 
@@ -50,6 +49,7 @@ class StateEngine(Engine):
         super().__init__(SimpleNamespace(config=PRESETS["tiny"]), EngineOptions("float32"))
         self.seconds, self.scale = seconds, scale
         self.computed: list[float] = []
+        self.batches: list[int] = []  # how many observations each call had
         self.gate = threading.Event()  # calls wait for it
         self.gate.set()
         self.started = threading.Semaphore(0)
@@ -58,19 +58,19 @@ class StateEngine(Engine):
         return inputs
 
     def velocity(self, x_t: Tensor, t: Tensor, cache: ModelInputs, tap: Tap = no_tap) -> Tensor:
-        return (x_t - float(cache.state[0, 0])) / t[:, None, None]
+        return (x_t - cache.state[:, :1, None]) / t[:, None, None]
 
     def _sample(
         self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: Callable[[], None]
     ) -> Tensor:
         self.started.release()
         self.gate.wait(SOON)
-        value = float(inputs.state[0, 0])
         for _ in range(steps):
             time.sleep(self.seconds / steps)
             on_step()
-        self.computed.append(value)
-        return torch.full_like(noise, value * self.scale)
+        self.computed += inputs.state[:, 0].tolist()
+        self.batches.append(len(noise))
+        return inputs.state[:, :1, None].expand_as(noise) * self.scale
 
 
 def make_policy(engine: Engine, robot: str = "generic", **options: Any) -> Policy:

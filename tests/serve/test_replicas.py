@@ -45,10 +45,10 @@ class LostError(Exception):
 class Response:
     """As much of Ray's DeploymentResponse as a server uses."""
 
-    def __init__(self, task: Future[Answer]) -> None:
+    def __init__(self, task: Future[list[Answer]]) -> None:
         self.task, self.cancelled = task, False
 
-    def result(self, timeout_s: float) -> Answer:
+    def result(self, timeout_s: float) -> list[Answer]:
         try:
             return self.task.result(timeout_s)
         except TimeoutError:
@@ -71,22 +71,24 @@ class Cluster:
         self.pipeline = policies[0].pipeline
         self.made = [replica_of(policy) for policy in policies]
         self.idle = list(self.made)
-        self.lose, self.asked = 0, []
+        self.lose, self.asked = 0, list[list[dict[str, Any]]]()
         self.responses: list[Response] = []
         self._pool = ThreadPoolExecutor(len(policies))
 
-    def ask(self, request: dict[str, Any], age: float) -> Response:
-        self.asked.append(request)
+    def ask(self, requests: list[dict[str, Any]], ages: list[float]) -> Response:
+        self.asked.append(requests)
         lost, self.lose = self.lose > 0, max(0, self.lose - 1)
-        self.responses.append(Response(self._pool.submit(self._answer, request, age, lost)))
+        self.responses.append(Response(self._pool.submit(self._answer, requests, ages, lost)))
         return self.responses[-1]
 
-    def _answer(self, request: dict[str, Any], age: float, lost: bool) -> Answer:
+    def _answer(
+        self, requests: list[dict[str, Any]], ages: list[float], lost: bool
+    ) -> list[Answer]:
         if lost:
             raise LostError("killed")
         replica = self.idle.pop()
         try:
-            return asyncio.run(replica.answer(request, age))
+            return asyncio.run(replica.answer(requests, ages))
         finally:
             self.idle.append(replica)
 
@@ -148,10 +150,10 @@ def test_a_lost_replica_costs_nobody_an_answer(caplog: pytest.LogCaptureFixture)
     with running(cluster.replicas()) as served, served.connect() as client:
         cluster.lose = 1
         np.testing.assert_allclose(ask(client, observation(1))["actions"], 1, rtol=1e-5)
-        first, second = cluster.asked
+        (first,), (second,) = cluster.asked
         assert torch.equal(first["noise"], second["noise"])
         np.testing.assert_allclose(ask(client, observation(2))["actions"], 2, rtol=1e-5)
-    assert not torch.equal(cluster.asked[2]["noise"], first["noise"])
+    assert not torch.equal(cluster.asked[2][0]["noise"], first["noise"])
     assert "a replica was lost while it computed (killed)" in caplog.text
 
 
@@ -188,7 +190,7 @@ def test_noise_follows_from_the_seed() -> None:
         with running(cluster.replicas(seed=7)) as served, served.connect() as client:
             for value in (1, 2):
                 ask(client, observation(value))
-        drawn.append([asked["noise"] for asked in cluster.asked])
+        drawn.append([asked["noise"] for (asked,) in cluster.asked])
     assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
 
 
@@ -255,31 +257,38 @@ def test_a_replica_whose_device_is_lost_is_not_healthy() -> None:
     policy = make_policy(engine)
     replica = replica_of(policy)
     asyncio.run(replica.check_health())
-    inferred = policy.infer
+    sample = policy.sample
 
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("device lost")
 
     fields = {"frame": pack(observation(1)), "timeout": SOON, "previous": None, "noise": None}
-    policy.infer = broken
-    assert asyncio.run(replica.answer(fields, 0.0)).outcome == "internal"
+    policy.sample = broken
+    assert outcome(replica, fields) == "internal"
     computed = len(engine.computed)
+    policy.sample = sample
     asyncio.run(replica.check_health())
     assert len(engine.computed) == computed + 1
-    assert asyncio.run(replica.answer(fields, 0.0)).outcome == "internal"
-    engine.scale = float("nan")
+    policy.sample = broken
+    assert outcome(replica, fields) == "internal"
+    policy.sample, engine.scale = sample, float("nan")
     with pytest.raises(EngineError):
         asyncio.run(replica.check_health())
-    engine.scale, policy.infer = 1.0, inferred
-    assert asyncio.run(replica.answer(fields, 0.0)).outcome == "ok"
+    engine.scale = 1.0
+    assert outcome(replica, fields) == "ok"
+
+
+def outcome(replica: PolicyReplica, fields: dict[str, Any]) -> str:
+    (answer,) = asyncio.run(replica.answer([fields], [0.0]))
+    return answer.outcome
 
 
 def test_age_counts_as_time_in_the_queue() -> None:
     fields = {"frame": pack(observation(1)), "timeout": 1.0, "previous": None, "noise": None}
     replica = replica_of(make_policy(StateEngine()))
-    answer = asyncio.run(replica.answer(fields, 0.5))
+    (answer,) = asyncio.run(replica.answer([fields], [0.5]))
     assert 0.5 <= answer.stages["queue"] < 1.0
-    late = asyncio.run(replica.answer(fields, 1.5))
+    (late,) = asyncio.run(replica.answer([fields], [1.5]))
     assert late.outcome == "timeout"
 
 

@@ -139,6 +139,8 @@ def test_the_example_gets_actions_and_errors() -> None:
         (["--api-key-file", "none"], "--api-key-file: expected a file with a key"),
         (["--tls-cert", "none"], "--tls-cert, --tls-key: expected both or neither"),
         (["--host", "192.0.2.1"], "--host, --port: expected an address"),
+        (["--batch-wait", "5"], "--batch-wait: expected --batch beside it, found none"),
+        (["--batch", "2", "--engine", "ttnn-host"], "Leave --batch out"),
         (["--on-limit", "no"], "on_limit: expected one of error, clamp, warn"),
         (["--robot", "aloha"], "state"),
     ],

@@ -83,15 +83,15 @@ def test_an_error_is_a_text_and_the_next_observation_is_answered(
 
 def test_an_internal_error_stays_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     policy = make_policy(StateEngine())
-    inferred = policy.infer
+    decode = policy.decode
 
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("/secret/place")
 
     with running(policy) as served, served.connect() as client:
-        policy.infer = broken
+        policy.decode = broken
         said = ask(client, observation(1))
-        policy.infer = inferred
+        policy.decode = decode
         assert "actions" in ask(client, observation(1))
     assert said.startswith("server: expected an answer, found an internal error")
     assert "secret" not in said
@@ -113,9 +113,9 @@ def test_an_internal_error_stays_in_the_log(caplog: pytest.LogCaptureFixture) ->
 def test_no_robot_gets_what_is_no_chunk(actions: Any) -> None:
     """Even of a policy that lies: what leaves is looked at once more."""
     policy = make_policy(StateEngine())
-    true = policy.infer
+    true = policy.decode
     with running(policy) as served, served.connect() as client:
-        policy.infer = lambda *a, **k: {**true(*a, **k), "actions": actions}
+        policy.decode = lambda *a, **k: {**true(*a, **k), "actions": actions}
         said = ask(client, observation(1))
     assert isinstance(said, str)
     assert said.startswith("actions: expected")

@@ -156,10 +156,12 @@ def test_a_key_opens_everything_but_health(header: str | None, status: int) -> N
                 assert "actions" in ask(client, observation(1))
         else:
             with (
-                pytest.raises(InvalidStatus, match="401"),
+                pytest.raises(InvalidStatus, match="401") as refused,
                 served.connect(additional_headers=headers),
             ):
                 pass
+            said = refused.value.response.body.decode()
+            assert said.endswith(f"found {'another' if header else 'none'}.\n")
 
 
 def test_two_keys_are_none() -> None:

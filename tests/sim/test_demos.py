@@ -7,6 +7,7 @@ from pi0.data.read import Dataset
 from pi0.errors import ConfigError
 from pi0.sim.demos import OBJECTS, Disturbance, record_episode
 from pi0.sim.env import TabletopEnv
+from pi0.sim.experts import SHUT
 from pi0.sim.record import Plan, record
 from pi0.sim.tasks import COLORS
 
@@ -37,6 +38,22 @@ def test_recording_is_what_the_expert_wanted():
     state, action = recording.columns["observation.state"], recording.columns["action"]
     moved = np.diff(state[:, :3], axis=0) / 0.03
     assert np.abs(moved - action[:-1, :3]).max() > 0.05  # executed with noise, recorded without
+    env.close()
+
+
+def test_slips_show_how_to_recover():
+    """Some frames have fingers shut on nothing, where the expert opens them; all end well."""
+    env = TabletopEnv(image_size=16)
+    shut, frames = 0, 0
+    for seed in range(4):
+        slipping = Disturbance(episodes=1, slips=1)
+        recording = record_episode(env, seed, "lift", slipping, 80)
+        assert recording is not None
+        opening, width = recording.columns["observation.state"][:, 3:].T
+        wanted = recording.columns["action"][:, 3]
+        shut += int(((opening == 0) & (width < SHUT) & (wanted > 0)).sum())
+        frames += recording.length
+    assert shut > 0.03 * frames, (shut, frames)
     env.close()
 
 

@@ -15,7 +15,8 @@ from pi0.engines.base import EngineOptions, make_engine
 from pi0.engines.tenstorrent.engine import TtnnEngine
 from pi0.engines.tenstorrent.ttnn_import import DRIVER, EMULATOR, SIMULATOR, has_device
 from pi0.inputs import ModelInputs, random_inputs
-from pi0.verify.run import default_cases, verify
+from pi0.verify.cases import default_cases
+from pi0.verify.run import verify
 
 pytestmark = [
     pytest.mark.tt_device,

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
-from pi0.engines.base import Capabilities, Engine, EngineOptions, Threshold, make_engine
+from pi0.engines.base import Capabilities, Engine, EngineOptions, make_engine
 from pi0.engines.reference import ReferenceEngine
+from pi0.engines.threshold import Threshold
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
 from pi0.testing import check_engine

@@ -14,18 +14,29 @@ import pytest
 import torch
 from PIL import Image
 
+from pi0.engines.threshold import Threshold
 from pi0.figures import RED, to_svg
-from pi0.verify import plots
+from pi0.verify import error_axis, plots
+from pi0.verify.action_plots import plot_differences
 from pi0.verify.compare import Comparison, compare
-from pi0.verify.report import Header, outcome, to_data, to_html, verdict
-from pi0.verify.run import Row, VerifyResult
-from pi0.verify.thresholds import Threshold
+from pi0.verify.report import (
+    Header,
+    outcome,
+    part_verdicts,
+    to_data,
+    to_html,
+    verdict,
+    worst_of_blocks,
+)
+from pi0.verify.rows import Row
+from pi0.verify.run import VerifyResult
 
-LIMIT = Threshold(0.999, 3e-2, "made up")
+LIMIT = Threshold(0.999, 3e-2, "made up", 1e-3)
 EXACT = Threshold(0.999999, 0.0, "made up")
 GOOD = Comparison(0.99995, 0.99995, 1e-2, 0.1, None)
 ZERO = Comparison(1 - 1e-16, 1.0, 0.0, 0.0, None)
 LOW_PCC = Comparison(0.9912, 0.9912, 5.6e-3, 0.1, None)
+LARGE_GAIN = Comparison(0.9995, 0.9995, 5e-3, 0.1, None, 4e-3)
 LARGE_L2 = Comparison(0.9995, 0.9995, 5.6e-2, 0.1, None)
 NAN = compare(torch.tensor([1.0, 2.0]), torch.tensor([1.0, float("nan")]))
 HEADER = Header(
@@ -39,7 +50,12 @@ def result(*comparisons: Comparison, cases: int = 2, blocks: int = 3) -> VerifyR
     turns = itertools.cycle(comparisons)
     names = [f"case {i}" for i in range(cases)]
     stages = ("vision_tower", "prefix", "velocity", "actions", "sample")
-    rows = [Row(case, stage, next(turns), LIMIT, 1.0, 2.0) for case in names for stage in stages]
+    rows = [
+        Row(case, stage, next(turns), LIMIT, 1.0, 2.0, part)
+        for part in ("structure", "chained")
+        for case in names
+        for stage in stages
+    ]
     for case in names:
         for i in range(blocks):
             for part in ("", ".keys", ".values"):
@@ -115,8 +131,8 @@ def test_page_is_valid_and_needs_nothing_else(name: str) -> None:
     assert len(page.ids) == len(set(page.ids))
     assert {link.removeprefix("#") for link in page.links} <= set(page.ids), "no outside request"
     assert not re.search(r"@import|url\((?!#)", html)
-    assert html.count("<svg") == (4 if name == "no blocks" else 5)
-    for text in ("relative L2 error", "1 − PCC", "denoising step", "candidate − reference"):
+    assert html.count("<svg") == (5 if name == "no blocks" else 6)
+    for text in ("relative L2 error", "1 − PCC", "|gain − 1|", "denoising step"):
         assert text in page.words
     assert ("block" in page.words) == (name != "no blocks")
     assert "ms reference:float32" in page.words
@@ -147,13 +163,16 @@ def test_a_failure_says_which_limit_fell_with_both_numbers() -> None:
         "large L2": Row("c", "s", LARGE_L2, LIMIT, 0, 0),
         "both": Row("c", "s", Comparison(0.5, 0.5, 1.0, 1.0, None), LIMIT, 0, 0),
         "nan": Row("c", "s", NAN, LIMIT, 0, 0),
+        "gain": Row("c", "s", LARGE_GAIN, LIMIT, 0, 0),
     }
     assert {name: outcome(row) for name, row in fallen.items()} == {
         "low PCC": "FAILS PCC",
         "large L2": "FAILS L2",
         "both": "FAILS PCC and L2",
         "nan": "FAILS",
+        "gain": "FAILS gain",
     }
+    assert fallen["gain"].exceeded == ["gain off by +4.00e-03 (limit: at most 1e-03)"]
     assert fallen["low PCC"].exceeded == ["PCC 0.9912 (limit: at least 0.999)"]
     assert fallen["large L2"].exceeded == ["relative L2 5.60e-02 (limit: at most 3e-02)"]
     assert len(fallen["both"].exceeded) == 2
@@ -161,7 +180,7 @@ def test_a_failure_says_which_limit_fell_with_both_numbers() -> None:
 
 
 def test_verdict() -> None:
-    assert verdict(HEADER, RESULTS["good"]) == "agree: all 48 comparisons are within their limits"
+    assert verdict(HEADER, RESULTS["good"]) == "agree: all 58 comparisons are within their limits"
     row = Row("c", "suffix", GOOD, LIMIT, 0, 0)
     alone = verdict(replace(HEADER, judged=False), VerifyResult("chained", [row], {}, {}))
     assert alone.endswith("within their limits; no independent implementation was compared")
@@ -176,13 +195,38 @@ def test_verdict() -> None:
     assert to_data(HEADER, RESULTS["failing"])["first_failure"] == "prefix (case 0)"
 
 
+def test_two_verdicts() -> None:
+    good = replace(RESULTS["good"], structure="cpu:float32")
+    computation, rounding = part_verdicts(HEADER, good)
+    assert computation == (
+        "same computation (cpu:float32, each stage on the reference's input): all 10 comparisons "
+        "are within their limits"
+    )
+    assert rounding.startswith("rounding of cpu:int8: all ")
+    wrong = [Row("c", "prefix", LARGE_L2, LIMIT, part="chained"), *good.rows]
+    computation, rounding = part_verdicts(HEADER, replace(good, rows=wrong, structure=None))
+    assert computation.startswith("same computation: not tested apart from rounding, because")
+    assert rounding == (
+        "rounding of cpu:int8: FAILS first at prefix (c): relative L2 5.60e-02 (limit: at most "
+        "3e-02)"
+    )
+
+
+def test_the_block_nearest_to_its_limit_stands_for_all() -> None:
+    rows = [
+        Row("c", f"vlm_transformer.block.{i}.keys", comparison, LIMIT)
+        for i, comparison in enumerate((GOOD, LARGE_L2, ZERO))
+    ]
+    assert [row.name for row in worst_of_blocks(rows)] == ["vlm_transformer.block.1.keys"]
+
+
 def test_zero_and_no_number_have_rows_of_their_own() -> None:
-    axis = plots.ErrorAxis.of([0.0, 1e-17, 2e-3, float("nan"), 3e-2], rounding=1e-9)
+    axis = error_axis.ErrorAxis.of([0.0, 1e-17, 2e-3, float("nan"), 3e-2], rounding=1e-9)
     assert (axis.low, axis.high) == (pytest.approx(1e-3), pytest.approx(0.1))
     assert axis.place(2e-3) == 2e-3
     assert 1e-4 < axis.place(0.0) == axis.place(1e-17) < 1e-3, "it does not squeeze the decades"
     assert axis.place(float("nan")) > 0.1
-    assert plots.REL_L2.rounding == 0, "what must not move a single bit"
+    assert error_axis.REL_L2.rounding == 0, "what must not move a single bit"
     svg = to_svg(plots.plot_stages(RESULTS["some nan"].rows), "x")
     assert ">no number<" in svg
     assert ">0<" in svg
@@ -193,7 +237,7 @@ def test_zero_and_no_number_have_rows_of_their_own() -> None:
 
 def test_failing_marks_are_red_and_labelled() -> None:
     for name, shown in (("good", False), ("failing", True)):
-        top, bottom = plots.plot_stages(RESULTS[name].rows).axes
+        top, bottom, _ = plots.plot_stages(RESULTS[name].rows).axes
         for axes, numbers in ((top, "5.6e-02\n> 3e-02"), (bottom, "0.991200\n< 0.999")):
             red = [line for line in axes.lines if line.get_color() == RED]
             assert bool(red) == shown
@@ -201,9 +245,9 @@ def test_failing_marks_are_red_and_labelled() -> None:
 
 
 def test_cases_differ_in_colour_marker_and_place() -> None:
-    styles = plots.case_styles(RESULTS["many cases"].rows)
+    styles = error_axis.case_styles(RESULTS["many cases"].rows)
     assert len({(style.colour, style.marker) for style in styles.values()}) == 7
-    top, _ = plots.plot_stages(RESULTS["good"].rows).axes
+    top, *_ = plots.plot_stages(RESULTS["good"].rows).axes
     marks = [line for line in top.lines if line.get_marker() in ("o", "s")]
     first, second = (next(m for m in marks if m.get_marker() == marker) for marker in "os")
     assert first.get_color() != second.get_color()
@@ -227,10 +271,10 @@ def test_oracle_and_masked_content_are_drawn() -> None:
 
 def test_the_worst_actions_are_shown_and_said_to_be_no_numbers() -> None:
     actions = RESULTS["some nan"].actions
-    figure = plots.plot_differences(actions, plots.case_styles(RESULTS["some nan"].rows))
-    assert [axes.get_title(loc="right") for axes in figure.axes].count(plots.NO_NUMBER) == 8
+    figure = plot_differences(actions, error_axis.case_styles(RESULTS["some nan"].rows))
+    assert [axes.get_title(loc="right") for axes in figure.axes].count(error_axis.NO_NUMBER) == 8
     one = {"case 0": (torch.zeros(1, 4, 9), torch.eye(9)[:4][None] * torch.arange(9))}
-    figure = plots.plot_differences(one, {"case 0": plots.Style("#000000", "o")})
+    figure = plot_differences(one, {"case 0": error_axis.Style("#000000", "o")})
     assert [axes.get_title(loc="left") for axes in figure.axes][-1] == "action 7"
 
 

@@ -60,8 +60,7 @@ def convert(
         out: a folder that is new or empty.
         target: one of `TARGETS`.
         files: contents, or files to copy, by their path in the folder.
-        dtype: of all weights, float32 or bfloat16; None: each as it is read, which is float32 where
-            LoRA is merged.
+        dtype: of all weights, float32 or bfloat16; None: each as `Checkpoint.stream` yields it.
 
     Raises:
         CheckpointError: the checkpoint does not fit in every tensor, or holds NaN or infinities.
@@ -70,8 +69,7 @@ def convert(
     """
     layout = parse_target(target)
     check(checkpoint)
-    names = checkpoint.names.ours
-    dtypes = {ours: dtype or _read_dtype(checkpoint, name) for name, ours in names.items()}
+    dtypes = {ours: dtype or stored for ours, stored in checkpoint.dtypes.items()}
     headers = _headers(checkpoint, layout or OPENPI, dtypes)
     if layout is None:
         import_tensorstore(out)  # before the work
@@ -89,13 +87,6 @@ def convert(
                 shutil.copyfile(content, path)
             else:
                 path.write_bytes(content)
-
-
-def _read_dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
-    """The dtype in which `stream` yields a tensor."""
-    if checkpoint.adapter and checkpoint.names.ours[name] in checkpoint.adapter.pairs:
-        return torch.float32
-    return TORCH_DTYPES[checkpoint.tensors[name].dtype]
 
 
 def _headers(

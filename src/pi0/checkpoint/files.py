@@ -31,7 +31,7 @@ CACHE_LINE = 64  # bytes of a processor's cache line, where vectors are read fas
 # Of safetensors' dtypes; the model reads only those in TORCH_DTYPES.
 BITS = {"F64": 64, "I64": 64, "U64": 64, "F16": 16, "BF16": 16, "I16": 16, "U16": 16, "I8": 8,
         "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8}  # fmt: skip
-TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 WRITTEN = {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32,
            "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"

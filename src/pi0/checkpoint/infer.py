@@ -101,7 +101,9 @@ def infer_config(
             _state(declared, name, value)
     inferred = _read_shapes(shapes) | dict(heads or {})
     contradictions = [
-        f"{name}: the tensors say {inferred[name]}, config.json says {declared[name]}"
+        "{}: the tensors say {}, config.json says {}".format(
+            *_in_words(name, inferred[name], declared[name])
+        )
         for name in inferred
         if name in declared and declared[name] != inferred[name]
     ]
@@ -223,9 +225,10 @@ def _read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     def declare(name: str, value: Any, source: str) -> None:
         if declared.setdefault(name, value) != value:
+            field, first, second = _in_words(name, declared[name], value)
             raise ConfigError(
-                f"config.json: expected one value for {name}, found {declared[name]} and {value} "
-                f"(under {source})."
+                f"config.json: expected one value for {field}, found {first} and {second} (under "
+                f"{source})."
             )
 
     for name, paths in CONFIG_JSON.items():
@@ -247,6 +250,14 @@ def _read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(settings.get("pi05"), bool):
         declare("adaptive_norm", settings["pi05"], "pi05")
     return declared
+
+
+def _in_words(name: str, *values: Any) -> list[Any]:
+    """A field and values of it as config.json has them."""
+    if name != "adaptive_norm":
+        return [name, *values]
+    models = {adaptive: model for model, adaptive in MODEL_TYPES.items()}
+    return ["type", *(models[value] for value in values)]
 
 
 def _one_of(known: Mapping[str, T], key: str, value: Any) -> T:

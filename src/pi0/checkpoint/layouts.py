@@ -141,6 +141,11 @@ LM_HEADS = {
     name for layout in LAYOUTS.values() for name in layout.embedding if "lm_head" in name
 } | {_P + "paligemma.model.lm_head.weight"}
 
+UNMERGED = (
+    "They are of a model whose LoRA was not merged. Save what peft's merge_and_unload returns, or "
+    "the adapter alone with its base."
+)
+
 # Buffers of the normalisation that older LeRobot policies had inside.
 BUFFER = re.compile(
     r"(?:un)?normalize(?:_inputs|_targets|_outputs)?\.(?:buffer_)?"
@@ -182,12 +187,16 @@ def map_names(names: Iterable[str]) -> NameMap:
     prefixes = {part: _find_prefix(part, bare.values()) for part in PARTS}
     missing = [part for part, prefix in prefixes.items() if prefix is None]
     if missing:
-        lora = any("lora_" in name for name in names)
+        hint = ""
+        if any(".base_layer." in name for name in names):
+            hint = f" {UNMERGED}"
+        elif any("lora_" in name for name in names):
+            hint = " They are of an adapter: call the file adapter_model.safetensors."
         raise CheckpointError(
             f"tensor names: expected a π0 checkpoint in one of the layouts {', '.join(LAYOUTS)}, "
             f"found {len(names)} tensors without a known {' or '.join(missing)} part"
             + (f", such as {', '.join(sorted(names)[:3])}." if names else ".")
-            + (" They are of an adapter: call the file adapter_model.safetensors." if lora else "")
+            + hint
         )
     language = prefixes["language"] or ""
     ours: dict[str, str] = {}

@@ -27,10 +27,11 @@ from pi0.checkpoint.files import (
 )
 from pi0.checkpoint.infer import Inferred, MissingTensorError, infer_config
 from pi0.checkpoint.jax import JaxParams, open_params
-from pi0.checkpoint.layouts import LAYOUTS, NameMap, map_names, their_names
-from pi0.checkpoint.locate import find_files, has_adapter
+from pi0.checkpoint.layouts import LAYOUTS, UNMERGED, NameMap, map_names, their_names
+from pi0.checkpoint.locate import PARAMS, find_files, has_adapter
 from pi0.checkpoint.lora import Adapter, open_adapter
 from pi0.checkpoint.memory import require_memory
+from pi0.checkpoint.orbax import MANIFEST
 from pi0.config import Pi0Config
 from pi0.errors import CheckpointError
 from pi0.findings import Finding, warning
@@ -104,13 +105,24 @@ class Checkpoint:
         return list(dict.fromkeys(files))
 
     @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype in which `stream` yields a tensor, by our names: bfloat16 where it is stored
+        so, else float32."""
+        merged = self.adapter.pairs if self.adapter else {}
+        return {
+            ours: torch.bfloat16
+            if self.tensors[theirs].dtype == "BF16" and ours not in merged
+            else torch.float32
+            for theirs, ours in self.names.ours.items()
+        }
+
+    @property
     def read_bytes(self) -> int:
         """Bytes of the tensors that the model reads, as `stream` yields them."""
-        merged = self.adapter.pairs if self.adapter else {}
+        dtypes = self.dtypes
         return sum(
-            info.parameters * torch.float32.itemsize if ours in merged else info.bytes
+            self.tensors[theirs].parameters * dtypes[ours].itemsize
             for theirs, ours in self.names.ours.items()
-            for info in (self.tensors[theirs],)
         )
 
     def stream(
@@ -118,8 +130,8 @@ class Checkpoint:
     ) -> Iterator[tuple[str, slice, Tensor]]:
         """Yields (our name, rows, values) of every tensor that the model reads, in slabs of rows.
 
-        The values are as they are stored, or float32 where an adapter is merged into them; they may
-        be a view of the file: copy them before asking for the next slab.
+        The values are as they are stored, or float32 where they are in float16 or an adapter is
+        merged into them; they may be a view of the file: copy them before asking for the next slab.
 
         Args:
             names: ours, of the tensors to be read; None: all.
@@ -136,6 +148,8 @@ class Checkpoint:
         added = self.adapter.read(read) if self.adapter else {}
         for theirs, rows, values in self._read(wanted, check_finite):
             ours = self.names.ours[theirs]
+            if values.dtype == torch.float16:  # which nothing here computes in
+                values = values.float()
             if ours in added:
                 values = added[ours].add_to(rows, values)
                 if check_finite:
@@ -159,6 +173,14 @@ class Checkpoint:
             what = ASSUMPTIONS[name].format(value=getattr(self.config, name))
             sentence = f"{name}: neither the tensors nor config.json say {what}"
             found.append(warning(f"{name.replace('_', '-')}-assumed", sentence))
+        if self.params is None and (self.folder / PARAMS / MANIFEST).is_file():
+            found.append(
+                warning(
+                    "params-ignored",
+                    f"{self.folder}: JAX parameters lie beside the safetensors files and are not "
+                    f"read. If they are meant, name them: {self.folder / PARAMS}.",
+                )
+            )
         if self.adapter is None and has_adapter(self.folder):
             found.append(
                 warning(
@@ -261,12 +283,14 @@ def check(checkpoint: Checkpoint) -> None:
                 f"shape: {theirs}: expected {list(expected[ours])}, found {list(info.shape)}"
             )
         elif info.dtype not in TORCH_DTYPES:
-            problems.append(f"dtype: {theirs}: expected BF16 or F32, found {info.dtype}")
+            problems.append(f"dtype: {theirs}: expected BF16, F32 or F16, found {info.dtype}")
     problems += [
         f"unexpected: {name} {list(checkpoint.tensors[name].shape)}" for name in names.unexpected
     ]
     if problems:
         more = [f"... and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
+        if any("lora_" in name for name in names.unexpected):
+            more.append(UNMERGED)
         raise CheckpointError(
             f"{checkpoint.path}: expected the {len(expected)} tensors of this π0 model in layout "
             f"{names.layout}, found {len(problems)} that do not fit:\n  "

@@ -22,6 +22,11 @@ ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, "adapter_model.bin")
 PRETRAINED = "pretrained_model"  # the folder inside each checkpoint of a LeRobot training run
 PARAMS = "params"  # the folder with the weights in a JAX checkpoint of openpi
 JAX_FILES = ("_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA")
+# Any of them shows that a folder holds a checkpoint.
+CHECKPOINT_FILES = (
+    WEIGHTS, INDEX, f"{PRETRAINED}/{WEIGHTS}", f"{PRETRAINED}/{INDEX}",
+    *(f"{PARAMS}/{name}" for name in JAX_FILES),
+)  # fmt: skip
 SHIPPED = "shipped"  # a folder of the package
 SHIPPED_POLICIES = ("tabletop",)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -32,6 +37,7 @@ TOKENIZER = (
 ADAPTER = "found a PEFT adapter. Name the full model that it changes."
 EXPECTED = "expected a checkpoint folder or a .safetensors file"
 ADDRESS = re.compile(r"(gs|s3|hf|https?):/+(.+)")  # a Path has only one slash there
+SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.safetensors")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -152,7 +158,8 @@ def _loose(folder: Path) -> list[Path]:
     return sorted(
         file
         for file in folder.glob("*.safetensors")
-        if not file.name.startswith("policy_") and file.name not in ADAPTER_FILES
+        # macOS puts ._NAME beside a file that it packs.
+        if not file.name.startswith(("policy_", ".")) and file.name not in ADAPTER_FILES
     )
 
 
@@ -180,6 +187,7 @@ def _find(path: Path) -> Sources:
                 "copy the file that it names."
             )
     if files := _loose(path):
+        _require_all_shards(path, files)
         return Sources(path, files)
     if (path / PARAMS).is_dir():
         return Sources(path, [], params=path / PARAMS)
@@ -209,7 +217,24 @@ def _single(path: Path) -> Sources:
         )
     if path.suffix in PICKLES:
         raise CheckpointError(f"{path}: {EXPECTED}, {_pickle(path)}")
+    if (shard := SHARD.fullmatch(path.name)) and int(shard["count"]) > 1:
+        raise CheckpointError(
+            f"{path}: {EXPECTED}, found one of {int(shard['count'])} shards. Name the folder that "
+            f"it lies in: {path.parent}."
+        )
     return Sources(path, [path])
+
+
+def _require_all_shards(folder: Path, files: list[Path]) -> None:
+    """Raises CheckpointError if the names of shards without an index say that one is missing."""
+    for shard in filter(None, (SHARD.fullmatch(file.name) for file in files)):
+        count = int(shard["count"])
+        names = [f"{shard['stem']}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise CheckpointError(
+                f"{folder}: expected {count} shards as {shard[0]} says, found no "
+                f"{', '.join(missing)}. Copy or download the rest, and {INDEX}."
+            )
 
 
 def _shards(path: Path, index: Path) -> Sources:
@@ -287,7 +312,7 @@ def _other_contents(path: Path) -> str:
     names = sorted(entry.name for entry in path.iterdir())
     if has_adapter(path):
         return ADAPTER
-    inner = list(_checkpoints_in(path))
+    inner = sorted(_checkpoints_in(path), key=_by_number)
     if inner:
         return f"found none, but {len(inner)} in folders below. Name one, such as {inner[-1]}."
     pickles = [path / name for name in names if Path(name).suffix in PICKLES]
@@ -296,15 +321,21 @@ def _other_contents(path: Path) -> str:
     return "found none." if names else "found none: the folder is empty."
 
 
-def _checkpoints_in(folder: Path) -> Iterator[Path]:
-    """Folders below that are worth naming: steps of a training run, snapshots of the hub."""
-    for inner in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
-        if any(
-            (inner / sub / name).exists() for sub in (".", PRETRAINED) for name in (WEIGHTS, INDEX)
-        ):
+def _checkpoints_in(folder: Path, depth: int = 3) -> Iterator[Path]:
+    """Folders below that are worth naming: steps of training runs, snapshots of the hub."""
+    for inner in folder.iterdir():
+        if not (inner.is_dir() and os.access(inner, os.R_OK | os.X_OK)):
+            continue
+        if any((inner / name).exists() for name in CHECKPOINT_FILES):
             yield inner
-        elif inner.name in ("checkpoints", "snapshots"):
-            yield from _checkpoints_in(inner)
+        elif depth > 1:
+            yield from _checkpoints_in(inner, depth - 1)
+
+
+def _by_number(path: Path) -> tuple[tuple[int, str], ...]:
+    """A key that sorts step 10000 after step 5000."""
+    parts = re.split(r"(\d+)", str(path))
+    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in parts)
 
 
 def _pickle(path: Path) -> str:

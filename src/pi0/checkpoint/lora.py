@@ -221,7 +221,7 @@ def _assign(
         target = f"{factor[1]}.weight" if factor else name
         ours = our_name(target)
         if info.dtype not in TORCH_DTYPES:
-            raise CheckpointError(f"{file}: {key}: expected BF16 or F32, found {info.dtype}.")
+            raise CheckpointError(f"{file}: {key}: expected BF16, F32 or F16, found {info.dtype}.")
         if ours is None:
             unknown += [] if is_unread(target) else [key]
         elif factor is None:

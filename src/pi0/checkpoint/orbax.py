@@ -177,6 +177,11 @@ def open_folder(folder: Path) -> ArrayFolder:
                     "Copy or download the folder of one checkpoint."
                 )
             arrays[name] = ArrayInfo(path, tuple(array.shape), dtype, layered, codec)
+    if not arrays and any(key.endswith("zarr.json") for key in keys):
+        raise CheckpointError(
+            f"{manifest}: expected arrays of zarr v2, as openpi saves them, found zarr v3. Save "
+            "them again with use_zarr3=False."
+        )
     if not arrays:
         raise CheckpointError(
             f"{manifest}: expected arrays, found none. The folder is incomplete: copy or download "

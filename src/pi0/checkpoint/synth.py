@@ -5,7 +5,14 @@ N(0, 1/fan_in), the last matrix of every residual branch divided by √(2·depth
 generator of its own, seeded by seed and name, so that its values depend neither on the layout nor
 on the order of writing.
 
-Trained models have outliers: a few channels of their norms are tens of times as large as the
+Such weights attend to all tokens nearly alike, and move actions by a third of the noise they start
+from; so a single token, or an error in what the model moves, hardly counts. `TRAINED_LIKE` weights
+have two statistics of trained models: attention is peaked (with logits of standard deviation s a
+query attends to exp(−s²) of the tokens it sees, by the inverse of Σp²), and what the model moves
+is as large as the noise, as in flow matching with normalised actions, whose velocity is noise less
+actions.
+
+Trained models also have outliers: a few channels of their norms are tens of times as large as the
 others. On request every hundredth channel of the blocks' norms is; the matrices that read them are
 smaller as a whole, so that their results keep their scale.
 """
@@ -17,6 +24,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +51,26 @@ OUTLIERS_EVERY = 100  # channels
 UNREAD = "unread"  # our name for the expert's head, which no model has
 
 
+@dataclass(frozen=True)
+class WeightStatistics:
+    """What sizes of weights depend on.
+
+    Attributes:
+        logits: standard deviation of attention's logits, in the trunks and in the vision tower.
+        projection: what the last projection, which makes velocities, is multiplied by.
+        outliers: how many times as large as the others every hundredth channel of norms is.
+    """
+
+    logits: float
+    projection: float
+    outliers: float = 1.0
+
+
+FLAT = WeightStatistics(logits=1.0, projection=1.0)
+TRAINED_LIKE = WeightStatistics(logits=2.0, projection=3.0)
+STATISTICS = {"trained-like": TRAINED_LIKE, "flat": FLAT}
+
+
 def synthesise(
     folder: Path,
     config: Pi0Config,
@@ -50,7 +78,7 @@ def synthesise(
     seed: int,
     dtype: torch.dtype,
     progress: Callable[[int], None] = lambda _: None,
-    outliers: float = 1.0,
+    statistics: WeightStatistics = FLAT,
 ) -> None:
     """Writes model.safetensors, config.json and assets/synthetic/norm_stats.json; in LeRobot's
     layout also its processors and their statistics.
@@ -58,7 +86,7 @@ def synthesise(
     Args:
         folder: made if need be; its other files stay.
         progress: called with the number of parameters drawn since the last call.
-        outliers: how many times as large as the others some channels of norms are.
+        statistics: how large weights are.
 
     Raises:
         CheckpointError: the folder holds a model already.
@@ -75,7 +103,7 @@ def synthesise(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for theirs, (ours, shape) in sources.items():
-            yield theirs, random_tensor(ours, shape, config, seed, outliers).to(dtype)
+            yield theirs, random_tensor(ours, shape, config, seed, statistics).to(dtype)
             progress(headers[theirs].parameters)
 
     settings = make_config_json(config) if layout.name == "lerobot" else to_config_json(config)
@@ -119,7 +147,11 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def random_tensor(
-    name: str, shape: tuple[int, ...], config: Pi0Config, seed: int, outliers: float = 1.0
+    name: str,
+    shape: tuple[int, ...],
+    config: Pi0Config,
+    seed: int,
+    statistics: WeightStatistics = FLAT,
 ) -> Tensor:
     """The float32 values of one of our tensors."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
@@ -134,13 +166,18 @@ def random_tensor(
         std = BIAS_STD
     else:
         std = math.prod(shape[1:]) ** -0.5
+        if module.endswith(("q_proj", "k_proj")):
+            std *= statistics.logits**0.5
+        elif module == "action_out_proj":
+            std *= statistics.projection
     if module.endswith(RESIDUAL_ENDS):
         depth = config.vision.depth if name.startswith("vision_tower") else config.vlm.depth
         std *= (2 * depth) ** -0.5
     values = torch.empty(shape).normal_(mean, std, generator=generator)
     if conditioned and kind == "bias":
         values.chunk(3)[2].add_(1)  # gates near 1, as branches have without them
-    return values if outliers == 1 else _with_outliers(name, values, outliers)
+    factor = statistics.outliers
+    return values if factor == 1 else _with_outliers(name, values, factor)
 
 
 def _with_outliers(name: str, values: Tensor, factor: float) -> Tensor:

@@ -77,6 +77,9 @@ def bench(
     clients: Annotated[
         list[int], typer.Option(min=1, help="With --serve: clients at once; may be repeated.")
     ] = [1, 8],  # noqa: B006
+    batch: Annotated[
+        int, typer.Option(min=1, help="With --serve: robots that are computed together, at most.")
+    ] = 1,
     seconds: Annotated[float, typer.Option(min=0.1, help="With --serve: of each number.")] = 20.0,
     robot: options.RobotName = None,
     control_hz: Annotated[
@@ -137,7 +140,7 @@ def bench(
 
         said = {"--steps": steps, "--horizon": horizon, "--max-tokens": max_tokens, "--base": base}
         words = [str(word) for pair in said.items() if pair[1] is not None for word in pair]
-        given = robot, clients, seconds, control_hz, execute
+        given = robot, clients, batch, seconds, control_hz, execute
         print_rows(bench_serve(opened, engines, words, *given), as_json, out)
         return
     tokens = tokens or opened.config.max_tokens

@@ -18,6 +18,7 @@ def bench_serve(
     words: Sequence[str],
     robot: str | None,
     clients: Sequence[int],
+    batch: int,
     seconds: float,
     control_hz: float | None,
     execute: int | None,
@@ -25,7 +26,8 @@ def bench_serve(
     """One row for each engine and number of clients, as plain data.
 
     Args:
-        words: options of `pi0 serve` besides engine and robot.
+        words: options of `pi0 serve` besides those that are named here.
+        batch: robots whose observations are computed together, at most.
         seconds: of each measurement.
         control_hz: actions that a robot executes a second; None: the robot's table says.
         execute: actions of a chunk that are executed before the next is asked for; None: the
@@ -55,14 +57,14 @@ def bench_serve(
     named = ["--robot", robot] if robot else []
     rows = []
     for engine in engines:
-        most = ["--max-clients", str(max(clients))]
+        most = ["--max-clients", str(max(clients)), "--batch", str(batch)]
         with server(str(opened.path), "--engine", engine, *named, *most, *words) as (address, _):
             for count in clients:
                 times = answer_times(address, pipeline.robot, width, count, seconds)
                 load = summarize(count, times, seconds)
                 robots = load.robots(rate, execute)
-                row = {"engine": engine, **asdict(load), "control_hz": rate, "execute": execute}
-                rows.append({**row, "robots": robots})
+                row = {"engine": engine, "batch": batch, **asdict(load), "control_hz": rate}
+                rows.append({**row, "execute": execute, "robots": robots})
     return rows
 
 
@@ -75,10 +77,11 @@ def print_rows(rows: list[dict[str, Any]], as_json: bool, out: Path | None) -> N
         print_json(rows)
     else:
         for row in rows:
+            batches = f" in batches of up to {row['batch']}" if row["batch"] > 1 else ""
             print_line(
-                f"{row['engine']}, {row['clients']} clients: {row['rate']:.1f} answers/s, p50 "
-                f"{row['p50'] * 1e3:.0f} ms, p99 {row['p99'] * 1e3:.0f} ms: {row['robots']} robots "
-                f"at {row['control_hz']:g} Hz, {row['execute']} actions of each chunk"
+                f"{row['engine']}, {row['clients']} clients{batches}: {row['rate']:.1f} answers/s, "
+                f"p50 {row['p50'] * 1e3:.0f} ms, p99 {row['p99'] * 1e3:.0f} ms: {row['robots']} "
+                f"robots at {row['control_hz']:g} Hz, {row['execute']} actions of each chunk"
             )
     if out:
         with replacing(out) as temporary:

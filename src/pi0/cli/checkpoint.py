@@ -31,6 +31,13 @@ def synth(
     ] = "openpi",
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights.")] = 0,
+    statistics: Annotated[
+        str,
+        typer.Option(
+            help="trained-like: attention as peaked, and actions moved as far, as in trained "
+            "models; flat: neither."
+        ),
+    ] = "trained-like",
     outliers: Annotated[
         float,
         typer.Option(
@@ -53,16 +60,21 @@ def synth(
         pi0 synth --preset small --outliers 30 outliers
     """
     import math
+    from dataclasses import replace
 
     from pi0.checkpoint.files import expand_user
     from pi0.checkpoint.layouts import LAYOUTS
-    from pi0.checkpoint.synth import synthesise, tensor_list
+    from pi0.checkpoint.synth import STATISTICS, synthesise, tensor_list
     from pi0.cli.show import byte_progress, human_bytes, print_line
     from pi0.config import PRESETS
     from pi0.errors import ConfigError
     from pi0.model.precision import parse_dtype
 
-    for name, value, known in (("preset", preset, PRESETS), ("layout", layout, LAYOUTS)):
+    for name, value, known in (
+        ("preset", preset, PRESETS),
+        ("layout", layout, LAYOUTS),
+        ("statistics", statistics, STATISTICS),
+    ):
         if value not in known:
             raise ConfigError(f"{name}: expected one of {', '.join(known)}, found {value!r}.")
     folder = expand_user(folder)
@@ -78,7 +90,7 @@ def synth(
             seed,
             torch_dtype,
             lambda n: progress(n * torch_dtype.itemsize),
-            outliers,
+            replace(STATISTICS[statistics], outliers=outliers),
         )
     size = human_bytes((folder / "model.safetensors").stat().st_size)
     print_line(f"{folder}: {len(tensors)} tensors, {size}, layout {layout}")

@@ -81,6 +81,19 @@ def serve(
     max_message: Annotated[
         int, typer.Option(min=1, metavar="MB", help="Size of an observation; an array: half.")
     ] = 32,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Robots whose observations are computed together, at most.")
+    ] = 1,
+    batch_wait: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="MS",
+            help="Milliseconds that an observation waits for others to be computed with; without "
+            "it only those are that wait anyway, for the policy.",
+            show_default=False,
+        ),
+    ] = None,
     timeout: Annotated[
         float, typer.Option(min=0.001, help="Seconds from an observation to its answer.")
     ] = 60.0,
@@ -119,6 +132,7 @@ def serve(
         pi0 serve pi0_libero --robot libero
         pi0 serve pi0_aloha --robot aloha --engine cpu:int8 \\
             --host 0.0.0.0 --api-key-file key
+        pi0 serve pi0_libero --robot libero --engine cuda --batch 8
         pi0 serve pi0_libero --robot libero --engine cuda --replicas 4
     """
     from pi0.serve import require_packages
@@ -128,6 +142,7 @@ def serve(
     from pi0.checkpoint.files import expand_user, require_writable
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.engine import load_engine
+    from pi0.engines.registry import find_engine
     from pi0.errors import ConfigError
     from pi0.policy import Policy, RealTimeChunking, choose_engine, prepare
     from pi0.serve.binding import bind, check_exposure, make_tls, read_api_key
@@ -138,6 +153,8 @@ def serve(
     rtc = RealTimeChunking(jacobian=real_time) if real_time else None
     if max_replicas is not None and replicas is None:
         raise ConfigError("--max-replicas: expected --replicas beside it, found none.")
+    if batch_wait is not None and batch == 1:
+        raise ConfigError("--batch-wait: expected --batch beside it, found none.")
     if record:
         from pi0.data.schema import INFO
 
@@ -148,17 +165,19 @@ def serve(
     with bind(host, port) as sock:
         check_exposure(sock, key, tls is not None, allow_no_key)
         limits = MessageLimits(max_message << 20, max_message << 19)
-        settings = ServeOptions(key, tls, limits, max_clients, timeout, record=record)
+        waits = batch, (batch_wait or 0) / 1e3
+        settings = ServeOptions(key, tls, limits, max_clients, *waits, timeout, record=record)
         opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
         wishes = replace(wishes, default_prompt=default_prompt)
         setup = prepare(opened, wishes)
         pipeline = setup.require()
         size = wishes.image_size
         spec = choose_engine(engine, opened.config, dtype, device, size)
+        find_engine(spec.name).check_batch(batch)
         if replicas is not None:
             from pi0.serve.replicas import Recipe, Scale, start_replicas
 
-            given = steps, on_limit, horizon, max_tokens, base, rtc, weight_cache, limits
+            given = steps, on_limit, horizon, max_tokens, base, rtc, weight_cache, limits, batch
             recipe = Recipe(opened.path, wishes, spec.label, *given)
             name = f"pi0-{sock.getsockname()[1]}"
             scale = Scale(replicas, max_replicas, replica_cpus, gpus_of(spec), name)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +16,7 @@ from pi0.cli import options
 JOINTS = 4  # how many of the joints that deviate most are printed
 
 if TYPE_CHECKING:
+    from pi0.checkpoint.load import Checkpoint
     from pi0.config import Pi0Config
     from pi0.engines.spec import EngineSpec
     from pi0.verify.report import Header
@@ -27,11 +32,16 @@ def verify(
     mode: Annotated[
         str,
         typer.Option(
-            help="chained: each engine computes with its own results, so that errors add up; "
-            "isolated: every stage of the candidate gets the reference's input."
+            help="Which of the candidate's passes are compared. chained: it computes with its own "
+            "results, so that errors add up; isolated: every stage gets the reference's input."
         ),
-    ] = "chained",
-    layers: Annotated[bool, typer.Option("--layers", help="Compare every block, too.")] = False,
+    ] = "both",
+    layers: Annotated[
+        bool,
+        typer.Option(
+            "--layers", help="Print every block, and compare the blocks of the chained pass, too."
+        ),
+    ] = False,
     inputs: options.Inputs = None,
     image_size: options.ImageSize = None,
     cameras: options.Cameras = 3,
@@ -60,9 +70,11 @@ def verify(
     """Test whether two engines compute the same, stage by stage.
 
     The same random inputs and noise go through both, once with everything valid and once with a
-    camera and text masked, and the results must agree within limits that depend on the precision.
-    An independent implementation is compared with the reference. Exit code 1 if a limit does not
-    hold. The limits, and what this test cannot see, such as a wrong checkpoint: docs/verify.md.
+    camera and text masked, and the results must agree. The candidate's code is tested in a
+    precision that rounds nothing, its rounding by limits for each stage; then inputs change one at
+    a time. An independent implementation is compared with the reference. Exit code 1 if a limit
+    does not hold. The limits, and what this test cannot see, such as a wrong checkpoint:
+    docs/verify.md.
 
     **Examples**
 
@@ -81,8 +93,8 @@ def verify(
     from pi0.engines.registry import find_engine
     from pi0.engines.spec import EngineSpec
     from pi0.inputs import from_npz
+    from pi0.verify.cases import Case, default_cases
     from pi0.verify.report import Header
-    from pi0.verify.run import Case, default_cases
     from pi0.verify.run import verify as run
 
     _check_options(mode, min_pcc, report)
@@ -101,7 +113,9 @@ def verify(
         batch, views = cases[0].inputs.images.shape[:2]
         require_memory(opened, spec, views, cases[0].inputs.tokens.shape[1], size, batch)
     judge, why = _choose_oracle(oracle, (a, b), opened.config, size)
-    with step_progress("verifying", (3 if judge else 2) * len(cases)) as on_case:
+    exact = _choose_unrounded(a, b)
+    runs = 2 + (judge is not None) + (exact is not None)
+    with step_progress("verifying", runs * len(cases)) as on_case, _named_damage(opened):
         result = run(
             lambda: make_engine(a, opened, image_size=size),
             lambda: make_engine(b, opened, image_size=size),
@@ -112,13 +126,16 @@ def verify(
             min_pcc=min_pcc,
             on_case=on_case,
             oracle=None if judge is None else lambda: make_engine(judge, opened),
+            unrounded=None
+            if exact is None
+            else lambda: make_engine(exact, opened, image_size=size),
         )
     views, length = cases[0].inputs.image_mask.shape[1], cases[0].inputs.tokens.shape[1]
     sizes = f"{views} cameras of {size} px, {length} text tokens, {steps} steps"
     note = " ".join(result.notes)
     judged = judge is not None or any(find_engine(s.name).capabilities.peer for s in (a, b))
     header = Header(str(checkpoint), a.label, b.label, mode, sizes, why, note, judged)
-    _show(header, result, report, as_json)
+    _show(header, result, report, as_json, layers)
     if result.first_failure:
         raise typer.Exit(1)
 
@@ -156,6 +173,38 @@ def _check_engine(spec: EngineSpec, mode: str, config: Pi0Config, size: int) -> 
     engine.check_available(config, EngineOptions(spec.precision, spec.device, size))
 
 
+def _choose_unrounded(reference: EngineSpec, candidate: EngineSpec) -> EngineSpec | None:
+    """The engine that runs the candidate's code and rounds nothing; None if there is none, if it is
+    the candidate itself, or if the reference rounds."""
+    from pi0.engines.registry import find_engine
+    from pi0.engines.spec import EngineSpec
+
+    texts = (
+        find_engine(spec.name).unrounded.get(spec.precision) for spec in (reference, candidate)
+    )
+    itself, exact = (None if text is None else EngineSpec.parse(text) for text in texts)
+    if itself is None or itself.precision != reference.precision or exact is None:
+        return None
+    if exact.name == candidate.name:
+        exact = replace(exact, device=candidate.device)
+    return None if exact == candidate else exact
+
+
+@contextmanager
+def _named_damage(checkpoint: Checkpoint) -> Iterator[None]:
+    """Adds what is wrong with its weights to what verify says of a checkpoint that is damaged."""
+    from pi0.checkpoint.health import weight_findings
+    from pi0.errors import CheckpointError
+    from pi0.verify.run import DamagedCheckpointError
+
+    try:
+        yield
+    except DamagedCheckpointError as error:
+        found = " ".join(finding.sentence for finding in weight_findings(checkpoint))
+        named = found or "All weights are finite and none is unusually large."
+        raise CheckpointError(f"{error} {named}") from error
+
+
 def _choose_oracle(
     choice: str, specs: tuple[EngineSpec, EngineSpec], config: Pi0Config, size: int
 ) -> tuple[str | None, str]:
@@ -188,7 +237,9 @@ def _choose_oracle(
     return None, f"none is available: {' '.join(missing)}"
 
 
-def _show(header: Header, result: VerifyResult, report: Path | None, as_json: bool) -> None:
+def _show(
+    header: Header, result: VerifyResult, report: Path | None, as_json: bool, layers: bool
+) -> None:
     from pi0.checkpoint.files import replacing
     from pi0.cli.show import print_json, print_line
     from pi0.verify.report import to_data, to_html
@@ -197,7 +248,7 @@ def _show(header: Header, result: VerifyResult, report: Path | None, as_json: bo
     if as_json:
         print_json(to_data(header, result))
     else:
-        _print(header, result)
+        _print(header, result, layers)
     if report:
         with replacing(report) as temporary:
             temporary.write_text(to_html(header, result), encoding="utf-8")
@@ -205,13 +256,13 @@ def _show(header: Header, result: VerifyResult, report: Path | None, as_json: bo
             print_line(f"wrote {report}")
 
 
-def _print(header: Header, result: VerifyResult) -> None:
+def _print(header: Header, result: VerifyResult, layers: bool) -> None:
     from pi0.cli.forward import print_hidden
     from pi0.cli.show import print_line
-    from pi0.verify.report import verdict
+    from pi0.verify.report import part_verdicts, verdict
 
     print_line(f"{header.candidate} against {header.reference}: {header.sizes}, mode {header.mode}")
-    _print_rows(header, result)
+    _print_rows(header, result, layers)
     print_line(f"independent implementation: {header.oracle}")
     if header.note:
         print_line(header.note)
@@ -224,26 +275,36 @@ def _print(header: Header, result: VerifyResult) -> None:
     failure = result.first_failure
     if failure and not failure.comparison.fault:
         print_line(f"reason for the limits of {failure.name}: {failure.limit.why}")
+    for sentence in part_verdicts(header, result):
+        print_line(sentence)
     print_line(verdict(header, result))
 
 
-def _print_rows(header: Header, result: VerifyResult) -> None:
-    """Every comparison with both of its limits, and which of them it exceeds."""
+def _print_rows(header: Header, result: VerifyResult, layers: bool) -> None:
+    """Comparisons with their limits, and which of them they exceed; of blocks the worst, unless
+    all were asked for."""
     from pi0.cli.show import print_line, table
-    from pi0.verify.report import outcome
+    from pi0.verify.report import outcome, worst_of_blocks
 
     rows = []
-    for row in result.rows:
+    for row in result.rows if layers else worst_of_blocks(result.rows):
         c, limit = row.comparison, row.limit
-        numbers = (
-            [c.pcc, limit.min_pcc, c.rel_l2, limit.max_rel_l2, c.max_abs] if not c.fault else []
-        )
-        forms = (".7f", "g", ".1e", ".0e", ".1e")
-        cells = [format(n, form) for n, form in zip(numbers, forms, strict=False)] or ["—"] * 5
+        cells = ["—"] * 7
+        if not c.fault:
+            cells = [
+                f"{c.pcc:.7f}",
+                f"{limit.min_pcc:g}" if limit.min_pcc > 0 else "",
+                f"{c.rel_l2:.1e}",
+                f"{limit.max_rel_l2:.0e}" if math.isfinite(limit.max_rel_l2) else "",
+                f"{c.gain_error:+.0e}",
+                f"{limit.max_gain_error:.0e}" if math.isfinite(limit.max_gain_error) else "",
+                f"{c.max_abs:.1e}",
+            ]
         times = [f"{ms:.1f}" if ms else "" for ms in (row.reference_ms, row.candidate_ms)]
-        rows.append([row.case, row.name, *cells, *times, outcome(row)])
-    columns = ["case", "stage", "PCC", "at least", "rel. L2", "at most", "max abs"]
-    table("", [*columns, "reference\nms", "candidate\nms", "outcome"], rows, left=2)
+        rows.append([row.part, row.case, row.name, *cells, *times, outcome(row)])
+    columns = ["part", "case", "stage", "PCC", "at least", "rel. L2", "at most", "gain − 1"]
+    columns += ["at most", "max abs", "reference\nms", "candidate\nms", "outcome"]
+    table("", columns, rows, left=3)
     for fault in dict.fromkeys(row.comparison.fault for row in result.rows if not row.passed):
         places = [
             f"{row.name} ({row.case})" for row in result.rows if row.comparison.fault == fault

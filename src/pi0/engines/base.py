@@ -9,7 +9,8 @@ import functools
 import sys
 import threading
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
@@ -23,6 +24,7 @@ from pi0.config import Pi0Config
 from pi0.engines.guidance import Guidance
 from pi0.engines.registry import find_engine, plugin_origin
 from pi0.engines.spec import EngineSpec
+from pi0.engines.threshold import Threshold
 from pi0.errors import EngineError, Pi0Error
 from pi0.inputs import ModelInputs
 from pi0.model import Tap
@@ -30,6 +32,8 @@ from pi0.model.flow import integrate
 from pi0.model.pi0 import no_tap
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+SeeOperation = Callable[[str, Tensor, Tensor], None]  # its name, expected, computed
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -82,21 +86,6 @@ class Capabilities:
     peer: bool = False
 
 
-@dataclass(frozen=True)
-class Threshold:
-    """How far `pi0 verify` lets a stage be from the reference.
-
-    Attributes:
-        min_pcc: least Pearson correlation.
-        max_rel_l2: largest norm of the difference as a fraction of the reference's norm.
-        why: the reason for these numbers, as a phrase.
-    """
-
-    min_pcc: float
-    max_rel_l2: float
-    why: str
-
-
 def exclusive(
     method: Callable[Concatenate[AnEngine, P], R],
 ) -> Callable[Concatenate[AnEngine, P], R]:
@@ -129,20 +118,21 @@ class Engine(Closing):
     Attributes:
         name: the engine's name in specs; that of the entry point for a plug-in.
         capabilities: see `Capabilities`.
-        thresholds: limits of `pi0 verify` for precisions that only this engine has: by precision, a
-            `Threshold` for each stage that has its own, and "*" for all others.
+        thresholds: limits of `pi0 verify` in its own precisions, by stage ("*": all others).
         hidden_stages: stages that its taps do not see though it shows stages, with the reason.
+        unrounded: by precision, the engine (a spec) that runs the same code in float32, where `pi0
+            verify` tests the computation; what code differs is shown by `show_operations`.
         config: the model's sizes, with the image size that it runs at.
         options: how it was made.
         notes: sentences that belong beside its results, such as which kernels were chosen.
-        own_seconds: how long its last call took, where the engine measures this itself (in another
-            process, without communication); else None.
+        own_seconds: of its last call, if it measures this itself (in another process), or None.
     """
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
     thresholds: ClassVar[Mapping[str, Mapping[str, Threshold]]] = NOTHING
     hidden_stages: ClassVar[Mapping[str, str]] = NOTHING
+    unrounded: ClassVar[Mapping[str, str]] = NOTHING
     notes: Sequence[str] = ()
     own_seconds: float | None = None
 
@@ -273,6 +263,15 @@ class Engine(Closing):
                 'that computes without it. Use jacobian="identity", or engine reference.'
             )
 
+    @classmethod
+    def check_batch(cls, size: int) -> None:
+        """Raises EngineError if so many observations are more than it takes at once."""
+        if size > 1 and not cls.capabilities.batch:
+            raise EngineError(
+                f"batch: expected an engine that takes several observations at once, found "
+                f"{cls.name}. Leave --batch out."
+            )
+
     def time_parts(
         self, inputs: ModelInputs, noise: Tensor, steps: int
     ) -> tuple[float, float, float] | None:
@@ -307,8 +306,7 @@ class Engine(Closing):
 
     @property
     def info(self) -> dict[str, Any]:
-        """What this engine is, as plain data: name, precision, device, implementation, torch and
-        notes."""
+        """What this engine is, as plain data."""
         return {
             "name": self.name,
             "precision": self.options.precision,
@@ -317,6 +315,12 @@ class Engine(Closing):
             "torch": self.torch_version,
             "notes": list(self.notes),
         }
+
+    @contextmanager
+    def show_operations(self, see: SeeOperation) -> Iterator[None]:
+        """Shows each operation that this precision has code of its own for: what it should compute
+        from its operands, in float32, and what it did compute, less what rounding explains."""
+        yield
 
     @classmethod
     def why_hidden(cls, stage: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from pi0.checkpoint.load import empty_model
@@ -11,12 +13,29 @@ from pi0.engines.registry import find_engine
 from pi0.engines.spec import EngineSpec, canonical_precision
 from pi0.errors import EngineError
 
+logger = logging.getLogger("pi0")
+
 # Engines that have float32, from fast to slow, and why one is chosen.
 FASTEST = {
     "cuda": "the fastest engine, with a CUDA device",
     "cpu": "the fastest engine without a CUDA device",
     "reference": "no faster engine is available here",
 }
+
+
+def choose_engine(
+    engine: str, config: Pi0Config, dtype: str | None, device: str | None, image_size: int | None
+) -> EngineSpec:
+    """The engine of a spec; for "auto" the fastest on this machine that is exact to float32.
+
+    Raises:
+        EngineError, ConfigError: see `EngineSpec.parse`.
+    """
+    if engine != "auto":
+        return EngineSpec.parse(engine, dtype, device)
+    spec, reason = fastest_engine(config, dtype, device, image_size)
+    logger.info("engine %s: %s.", spec.label, reason)
+    return spec
 
 
 def fastest_engine(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class ReferenceEngine(Engine):
     capabilities = Capabilities(
         precisions=tuple(DTYPES), devices=("cpu", "cuda"), differentiable=True
     )
+    unrounded = MappingProxyType(dict.fromkeys(DTYPES, "reference:float32"))
 
     def __init__(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
         super().__init__(checkpoint, options)
@@ -60,6 +62,7 @@ class CompiledEngine(ReferenceEngine):
     """
 
     name = "compiled"
+    unrounded = MappingProxyType(dict.fromkeys(DTYPES, "compiled:float32"))
 
     def __init__(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
         super().__init__(checkpoint, options)

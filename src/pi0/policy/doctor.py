@@ -12,17 +12,14 @@ import numpy as np
 
 from pi0.checkpoint.lerobot import EMPTY_CAMERA, POSTPROCESSOR, PREPROCESSOR, complete_features
 from pi0.checkpoint.load import Checkpoint
-from pi0.findings import Finding, error, warning
+from pi0.findings import Finding, warning
 from pi0.policy import lerobot
 from pi0.policy.normalize import OPENPI_EPS, Normalizer
+from pi0.policy.pipeline import Pipeline
 from pi0.policy.robot import Robot
-from pi0.policy.robots import ROBOT_OF_ASSETS, ROBOTS
+from pi0.policy.robots import ROBOTS, robot_of_assets
 from pi0.policy.setup import PolicySetup
 from pi0.policy.statistics import FILE_NAME
-from pi0.policy.tokenizer import Tokenizer
-
-PALIGEMMA_SIZE = 257152  # pieces of PaliGemma's vocabulary
-PALIGEMMA_BOS, PALIGEMMA_NEWLINE = 2, [108]
 
 
 def examine(setup: PolicySetup) -> list[Finding]:
@@ -33,10 +30,10 @@ def examine(setup: PolicySetup) -> list[Finding]:
         found += _cameras(checkpoint, robot)
         found += _another_robot(setup.sources.get("statistics", ""), robot)
     if pipeline:
-        found += _vocabulary(pipeline.tokenizer, pipeline.config.vocab_size)
-        if setup.sources["statistics"].partition(":")[0] != "none":
-            found += _placeholders("state", pipeline.state_stats)
-            found += _placeholders("actions", pipeline.action_stats)
+        found += _processors_differ(pipeline)
+    if pipeline and setup.sources["statistics"].partition(":")[0] != "none":
+        found += _placeholders("state", pipeline.state_stats)
+        found += _placeholders("actions", pipeline.action_stats)
     return found
 
 
@@ -84,33 +81,37 @@ def _cameras(checkpoint: Checkpoint, robot: Robot) -> list[Finding]:
 
 def _another_robot(source: str, robot: Robot) -> list[Finding]:
     """Whether statistics lie under the name of another robot than the named one."""
-    folders = [part for part in Path(source).parts if part in ROBOT_OF_ASSETS]
-    expected = {ROBOT_OF_ASSETS[part] for part in folders[-1:]}
+    folders = [part for part in Path(source).parts[-4:] if robot_of_assets(part)]
+    expected = robot_of_assets(folders[-1]) if folders else None
     if not expected or robot.name not in ROBOTS or robot.name == "generic":
         return []
-    if expected & {*robot.name.split("_")}:  # aloha_sim is an aloha, pi05_libero a libero
+    # aloha_sim is an aloha, pi05_libero a libero.
+    if expected.partition("_")[0] in robot.name.split("_"):
         return []
     return [
         warning(
             "statistics-of-another-robot",
             f"statistics: expected those of robot {robot.name}, found those of {folders[-1]}. Name "
-            f"the robot, --robot {expected.pop()}, or the right statistics with --norm-stats.",
+            f"the robot, --robot {expected}, or the right statistics with --norm-stats.",
         )
     ]
 
 
-def _vocabulary(tokenizer: Tokenizer, vocab_size: int) -> list[Finding]:
-    """Whether a model with PaliGemma's vocabulary has PaliGemma's tokenizer."""
-    found = (tokenizer.bos, tokenizer.encode("\n"))
-    if vocab_size != PALIGEMMA_SIZE or found == (PALIGEMMA_BOS, PALIGEMMA_NEWLINE):
+def _processors_differ(pipeline: Pipeline) -> list[Finding]:
+    """Whether LeRobot's two processors normalise actions by the same statistics."""
+    ours = [pipeline.action_stats, pipeline.target_stats]
+    shapes = {(stats.width, stats.shift) for stats in ours}
+    if len(shapes) == 1 and all(
+        np.array_equal(*(getattr(stats, name) for stats in ours))
+        for name in ("offset", "inverse_scale")
+    ):
         return []
     return [
-        error(
-            "tokenizer-vocabulary",
-            f"tokenizer {tokenizer.source}: expected PaliGemma's, with <bos> {PALIGEMMA_BOS} and a "
-            f"line break {PALIGEMMA_NEWLINE}, found {found[0]} and {found[1]} in "
-            f"{tokenizer.size} pieces: the model would read other words. Use the tokenizer.model "
-            "of google/paligemma-3b-pt-224.",
+        warning(
+            "processors-differ",
+            "statistics of actions: expected the same in both of LeRobot's processors, found "
+            "others in the preprocessor, which training uses. Those of the postprocessor move the "
+            "robot. Copy all files of one checkpoint.",
         )
     ]
 

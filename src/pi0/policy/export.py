@@ -32,6 +32,7 @@ from pi0.findings import Finding, warning
 from pi0.policy.lerobot import is_lerobot
 from pi0.policy.lerobot.statistics import NEEDED
 from pi0.policy.normalize import NEEDED as MODES
+from pi0.policy.normalize import make_normalizer
 from pi0.policy.sources import (
     KEYS,
     OPENPI_MODES,
@@ -46,7 +47,7 @@ from pi0.policy.statistics import (
     find_norm_stats,
     statistics_folder,
 )
-from pi0.policy.tokenizer import FILE_NAMES
+from pi0.policy.tokenizer import FILE_NAMES, load_tokenizer_of
 
 KEPT = ("mean", "std", "q01", "q99", "min", "max")
 ASSETS = "assets/lerobot"  # of statistics from LeRobot, which name no robot
@@ -96,6 +97,7 @@ def export_files(
         checkpoint = _with_state_in_prompt(checkpoint, target, state_in_prompt)
     source = read_source(checkpoint, norm_stats)
     _check_norm_mode(source, target, norm_mode)
+    _check_values(source)
     export = Export(findings=list(checkpoint.findings))
     if target == "lerobot":
         _lerobot(source, export, norm_mode)
@@ -103,8 +105,7 @@ def export_files(
         _openpi(source, export, dtype)
     path = tokenizer.expanduser() if tokenizer else _own_tokenizer(checkpoint)
     if path is not None:
-        if not path.is_file():
-            raise Pi0Error(f"tokenizer {path}: expected a file, found none.")
+        load_tokenizer_of(path, checkpoint.config.vocab_size)  # says what is wrong with it
         export.files[tokenizer_name(path)] = path
     return export
 
@@ -137,6 +138,23 @@ def _check_norm_mode(source: Source, target: str, norm_mode: str | None) -> None
             f"norm_mode (--norm-mode): expected target lerobot from openpi's files, found {found}. "
             "Leave it out, and say it where the result is used."
         )
+
+
+def _check_values(source: Source) -> None:
+    """Raises Pi0Error if statistics are too wide for the model, or such that nobody can use them:
+    other projects would read them without a word."""
+    config = source.checkpoint.config
+    for what, width in (("state", config.state_dim), ("actions", config.action_dim)):
+        table = (source.tables or {}).get(what, {})
+        for mode, names in MODES.items():
+            if not table.keys() >= set(names):
+                continue
+            found = make_normalizer(what, mode, "openpi", table).width
+            if found > width:
+                raise Pi0Error(
+                    f"statistics of {what}: expected at most the {width} values of the model, "
+                    f"found {found}. Name others with --norm-stats."
+                )
 
 
 # openpi's form
@@ -316,7 +334,7 @@ def tokenizer_name(path: Path) -> str:
     """A name under which the tokenizer is found beside the weights."""
     if path.name in FILE_NAMES:
         return path.name
-    return next(name for name in FILE_NAMES if Path(name).suffix == (path.suffix or ".model"))
+    return "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"  # as they are loaded
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

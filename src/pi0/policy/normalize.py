@@ -98,11 +98,18 @@ def make_normalizer(what: str, mode: str, convention: str, stats: Statistics) ->
             f"no {' and no '.join(missing)}."
         )
     low, high = (np.asarray(stats[name], np.float64).reshape(-1) for name in NEEDED[mode])
-    if low.shape != high.shape or not (np.isfinite(low).all() and np.isfinite(high).all()):
+    if low.shape != high.shape:
         raise Pi0Error(
-            f"statistics of {what}: expected finite vectors of one length, found "
-            f"{NEEDED[mode][0]} {list(low.shape)} and {NEEDED[mode][1]} {list(high.shape)}."
+            f"statistics of {what}: expected vectors of one length, found {NEEDED[mode][0]} "
+            f"{list(low.shape)} and {NEEDED[mode][1]} {list(high.shape)}."
         )
+    for name, values in zip(NEEDED[mode], (low, high), strict=True):
+        bad = np.flatnonzero(~np.isfinite(values))
+        if bad.size:
+            raise Pi0Error(
+                f"statistics of {what}: expected finite values of {name}, found {values[bad[0]]} "
+                f"in dimension {bad[0]}. Compute them again, or copy the file again."
+            )
     spread = high if mode == "mean_std" else high - low
     require_spread(what, NEEDED[mode], spread)
     if mode == "mean_std":

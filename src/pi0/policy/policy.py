@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,12 @@ from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
 from pi0.closing import Closing
-from pi0.config import Pi0Config
 from pi0.engines.base import Engine, make_engine
-from pi0.engines.fastest import fastest_engine
+from pi0.engines.fastest import choose_engine
 from pi0.engines.guidance import Guidance
-from pi0.engines.spec import EngineSpec
 from pi0.errors import ConfigError, EngineError
-from pi0.inputs import check_noise, to_tensor
+from pi0.inputs import ModelInputs, check_noise, to_tensor
+from pi0.policy.encoded import Encoded, Sampled
 from pi0.policy.limits import ON_LIMIT, apply_limits, as_data, summary
 from pi0.policy.observation import Observation
 from pi0.policy.pipeline import Pipeline
@@ -224,26 +223,59 @@ class Policy(Closing):
             EngineError: the engine's answer is not finite.
             ConfigError: `previous` is given, and `real_time` is None.
         """
-        return self._infer(observation, noise, on_step, None, previous, delay)
+        encoded = self.encode(observation, noise, previous=previous, delay=delay)
+        return self.decode(encoded, self.sample([encoded], on_step)[0])
 
-    def _infer(
+    def encode(
         self,
         observation: Observation,
-        noise: NDArray[np.floating] | Tensor | None,
-        on_step: Callable[[], None],
-        before: NDArray[np.float64] | None,
+        noise: NDArray[np.floating] | Tensor | None = None,
+        *,
         previous: NDArray[np.floating] | None = None,
         delay: int = 0,
-    ) -> dict[str, Any]:
-        """See `infer`; `before` is the action [D] that the robot executed last, if it is known."""
+    ) -> Encoded:
+        """The first part of `infer`, with its arguments: what the engine is given.
+
+        `sample` is the second, for several observations at once, and `decode` the last.
+
+        Raises:
+            ObservationError, ConfigError: see `infer`.
+        """
         start = time.perf_counter()
         inputs, state = self.pipeline.encode(observation)
         x = self._noise(noise)
         guidance = self._guidance(previous, delay, state)
-        ready = time.perf_counter()
-        sampled = self.engine.sample(inputs, x, self.steps, on_step, guidance)[0].numpy()
-        done = time.perf_counter()
-        actions = self.pipeline.decode(sampled, state)
+        return Encoded(inputs, state, x, guidance, time.perf_counter() - start)
+
+    def sample(
+        self, batch: Sequence[Encoded], on_step: Callable[[], None] = lambda: None
+    ) -> list[Sampled]:
+        """The actions of observations whose `batch_key` is equal, in one call of the engine.
+
+        Raises:
+            EngineError: the engine takes one observation at a time, or its answer is not finite.
+        """
+        self.engine.check_batch(len(batch))
+        inputs = ModelInputs.joined([row.inputs for row in batch])
+        noise = torch.cat([row.noise for row in batch])
+        start = time.perf_counter()
+        actions = self.engine.sample(inputs, noise, self.steps, on_step, batch[0].guidance)
+        seconds = time.perf_counter() - start
+        return [Sampled(row.numpy(), seconds) for row in actions]
+
+    def decode(
+        self, encoded: Encoded, sampled: Sampled, before: NDArray[np.float64] | None = None
+    ) -> dict[str, Any]:
+        """The last part of `infer`: what it returns.
+
+        Args:
+            before: the action [D] that the robot executed last, if it is known.
+
+        Raises:
+            LimitError, EngineError: see `infer`.
+        """
+        start, state = time.perf_counter(), encoded.state
+        actions = self.pipeline.decode(sampled.actions.astype(np.float64), state)
         with np.errstate(over="ignore"):
             if not np.isfinite(actions.astype(np.float32)).all():
                 raise EngineError(
@@ -253,17 +285,17 @@ class Policy(Closing):
         limits: dict[str, Any] = {}
         if self.pipeline.robot.limits is not None:
             actions, limits = self._guard(actions, state, before)
-        end = time.perf_counter()
+        seconds = time.perf_counter() - start
         return {
             "actions": actions.astype(np.float32),
-            "model_actions": sampled,
+            "model_actions": sampled.actions,
             "state": state.astype(np.float32),
             "limits": limits,
             "policy_timing": {
-                "preprocess_ms": (ready - start) * 1e3,
-                "infer_ms": (done - ready) * 1e3,
-                "postprocess_ms": (end - done) * 1e3,
-                "total_ms": (end - start) * 1e3,
+                "preprocess_ms": encoded.seconds * 1e3,
+                "infer_ms": sampled.seconds * 1e3,
+                "postprocess_ms": seconds * 1e3,
+                "total_ms": (encoded.seconds + sampled.seconds + seconds) * 1e3,
             },
         }
 
@@ -274,7 +306,8 @@ class Policy(Closing):
         """
         with self._queue_lock:
             if not self._queue:
-                result = self._infer(observation, None, lambda: None, self._last)
+                encoded = self.encode(observation)
+                result = self.decode(encoded, self.sample([encoded])[0], self._last)
                 self._queue.extend(result["actions"][: self.n_action_steps])
             action = self._queue.popleft()
             self._last = action.astype(np.float64)
@@ -340,21 +373,6 @@ class Policy(Closing):
             done = "clamped" if self.on_limit == "clamp" else "handed out as they are"
             logger.warning("robot %s: %s; %s.", robot.name, summary(violations), done)
         return actions, as_data(violations, self.on_limit)
-
-
-def choose_engine(
-    engine: str, config: Pi0Config, dtype: str | None, device: str | None, image_size: int | None
-) -> EngineSpec:
-    """The engine of a spec; for "auto" the fastest on this machine that is exact to float32.
-
-    Raises:
-        EngineError, ConfigError: see `EngineSpec.parse`.
-    """
-    if engine != "auto":
-        return EngineSpec.parse(engine, dtype, device)
-    spec, reason = fastest_engine(config, dtype, device, image_size)
-    logger.info("engine %s: %s.", spec.label, reason)
-    return spec
 
 
 def _count(name: str, value: Any, low: int, high: int) -> int:

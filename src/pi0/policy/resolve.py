@@ -37,7 +37,7 @@ from pi0.policy.normalize import (
 )
 from pi0.policy.pipeline import Pipeline
 from pi0.policy.robot import Robot
-from pi0.policy.robots import PI05, ROBOT_OF_ASSETS, ROBOTS, find_robot
+from pi0.policy.robots import PI05, ROBOTS, find_robot, robot_of_assets
 from pi0.policy.setup import PolicyOptions, PolicySetup
 from pi0.policy.statistics import find_norm_stats, read_norm_stats, statistics_folder
 from pi0.policy.tokenizer import (
@@ -45,7 +45,7 @@ from pi0.policy.tokenizer import (
     PromptFormat,
     Tokenizer,
     find_tokenizer,
-    load_tokenizer,
+    load_tokenizer_of,
 )
 
 Conventions = tuple[str, str]  # of resizing and of prompts
@@ -101,7 +101,7 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
         action_stats=stats[1],
         target_stats=stats[2],
         image_stats=program.images if program else {},
-        rename=program.rename if program else {},
+        rename=_renames(program, robot) if program else {},
         default_prompt=options.default_prompt,
     )
     return setup
@@ -236,10 +236,10 @@ def _robot(
         setup.sources["robot"] = "config.json and LeRobot's processors"
         return lerobot.robot_of(program, checkpoint.settings)
     assets = _assets(statistics_folder(checkpoint), options)
-    if assets in ROBOT_OF_ASSETS:
+    if assets is not None:
         raise Pi0Error(
             f"robot: the statistics are those of {assets}, whose actions are not joint targets as "
-            f"they leave the model. Name the robot: --robot {ROBOT_OF_ASSETS[assets]}, or --robot "
+            f"they leave the model. Name the robot: --robot {robot_of_assets(assets)}, or --robot "
             "generic for the model's own actions."
         )
     setup.sources["robot"] = "assumed"
@@ -288,13 +288,8 @@ def _tokenizer(
 ) -> Tokenizer:
     folder = checkpoint.folder_of(*FILE_NAMES)
     path = Path(options.tokenizer).expanduser() if options.tokenizer else find_tokenizer(folder)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer_of(path, config.vocab_size)
     setup.sources["tokenizer"] = str(path)
-    if tokenizer.size > config.vocab_size:
-        raise Pi0Error(
-            f"tokenizer {path}: expected at most the {config.vocab_size} pieces of the model's "
-            f"vocabulary, found {tokenizer.size}. Use the tokenizer that belongs to the checkpoint."
-        )
     return tokenizer
 
 
@@ -351,12 +346,19 @@ def _prompt_format(
     )
 
 
+def _renames(program: LerobotProgram, robot: Robot) -> dict[str, str]:
+    """The checkpoint's renames, but for those to keys that the robot's table does not have: a named
+    robot may state the keys as the robot itself calls them."""
+    keys = {camera.key for camera in robot.cameras} | {key for key, _ in robot.state}
+    return {key: name for key, name in program.rename.items() if name in keys | {*robot.ignored}}
+
+
 def _has_openpi_files(folder: Path) -> bool:
     return any(folder.glob("assets/**/norm_stats.json"))
 
 
 def _assets(folder: Path, options: PolicyOptions) -> str | None:
-    """The name of a folder above the statistics that is one of a known robot."""
+    """The name of a folder above the statistics that names a known robot."""
     if options.norm_stats == "none":
         return None
     try:
@@ -364,4 +366,4 @@ def _assets(folder: Path, options: PolicyOptions) -> str | None:
     except Pi0Error:  # said where the statistics are read
         return None
     places = path.parts[-4:] if options.norm_stats else path.relative_to(folder).parts
-    return next((part for part in places if part in ROBOT_OF_ASSETS), None)
+    return next((part for part in places if robot_of_assets(part)), None)

@@ -6,6 +6,7 @@ Camera slots, keys, joint signs and gripper constants are those of openpi's `alo
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -138,14 +139,18 @@ PI05 = {
     "libero": replace(ROBOTS["libero"], name="pi05_libero", delta=(), state_in_prompt=False),
 }
 ROBOTS |= {robot.name: robot for robot in PI05.values()}
-# openpi's names for the statistics of its base checkpoints (docs/norm_stats.md) whose robots need
-# another table than `generic`; handed out as they are, their actions would be taken for targets.
-ROBOT_OF_ASSETS = {
-    "trossen": "aloha",
-    "trossen_mobile": "aloha",
-    "droid": "droid",
-    "libero": "libero",
-}
+# Words in the names of statistics, of openpi's base checkpoints (docs/norm_stats.md) and of data
+# sets, whose robots need another table than `generic`; handed out as they are, their actions would
+# be taken for targets.
+ROBOT_OF_WORD = {"trossen": "aloha", "aloha": "aloha", "droid": "droid", "libero": "libero"}
+
+
+def robot_of_assets(folder: str) -> str | None:
+    """The robot whose statistics a folder has by its name, such as libero for "libero_10"; None: it
+    names none."""
+    words = re.findall(r"[a-z]+", folder.lower())
+    robot = next((ROBOT_OF_WORD[word] for word in words if word in ROBOT_OF_WORD), None)
+    return "aloha_sim" if robot == "aloha" and "sim" in words else robot
 
 
 def robot_names() -> list[str]:

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from pi0.checkpoint.files import LFS_HINT, LFS_POINTER
+from pi0.checkpoint.synth import PALIGEMMA_VOCABULARY
 from pi0.errors import ObservationError, Pi0Error
 from pi0.policy.normalize import Floats
 
 BINS = 256  # of a state in the prompt of π0.5
 FILE_NAMES = ("tokenizer.model", "paligemma_tokenizer.model", "tokenizer.json")
 BOS_PIECE = "<bos>"
+PALIGEMMA_BOS, PALIGEMMA_NEWLINE = 2, [108]
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,28 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if bos is None or bos < 0:
         raise Pi0Error(f"tokenizer {path}: expected a {BOS_PIECE} piece, found none.")
     return Tokenizer(encode, bos, size, path)
+
+
+def load_tokenizer_of(path: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a model with a vocabulary of this size.
+
+    Raises:
+        Pi0Error: see `load_tokenizer`; or it is another vocabulary's.
+    """
+    tokenizer = load_tokenizer(path)
+    if tokenizer.size > vocab_size:
+        raise Pi0Error(
+            f"tokenizer {path}: expected at most the {vocab_size} pieces of the model's "
+            f"vocabulary, found {tokenizer.size}. Use the tokenizer that belongs to the checkpoint."
+        )
+    found = (tokenizer.bos, tokenizer.encode("\n"))
+    if vocab_size == PALIGEMMA_VOCABULARY and found != (PALIGEMMA_BOS, PALIGEMMA_NEWLINE):
+        raise Pi0Error(
+            f"tokenizer {path}: expected PaliGemma's, with <bos> {PALIGEMMA_BOS} and a line break "
+            f"{PALIGEMMA_NEWLINE}, found {found[0]} and {found[1]} in {tokenizer.size} pieces: the "
+            "model would read other words. Use the tokenizer.model of google/paligemma-3b-pt-224."
+        )
+    return tokenizer
 
 
 def _candidates(folder: Path) -> Iterator[Path]:

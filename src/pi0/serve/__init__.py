@@ -3,9 +3,10 @@
     wire.py      messages: msgpack with NumPy arrays, within limits
     options.py   how a server is run, and the limits it keeps
     binding.py   address, API key, TLS
-    answer.py    an observation's frame in, an answer's frame out: the one thread that computes
+    answer.py    observations' frames in, answers' frames out: the one thread that computes
     replicas.py  the same by several processes, with Ray
-    session.py   one client: its newest observation, its turn, its answers in order
+    turns.py     whose turn it is, and who is computed together
+    session.py   one client: its newest observation, its answers in order
     server.py    all of them: start, warm-up, shutdown
     load.py      clients that ask as fast as they can, for measurements
     metrics.py   what is counted and timed

@@ -2,16 +2,20 @@
 
 Runs in the one thread that computes. Whatever happens, there is an answer: actions that were
 checked once more, or one sentence for the client; tracebacks go to the log. Knows no connections.
+
+Several requests are one call of the engine where they can be: each is read, decoded and checked on
+its own, and whatever is wrong with one of them is its own error.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +26,7 @@ from torch import Tensor
 
 from pi0 import __version__
 from pi0.errors import EngineError, LimitError, ObservationError, Pi0Error
-from pi0.policy import Policy
+from pi0.policy import Encoded, Policy, Sampled
 from pi0.serve.extras import split_extras
 from pi0.serve.wire import MessageLimits, pack, unpack
 
@@ -79,6 +83,22 @@ class Request:
                 "the next observation, and fewer robots to this server."
             )
 
+    def problem(self) -> Exception | None:
+        """What `check` raises; None: nothing."""
+        try:
+            self.check()
+        except (AbandonedError, TimeoutError) as error:
+            return error
+        return None
+
+
+def check_any(requests: Sequence[Request]) -> None:
+    """Raises what `Request.check` does once there is no use in going on for any of them."""
+    problems = [request.problem() for request in requests]
+    if all(problems):
+        assert problems[0] is not None
+        raise problems[0]
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -89,6 +109,7 @@ class Answer:
         outcome: "ok", or the kind of error.
         stages: seconds of each stage that was reached.
         warnings: how many were raised.
+        batch: how many observations were computed together, this one among them; 0: it was not.
         state: [D] float32, that the actions begin from; None: there are no actions.
     """
 
@@ -96,6 +117,7 @@ class Answer:
     outcome: str
     stages: Mapping[str, float]
     warnings: int = 0
+    batch: int = 0
     state: NDArray[np.float32] | None = None
 
 
@@ -131,8 +153,34 @@ class Chunk:
     actions: NDArray[np.float32]
 
 
+@dataclass
+class _Task:
+    """A request on its way through the policy, as far as it has come."""
+
+    request: Request
+    stages: dict[str, float]
+    said: list[str] = field(default_factory=list)  # warnings
+    observation: Any = None
+    reset: bool = False  # another episode begins
+    encoded: Encoded | None = None
+    sampled: Sampled | None = None
+    batch: int = 0
+    answer: Answer | None = None
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Warnings of the block are this task's, and an error is the answer to it alone."""
+        try:
+            with warnings.catch_warnings(record=True) as raised:
+                warnings.simplefilter("always")
+                yield
+            self.said += [str(warning.message) for warning in raised]
+        except Exception as error:  # of any kind: the client waits, and others come after it
+            self.answer = failure(error, self.stages)
+
+
 class Answerer:
-    """Answers requests with a policy, one at a time.
+    """Answers requests with a policy, one call at a time.
 
     Attributes:
         policy: computes.
@@ -141,13 +189,22 @@ class Answerer:
         on_frame: is given each observation with its actions, for a recording; None: nobody is.
     """
 
-    at_once = 1  # requests
+    at_once = 1  # calls of `answer`
 
-    def __init__(self, policy: Policy, limits: MessageLimits) -> None:
+    def __init__(self, policy: Policy, limits: MessageLimits, batch: int = 1) -> None:
+        """
+        Args:
+            batch: how many requests a call of `answer` may have.
+
+        Raises:
+            EngineError: the engine takes one observation at a time, and `batch` is larger.
+        """
+        policy.engine.check_batch(batch)
         self.policy = policy
         self.limits = limits
         self.on_frame: Callable[[Frame], None] | None = None
         self.last: Chunk | None = None
+        self._batch = batch
         self._shape = (policy.engine.config.horizon, policy.pipeline.action_dim)
         self._numbers = itertools.count(1)
 
@@ -158,7 +215,8 @@ class Answerer:
         return pack({**known, "server": f"pi0 {__version__}"})
 
     def warm_up(self, on_step: Callable[[], None]) -> float:
-        """Computes a chunk that nobody gets, with all cameras; returns its seconds.
+        """Computes a chunk that nobody gets, with all cameras, and then the largest batch of them;
+        returns the seconds of the single one.
 
         Raises:
             Pi0Error: the policy cannot compute.
@@ -173,63 +231,107 @@ class Answerer:
         start = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that state is nobody's
-            inputs, _ = pipeline.encode(observation)
-            noise = torch.zeros(1, config.horizon, config.action_dim)
-            self.policy.engine.sample(inputs, noise, self.policy.steps, on_step)
-        return time.perf_counter() - start
+            encoded = self.policy.encode(observation, torch.zeros(1, *self.policy.noise_shape))
+            self.policy.sample([encoded], on_step)
+            seconds = time.perf_counter() - start
+            if self._batch > 1:
+                self.policy.sample([encoded] * self._batch, on_step)
+        return seconds
 
-    def answer(self, request: Request) -> Answer:
-        """The answer to a request; nothing is raised."""
-        stages = {"queue": time.perf_counter() - request.arrived}
-        try:
-            with warnings.catch_warnings(record=True) as raised:
-                warnings.simplefilter("always")
-                result = self._infer(request, stages)
-            said = [str(warning.message) for warning in raised]
-            frame = self._pack(result, said, stages, request)
-            return Answer(frame, "ok", stages, len(said), result["state"])
-        except Exception as error:  # of any kind: the client waits, and others come after it
-            return failure(error, stages)
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """The answers to requests, in their order; nothing is raised."""
+        tasks = [
+            _Task(request, {"queue": time.perf_counter() - request.arrived}) for request in requests
+        ]
+        groups: dict[Hashable, list[_Task]] = {}
+        for number, task in enumerate(tasks):
+            with task.collecting():
+                task.encoded = self._encode(task)
+                key = task.encoded.batch_key
+                groups.setdefault(number if key is None else key, []).append(task)
+        for group in groups.values():
+            self._sample(group)
+        return [task.answer or self._finish(task) for task in tasks]
 
-    def _infer(self, request: Request, stages: dict[str, float]) -> dict[str, Any]:
+    def _encode(self, task: _Task) -> Encoded:
+        request, start = task.request, time.perf_counter()
         request.check()
         if isinstance(request.frame, str):
             raise ObservationError(
                 "observation: expected a binary message of msgpack, found text. Connect with "
                 "openpi's client, or pack as docs/serving.md shows."
             )
-        start = time.perf_counter()
-        observation, extras = split_extras(unpack(request.frame, self.limits))
-        stages["decode"] = time.perf_counter() - start
+        task.observation, extras = split_extras(unpack(request.frame, self.limits))
+        task.stages["decode"] = time.perf_counter() - start
         if extras.previous is not None and self.policy.real_time is None:
             raise ObservationError(
                 "pi0/previous: expected a server that continues chunks, found one without. Start "
                 "it with --real-time, or leave the key out."
             )
-        result = self.policy.infer(
-            observation,
+        task.reset = extras.reset
+        return self.policy.encode(
+            task.observation,
             request.noise if extras.noise is None else extras.noise,
-            request.check,
             previous=extras.previous,
             delay=extras.delay,
         )
+
+    def _sample(self, tasks: Sequence[_Task]) -> None:
+        """Samples tasks that fit together. What fails together is tried one by one, so that what
+        is wrong with one observation ends no other."""
+        if len(tasks) == 1:
+            with tasks[0].collecting():
+                self._sample_together(tasks)
+            return
+        try:
+            self._sample_together(tasks)
+        except Exception as error:  # of any kind; each alone shows which of them it is about
+            if not isinstance(error, (AbandonedError, TimeoutError)):
+                reason = one_line(f"{type(error).__name__}: {error}")
+                logger.warning("a batch of %d failed and is computed apart: %s", len(tasks), reason)
+            for task in tasks:
+                self._sample([task])
+
+    def _sample_together(self, tasks: Sequence[_Task]) -> None:
+        requests = [task.request for task in tasks]
+        check_any(requests)
+        encoded = [task.encoded for task in tasks if task.encoded]
+        sampled = self.policy.sample(encoded, lambda: check_any(requests))
+        for task, actions in zip(tasks, sampled, strict=True):
+            task.sampled, task.batch = actions, len(tasks)
+
+    def _finish(self, task: _Task) -> Answer:
+        with task.collecting():
+            result = self._decode(task)
+        if task.answer is None:
+            with task.collecting():
+                task.answer = self._answer(task, result)
+        assert task.answer is not None
+        return task.answer
+
+    def _decode(self, task: _Task) -> dict[str, Any]:
+        request = task.request
         request.check()
+        assert task.encoded is not None
+        assert task.sampled is not None
+        result = self.policy.decode(task.encoded, task.sampled)
         for stage in ("preprocess", "infer", "postprocess"):
-            stages[stage] = result["policy_timing"][f"{stage}_ms"] / 1e3
+            task.stages[stage] = result["policy_timing"][f"{stage}_ms"] / 1e3
         check_actions(result["actions"], self._shape)
-        self.last = Chunk(next(self._numbers), observation, result["actions"])
+        self.last = Chunk(next(self._numbers), task.observation, result["actions"])
         if self.on_frame:
-            told = (observation, result["state"], result["actions"], extras.reset)
+            told = (task.observation, result["state"], result["actions"], task.reset)
             self.on_frame(Frame(request.client, *told, request.arrived, len(request.frame)))
         return result
 
-    def _pack(
-        self, result: dict[str, Any], said: list[str], stages: dict[str, float], request: Request
-    ) -> bytes:
+    def _answer(self, task: _Task, result: dict[str, Any]) -> Answer:
+        request, stages = task.request, task.stages
         timing = {
             "infer_ms": 1e3 * (time.perf_counter() - request.arrived - stages["queue"]),
             "queue_ms": 1e3 * stages["queue"],
         }
+        if self._batch > 1:
+            timing["batch"] = task.batch
         if request.previous is not None:
             timing["prev_total_ms"] = 1e3 * request.previous
         # No array but the actions: openpi's ActionChunkBroker cuts every array of an answer.
@@ -240,9 +342,9 @@ class Answerer:
         }
         if result["limits"].get("violations"):
             answer["limits"] = result["limits"]
-        if said:
-            answer["warnings"] = said
-        return pack(answer)
+        if task.said:
+            answer["warnings"] = task.said
+        return Answer(pack(answer), "ok", stages, len(task.said), task.batch, result["state"])
 
 
 def check_actions(actions: Any, shape: tuple[int, int]) -> None:

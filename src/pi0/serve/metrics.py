@@ -22,6 +22,7 @@ from pi0.serve.answer import Answer
 
 # Seconds: from a small model on a GPU to the full one on two CPU cores.
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 CHARTED = 240  # latencies on the live page
 RECORDED = ("episodes", "frames", "dropped", "errors")
 REMEMBERED = 20_000  # answers within the time that a line of the log tells of
@@ -87,6 +88,12 @@ class Metrics:
         )
         for what in RECORDED:  # each is 0 before it happens, not absent
             self._recorded.labels(what)
+        self._batches = Histogram(
+            "pi0_batch_size",
+            "Observations, by how many were computed together.",
+            buckets=BATCH_SIZES,
+            registry=self.registry,
+        )
         self._seconds = Histogram(
             "pi0_stage_seconds",
             "Seconds of each stage of an answer; total: from arrival to the end of sending.",
@@ -104,6 +111,7 @@ class Metrics:
             self._seconds.labels(stage).observe(seconds)
         ok = answer.outcome == "ok"
         if ok:
+            self._batches.observe(answer.batch)
             self._seconds.labels("total").observe(total)
             self.latencies.append(total)
         if answer.outcome != "superseded":

@@ -18,6 +18,8 @@ class ServeOptions:
         tls: certificate and key; None: no encryption.
         message: limits of a message.
         max_clients: robots that are connected at once.
+        batch: robots whose observations are computed together, at most.
+        batch_wait: seconds that an observation waits for others, at most, where the policy is free.
         timeout: seconds from an observation's arrival to its answer.
         send_timeout: seconds that a client may take to read an answer.
         grace: seconds that a shutdown waits for answers that are being computed.
@@ -30,6 +32,8 @@ class ServeOptions:
     tls: ssl.SSLContext | None = None
     message: MessageLimits = field(default_factory=MessageLimits)
     max_clients: int = 64
+    batch: int = 1
+    batch_wait: float = 0
     timeout: float = 60
     send_timeout: float = 20
     grace: float = 30

@@ -1,9 +1,10 @@
 """One server, several replicas of its policy, as a Ray Serve deployment (docs/scaling.md).
 
 The server keeps connections, turns, limits and noise. A replica, in a process of its own and maybe
-on another machine, gets one observation's frame at a time and returns the frame of its answer. It
-keeps nothing between two observations, so that any replica may answer any client. Ray starts
-replicas, watches them, replaces those that fail, and adds and removes some as load asks.
+on another machine, gets the frames of one observation, or of several that it computes together, and
+returns the frames of the answers. It keeps nothing between two calls, so that any replica may
+answer any client. Ray starts replicas, watches them, replaces those that fail, and adds and removes
+some as load asks.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,16 @@ import torch
 
 from pi0.errors import ConfigError, Pi0Error, install_hint
 from pi0.policy import Pipeline, PolicyOptions, PolicyRecipe, Robot
-from pi0.serve.answer import AbandonedError, Answer, Answerer, Chunk, Frame, Request, failure
+from pi0.serve.answer import (
+    AbandonedError,
+    Answer,
+    Answerer,
+    Chunk,
+    Frame,
+    Request,
+    check_any,
+    failure,
+)
 from pi0.serve.extras import split_extras
 from pi0.serve.wire import MessageLimits, unpack
 
@@ -42,9 +52,11 @@ class Recipe(PolicyRecipe):
 
     Attributes:
         limits: of messages.
+        batch: how many requests it is asked at once, at most.
     """
 
     limits: MessageLimits = field(default_factory=MessageLimits)
+    batch: int = 1
 
     def with_absolute_paths(self) -> Recipe:
         """The same for a process that runs in another folder."""
@@ -87,7 +99,7 @@ class PolicyReplica:
     """What runs in a replica's process: a policy that is warm before Ray sends it anything."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self._answerer = Answerer(recipe.make(), recipe.limits)
+        self._answerer = Answerer(recipe.make(), recipe.limits, recipe.batch)
         self._seconds = self._answerer.warm_up(lambda: None)
         self._suspect = False
 
@@ -99,19 +111,23 @@ class PolicyReplica:
             "seconds": self._seconds,
         }
 
-    async def answer(self, request: dict[str, Any], age: float) -> Answer:
-        """The answer to a request whose fields are given; it arrived `age` seconds ago.
+    async def answer(self, requests: list[dict[str, Any]], ages: list[float]) -> list[Answer]:
+        """The answers to requests whose fields are given, and that arrived `ages` seconds ago.
 
         In a thread, so that Ray's question for the replica's health is answered meanwhile.
         """
-        made = Request(**request, arrived=time.perf_counter() - age)
+        now = time.perf_counter()
+        made = [
+            Request(**fields, arrived=now - age) for fields, age in zip(requests, ages, strict=True)
+        ]
         try:
-            answer = await asyncio.to_thread(self._answerer.answer, made)
+            answers = await asyncio.to_thread(self._answerer.answer, made)
         except asyncio.CancelledError:
-            made.abandon()
+            for request in made:
+                request.abandon()
             raise
-        self._suspect |= answer.outcome == "internal"
-        return answer
+        self._suspect |= any(answer.outcome == "internal" for answer in answers)
+        return answers
 
     async def check_health(self) -> None:
         """Ray asks every few seconds, and replaces a replica for which this raises.
@@ -148,13 +164,13 @@ class Replicas:
     Attributes:
         policy: what all of them are.
         limits: of messages.
-        at_once: how many requests may be asked at the same time.
+        at_once: how many replicas may be asked at the same time.
         on_frame: is given each observation with its actions; see `Answerer`.
     """
 
     def __init__(
         self,
-        ask: Callable[[dict[str, Any], float], Any],
+        ask: Callable[[list[dict[str, Any]], list[float]], Any],
         pipeline: Pipeline,
         limits: MessageLimits,
         description: Mapping[str, Any],
@@ -165,7 +181,8 @@ class Replicas:
     ) -> None:
         """
         Args:
-            ask: sends a request to any replica; returns Ray's DeploymentResponse.
+            ask: sends requests to any replica (see `PolicyReplica.answer`); returns Ray's
+                DeploymentResponse.
             pipeline: the policy's.
             description: `PolicyReplica.describe`.
             seed: of the noise. It is drawn here, so that a request that is asked again has the
@@ -202,48 +219,57 @@ class Replicas:
         on_step()
         return self._seconds
 
-    def answer(self, request: Request) -> Answer:
-        """The answer to a request; nothing is raised. For any number of threads.
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """The answers to requests, in their order; nothing is raised. For any number of threads.
 
-        A request whose replica is lost is asked once more.
+        Requests whose replica is lost are asked once more.
         """
-        config = self.policy.pipeline.config
-        noise = torch.randn(1, config.horizon, config.action_dim, generator=self._generator)
-        fields = {
-            "frame": request.frame,
-            "timeout": request.timeout,
-            "previous": request.previous,
-            "noise": noise,
-        }
-        stages = {"queue": time.perf_counter() - request.arrived}
+        fields = [self._fields(request) for request in requests]
+        now = time.perf_counter()
+        stages = [{"queue": now - request.arrived} for request in requests]
         try:
             for _ in range(2):
                 try:
-                    answer = self._wait(request, fields)
+                    answers = self._wait(requests, fields)
                 except self._lost as error:
                     reason = _reason(error).partition(". ")[0]  # of several with addresses
                     logger.warning("a replica was lost while it computed (%s)", reason)
                 else:
-                    self._remember(request, answer)
-                    return answer
-            return Answer(LOST, "lost", stages)
-        except Exception as error:  # of any kind: the client waits, and others come after it
-            return failure(error, stages)
+                    for request, answer in zip(requests, answers, strict=True):
+                        self._remember(request, answer)
+                    return answers
+            return [Answer(LOST, "lost", own) for own in stages]
+        except Exception as error:  # of any kind: clients wait, and others come after them
+            return [
+                failure(request.problem() or error, own)
+                for request, own in zip(requests, stages, strict=True)
+            ]
+
+    def _fields(self, request: Request) -> dict[str, Any]:
+        """What a replica is told of a request."""
+        config = self.policy.pipeline.config
+        return {
+            "frame": request.frame,
+            "timeout": request.timeout,
+            "previous": request.previous,
+            "noise": torch.randn(1, config.horizon, config.action_dim, generator=self._generator),
+        }
 
     def close(self) -> None:
         """Ends the replicas."""
         self._stop()
 
-    def _wait(self, request: Request, fields: dict[str, Any]) -> Answer:
-        """Asks, and waits for as long as the answer is wanted."""
-        response = self._ask(fields, time.perf_counter() - request.arrived)
+    def _wait(self, requests: Sequence[Request], fields: list[dict[str, Any]]) -> list[Answer]:
+        """Asks, and waits for as long as one of the answers is wanted."""
+        now = time.perf_counter()
+        response = self._ask(fields, [now - request.arrived for request in requests])
         while True:
             try:
-                answer: Answer = response.result(timeout_s=POLL)
-                return answer
+                answers: list[Answer] = response.result(timeout_s=POLL)
+                return answers
             except TimeoutError:
                 try:
-                    request.check()
+                    check_any(requests)
                 except (AbandonedError, TimeoutError):
                     response.cancel()
                     raise

@@ -12,7 +12,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,6 +26,7 @@ from pi0.serve.options import ServeOptions
 from pi0.serve.replicas import Replicas
 from pi0.serve.session import Session, event_or_end
 from pi0.serve.site import Site
+from pi0.serve.turns import Turns
 
 if TYPE_CHECKING:
     from pi0.serve.record import Recorder
@@ -52,9 +53,8 @@ class PolicyServer:
     def __init__(self, policy: Policy | Replicas, options: ServeOptions | None = None) -> None:
         self.options = options or ServeOptions()
         self.sessions: set[Session] = set()
-        self.answerer = (
-            policy if isinstance(policy, Replicas) else Answerer(policy, self.options.message)
-        )
+        message, batch = self.options.message, self.options.batch
+        self.answerer = policy if isinstance(policy, Replicas) else Answerer(policy, message, batch)
         self.metrics = Metrics(
             clients=lambda: len(self.sessions),
             waiting=lambda: sum(session.waiting for session in self.sessions),
@@ -63,7 +63,9 @@ class PolicyServer:
         self.answerer.on_frame = self.recorder.put if self.recorder else None
         self._ready = asyncio.Event()
         self._stopping = threading.Event()  # the computing thread looks at it, too
-        self._turn = asyncio.Semaphore(self.answerer.at_once)
+        self._turns = Turns(
+            self._compute, batch, self.options.batch_wait, lambda: len(self.sessions)
+        )
         self._thread = ThreadPoolExecutor(self.answerer.at_once, thread_name_prefix="pi0-policy")
         self._site = Site(self)
 
@@ -125,8 +127,9 @@ class PolicyServer:
                 await asyncio.to_thread(self.recorder.close)
 
     async def _until(self, stop: asyncio.Event, on_ready: Callable[[float], None]) -> None:
-        watch = asyncio.create_task(self._watch(stop))
-        minutes = asyncio.create_task(self._log_latency())
+        beside = [self._watch(stop), self._log_latency()]
+        beside += [self._turns.work() for _ in range(self.answerer.at_once)]
+        tasks = [asyncio.create_task(work) for work in beside]
         try:
             with contextlib.suppress(AbandonedError):  # told to stop
                 seconds = await self._in_thread(self.answerer.warm_up, self._check_stop)
@@ -137,7 +140,7 @@ class PolicyServer:
             await self._drain()
         finally:
             self.metrics.ready.set(0)
-            for task in (watch, minutes):
+            for task in tasks:
                 task.cancel()
 
     async def _watch(self, stop: asyncio.Event) -> None:
@@ -160,9 +163,7 @@ class PolicyServer:
             logger.warning("stopping: %d observations stay unanswered.", unanswered)
 
     async def _client(self, connection: ServerConnection) -> None:
-        session = Session(
-            connection, self._turn, self._compute, self.metrics.answered, self.options
-        )
+        session = Session(connection, self._turns, self.metrics.answered, self.options)
         self.sessions.add(session)
         logger.info("client %s: connected, %d in all", session.name, len(self.sessions))
         try:
@@ -174,8 +175,8 @@ class PolicyServer:
                 self.recorder.end(session.name)
             logger.info("client %s: gone after %d answers", session.name, session.answers)
 
-    async def _compute(self, request: Request) -> Answer:
-        return await self._in_thread(self.answerer.answer, request)
+    async def _compute(self, requests: Sequence[Request]) -> Sequence[Answer]:
+        return await self._in_thread(self.answerer.answer, requests)
 
     async def _in_thread(self, work: Callable[[A], R], argument: A) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, argument)

@@ -1,4 +1,4 @@
-"""One client: its newest observation, its turn with the policy, its answers in order.
+"""One client: its newest observation, its answers in order.
 
 Each observation gets one frame, in the order in which they came. While a client waits for its turn,
 a newer observation replaces the one that waits; the older one is answered with a text.
@@ -11,13 +11,14 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
 from pi0.serve.answer import Answer, Request, one_line
 from pi0.serve.options import ServeOptions
+from pi0.serve.turns import Turns
 
 logger = logging.getLogger("pi0.serve")
 LOG_PAUSE = 1.0  # seconds between errors of one client in the log
@@ -26,7 +27,6 @@ SUPERSEDED = Answer(
     "superseded",
     {},
 )
-Compute = Callable[[Request], Awaitable[Answer]]
 Report = Callable[[Answer, float], None]
 
 
@@ -42,24 +42,20 @@ class Session:
     def __init__(
         self,
         connection: ServerConnection,
-        turn: asyncio.Semaphore,
-        compute: Compute,
+        turns: Turns,
         report: Report,
         options: ServeOptions,
     ) -> None:
         """
         Args:
-            turn: whoever holds it computes. It is handed over in the order in which it was asked
-                for, and a client asks for one turn at a time, so that turns go round.
-            compute: the answer to a request.
+            turns: the line in which it stands.
             report: takes each answer, and the seconds from arrival to the end of sending.
         """
         host, port, *_ = connection.remote_address or ("unknown", 0)
         self.name = f"{host}:{port}"
         self.answers = 0
         self._connection = connection
-        self._turn, self._compute, self._report = turn, compute, report
-        self._options = options
+        self._turns, self._report, self._options = turns, report, options
         self._newest: Request | None = None
         self._arrived = asyncio.Event()
         self._answering = False
@@ -109,13 +105,7 @@ class Session:
     async def _answer(self) -> None:
         while True:
             await self._arrived.wait()
-            async with self._turn:
-                request = self._take()
-                try:
-                    answer = await self._compute(request)
-                except asyncio.CancelledError:
-                    request.abandon()
-                    raise
+            request, answer = await self._turns.answer(self._take)
             for _ in range(request.superseded):
                 await self._deliver(SUPERSEDED, request)
             await self._deliver(answer, request)

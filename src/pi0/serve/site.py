@@ -27,9 +27,7 @@ if TYPE_CHECKING:
 PICTURE_SIDE = 320  # pixels, at most
 PLOTTED = 32  # actions of a chunk, at most
 RECENT = 60  # seconds that the page's quantiles tell of
-NEED_KEY = (
-    "key: expected the header Authorization: Api-Key KEY with this server's key, found none.\n"
-)
+NEED_KEY = "key: expected the header Authorization: Api-Key KEY with this server's key, found {}.\n"
 # Nothing from elsewhere, and nobody else's page around this one.
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -54,9 +52,12 @@ class Site:
             status = HTTPStatus.OK if server.ready else HTTPStatus.SERVICE_UNAVAILABLE
             return connection.respond(status, "ready\n" if server.ready else "not ready\n")
         key = server.options.api_key
-        if key is not None and not shows_key(request.headers.get_all("Authorization"), key):
+        shown = request.headers.get_all("Authorization")
+        if key is not None and not shows_key(shown, key):
             server.metrics.refused("key")
-            refused = connection.respond(HTTPStatus.UNAUTHORIZED, NEED_KEY)
+            refused = connection.respond(
+                HTTPStatus.UNAUTHORIZED, NEED_KEY.format("another" if shown else "none")
+            )
             refused.headers["WWW-Authenticate"] = 'Basic realm="pi0: the password is the API key"'
             return refused
         if "websocket" in request.headers.get("Upgrade", "").lower():

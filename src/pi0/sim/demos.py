@@ -38,17 +38,23 @@ class Disturbance:
 
     A push now and then, not some noise in every step: a chunk of actions holds the answers to all
     that disturbs it, which nobody can foresee, and a policy would learn to predict their mean.
+    With some pushes the gripper slips: it does the opposite of what the expert wants, misses a cube
+    or drops one. Nothing else shows a policy a hand that has closed on nothing.
 
     Attributes:
         episodes: share of episodes that are disturbed at all.
         pushes: share of steps in which a push begins.
+        slips: share of pushes with which the gripper slips.
         steps: that a push lasts, each the same way.
+        slip_steps: that a push with a slip lasts: until fingers are shut.
         near, far: standard deviation of a push on each axis, low over the table and high.
     """
 
     episodes: float = 0.75
     pushes: float = 0.06
+    slips: float = 0.3
     steps: int = 2
+    slip_steps: int = 5
     near: float = 0.2
     far: float = 0.7
 
@@ -80,7 +86,7 @@ def record_episode(
     observation, info = env.reset(seed=seed, options={"task": task})
     rng = np.random.default_rng([seed, 1])  # not the episode's own numbers again
     disturbed = rng.random() < disturbance.episodes
-    push, left = np.zeros(3), 0  # of the hand, and for how many more steps
+    push, slips, left = np.zeros(3), False, 0  # of the hand, and for how many more steps
     frames: list[tuple[dict[str, NDArray[np.generic]], NDArray[np.float32]]] = []
     points: list[dict[str, Floats]] = []
     for _ in range(max_steps):
@@ -88,9 +94,13 @@ def record_episode(
         frames.append((observation, action))
         points.append(_points(env, info))
         if disturbed and not left and rng.random() < disturbance.pushes:
-            push, left = _push(env, disturbance, rng), disturbance.steps
-        executed = action + np.array([*push, 0], np.float32) if left else action
-        left = max(0, left - 1)
+            push, slips = _push(env, disturbance, rng), rng.random() < disturbance.slips
+            left = disturbance.slip_steps if slips else disturbance.steps
+        executed = action.copy()
+        if left:
+            executed[:3] += push
+            executed[3] *= -1 if slips else 1
+            left -= 1
         observation, _, done, _, info = env.step(executed)
         if done:
             return _recording(info["prompt"], frames, points)

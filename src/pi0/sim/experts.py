@@ -18,6 +18,7 @@ Floats = NDArray[np.float64]
 
 OPEN, CLOSED = 1.0, -1.0
 ABOVE = 0.10  # metres of the fingertips over the table, on the way
+CLEAR = 0.06  # metres at which the fingertips are over all cubes
 GRASP = 0.016
 CARRY = 0.13
 DROP = 0.075
@@ -50,11 +51,13 @@ def expert_action(env: TabletopEnv) -> NDArray[np.float32]:
         return _towards(hand, np.array([*hand[:2], CARRY]), CLOSED)
     if held and place is not None:
         return _carry(hand, cube, place)
-    return _grasp(hand, cube, closed and width > SHUT)
+    return _grasp(hand, cube, closed and width > SHUT, width < WIDTH / 2)
 
 
-def _grasp(hand: Floats, cube: Floats, closing: bool) -> NDArray[np.float32]:
+def _grasp(hand: Floats, cube: Floats, closing: bool, narrow: bool) -> NDArray[np.float32]:
     aside = float(np.linalg.norm((hand - cube)[:2]))
+    if narrow and not closing and hand[2] < CLEAR:  # up before fingers open, not into the cube
+        return _towards(hand, np.array([*hand[:2], ABOVE]), OPEN)
     if aside < ALIGNED and hand[2] < cube[2] + 0.006:
         return _towards(hand, hand, CLOSED)
     if closing and aside < 2 * ALIGNED and hand[2] < cube[2] + 0.01:
@@ -90,7 +93,7 @@ def _push(hand: Floats, cube: Floats, direction: Floats) -> NDArray[np.float32]:
     start = cube[:2] - direction * (reach + GAP)
     off = float(np.linalg.norm(hand[:2] - start))
     height = PUSH_HEIGHT if off < ALIGNED else ABOVE
-    if off >= ALIGNED and hand[2] < 0.06:  # up first, not through the cube
+    if off >= ALIGNED and hand[2] < CLEAR:  # up first, not through the cube
         return _towards(hand, np.array([*hand[:2], ABOVE]), CLOSED)
     return _towards(hand, np.array([*start, height]), CLOSED)
 

@@ -24,8 +24,9 @@ from pi0.config import PRESETS
 from pi0.engines.base import Capabilities, Engine, EngineOptions, make_engine
 from pi0.errors import EngineError, Pi0Error
 from pi0.inputs import ModelInputs, random_inputs
+from pi0.verify.cases import default_cases
 from pi0.verify.compare import compare
-from pi0.verify.run import default_cases, verify
+from pi0.verify.run import verify
 from pi0.verify.thresholds import limits_of, looser, threshold
 
 CAMERAS, TOKENS, STEPS, THREADS = 2, 12, 2, 4
@@ -161,11 +162,12 @@ def _check_fresh(
                 torch.equal(before, after) != read,
                 f"{label}: expected {expected} actions for other {name}, found {other}.",
             )
-            found = compare(reference.sample(given, x, STEPS), after)
+            found = compare(reference.sample(given, x, STEPS) - x, after - x)
             _require(
                 found.fault is None and found.rel_l2 <= limit.max_rel_l2,
-                f"{label}: expected the reference's actions for other {name} within a relative "
-                f"error of {limit.max_rel_l2:g}, found {found.fault or f'{found.rel_l2:.2g}'}.",
+                f"{label}: expected the reference's actions for other {name} within "
+                f"{limit.max_rel_l2:g} of what it moved, found "
+                f"{found.fault or f'{found.rel_l2:.2g}'}.",
             )
 
 
@@ -189,7 +191,7 @@ def _check_batch(label: str, engine: Engine, inputs: ModelInputs, noise: Tensor)
         f"{label}: expected actions of both rows of a batch, found {list(together.shape)}.",
     )
     for i, (given, x) in enumerate(rows):
-        found = compare(engine.sample(given, x, STEPS), together[i : i + 1])
+        found = compare(engine.sample(given, x, STEPS) - x, together[i : i + 1] - x)
         _require(
             found.fault is None and found.rel_l2 <= limit.max_rel_l2,
             f"{label}: expected row {i} of a batch to be what it is alone, found a relative error "

@@ -28,7 +28,7 @@ from pi0.policy.tokenizer import (
     PromptFormat,
     Tokenizer,
     find_tokenizer,
-    load_tokenizer,
+    load_tokenizer_of,
 )
 from pi0.train.augment import Augmentation
 from pi0.train.checks import examine, match_cameras
@@ -301,10 +301,4 @@ def _tokenizer(
         with processes.first_alone():
             if not path.is_file():
                 write_vocabulary(path, map(str, set(dataset.tasks)), vocabulary)
-    tokenizer = load_tokenizer(path.expanduser())
-    if tokenizer.size > vocabulary:
-        raise Pi0Error(
-            f"tokenizer {path}: expected at most the {vocabulary} pieces of the model's "
-            f"vocabulary, found {tokenizer.size}. Name another with --tokenizer."
-        )
-    return tokenizer
+    return load_tokenizer_of(path.expanduser(), vocabulary)

@@ -18,6 +18,8 @@ class Comparison:
         rel_l2: norm of the difference by norm of the reference.
         max_abs: largest absolute difference.
         fault: why the numbers cannot be trusted (NaN, a constant, another shape); else None.
+        gain_error: the factor that fits the candidate to the reference best in least squares, less
+            1. Rounding moves values in all directions and cancels here, a wrong scale does not.
     """
 
     pcc: float
@@ -25,6 +27,7 @@ class Comparison:
     rel_l2: float
     max_abs: float
     fault: str | None
+    gain_error: float = 0.0
 
 
 def compare(reference: Tensor, candidate: Tensor) -> Comparison:
@@ -50,6 +53,7 @@ def compare(reference: Tensor, candidate: Tensor) -> Comparison:
         rel_l2=float((a - b).norm() / a.norm()),
         max_abs=float((a - b).abs().max()),
         fault=None,
+        gain_error=float(((b - a) @ a) / (a @ a)),
     )
 
 
@@ -67,4 +71,4 @@ def displacement_error(reference: Tensor, candidate: Tensor, noise: Tensor) -> f
 
 def _faulty(why: str) -> Comparison:
     nan = float("nan")
-    return Comparison(nan, nan, nan, nan, why)
+    return Comparison(nan, nan, nan, nan, why, nan)

@@ -1,86 +1,59 @@
-"""Runs two engines on the same inputs and noise and compares the results of their stages.
+"""Do two engines compute the same, and does the candidate round within its limits?
 
-Modes: in `chained` each engine computes with its own results, so that errors add up; in `isolated`
-every stage (and block) of the candidate gets the reference's input, which shows where an error
-arises.
+Two questions, since an answer to both at once hides small mistakes behind rounding:
+
+- **Same computation.** The candidate's code in a precision that rounds nothing (`Engine.unrounded`)
+  gets the reference's input at every stage and block, and has to agree as float32 does. Operations
+  that only the candidate's precision has are shown one by one (`Engine.show_operations`).
+- **Rounding.** The candidate itself, on the reference's inputs (`isolated`) and by itself
+  (`chained`), within limits for each stage that were measured.
 
 A comparison is blind to what both engines leave out. So a camera and text are masked in one of the
 cases, and there each engine is also compared with itself on other masked content, which must not
-move its velocity at all: an engine that drops the mask fails even when compared with another one
-that does. And a third engine, an implementation that we did not write, is compared with the
-reference.
+move its velocity at all. And a third engine, an implementation that we did not write, is compared
+with the reference.
 """
 
 from __future__ import annotations
 
-import gc
-import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pi0.config import Pi0Config
-from pi0.engines.base import Engine, Threshold
+from pi0.engines.base import Engine
 from pi0.errors import CheckpointError
-from pi0.inputs import ModelInputs, random_inputs
 from pi0.model import STAGES
-from pi0.model.flow import schedule
-from pi0.model.pi0 import prefix_valid
-from pi0.verify.compare import Comparison, compare
-from pi0.verify.thresholds import Limits, limits_of, looser, threshold
+from pi0.verify.cases import Case
+from pi0.verify.compare import compare
+from pi0.verify.record import EngineRun, Passes, Recording, denoise, run_engine
+from pi0.verify.rows import (
+    ACTIONS,
+    Row,
+    chained_rows,
+    isolated_rows,
+    masked_content_rows,
+    operation_rows,
+    sample_rows,
+    structure_rows,
+)
+from pi0.verify.thresholds import (
+    CHAINED,
+    ISOLATED,
+    ORACLE,
+    Limits,
+    limits_of,
+    looser,
+    threshold,
+)
 
-MODES = ("chained", "isolated")
-ACTIONS = "actions"
-# Recorded even if blocks are not compared: in isolated mode the expert attends to the reference's.
-CACHED = (".keys", ".values")
+
+class DamagedCheckpointError(CheckpointError):
+    """The reference's own results are not finite."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """Named inputs, and noise [B, horizon, action_dim]."""
-
-    name: str
-    inputs: ModelInputs
-    noise: Tensor
-
-
-@dataclass(frozen=True)
-class Row:
-    """One comparison.
-
-    `name` is a stage, a block (`stage.block.7`), its keys or values, a step's velocity
-    (`velocity.3`), the actions of these velocities (`actions`), those of the candidate's own loop
-    (`sample`), an engine compared with itself (`masked_content.candidate`), or the third engine's
-    velocities and actions (`oracle.velocity.3`).
-    """
-
-    case: str
-    name: str
-    comparison: Comparison
-    limit: Threshold
-    reference_ms: float
-    candidate_ms: float
-
-    @property
-    def passed(self) -> bool:
-        return not self.exceeded
-
-    @property
-    def exceeded(self) -> list[str]:
-        """What is wrong: each limit that does not hold, with both numbers."""
-        c, limit = self.comparison, self.limit
-        if c.fault is not None:
-            return [c.fault]
-        exceeded = []
-        if not c.pcc >= limit.min_pcc:
-            exceeded.append(f"PCC {c.pcc:.7g} (limit: at least {limit.min_pcc:g})")
-        if not c.rel_l2 <= limit.max_rel_l2:
-            exceeded.append(f"relative L2 {c.rel_l2:.2e} (limit: at most {limit.max_rel_l2:.0e})")
-        return exceeded
+MODES = ("both", CHAINED, ISOLATED)
 
 
 @dataclass(frozen=True)
@@ -88,6 +61,7 @@ class VerifyResult:
     """All rows, and the actions of both engines by case.
 
     Attributes:
+        structure: the engine that was tested for the same computation; None if none was.
         missing: the stages that are not compared, and why.
         notes: what both engines say of their results.
     """
@@ -97,85 +71,79 @@ class VerifyResult:
     actions: dict[str, tuple[Tensor, Tensor]]
     missing: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    structure: str | None = None
 
     @property
     def first_failure(self) -> Row | None:
         return next((row for row in self.rows if not row.passed), None)
 
 
-@dataclass
-class Recording:
-    """The results of one engine in one case."""
-
-    patches: int  # of one view
-    tensors: dict[str, Tensor]
-    ms: dict[str, float]
-    steps: list[tuple[Tensor, Tensor]]  # x_t, velocity
-    actions: Tensor
-    masked_content: Comparison | None  # of two velocities that differ in masked content only
-    sample: Tensor | None = None  # actions of the engine's own loop
-
-
-def default_cases(config: Pi0Config, cameras: int, tokens: int, seed: int = 0) -> list[Case]:
-    """Everything valid, and the last camera and the latter half of the text masked."""
-    inputs, noise = random_inputs(config, cameras, tokens, seed)
-    image_mask, token_mask = inputs.image_mask.clone(), inputs.token_mask.clone()
-    image_mask[:, -1] = cameras == 1
-    token_mask[:, math.ceil(tokens / 2) :] = False
-    masked = replace(inputs, image_mask=image_mask, token_mask=token_mask)
-    return [Case("all valid", inputs, noise), Case("masked", masked, noise)]
-
-
-@dataclass(frozen=True)
-class EngineRun:
-    """One engine on all cases.
-
-    Attributes:
-        recordings: by case.
-        limits: of the engine's precision.
-        hidden: why its taps do not see a stage, by stage.
-    """
-
-    recordings: dict[str, Recording]
-    limits: Limits
-    hidden: dict[str, str]
-    notes: Sequence[str]
+def record_reference(
+    make: Callable[[], Engine],
+    cases: Sequence[Case],
+    steps: int = 10,
+    on_case: Callable[[], None] = lambda: None,
+) -> EngineRun:
+    """What candidates are compared with, recorded once for all of them; see `verify`."""
+    recorded = run_engine(make, cases, Passes(steps), on_case)
+    _require_finite(recorded.chained)
+    return recorded
 
 
 def verify(
-    reference: Callable[[], Engine],
+    reference: Callable[[], Engine] | EngineRun,
     candidate: Callable[[], Engine],
-    cases: list[Case],
-    mode: str = "chained",
+    cases: Sequence[Case],
+    mode: str = "both",
     layers: bool = False,
     steps: int = 10,
     min_pcc: float | None = None,
     on_case: Callable[[], None] = lambda: None,
     oracle: Callable[[], Engine] | None = None,
+    unrounded: Callable[[], Engine] | None = None,
 ) -> VerifyResult:
     """Compares a candidate engine with a reference.
 
     Args:
-        reference, candidate, oracle: make the engines; called one after the other, so that only
-            one is in memory at a time, and closed afterwards.
-        mode: "chained" or "isolated".
-        layers: compare every block, too.
+        reference, candidate, oracle, unrounded: make the engines; called one after the other, so
+            that only one is in memory at a time, and closed afterwards. The reference may also be
+            what `record_reference` returned for these cases and steps.
+        mode: which of the candidate's passes are compared, one of `MODES`. Engines that cannot be
+            fed have no isolated pass.
+        layers: compare every block of the chained pass, too.
         min_pcc: required of every row in addition to its own limits.
         on_case: called after each case of each engine.
+        unrounded: the candidate's code in the precision that `Engine.unrounded` names. Not needed
+            where this is the candidate's own.
 
     Raises:
-        CheckpointError: the reference's own results are not finite.
+        DamagedCheckpointError: the reference's own results are not finite.
         EngineError: there are no limits for the precision of an engine.
     """
-    a = _run_all(reference, cases, {}, steps, layers, on_case)
-    _require_finite(a.recordings)
-    feeds = a.recordings if mode == "isolated" else {}
-    b = _run_all(candidate, cases, feeds, steps, layers, on_case, sample=mode == "chained")
-    limits = looser(a.limits, b.limits)
-    rows = []
-    for case in cases:
-        pair = a.recordings[case.name], b.recordings[case.name]
-        rows += _rows(case, *pair, limits, layers)
+    if isinstance(reference, EngineRun):
+        a = reference
+    else:
+        a = record_reference(reference, cases, steps, on_case)
+    feeds = a.chained
+    exact = None
+    if unrounded is not None:
+        passes = Passes(steps, feeds, chained=False)
+        exact = run_engine(unrounded, cases, passes, on_case)
+    b = run_engine(candidate, cases, Passes(steps, feeds, operations=True), on_case)
+    if not a.rounds and not b.rounds and b.isolated:
+        exact = b
+    limits = _limits(a, b)
+    rows: list[Row] = []
+    if exact is not None:
+        rows += structure_rows(cases, a, exact, _limits(a, exact))
+        rows += operation_rows(cases[0], b, _limits(exact))
+    if mode != CHAINED and b.isolated and exact is not b:
+        rows += isolated_rows(cases, a, b, limits)
+    if mode != ISOLATED:
+        rows += chained_rows(cases, a, b, limits, layers)
+    rows += masked_content_rows(cases, a, b)
+    if exact is not b:
+        rows += sample_rows(cases, a, b, limits)
     if oracle is not None:
         rows += _oracle_rows(oracle, cases, a, steps, on_case)
     if min_pcc is not None:
@@ -183,45 +151,23 @@ def verify(
             replace(row, limit=replace(row.limit, min_pcc=max(min_pcc, row.limit.min_pcc)))
             for row in rows
         ]
-    actions = {c.name: (a.recordings[c.name].actions, b.recordings[c.name].actions) for c in cases}
-    return VerifyResult(mode, rows, actions, _missing(a, b), [*dict.fromkeys([*a.notes, *b.notes])])
+    actions = {c.name: (a.chained[c.name].actions, b.chained[c.name].actions) for c in cases}
+    notes = [*dict.fromkeys([*a.notes, *b.notes])]
+    tested = None if exact is None else exact.label
+    return VerifyResult(mode, rows, actions, _missing(a, b), notes, tested)
 
 
-def _run_all(
-    make: Callable[[], Engine],
-    cases: list[Case],
-    feeds: Mapping[str, Recording],
-    steps: int,
-    layers: bool,
-    on_case: Callable[[], None],
-    sample: bool = False,
-) -> EngineRun:
-    recordings = {}
-    with make() as engine:
-        limits = limits_of(type(engine), engine.options.precision)
-        for case in cases:
-            recording = record(engine, case, steps, layers, feeds.get(case.name))
-            if sample and recording.actions.isfinite().all():
-                start = time.perf_counter()
-                recording.sample = engine.sample(case.inputs, case.noise, steps)
-                recording.ms["sample"] = (time.perf_counter() - start) * 1e3
-            recordings[case.name] = recording
-            on_case()
-        shown = recordings[cases[0].name].tensors
-        hidden = {name: engine.why_hidden(name) for name in STAGES if name not in shown}
-        run = EngineRun(recordings, limits, hidden, engine.notes)
-    del engine
-    gc.collect()
-    return run
+def _limits(*runs: EngineRun) -> Limits:
+    return looser(*(limits_of(run.engine, run.precision, run.depth) for run in runs))
 
 
 def _require_finite(recordings: Mapping[str, Recording]) -> None:
-    """Raises CheckpointError if a reference has computed NaN: there is nothing to compare with."""
+    """Raises DamagedCheckpointError if a reference has computed NaN: nothing compares with it."""
     for case, recording in recordings.items():
         for name, value in [*recording.tensors.items(), (ACTIONS, recording.actions)]:
             bad = int((~torch.isfinite(value)).sum())
             if bad:
-                raise CheckpointError(
+                raise DamagedCheckpointError(
                     "checkpoint: expected finite results of the reference engine, found "
                     f"{bad} NaN or infinite values, first at {name} ({case}). The checkpoint is "
                     "damaged: copy or download it again."
@@ -233,138 +179,31 @@ def _missing(a: EngineRun, b: EngineRun) -> dict[str, str]:
     return {name: hidden[name] for name in STAGES if name in hidden}
 
 
-def record(
-    engine: Engine, case: Case, steps: int, layers: bool, feed: Recording | None = None
-) -> Recording:
-    """One engine on one case; with a feed, each stage's result is replaced by the feed's tensor."""
-    tensors: dict[str, Tensor] = {}
-    ms: dict[str, float] = {}
-    since: dict[str, float] = {}  # milliseconds of blocks whose stage is not complete
-    last = time.perf_counter()
-
-    def tap(name: str, value: Tensor) -> Tensor:
-        nonlocal last
-        if value.is_cuda:
-            torch.cuda.synchronize(value.device)
-        stage, _, part = name.partition(".")
-        ms[name] = (time.perf_counter() - last) * 1e3
-        if part:  # a stage's time is that of its blocks and what comes after them
-            since[stage] = since.get(stage, 0.0) + ms[name]
-        else:
-            ms[name] += since.pop(stage, 0.0)
-        if layers or not part or name.endswith(CACHED):
-            tensors[name] = value.detach().cpu().clone()
-        fed = feed is not None and name in feed.tensors
-        result = feed.tensors[name].to(value) if feed is not None and fed else value
-        last = time.perf_counter()
-        return result
-
-    cache = engine.prefill(case.inputs, tap)
-    engine.velocity(case.noise, torch.ones(len(case.noise)), cache, tap)
-    taken, x = _denoise(engine, case, cache, steps, feed)
-    patches = engine.config.vision.num_patches
-    return Recording(patches, tensors, ms, taken, x, _move_masked_content(engine, case))
-
-
-def _denoise(
-    engine: Engine, case: Case, cache: Any, steps: int, feed: Recording | None = None
-) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-    """x_t and velocity of every step, and the actions; with a feed, steps start at its x_t."""
-    taken = []
-    x = case.noise
-    for i, moment in enumerate(schedule(steps)):
-        t = torch.full((len(x),), moment)
-        if feed is not None:
-            x = feed.steps[i][0]
-        v = engine.velocity(x, t, cache)
-        taken.append((x, v))
-        x = x - v / steps
-    return taken, x
-
-
 def _oracle_rows(
     make: Callable[[], Engine],
-    cases: list[Case],
+    cases: Sequence[Case],
     reference: EngineRun,
     steps: int,
     on_case: Callable[[], None],
 ) -> list[Row]:
+    """Of the third engine: velocities of all steps, actions, and one velocity at t = 0, where the
+    time embedding is exact in any implementation, so that the limit can be tight."""
     rows = []
     with make() as engine:
-        own = limits_of(type(engine), engine.options.precision)
-        limit = threshold("velocity", looser(reference.limits, own))
+        limits = looser(
+            limits_of(reference.engine, reference.precision),
+            limits_of(type(engine), engine.options.precision),
+        )
         for case in cases:
-            a = reference.recordings[case.name]
-            taken, actions = _denoise(engine, case, engine.prefill(case.inputs), steps)
+            a = reference.chained[case.name]
+            cache = engine.prefill(case.inputs)
+            taken, actions = denoise(engine, case, cache, steps)
+            still = engine.velocity(case.noise, torch.zeros(len(case.noise)), cache)
             pairs = [(f"velocity.{i}", a.steps[i][1], v) for i, (_, v) in enumerate(taken)]
-            for name, x, y in [*pairs, (ACTIONS, a.actions, actions)]:
-                rows.append(Row(case.name, f"oracle.{name}", compare(x, y), limit, 0.0, 0.0))
+            pairs.append(("end", a.still, still))
+            pairs.append((ACTIONS, a.actions - case.noise, actions - case.noise))
+            for name, x, y in pairs:
+                limit = threshold(name, limits, ORACLE)
+                rows.append(Row(case.name, f"oracle.{name}", compare(x, y), limit, part=ORACLE))
             on_case()
-    return rows
-
-
-def _move_masked_content(engine: Engine, case: Case) -> Comparison | None:
-    inputs = case.inputs
-    if inputs.image_mask.all() and inputs.token_mask.all():
-        return None
-    images, tokens = inputs.images.clone(), inputs.tokens.clone()
-    images[~inputs.image_mask] *= -1
-    tokens[~inputs.token_mask] = (tokens[~inputs.token_mask] + 1) % engine.config.vocab_size
-    t = torch.ones(len(case.noise))
-    before, after = (
-        engine.velocity(case.noise, t, engine.prefill(these))
-        for these in (inputs, replace(inputs, images=images, tokens=tokens))
-    )
-    return compare(before, after)
-
-
-def _seen(inputs: ModelInputs, patches: int) -> dict[str, Tensor]:
-    """By stage, which of its images or tokens are attended to; `patches` are those of one view."""
-    views = inputs.image_mask.flatten()
-    prefix = prefix_valid(inputs, patches)
-    return {
-        "vision_tower": views,
-        "projector": views,
-        "token_embedding": inputs.token_mask,
-        "prefix": prefix,
-        "vlm_transformer": prefix,
-    }
-
-
-def _compared(a: Recording, b: Recording, layers: bool) -> list[str]:
-    """The stages and, with layers, the blocks that both show. Where an engine does not compute the
-    VLM's output, which nothing reads, the last keys and values are compared instead."""
-    shown = [name for name in a.tensors if name in b.tensors]
-    if layers:
-        return shown
-    keys = [name for name in shown if name.startswith("vlm_transformer") and name.endswith(CACHED)]
-    stand_in = keys[-2:] if "vlm_transformer" not in shown else []
-    return [name for name in shown if "." not in name or name in stand_in]
-
-
-def _rows(case: Case, a: Recording, b: Recording, limits: Limits, layers: bool) -> list[Row]:
-    rows = []
-    seen = _seen(case.inputs, a.patches)
-    for name in _compared(a, b, layers):
-        stage = name.partition(".")[0]
-        x, y = a.tensors[name], b.tensors[name]
-        if stage in seen and x.shape == y.shape:
-            # The results for masked images and padding are engine-specific.
-            x, y = x[seen[stage]], y[seen[stage]]
-            if not x.numel():
-                continue
-        limit = threshold(stage, limits)
-        rows.append(Row(case.name, name, compare(x, y), limit, a.ms[name], b.ms[name]))
-    for i, ((_, x), (_, y)) in enumerate(zip(a.steps, b.steps, strict=True)):
-        limit = threshold("velocity", limits)
-        rows.append(Row(case.name, f"velocity.{i}", compare(x, y), limit, 0.0, 0.0))
-    for engine, recording in (("reference", a), ("candidate", b)):
-        if recording.masked_content:
-            name, exact = f"masked_content.{engine}", threshold("masked_content", limits)
-            rows.append(Row(case.name, name, recording.masked_content, exact, 0.0, 0.0))
-    limit = threshold(ACTIONS, limits)
-    rows.append(Row(case.name, ACTIONS, compare(a.actions, b.actions), limit, 0.0, 0.0))
-    if b.sample is not None:
-        sampled = compare(a.actions, b.sample)
-        rows.append(Row(case.name, "sample", sampled, limit, 0.0, b.ms["sample"]))
     return rows

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pi0.checkpoint.files import TORCH_DTYPES
 from pi0.checkpoint.load import POSITION, Checkpoint, Progress, check, empty_model
 from pi0.config import GemmaConfig, Pi0Config
 from pi0.engines.folded_actions import fold_actions
@@ -179,9 +178,9 @@ def pack(
     weights = PackedWeights(config, scheme)
     shapes = {name: p.shape for name, p in empty_model(config, scheme.dtype).named_parameters()}
     _allocate(weights, shapes)
+    dtypes = checkpoint.dtypes
     for name in [EMBEDDING, *(name for name in shapes if MODULATION in name)]:
-        dtype = _stored_dtype(checkpoint, name)
-        weights.tensors[name] = torch.empty(shapes[name], dtype=dtype)
+        weights.tensors[name] = torch.empty(shapes[name], dtype=dtypes[name])
     for ours, rows, values in checkpoint.stream():
         read = values.nbytes
         if ours == POSITION and config.vision.grid != native.vision.grid:
@@ -335,10 +334,3 @@ def _fold(weights: PackedWeights) -> None:
     folded = fold_actions(first, second)
     tensors["actions.weight"] = folded.actions
     tensors["time.weight"], tensors["time.bias"] = folded.time, folded.bias
-
-
-def _stored_dtype(checkpoint: Checkpoint, ours: str) -> torch.dtype:
-    if checkpoint.adapter and ours in checkpoint.adapter.pairs:
-        return torch.float32  # merged as they are read
-    (theirs,) = (name for name, found in checkpoint.names.ours.items() if found == ours)
-    return TORCH_DTYPES[checkpoint.tensors[theirs].dtype]

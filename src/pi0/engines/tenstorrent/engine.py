@@ -7,14 +7,14 @@ import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint, empty_model, load_model
 from pi0.config import Pi0Config
-from pi0.engines.base import Capabilities, Engine, EngineOptions, Threshold, exclusive
+from pi0.engines.base import Capabilities, Engine, EngineOptions, exclusive
 from pi0.engines.tenstorrent import golden, ttnn_import
 from pi0.engines.tenstorrent.backend import Backend, Handle, Upload
 from pi0.engines.tenstorrent.boards import find_board
@@ -78,6 +78,7 @@ class TtnnEngine(Engine):
 
     name = "ttnn"
     capabilities = Capabilities(precisions=tuple(PRESETS), devices=("0",), batch=False)
+    unrounded = MappingProxyType(dict.fromkeys(HOST_PRESETS, "ttnn-host:exact"))
 
     def __init__(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
         super().__init__(checkpoint, options)
@@ -278,9 +279,6 @@ class TtnnHostEngine(TtnnEngine):
 
     name = "ttnn-host"
     capabilities = Capabilities(precisions=tuple(HOST_PRESETS), batch=False)
-    thresholds: ClassVar = {
-        "exact": {"*": Threshold(0.999999, 2e-5, "nothing is rounded; sums in another order")}
-    }
     notes = (HOST_NOTE, golden.NOTE)
 
     @classmethod

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MappingProxyType
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint
 from pi0.config import PRESETS, Pi0Config
-from pi0.engines.base import Capabilities, Engine, EngineOptions, exclusive
+from pi0.engines.base import Capabilities, Engine, EngineOptions, SeeOperation, exclusive
+from pi0.engines.fast.cpu.checked import CheckedKernels
 from pi0.engines.fast.cpu.int8 import Int8Kernels
 from pi0.engines.fast.cpu.native import Native, NativeUnavailable
 from pi0.engines.fast.cpu.native_kernels import NativeKernels
@@ -45,6 +47,7 @@ class CpuEngine(Engine):
     name = "cpu"
     capabilities = Capabilities(precisions=tuple(SCHEMES), weight_cache=True)
     hidden_stages = MappingProxyType({"vlm_transformer": VLM_OUTPUT})
+    unrounded = MappingProxyType(dict.fromkeys(SCHEMES, "cpu:float32"))
 
     def __init__(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
         super().__init__(checkpoint, options)
@@ -87,6 +90,17 @@ class CpuEngine(Engine):
         cache = self._prefix(inputs)
         times = self.network.step_times(steps)
         return self.network.denoise(noise, times, cache, on_step)
+
+    @contextmanager
+    def show_operations(self, see: SeeOperation) -> Iterator[None]:
+        """See `Engine`: those of int8."""
+        network, kernels = self.network, self.network.kernels
+        if isinstance(kernels, Int8Kernels) and self.options.precision == "int8":
+            network.kernels = CheckedKernels(kernels, network.weights, see)
+        try:
+            yield
+        finally:
+            network.kernels = kernels
 
     def _close(self) -> None:
         del self.network, self._last

@@ -27,6 +27,17 @@ class Int8Kernels(Kernels):
     def operand(self, x: Tensor, into: Matrix) -> Any:
         return x if into.scale is None else Quantised(*quantise_rows(x, torch.int8))
 
+    def dequantised(self, a: Any) -> Tensor:
+        """The values of an operand [R, E] in float32."""
+        return a.values * a.scale[:, None] if isinstance(a, Quantised) else a.float()
+
+    def plain(self, matrix: Matrix) -> Matrix:
+        """The same matrix in float32, [N, K]."""
+        weight = matrix.weight.float()
+        return Matrix(
+            weight if matrix.scale is None else weight * matrix.scale[:, None], matrix.bias
+        )
+
     def project(
         self, a: Any, matrix: Matrix, residual: Tensor | None = None, gate: Tensor | None = None
     ) -> Tensor:

@@ -39,6 +39,18 @@ class NativeKernels(Int8Kernels):
                 self.native("pack", n, k, matrix.weight, packed, matrix.offset)
             matrix.weight = packed
 
+    def dequantised(self, a: Any) -> Tensor:
+        if isinstance(a, Quantised) and a.values.dtype == torch.uint8:
+            a = Quantised(a.values.to(torch.int16) - self.native.zero, a.scale)
+        return super().dequantised(a)
+
+    def plain(self, matrix: Matrix) -> Matrix:
+        if is_packed(matrix):
+            packed = matrix.weight  # [N/16, K, 16], or [N/16, K/4, 16, 4] of eight bits
+            rows = packed.transpose(1, 2).reshape(len(packed) * BLOCK, -1)
+            matrix = Matrix(rows, matrix.bias, matrix.scale)
+        return super().plain(matrix)
+
     def operand(self, x: Tensor, into: Matrix) -> Any:
         if not is_packed(into):
             return super().operand(x, into)

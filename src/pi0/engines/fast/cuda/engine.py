@@ -53,6 +53,7 @@ class CudaEngine(Engine):
     name = "cuda"
     capabilities = Capabilities(precisions=PRECISIONS, devices=("cuda",))
     hidden_stages = MappingProxyType({"vlm_transformer": VLM_OUTPUT})
+    unrounded = MappingProxyType(dict.fromkeys(PRECISIONS, "cuda:float32"))
 
     def __init__(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
         super().__init__(checkpoint, options)

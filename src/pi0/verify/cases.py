@@ -1,0 +1,102 @@
+"""What engines are compared on: inputs that show everything, and calls that differ in one thing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pi0.config import Pi0Config
+from pi0.inputs import ModelInputs, random_inputs
+
+
+@dataclass(frozen=True)
+class Case:
+    """Named inputs, and noise [B, horizon, action_dim]."""
+
+    name: str
+    inputs: ModelInputs
+    noise: Tensor
+
+
+def default_cases(config: Pi0Config, cameras: int, tokens: int, seed: int = 0) -> list[Case]:
+    """Everything valid; and, of another observation, the last camera and the latter half of the
+    text masked."""
+    inputs, noise = random_inputs(config, cameras, tokens, seed)
+    other, other_noise = random_inputs(config, cameras, tokens, seed + 1)
+    image_mask, token_mask = other.image_mask.clone(), other.token_mask.clone()
+    image_mask[:, -1] = cameras == 1
+    token_mask[:, math.ceil(tokens / 2) :] = False
+    masked = replace(other, image_mask=image_mask, token_mask=token_mask)
+    return [Case("all valid", inputs, noise), Case("masked", masked, other_noise)]
+
+
+def one_change_each(config: Pi0Config, case: Case) -> list[Case]:
+    """Calls of which each differs in one input from the one before it, named after that input.
+
+    The first is the case itself, and so is the last. An engine that keeps something from one call
+    to the next, and does not notice that this input changed, answers the question before.
+    """
+    calls = [replace(case, name="first")]
+    for name, change in CHANGES.items():
+        last = calls[-1]
+        if name == "state" and not config.state_tokens:
+            continue  # π0.5 reads it from the prompt
+        changed = change(config, last)
+        seen = changed.inputs.image_mask.any(1) | changed.inputs.token_mask.any(1)
+        if seen.all():
+            calls.append(replace(changed, name=name))
+    return [*calls, replace(case, name="again")]
+
+
+def _image(_: Pi0Config, case: Case) -> Case:
+    """Of the last valid camera; no pixel stays."""
+    images = case.inputs.images.clone()
+    views = case.inputs.image_mask.cumsum(1).argmax(1)
+    for row, view in enumerate(views.tolist()):
+        images[row, view] = (images[row, view] + 2) % 2 - 1
+    return replace(case, inputs=replace(case.inputs, images=images))
+
+
+def _token(config: Pi0Config, case: Case) -> Case:
+    """The last valid one."""
+    tokens = case.inputs.tokens.clone()
+    last = case.inputs.token_mask.cumsum(1).argmax(1)
+    rows = torch.arange(len(tokens))
+    tokens[rows, last] = (tokens[rows, last] + config.vocab_size // 2) % config.vocab_size
+    return replace(case, inputs=replace(case.inputs, tokens=tokens))
+
+
+def _state(_: Pi0Config, case: Case) -> Case:
+    return replace(case, inputs=replace(case.inputs, state=1 - case.inputs.state))
+
+
+def _noise(_: Pi0Config, case: Case) -> Case:
+    return replace(case, noise=case.noise.flip(1))
+
+
+def _token_mask(_: Pi0Config, case: Case) -> Case:
+    """The last valid token is padding."""
+    mask = case.inputs.token_mask.clone()
+    mask[torch.arange(len(mask)), mask.cumsum(1).argmax(1)] = False
+    return replace(case, inputs=replace(case.inputs, token_mask=mask))
+
+
+def _image_mask(_: Pi0Config, case: Case) -> Case:
+    """The last camera is gone, or is there again."""
+    mask = case.inputs.image_mask.clone()
+    mask[:, -1] = ~mask[:, -1]
+    return replace(case, inputs=replace(case.inputs, image_mask=mask))
+
+
+CHANGES: dict[str, Callable[[Pi0Config, Case], Case]] = {
+    "image": _image,
+    "token": _token,
+    "state": _state,
+    "noise": _noise,
+    "token_mask": _token_mask,
+    "image_mask": _image_mask,
+}

@@ -1,0 +1,103 @@
+"""Bugs planted in an engine's code, and verify's answer to them.
+
+A plant patches the engine's own modules, never `pi0.model`, which the reference runs; so every
+engine made while it is in place has the bug, as if it stood in the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from pi0.checkpoint.layouts import LAYOUTS
+from pi0.checkpoint.load import Checkpoint, open_checkpoint
+from pi0.checkpoint.synth import TRAINED_LIKE, synthesise
+from pi0.config import PRESETS
+from pi0.engines.base import Engine, make_engine
+from pi0.engines.registry import find_engine
+from pi0.engines.spec import EngineSpec
+from pi0.verify.cases import Case, default_cases
+from pi0.verify.record import EngineRun
+from pi0.verify.run import VerifyResult, record_reference, verify
+
+STEPS = 3
+_references: dict[tuple[Path, int], EngineRun] = {}  # by path and seed
+
+
+@dataclass(frozen=True)
+class Plant:
+    """A bug.
+
+    Attributes:
+        plant: patches the modules.
+        blamed: the row that verify has to name first.
+        change: done to the candidate alone, once it is made: a bug of one precision.
+    """
+
+    name: str
+    blamed: str
+    plant: Callable[[pytest.MonkeyPatch], None] = lambda patch: None
+    change: Callable[[Engine], None] = lambda engine: None
+
+
+def trained_like(folder: Path, preset: str = "tiny", seed: int = 0) -> Checkpoint:
+    """A checkpoint whose attention is peaked, in bfloat16 as the published ones."""
+    layout = LAYOUTS["openpi"]
+    config = PRESETS[preset]
+    synthesise(folder, config, layout, seed, torch.bfloat16, statistics=TRAINED_LIKE)
+    return open_checkpoint(folder)
+
+
+def observation(checkpoint: Checkpoint, seed: int) -> list[Case]:
+    return default_cases(checkpoint.config, cameras=2, tokens=12, seed=seed)
+
+
+def reference(checkpoint: Checkpoint, seed: int = 0) -> EngineRun:
+    """Recorded once for all bugs of a module: none of them is in the reference."""
+    key = checkpoint.path, seed
+    if key not in _references:
+        _references[key] = record_reference(
+            lambda: make_engine("reference:float32", checkpoint),
+            observation(checkpoint, seed),
+            STEPS,
+        )
+    return _references[key]
+
+
+def verified(
+    checkpoint: Checkpoint,
+    engine: str,
+    change: Callable[[Engine], None] = lambda made: None,
+    seed: int = 0,
+) -> VerifyResult:
+    """What `pi0 verify` finds by default, on a small observation."""
+    spec = EngineSpec.parse(engine)
+    unrounded = find_engine(spec.name).unrounded[spec.precision]
+
+    def candidate() -> Engine:
+        made = make_engine(spec, checkpoint)
+        change(made)
+        return made
+
+    return verify(
+        reference(checkpoint, seed),
+        candidate,
+        observation(checkpoint, seed),
+        steps=STEPS,
+        unrounded=None if unrounded == spec.label else lambda: make_engine(unrounded, checkpoint),
+    )
+
+
+def check_plant(
+    checkpoint: Checkpoint, engine: str, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asserts that verify blames what the plant says."""
+    reference(checkpoint)  # before the bug is there
+    plant.plant(monkeypatch)
+    failure = verified(checkpoint, engine, plant.change).first_failure
+    assert failure is not None, f"{plant.name}: not caught"
+    assert failure.name == plant.blamed, f"{plant.name}: {failure.exceeded}"

@@ -154,6 +154,15 @@ def test_heads_and_rows(ideal: HostBackend) -> None:
     ideal.run(name, *given, HostTensor(places, "int32"))
     assert torch.equal(held[1].value[:, :, 90], rows[1][:, :, 5])
     assert torch.equal(held[1].value[:, :, :90], wanted[1][:, :, :90]), "-1 is nowhere"
+    several = [f32(torch.zeros(3, 1, 96, 32)) for _ in range(2)]
+    rows = torch.randn(2, 1, 1, 64, 32)
+    places = torch.cat([torch.arange(32), 2 * 96 + 32 + torch.arange(32)])[None]
+    given = (several[0], f32(rows[0]), several[1], f32(rows[1]))
+    ideal.run(name, *given, HostTensor(places, "int32"))
+    for cache, new in zip(several, rows, strict=True):
+        wanted = torch.zeros(3, 1, 96, 32)
+        wanted[0, 0, :32], wanted[2, 0, 32:64] = new[0, 0].split(32)
+        assert torch.equal(cache.value, wanted), "places of several caches follow each other"
     table, tokens = torch.randn(10, 8), torch.tensor([[3, 0, 9]])
     found = ideal.run("embedding", HostTensor(tokens, "uint32"), f32(table), dtype="float32")
     assert torch.equal(found.value, F.embedding(tokens, table))

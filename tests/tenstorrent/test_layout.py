@@ -24,7 +24,7 @@ from pi0.engines.tenstorrent.layout import (
 from pi0.engines.tenstorrent.precision import PRESETS as PRECISIONS
 from pi0.engines.tenstorrent.weights import pad_heads
 from pi0.errors import EngineError
-from pi0.inputs import random_inputs
+from pi0.inputs import ModelInputs, random_inputs
 from pi0.model.gemma import Rope
 from pi0.model.pi0 import Pi0, attention_mask, token_positions
 
@@ -120,6 +120,25 @@ def test_masks_are_the_models(config: Pi0Config, cameras: list[bool], words: int
         )
         assert torch.equal(rotated, table[real][:, None].expand_as(rotated))
         assert (values == of_values).all(), "values are not rotated"
+
+
+def test_observations_follow_each_other() -> None:
+    """Inputs of three, and their actions, are those of each, joined; actions are found again."""
+    rows = [random_inputs(TINY, 2, 9, seed) for seed in range(3)]
+    batch, precision = ModelInputs.joined([row for row, _ in rows]), PRECISIONS["accurate"]
+    one, three = TileLayout(TINY, 2, 9), TileLayout(TINY, 2, 9, batch=3)
+    together = three.uploads(batch, precision)
+    axes = {"tokens": 0, "prefix_mask": 0, "suffix_mask": 0, "patches": 2, "state": 2}
+    for i, (row, _) in enumerate(rows):
+        for name, alone in one.uploads(row, precision).items():
+            axis = axes.get(name, 1)
+            length = alone.value.shape[axis]
+            part = together[name].value.narrow(axis, i * length, length)
+            assert torch.equal(part, alone.value), name
+    noise = torch.cat([noise for _, noise in rows])
+    padded = three.actions(noise).value
+    assert padded.shape == (1, 1, 3 * 64, 32)
+    assert torch.equal(three.chunks(padded), noise)
 
 
 def test_without_a_state_token() -> None:

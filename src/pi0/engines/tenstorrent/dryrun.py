@@ -20,17 +20,18 @@ from pi0.config import Pi0Config
 from pi0.engines.tenstorrent import stub_compiler, ttnn_import
 from pi0.engines.tenstorrent.backend import Handle, Upload
 from pi0.engines.tenstorrent.boards import find_board
+from pi0.engines.tenstorrent.constants import Constants, upload_constants
 from pi0.engines.tenstorrent.device import DeviceBackend
 from pi0.engines.tenstorrent.engine import (
     build_network,
+    most_rows,
     require_dram,
     require_tile_widths,
-    upload_constants,
 )
 from pi0.engines.tenstorrent.layout import TileLayout
-from pi0.engines.tenstorrent.network import Constants
+from pi0.engines.tenstorrent.network import TtnnNetwork
 from pi0.engines.tenstorrent.observer import Observer
-from pi0.engines.tenstorrent.precision import PRESETS, Precision
+from pi0.engines.tenstorrent.precision import PRESETS
 from pi0.engines.tenstorrent.replay import Inputs
 from pi0.engines.tenstorrent.time_model import (
     LAUNCH_SECONDS,
@@ -55,7 +56,8 @@ class DryRun:
 
     Attributes:
         grid: compute cores, x by y.
-        prefix, suffix: tokens, padding included.
+        prefix, suffix: tokens of one observation, padding included.
+        batch: observations.
         programs: different ones that were built.
         peak_l1: bytes of the fullest core's memory.
         l1: bytes of it that tensors and buffers can have.
@@ -72,6 +74,7 @@ class DryRun:
     grid: tuple[int, int]
     prefix: int
     suffix: int
+    batch: int
     programs: int
     peak_l1: int
     l1: int
@@ -92,6 +95,7 @@ def dry_run(
     tokens: int | None = None,
     steps: int = 1,
     on_stage: Callable[[str], None] = lambda _: None,
+    batch: int = 1,
 ) -> DryRun:
     """Runs a prefix and denoising steps of a model of this configuration on a mock board.
 
@@ -105,14 +109,18 @@ def dry_run(
         raise EngineError(f"dtype: expected one of {', '.join(PRESETS)}, found {dtype!r}.")
     precision = PRESETS[dtype]
     require_tile_widths(config)
+    if not 1 <= batch <= most_rows(config):
+        raise EngineError(
+            f"batch: expected 1 to {most_rows(config)}, which are computed at once, found {batch}."
+        )
     started = time.perf_counter()
     backend = MockBackend(board, on_stage)
     try:
         require_dram(config, precision, backend.dram()[1])
         network = build_network(empty_model(config, torch.bfloat16), backend, precision)
         weights, _ = backend.dram()
-        layout = TileLayout(config, cameras, tokens or config.max_tokens)
-        on, inputs = upload_inputs(layout, backend, precision)
+        layout = TileLayout(config, cameras, tokens or config.max_tokens, batch)
+        on, inputs = upload_inputs(layout, network, backend)
         times = torch.tensor(schedule(steps), device="meta")
         timesteps = put_timesteps(network.weights.time, times, precision, backend.put)
 
@@ -133,6 +141,7 @@ def dry_run(
             (backend.grid.x, backend.grid.y),
             layout.prefix,
             layout.suffix,
+            batch,
             programs,
             peak_l1,
             backend.l1(),
@@ -149,15 +158,16 @@ def dry_run(
 
 
 def upload_inputs(
-    layout: TileLayout, backend: MockBackend, precision: Precision
+    layout: TileLayout, network: TtnnNetwork, backend: MockBackend
 ) -> tuple[Constants, Inputs]:
     """What a sampling call is given. Shapes only: masks may be larger than the model."""
-    inputs, noise = random_inputs(layout.config, layout.views, layout.tokens, seed=0)
+    one, noise = random_inputs(layout.config, layout.views, layout.tokens, seed=0)
+    precision, same = network.ops.precision, torch.zeros(layout.batch, dtype=torch.int64)
     backend.stage = "inputs"
     with torch.device("meta") as meta:
-        inputs, noise = inputs.to(meta), noise.to(meta)
-        on = upload_constants(layout, backend)
-        uploads = layout.uploads(inputs, precision) | {"x_t": layout.actions(noise)}
+        inputs, x_t = one.rows(same).to(meta), noise[same].to(meta)
+        on = upload_constants(layout, network.weights, precision, backend)
+        uploads = layout.uploads(inputs, precision) | {"x_t": layout.actions(x_t)}
     return on, Inputs(backend, uploads)
 
 

@@ -205,11 +205,14 @@ def update_caches(
     v: HostTensor,
     places: HostTensor,
 ) -> tuple[Tensor, ...]:
-    """Writes into the caches, as on a card: rows with a negative place nowhere."""
+    """Writes rows [1, K, N, D] into caches [B, K, S, D], as on a card: to place b·S + s, or nowhere
+    if that is negative."""
     written = places.value[0] >= 0
+    place = places.value[0, written].long()
+    page, row = place // keys.shape[2], place % keys.shape[2]
     for cache, rows in ((keys, k), (values, v)):
-        kept = rows.value[:, :, written].to(cache.value.dtype)
-        cache.value[:, :, places.value[0, written].long()] = kept
+        kept = rows.value[0][:, written].to(cache.value.dtype)
+        cache.value[page, :, row] = kept.transpose(0, 1)
     return keys.value, values.value
 
 

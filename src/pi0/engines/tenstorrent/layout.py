@@ -7,7 +7,7 @@ that no operation on the device cuts across a tile. A `View` says where the mode
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -21,6 +21,18 @@ from pi0.model.gemma import rotary_angles
 from pi0.model.pi0 import attention_mask, prefix_valid, token_blocks, token_positions
 
 TILE = 32
+# The axis on which inputs of several observations are joined.
+JOINED = {
+    "patches": 2,
+    "tokens": 0,
+    "prefix_mask": 0,
+    "suffix_mask": 0,
+    "state": 2,
+    "prefix_cos": 1,
+    "prefix_sin": 1,
+    "suffix_cos": 1,
+    "suffix_sin": 1,
+}
 # Added to logits that the mask excludes: exp() of it is 0, and bfloat16 holds it. Not lower: a row
 # may see nothing of the keys that attention takes at a time (a masked camera's), whose maximum is
 # rounded to bfloat16, here by at most 32; exp() of what it is too low by has to be finite.
@@ -65,11 +77,16 @@ class View:
 
 @dataclass(frozen=True)
 class TileLayout:
-    """The layout of one observation with these numbers of views and text tokens."""
+    """The layout of observations with these numbers of views and text tokens each.
+
+    Attributes:
+        batch: observations, B: rows of one after those of another.
+    """
 
     config: Pi0Config
     views: int
     tokens: int
+    batch: int = 1
 
     @property
     def patches(self) -> int:
@@ -88,6 +105,11 @@ class TileLayout:
     def suffix(self) -> int:
         return tiled(self.config.suffix_len)
 
+    @property
+    def head(self) -> int:
+        """Columns of a head of the trunks."""
+        return tiled(self.config.vlm.head_dim)
+
     @cached_property
     def patch_rows(self) -> Tensor:
         first = torch.arange(self.views)[:, None] * self.patches
@@ -95,7 +117,7 @@ class TileLayout:
 
     @cached_property
     def view(self) -> dict[str, View]:
-        """The views of the network's tensors, by the name that its taps give."""
+        """The views of the network's tensors of one observation, by the name that taps give."""
         config = self.config
         text_rows = torch.arange(self.tokens)
         prefix_rows = torch.cat([self.patch_rows, self.views * self.patches + text_rows])
@@ -113,7 +135,14 @@ class TileLayout:
         }
 
     def uploads(self, inputs: ModelInputs, precision: Precision) -> dict[str, Upload]:
-        """What one observation needs on the device."""
+        """What B observations need on the device."""
+        each = [self._one(inputs.rows(slice(i, i + 1)), precision) for i in range(self.batch)]
+        return {
+            name: replace(first, value=torch.cat([one[name].value for one in each], JOINED[name]))
+            for name, first in each[0].items()
+        }
+
+    def _one(self, inputs: ModelInputs, precision: Precision) -> dict[str, Upload]:
         mask, positions = self._sequence(inputs)
         x = self.prefix
         tokens = torch.nn.functional.pad(inputs.tokens, (0, self.text - self.tokens))
@@ -136,9 +165,14 @@ class TileLayout:
         return uploads
 
     def actions(self, x_t: Tensor) -> Upload:
-        """Noisy actions [1, horizon, action_dim] in the rows of the suffix."""
-        width = x_t.shape[-1]
-        return Upload(self.view["actions"].fill(x_t, (1, 1, self.suffix, width)), F32)
+        """Noisy actions [B, horizon, action_dim] in the rows of the suffix."""
+        view, shape = self.view["actions"], (1, 1, self.suffix, x_t.shape[-1])
+        return Upload(torch.cat([view.fill(one, shape) for one in x_t.split(1)], dim=2), F32)
+
+    def chunks(self, padded: Tensor) -> Tensor:
+        """The inverse of `actions`: [1, 1, B·suffix, action_dim] → [B, horizon, action_dim]."""
+        view = self.view["actions"]
+        return torch.cat([view.cut(one) for one in padded.split(self.suffix, dim=2)])
 
     def state(self, state: Tensor) -> Upload:
         """A state [1, state_dim] in the row of the suffix's state token."""

@@ -147,7 +147,7 @@ class Ops:
     def attention(
         self, q: Handle, k: Handle, v: Handle, mask: Handle | None, scale: float
     ) -> Handle:
-        """[B, H, T, D], [B, K, S, D] twice and [1, 1, T, S] → [B, 1, T, H·D].
+        """[B, H, T, D], [B, K, S, D] twice and [B or 1, 1, T, S] → [B, 1, T, H·D].
 
         A mask beside a scale other than 1 costs a program more, which divides the mask by it.
         """
@@ -175,7 +175,10 @@ class Ops:
     def write_rows(
         self, keys: Handle, k: Handle, values: Handle, v: Handle, places: Handle
     ) -> None:
-        """Writes rows k and v [1, K, T, D] to their places [1, T] in [1, K, S, D]."""
+        """Writes rows k and v [B, K, T, D] to their places [1, B·T] in [B, K, S, D]: row s of b is
+        place b·S + s. K is 1 where B is more."""
+        batch, heads, rows, width = k.shape
+        k, v = (self.reshape(each, (1, heads, batch * rows, width)) for each in (k, v))
         self.backend.run("experimental.indexed_fused_update_cache", keys, k, values, v, places)
 
     def gelu_product(self, gate: Handle, x: Handle) -> Handle:
@@ -201,7 +204,7 @@ class Ops:
         return self.backend.run("reshape", x, shape)
 
     def embed(self, tokens: Handle, table: Handle) -> Handle:
-        """[1, L] → [1, 1, L, E]."""
+        """[B, L] → [B, 1, L, E]."""
         rows = self.backend.run(
             "embedding",
             tokens,
@@ -209,7 +212,8 @@ class Ops:
             layout=self.backend.option("TILE_LAYOUT"),
             dtype=self.precision.residual,
         )
-        return self.reshape(rows, (1, *rows.shape))
+        batch, length, width = rows.shape
+        return self.reshape(rows, (batch, 1, length, width))
 
     def _norm(
         self, name: str, x: Handle, weight: Handle, bias: Handle | None, epsilon: float

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pi0.config import Pi0Config
 from pi0.engines.folded_actions import fold_actions
 from pi0.engines.tenstorrent.backend import Handle, Upload
 from pi0.engines.tenstorrent.layout import padded_head, tiled
@@ -84,19 +83,17 @@ class StateAndTime:
 
     Attributes:
         state: makes the state's token; without its bias.
-        state_bias: [1, 1, suffix, E], the bias in the row of the state, else 0.
+        state_bias: [E] float32, on the host.
         ones: [1, 1, 1, E].
         mixed: follows the activation of actions with time.
-        action_rows: [1, 1, suffix, E], 1 in the rows of actions, else 0.
         time: [E, E] and [E] float32, on the host: embedded time → what is added to the actions.
         norms: the expert's, the same at any time.
     """
 
     state: Linear
-    state_bias: Handle
+    state_bias: Tensor
     ones: Handle
     mixed: Linear
-    action_rows: Handle
     time: HostLinear
     norms: TrunkNorms
 
@@ -123,7 +120,6 @@ class TtnnWeights:
     vision_gate: Handle  # ones
     projector: Linear
     embedding: Handle
-    unwritten: Handle  # [1, K, suffix, D] zeros: the suffix's keys or values before a step
     vlm: list[TtnnGemmaBlock]
     vlm_norms: TrunkNorms
     expert: list[TtnnGemmaBlock]
@@ -152,7 +148,6 @@ class Packer:
             vision_gate=self._ones(model.config.vision.width),
             projector=self._layer("projector", model.projector),
             embedding=self._put(Upload(scaled, self.precision.embedding, tiled=False)),
-            unwritten=self._unwritten(model.config),
             vlm_norms=self._norms(model.vlm),
             vlm=self._blocks("vlm", model.vlm),
             expert=self._blocks("expert", model.expert),
@@ -162,11 +157,6 @@ class Packer:
         )
         free(model)
         return weights
-
-    def _unwritten(self, config: Pi0Config) -> Handle:
-        head, heads = tiled(config.expert.head_dim), config.expert.num_kv_heads
-        rows = torch.zeros(1, heads, tiled(config.suffix_len), head)
-        return self._put(Upload(rows, self.precision.residual))
 
     def _suffix(self, model: Pi0) -> tuple[Linear, StateAndTime | AdaptiveNorms]:
         """The layer on the actions; what makes the rest of the suffix and the expert's norms."""
@@ -179,23 +169,15 @@ class Packer:
             return self._layer("action", first), time
         second, mixed = model.action_time_mlp_in, model.action_time_mlp_out
         folded = fold_actions((first.weight, first.bias), (second.weight, second.bias))
-        config, ones = model.config, torch.ones_like(mixed.bias)
-        state, actions = slice(config.state_tokens), slice(config.state_tokens, config.suffix_len)
+        ones = torch.ones(1, 1, 1, len(mixed.bias))
         return self._linear("action", folded.actions), StateAndTime(
             state=self._linear("action", model.state_proj.weight),
-            state_bias=self._in_rows(config, state, model.state_proj.bias),
-            ones=self._put(Upload(ones[None, None, None], self.precision.weights["action"])),
+            state_bias=model.state_proj.bias.detach().float(),
+            ones=self._put(Upload(ones, self.precision.weights["action"])),
             mixed=self._layer("action", mixed),
-            action_rows=self._in_rows(config, actions, ones),
             time=(folded.time, folded.bias),
             norms=self._norms(model.expert),
         )
-
-    def _in_rows(self, config: Pi0Config, rows: slice, value: Tensor) -> Handle:
-        """[1, 1, suffix, E]: a value [E] in some rows of the suffix, else 0."""
-        spread = value.new_zeros(1, 1, tiled(config.suffix_len), len(value))
-        spread[:, :, rows] = value
-        return self._put(Upload(spread, self.precision.weights["action"]))
 
     def _linear(self, kind: str, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """weight [out, in], as torch has it."""

@@ -166,7 +166,7 @@ class TtnnEngine(Engine):
         if len(times) != len(self._timesteps):
             self._timesteps = self._put_timesteps(times)
         timesteps, layout = self._timesteps, on.layout
-        rows = torch.arange(passes * size).clamp(max=inputs.batch_size - 1).split(size)
+        rows = torch.arange(passes * size).clamp(max=inputs.batch_size - 1).view(passes, size)
 
         def uploads(which: Tensor) -> dict[str, Upload]:
             given = layout.uploads(inputs.rows(which), self.network.ops.precision)

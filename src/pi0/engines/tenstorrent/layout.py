@@ -167,12 +167,14 @@ class TileLayout:
     def actions(self, x_t: Tensor) -> Upload:
         """Noisy actions [B, horizon, action_dim] in the rows of the suffix."""
         view, shape = self.view["actions"], (1, 1, self.suffix, x_t.shape[-1])
-        return Upload(torch.cat([view.fill(one, shape) for one in x_t.split(1)], dim=2), F32)
+        return Upload(
+            torch.cat([view.fill(one, shape) for one in x_t.chunk(self.batch)], dim=2), F32
+        )
 
     def chunks(self, padded: Tensor) -> Tensor:
         """The inverse of `actions`: [1, 1, B·suffix, action_dim] → [B, horizon, action_dim]."""
         view = self.view["actions"]
-        return torch.cat([view.cut(one) for one in padded.split(self.suffix, dim=2)])
+        return torch.cat([view.cut(one) for one in padded.chunk(self.batch, dim=2)])
 
     def state(self, state: Tensor) -> Upload:
         """A state [1, state_dim] in the row of the suffix's state token."""

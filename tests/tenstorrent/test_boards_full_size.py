@@ -18,19 +18,24 @@ from pi0.engines.tenstorrent.ttnn_import import MOCK
 
 pytestmark = [
     pytest.mark.ttnn,
+    pytest.mark.slow,
     pytest.mark.skipif(
         not has_compiler(), reason="no riscv64-unknown-elf-gcc: apt install gcc-riscv64-unknown-elf"
     ),
 ]
-MODELS, SIZES = ("pi0_base", "pi05_base"), ((2, 384), (3, 224), (1, 224))
+SIZES = ((2, 384), (3, 224), (1, 224))
+# Model, cameras, pixels, observations at once.
+RUNS = [(model, *size, 1) for model in ("pi0_base", "pi05_base") for size in SIZES]
+RUNS += [("pi0_base", 2, 224, 4)]
 SCRIPT = f"""
 import dataclasses, json, sys
 from pi0.config import PRESETS
 from pi0.engines.tenstorrent.dryrun import dry_run
-for model in {MODELS}:
-    for cameras, size in {SIZES}:
-        found = dry_run(PRESETS[model].with_image_size(size), *sys.argv[1:], cameras=cameras)
-        print(json.dumps(dataclasses.asdict(found)))
+board, precision = sys.argv[1:]
+for model, cameras, size, batch in {RUNS}:
+    config = PRESETS[model].with_image_size(size)
+    found = dry_run(config, board, precision, cameras, batch=batch)
+    print(json.dumps(dataclasses.asdict(found)))
 """
 # Programs of one step's 18 blocks and the final norm; of the prefix's 18, the last one without its
 # output; of the 27 of vision beside patches, positions and the final norm, where patches are whole.
@@ -46,9 +51,8 @@ def test_fits(board: str, precision: str) -> None:
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == len(MODELS) * len(SIZES)
-    for run, (_, size) in zip(found, SIZES * len(MODELS), strict=True):
-        assert run["board"] == board
+    for run, (_, _, size, batch) in zip(found, RUNS, strict=True):
+        assert (run["board"], run["batch"]) == (board, batch)
         assert run["peak_l1"] <= run["l1"]
         assert run["weights"] < run["peak_dram"] < run["dram"]
         stages = {stage["stage"]: stage for stage in run["times"]}

@@ -86,7 +86,11 @@ class ModelInputs:
 
     def row(self, i: int) -> ModelInputs:
         """One observation of the batch."""
-        return ModelInputs(**{name: value[i : i + 1] for name, value in vars(self).items()})
+        return self.rows(slice(i, i + 1))
+
+    def rows(self, which: slice | Tensor) -> ModelInputs:
+        """Some observations of the batch, by their numbers."""
+        return ModelInputs(**{name: value[which] for name, value in vars(self).items()})
 
     @classmethod
     def joined(cls, rows: Sequence[ModelInputs]) -> ModelInputs:

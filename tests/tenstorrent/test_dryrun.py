@@ -64,6 +64,18 @@ def test_tiny(either_path: Path, board: str, grid: list[int], dtype: str) -> Non
     assert call["bound_ms"] >= max(call["dram_ms"], call["math_ms"]) > 0
 
 
+def test_a_batch_starts_as_many_programs_as_one(either_path: Path) -> None:
+    calls = []
+    for size in (1, 4):
+        done = pi0("ttnn", "dry-run", either_path, "--batch", size, "--json")
+        assert done.returncode == 0, done.stderr
+        data = json.loads(done.stdout)
+        assert data["batch"] == size
+        calls.append(data["times"][-1])
+    assert calls[0]["programs"] == calls[1]["programs"]
+    assert calls[0]["flop"] < calls[1]["flop"]
+
+
 def test_formats_are_those_that_the_host_computes_with(tiny_path: Path, tmp_path: Path) -> None:
     """What `silicon.py` and `golden.py` take for granted, read from the generated descriptors."""
     words = ("ttnn", "dry-run", tiny_path, "--dtype", "fast", "--cameras", 1, "--tokens", 8)
@@ -85,7 +97,7 @@ def test_formats_are_those_that_the_host_computes_with(tiny_path: Path, tmp_path
         assert k.float32_sums
         assert k.memory.count("Float32") == 3
         assert set(k.memory) == {"Float32", "Float16_b"}
-    for k in by_kernel["rotary_embedding_single_tile"]:
+    for k in by_kernel["rotary_embedding_llama"]:
         assert (set(k.memory), k.float32_sums) == ({"Float16_b"}, False)
     norms = by_kernel["layernorm"] + by_kernel["layernorm_sharded"]
     assert {(k.fidelity, k.float32_sums) for k in norms} == {("HiFi3", True)}
@@ -151,6 +163,10 @@ def test_bad_input(tiny_path: Path, tmp_path: Path) -> None:
         (("ttnn", "dry-run", "--preset", "x"), "tiny, pi05_base, pi05_small, pi05_tiny, found 'x'"),
         (("ttnn", "dry-run", tiny_path, "--board", "e75"), "expected one of n150, n300, p150"),
         (("ttnn", "dry-run", tiny_path, "--dtype", "x"), "expected one of accurate, fast"),
+        (
+            ("ttnn", "dry-run", tiny_path, "--batch", 5),
+            "batch: expected 1 to 4, which are computed",
+        ),
         (("ttnn", "dry-run", tiny_path, "--image-size", 9), "at least one patch of 14 pixels"),
         (("trace", tiny_path, "--engine", "ttnn", "--device", "x"), "number of a card, found 'x'"),
         (("trace", tiny_path, "--engine", "ttnn", "--dtype", "float32"), "accurate, fast"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -81,23 +80,28 @@ def test_nothing_is_put_beside_a_capture(either_path: Path) -> None:
     assert not library.live
 
 
-def batch(config: Pi0Config) -> tuple[ModelInputs, Tensor]:
-    (a, x), (b, y) = (random_inputs(config, 2, 10, seed) for seed in range(2))
-    fields = ((getattr(a, field.name), getattr(b, field.name)) for field in dataclasses.fields(a))
-    return ModelInputs(*map(torch.cat, fields)), torch.cat([x, y])
+def batch(config: Pi0Config, size: int) -> tuple[ModelInputs, Tensor]:
+    rows = [random_inputs(config, 2, 10, seed) for seed in range(size)]
+    return ModelInputs.joined([row for row, _ in rows]), torch.cat([noise for _, noise in rows])
 
 
 def test_rows_of_a_batch_are_their_own(either_path: Path) -> None:
-    """Replayed one after another with the next inputs going up, they are what each is alone."""
+    """Passes replayed one after another with the next inputs going up are what they are
+    uncaptured, and each row what it is alone but for the order of sums."""
     engine = Engine(open_checkpoint(either_path), EngineOptions("fast"))
-    inputs, noise = batch(engine.config)
+    inputs, noise = batch(engine.config, 5)
     together = engine.sample(inputs, noise, 1)
+    assert torch.equal(engine.sample(inputs, noise, 1), together)
     assert engine.backend.ttnn.captured == 1
-    for i in range(2):
-        alone = Cramped(open_checkpoint(either_path), EngineOptions("fast"))
-        with pytest.warns(UserWarning, match="trace region"):
-            row = alone.sample(inputs.row(i), noise[i : i + 1], 1)
-        assert torch.equal(row[0], together[i])
+    other = Cramped(open_checkpoint(either_path), EngineOptions("fast"))
+    with pytest.warns(UserWarning, match="trace region"):
+        uncaptured = other.sample(inputs, noise, 1)
+    assert torch.equal(uncaptured, together)
+    for i, row in enumerate(together):
+        alone = other.sample(inputs.row(i), noise[i : i + 1], 1)[0]
+        assert (alone - row).norm() <= 0.02 * (row - noise[i]).norm()
+    engine.sample(inputs.rows(slice(3)), noise[:3], 1)  # one pass of the same size
+    assert engine.backend.ttnn.captured == 1
 
 
 def test_no_room_for_a_capture_is_a_warning_once(either_path: Path) -> None:

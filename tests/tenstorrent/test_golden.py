@@ -16,7 +16,7 @@ from pi0.engines.tenstorrent import golden
 from pi0.engines.tenstorrent.engine import TtnnHostEngine
 from pi0.engines.tenstorrent.golden import HostTensor
 from pi0.engines.tenstorrent.host import HostBackend
-from pi0.engines.tenstorrent.layout import MASKED
+from pi0.engines.tenstorrent.layout import MASKED, neighbours
 from pi0.engines.tenstorrent.silicon import CARD, IDEAL
 from pi0.inputs import random_inputs
 from pi0.model.gemma import attend
@@ -77,21 +77,30 @@ def test_products(ideal: HostBackend) -> None:
     run = ideal.run("experimental.minimal_matmul", f32(x), f32(w), bias_tensor=f32(b))
     assert near(run, x @ w + b, 1e-4)
     assert near(run, linear(x, w, bias=b), 1e-4)
-    gelu = ideal.ttnn.UnaryWithParam(ideal.option("UnaryOpType.GELU_TANH"))
-    run = ideal.run("experimental.minimal_matmul", f32(x), f32(w), fused_activation=gelu)
-    assert near(run, GELU(x @ w), 1e-4)
+    for name, function in (("GELU_TANH", GELU), ("SILU", F.silu)):
+        unary = ideal.ttnn.UnaryWithParam(ideal.option(f"UnaryOpType.{name}"))
+        run = ideal.run(
+            "experimental.minimal_matmul",
+            f32(x),
+            f32(w),
+            bias_tensor=f32(b),
+            fused_activation=unary,
+        )
+        assert near(run, function(x @ w + b), 1e-4)
     parts = ideal.run("experimental.minimal_matmul_split", f32(x), f32(w), chunks=3)
     for part, wanted, other in zip(
         parts, (x @ w).chunk(3, -1), linear(x, w).chunk(3, -1), strict=True
     ):
         assert near(part, wanted, 1e-4)
         assert near(part, other, 1e-4)
-    base, gate = torch.randn(1, 1, 64, 96), torch.randn(1, 1, 1, 96)
+    base, addcmul = torch.randn(1, 1, 64, 96), theirs(ideal, "addcmul")
     name = "experimental.dit_minimal_matmul_addcmul_fused"
-    run = ideal.run(name, f32(x), f32(w), 0.5, f32(base), f32(gate), bias_tensor=f32(b))
-    assert near(run, base + 0.5 * gate * (x @ w + b), 1e-4)
-    addcmul = theirs(ideal, "addcmul")
-    assert near(run, addcmul(base, linear(x, w, bias=b), gate.expand_as(base), value=0.5), 1e-4)
+    for rows in (1, 64):
+        gate = torch.randn(1, 1, rows, 96)
+        run = ideal.run(name, f32(x), f32(w), 0.5, f32(base), f32(gate), bias_tensor=f32(b))
+        assert near(run, base + 0.5 * gate * (x @ w + b), 1e-4)
+        product, whole = linear(x, w, bias=b), gate.expand_as(base)
+        assert near(run, addcmul(base, product, whole, value=0.5), 1e-4)
 
 
 def test_norms(ideal: HostBackend) -> None:
@@ -110,13 +119,10 @@ def test_norms(ideal: HostBackend) -> None:
 
 def test_elements(ideal: HostBackend) -> None:
     x, y, z = torch.randn(3, 1, 1, 64, 32)
-    silu, gelu = (
-        [ideal.ttnn.UnaryWithParam(ideal.option(f"UnaryOpType.{name}"))]
-        for name in ("SILU", "GELU_TANH")
-    )
-    run = ideal.run("add", f32(x), f32(y), activations=silu)
-    assert near(run, F.silu(x + y))
-    assert near(run, theirs(ideal, "silu")(theirs(ideal, "add")(x, y)))
+    gelu = [ideal.ttnn.UnaryWithParam(ideal.option("UnaryOpType.GELU_TANH"))]
+    run = ideal.run("add", f32(x), f32(y))
+    assert near(run, x + y)
+    assert near(run, theirs(ideal, "add")(x, y))
     run = ideal.run("multiply", f32(x), f32(y), input_tensor_a_activations=gelu)
     assert near(run, GELU(x) * y)
     assert near(run, theirs(ideal, "multiply")(GELU(x), y))
@@ -133,12 +139,30 @@ def test_heads_and_rows(ideal: HostBackend) -> None:
     split = x[:, 0].view(2, 64, 8, 32)
     for found, wanted in ((q, split[:, :, :4]), (k, split[:, :, 4:6]), (v, split[:, :, 6:])):
         assert torch.equal(found.value.transpose(1, 2), wanted)
-    cache, rows = torch.randn(1, 2, 96, 32), torch.randn(1, 2, 64, 32)
-    wanted = torch.cat([rows, cache[:, :, 64:]], dim=2)
-    assert torch.equal(theirs(ideal, "fill_cache")(cache.clone(), rows, 0), wanted)
-    held = f32(cache.clone())
-    ideal.run("fill_cache", held, f32(rows), 0)
-    assert torch.equal(held.value, wanted), "written in place"
+    caches, rows = torch.randn(2, 1, 2, 96, 32), torch.randn(2, 1, 2, 64, 32)
+    wanted = torch.cat([rows, caches[:, :, :, 64:]], dim=3)
+    for cache, new, each in zip(caches, rows, wanted, strict=True):
+        assert torch.equal(theirs(ideal, "fill_cache")(cache.clone(), new, 0), each)
+    name = "experimental.indexed_fused_update_cache"
+    held = [f32(cache.clone()) for cache in caches]
+    given = (held[0], f32(rows[0]), held[1], f32(rows[1]))
+    ideal.run(name, *given, HostTensor(torch.arange(64)[None], "int32"))
+    for cache, each in zip(held, wanted, strict=True):
+        assert torch.equal(cache.value, each), "written in place"
+    places = torch.full((1, 64), -1)
+    places[0, 5] = 90
+    ideal.run(name, *given, HostTensor(places, "int32"))
+    assert torch.equal(held[1].value[:, :, 90], rows[1][:, :, 5])
+    assert torch.equal(held[1].value[:, :, :90], wanted[1][:, :, :90]), "-1 is nowhere"
+    several = [f32(torch.zeros(3, 1, 96, 32)) for _ in range(2)]
+    rows = torch.randn(2, 1, 1, 64, 32)
+    places = torch.cat([torch.arange(32), 2 * 96 + 32 + torch.arange(32)])[None]
+    given = (several[0], f32(rows[0]), several[1], f32(rows[1]))
+    ideal.run(name, *given, HostTensor(places, "int32"))
+    for cache, new in zip(several, rows, strict=True):
+        wanted = torch.zeros(3, 1, 96, 32)
+        wanted[0, 0, :32], wanted[2, 0, 32:64] = new[0, 0].split(32)
+        assert torch.equal(cache.value, wanted), "places of several caches follow each other"
     table, tokens = torch.randn(10, 8), torch.tensor([[3, 0, 9]])
     found = ideal.run("embedding", HostTensor(tokens, "uint32"), f32(table), dtype="float32")
     assert torch.equal(found.value, F.embedding(tokens, table))
@@ -147,16 +171,32 @@ def test_heads_and_rows(ideal: HostBackend) -> None:
 
 def test_rotation(ideal: HostBackend, card: HostBackend) -> None:
     """That it is the model's is tested with the layout."""
-    x, (cos, sin) = torch.randn(1, 2, 64, 32), torch.randn(2, 1, 1, 64, 32)
-    name = "experimental.rotary_embedding"
-    turned = ideal.run(name, f32(x), f32(cos), f32(sin))
-    a, b = x.chunk(2, dim=-1)
-    assert near(turned.value[..., :16], a * cos[..., :16] - b * sin[..., :16])
-    assert near(turned.value[..., 16:], b * cos[..., 16:] + a * sin[..., 16:])
-    rounded = card.run(name, bf16(x), bf16(cos), bf16(sin)).value
+    x, (cos, sin) = torch.randn(1, 2, 64, 64), torch.randn(2, 1, 2, 64, 64)
+    name, turn = "experimental.rotary_embedding_llama", neighbours()
+    turned = ideal.run(name, f32(x), f32(cos), f32(sin), f32(turn))
+    a, b = x[..., ::2], x[..., 1::2]
+    assert near(turned.value[..., ::2], a * cos[..., ::2] - b * sin[..., ::2])
+    assert near(turned.value[..., 1::2], b * cos[..., 1::2] + a * sin[..., 1::2])
+    rounded = card.run(name, bf16(x), bf16(cos), bf16(sin), bf16(turn)).value
     product = lambda u, w: (u.bfloat16() * w.bfloat16()).float()  # noqa: E731
-    half = product(a, cos[..., :16]) - product(b, sin[..., :16])
-    assert torch.equal(rounded[..., :16], half.bfloat16()), "each product is rounded"
+    even = product(a, cos[..., ::2]) - product(b, sin[..., ::2])
+    assert torch.equal(rounded[..., ::2], even.bfloat16()), "each product is rounded"
+
+
+def test_tiles_in_another_shape(ideal: HostBackend) -> None:
+    """Heads side by side become heads of 32 tokens each, one after another, and back."""
+    x, name = torch.randn(1, 1, 64, 3 * 64), "experimental.view"
+    heads = ideal.run(name, f32(x), (1, 6, 32, 64))
+    wanted = x.view(2, 32, 3, 64).transpose(1, 2).reshape(1, 6, 32, 64)
+    assert torch.equal(heads.value, wanted)
+    assert torch.equal(ideal.run(name, heads, (1, 1, 64, 192)).value, x)
+
+    def tiles(of: Tensor) -> list[Tensor]:
+        rows = [row for head in of.flatten(0, 1) for row in head.split(32)]
+        return [tile for row in rows for tile in row.split(32, dim=1)]
+
+    one_by_one = zip(tiles(x), tiles(heads.value), strict=True)
+    assert all(torch.equal(left, right) for left, right in one_by_one), "tiles cut out one by one"
 
 
 def chunked(backend: HostBackend, q, k, v, mask, size: int, scale: float = 0.25) -> Tensor:

@@ -20,14 +20,14 @@ from pi0.cli.main import main
 from pi0.config import PRESETS
 from pi0.engines.base import Engine, EngineOptions, make_engine
 from pi0.engines.tenstorrent import engine as engine_module
-from pi0.engines.tenstorrent import timestep
+from pi0.engines.tenstorrent import network, timestep
 from pi0.engines.tenstorrent.backend import Upload
 from pi0.engines.tenstorrent.engine import TtnnHostEngine
 from pi0.engines.tenstorrent.golden import HostTensor
 from pi0.engines.tenstorrent.host import HostBackend
 from pi0.engines.tenstorrent.weights import RmsNorm
 from pi0.errors import ConfigError, EngineError
-from pi0.inputs import random_inputs
+from pi0.inputs import ModelInputs, random_inputs
 from pi0.model import Pi0
 from pi0.verify.cases import default_cases
 from pi0.verify.run import VerifyResult, verify
@@ -139,13 +139,15 @@ def no_vision_mask(engine: TtnnHostEngine) -> None:
 
 def padded_prefix_seen(engine: TtnnHostEngine) -> None:
     """The masks of the prefix are computed and not passed."""
-    attend_masked = engine.network._attend
+    for ops in (engine.network.ops, engine.network.loop):
+        attend_masked = ops.attention
 
-    def unmasked(ops, q, k, v, mask, tables):
-        open_mask = HostTensor(torch.zeros_like(mask.value), mask.dtype)
-        return attend_masked(ops, q, k, v, open_mask, tables)
+        def unmasked(q, k, v, mask, scale, attend_masked=attend_masked):
+            if scale == network.SCALED:  # of the trunks
+                mask = HostTensor(torch.zeros_like(mask.value), mask.dtype)
+            return attend_masked(q, k, v, mask, scale)
 
-    engine.network._attend = unmasked
+        ops.attention = unmasked
 
 
 @pytest.mark.parametrize(
@@ -193,18 +195,24 @@ def test_timestep_of_another_step(pi05: Checkpoint) -> None:
     assert failure.name == "velocity.1"
 
 
-def test_batches_row_by_row(checkpoint: Checkpoint) -> None:
-    engine = make_engine("ttnn-host", checkpoint)
-    one, noise = random_inputs(engine.config, 2, 10, 0)
-    other, more = random_inputs(engine.config, 2, 10, 1)
-    both = type(one)(
-        **{name: torch.cat([getattr(one, name), getattr(other, name)]) for name in vars(one)}
-    )
-    together = engine.sample(both, torch.cat([noise, more]), steps=2)
-    apart = [engine.sample(one, noise, steps=2), engine.sample(other, more, steps=2)]
-    assert torch.equal(together, torch.cat(apart))
-    with pytest.raises(EngineError, match="expected one observation, found 2"):
-        engine.prefill(both)
+def test_a_batch_is_its_rows(checkpoint: Checkpoint) -> None:
+    """Five observations in two passes of three, the last one filled up: each with its own prefix,
+    masks and positions."""
+    engine = make_engine("ttnn-host:exact", checkpoint)
+    rows = [random_inputs(engine.config, 2, 10, seed) for seed in range(5)]
+    for i, (row, _) in enumerate(rows):
+        row.token_mask[:, 10 - i :] = False
+        row.image_mask[:, 1] = i != 2
+    batch = ModelInputs.joined([row for row, _ in rows])
+    calls: list[int] = []
+    noise = torch.cat([noise for _, noise in rows])
+    together = engine.sample(batch, noise, 2, lambda: calls.append(1))
+    assert len(calls) == 2 * 2
+    apart = torch.cat([engine.sample(row, noise, steps=2) for row, noise in rows])
+    assert together.shape == apart.shape
+    assert (together - apart).abs().max() <= 2e-5 * apart.abs().max()
+    with pytest.raises(EngineError, match="expected one observation, found 5"):
+        engine.prefill(batch)
 
 
 @pytest.mark.parametrize(("steps", "tolerance"), [(1, 1e-6), (3, 0.01)])

@@ -14,11 +14,17 @@ from pi0.config import PRESETS, Pi0Config
 from pi0.engines.tenstorrent import program_configs
 from pi0.engines.tenstorrent.backend import Grid
 from pi0.engines.tenstorrent.engine import packed_bytes, require_dram, require_tile_widths
-from pi0.engines.tenstorrent.layout import TileLayout, padded_head, rope_tables, tiled
+from pi0.engines.tenstorrent.layout import (
+    TileLayout,
+    neighbours,
+    padded_head,
+    rope_tables,
+    tiled,
+)
 from pi0.engines.tenstorrent.precision import PRESETS as PRECISIONS
 from pi0.engines.tenstorrent.weights import pad_heads
 from pi0.errors import EngineError
-from pi0.inputs import random_inputs
+from pi0.inputs import ModelInputs, random_inputs
 from pi0.model.gemma import Rope
 from pi0.model.pi0 import Pi0, attention_mask, token_positions
 
@@ -102,10 +108,37 @@ def test_masks_are_the_models(config: Pi0Config, cameras: list[bool], words: int
     prefix = given["prefix_mask"].value[0, 0] == 0
     assert torch.equal(prefix[rows[:n]][:, rows[:n]], mask[0, :n, :n])
     assert prefix.sum() == mask[0, :n, :n].sum()
-    cos, _ = rope_tables(positions[0], config.vlm.head_dim)
-    ours = torch.cat([given["prefix_cos"].value, given["suffix_cos"].value], dim=2)
+    tables = rope_tables(positions[0], config.vlm.head_dim)
     real = torch.cat([valid[0], torch.ones(config.suffix_len, dtype=torch.bool)])
-    assert torch.equal(ours[:, :, rows][:, :, real], cos[:, :, real])
+    trunk = config.vlm
+    for name, table, of_values in zip(("cos", "sin"), tables, (1, 0), strict=True):
+        ours = torch.cat([given[f"{part}_{name}"].value for part in ("prefix", "suffix")], dim=1)
+        by_head = ours.unflatten(1, (-1, trunk.num_heads + 2 * trunk.num_kv_heads))
+        by_head = by_head.transpose(2, 3).flatten(1, 2)[0, rows][real]  # [S, H + 2K, D]
+        rotated, values = by_head.split(
+            [trunk.num_heads + trunk.num_kv_heads, trunk.num_kv_heads], 1
+        )
+        assert torch.equal(rotated, table[real][:, None].expand_as(rotated))
+        assert (values == of_values).all(), "values are not rotated"
+
+
+def test_observations_follow_each_other() -> None:
+    """Inputs of three, and their actions, are those of each, joined; actions are found again."""
+    rows = [random_inputs(TINY, 2, 9, seed) for seed in range(3)]
+    batch, precision = ModelInputs.joined([row for row, _ in rows]), PRECISIONS["accurate"]
+    one, three = TileLayout(TINY, 2, 9), TileLayout(TINY, 2, 9, batch=3)
+    together = three.uploads(batch, precision)
+    axes = {"tokens": 0, "prefix_mask": 0, "suffix_mask": 0, "patches": 2, "state": 2}
+    for i, (row, _) in enumerate(rows):
+        for name, alone in one.uploads(row, precision).items():
+            axis = axes.get(name, 1)
+            length = alone.value.shape[axis]
+            part = together[name].value.narrow(axis, i * length, length)
+            assert torch.equal(part, alone.value), name
+    noise = torch.cat([noise for _, noise in rows])
+    padded = three.actions(noise).value
+    assert padded.shape == (1, 1, 3 * 64, 32)
+    assert torch.equal(three.chunks(padded), noise)
 
 
 def test_without_a_state_token() -> None:
@@ -125,15 +158,14 @@ def test_without_a_state_token() -> None:
 
 @given(st.integers(0, 2000))
 def test_rope_in_padded_heads(position: int) -> None:
-    """Rotating a padded head rotates the head: halves are padded alike."""
+    """Rotating a padded head, neighbours with each other, rotates the head."""
     x = torch.randn(1, 1, 1, 16)
     positions = torch.tensor([[position]])
     wanted = Rope()(x, positions)
     cos, sin = rope_tables(positions[0], 16)
     padded = torch.zeros(1, 1, 1, 32)
     padded[..., padded_head(16)] = x
-    a, b = padded.chunk(2, dim=-1)
-    turned = padded * cos + torch.cat([-b, a], dim=-1) * sin
+    turned = padded * cos + padded @ neighbours() * sin
     assert torch.allclose(turned[..., padded_head(16)], wanted, atol=1e-5)
     assert turned.norm() == pytest.approx(float(wanted.norm()), rel=1e-5)
 
@@ -187,7 +219,7 @@ def test_shards_divide_a_width(width: int) -> None:
 @pytest.mark.parametrize("base", [BASE, PI05_BASE], ids=["pi0", "pi05"])
 def test_weights_have_to_fit(base: Pi0Config) -> None:
     """bfloat16: 2 bytes for each of the 3.24e9 parameters; fast: 1.06 for all but the embedding
-    and what adds to the expert's stream.
+    and what adds to residual streams, save the VLM's MLP.
     π0.5's layers on the timestep stay on the host."""
     accurate, fast = (packed_bytes(base, PRECISIONS[name]) for name in ("accurate", "fast"))
     parameters = sum(
@@ -197,9 +229,11 @@ def test_weights_have_to_fit(base: Pi0Config) -> None:
     )
     assert accurate == pytest.approx(2 * parameters, rel=0.03)
     table = base.vocab_size * base.vlm.width
-    expert = base.expert
+    expert, vlm, vision = base.expert, base.vlm, base.vision
     attended = expert.num_heads * expert.head_dim
     whole = table + expert.depth * expert.width * (attended + expert.mlp_dim)
+    whole += vlm.depth * vlm.width * attended
+    whole += vision.depth * vision.width * (vision.width + vision.mlp_dim)
     assert fast == pytest.approx(2 * whole + 1.0625 * (parameters - whole), rel=0.03)
     require_dram(base, PRECISIONS["accurate"], 12_000_000_000)
     with pytest.raises(EngineError, match=r"at most the 6.0 GB .* found 6.6 GB. Use --dtype fast"):

@@ -49,15 +49,16 @@ def test_what_is_written_in_place_is_not_read(monkeypatch: pytest.MonkeyPatch) -
         stage="",
     )
     observer = Observer(cast(DeviceBackend, backend))
-    monkeypatch.setattr(observer, "_capture", lambda call: (call(), (1, 1)))
+    monkeypatch.setattr(observer, "_capture", lambda call: (1, 1))
     kernel = SimpleNamespace(math_fidelity=SimpleNamespace(name="HiFi3"))
-    row, cache = 32 * 2, Tensor(640, "DRAM")
+    row, cache, places = 32 * 2, Tensor(640, "DRAM"), Tensor(32, "DRAM")
+    update = "experimental.indexed_fused_update_cache"
     for name, given, result, options in (
-        ("fill_cache", (cache, Tensor(64, "L1"), 0), cache, {}),
-        ("fill_cache", (cache, Tensor(64, "DRAM"), 0), cache, {}),
+        (update, (cache, Tensor(64, "L1"), cache, Tensor(64, "L1"), places), (cache, cache), {}),
+        (update, (cache, Tensor(64, "DRAM"), cache, Tensor(64, "L1"), places), (cache, cache), {}),
         ("copy", (Tensor(64, "DRAM"), cache), cache, {}),
         ("rms_norm", (cache,), Tensor(640, "L1"), {"compute_kernel_config": kernel}),
     ):
         observer(name, given, options, lambda result=result: result)
     seen = [(each.dram // row, each.fidelity) for each in observer.operations]
-    assert seen == [(64, ""), (128, ""), (64 + 640, ""), (640, "HiFi3")]
+    assert seen == [(160, ""), (224, ""), (64 + 640, ""), (640, "HiFi3")]

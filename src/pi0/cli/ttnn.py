@@ -48,6 +48,7 @@ def dry_run(
     cameras: options.Cameras = 2,
     tokens: options.Tokens = None,
     steps: options.Steps = 1,
+    batch: Annotated[int, typer.Option(help="Observations at once, 1 to 4.")] = 1,
     horizon: options.Horizon = None,
     max_tokens: options.MaxTokens = None,
     base: options.Base = None,
@@ -98,7 +99,7 @@ def dry_run(
     from pi0.engines.tenstorrent.dryrun import dry_run as run
 
     with stage_progress("dry run") as on_stage:
-        done = run(config, board, dtype, cameras, tokens, steps, on_stage)
+        done = run(config, board, dtype, cameras, tokens, steps, on_stage, batch)
     if as_json:
         print_json(asdict(done))
     else:
@@ -114,6 +115,7 @@ def _print(done: DryRun) -> None:
         ["", ""],
         [
             ["cores", f"{x} × {y}"],
+            ["observations", str(done.batch)],
             ["tokens with padding", f"prefix {done.prefix}, suffix {done.suffix}"],
             ["programs built", str(done.programs)],
             ["peak L1 of a core", f"{human_bytes(done.peak_l1)} of {human_bytes(done.l1)}"],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pi0.engines.tenstorrent.backend import Backend, Grid, Handle, Upload
-from pi0.engines.tenstorrent.precision import BF16, F32, U32
+from pi0.engines.tenstorrent.precision import BF16, F32, I32, U32
 from pi0.engines.tenstorrent.ttnn_import import MOCK
 from pi0.errors import EngineError
 
@@ -20,7 +20,7 @@ from pi0.errors import EngineError
 # Left to TTNN (0), they would have to find room beside all that the call puts in DRAM.
 CAPTURE_REGION = 256 << 20
 L1_SMALL = 32 << 10  # bytes of each core for the bookkeeping of operations
-TORCH_DTYPES = {BF16: torch.bfloat16, F32: torch.float32, U32: torch.int32}
+TORCH_DTYPES = {BF16: torch.bfloat16, F32: torch.float32, U32: torch.int32, I32: torch.int32}
 
 
 class DeviceBackend(Backend):

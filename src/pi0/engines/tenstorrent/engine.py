@@ -18,18 +18,24 @@ from pi0.engines.base import Capabilities, Engine, EngineOptions, exclusive
 from pi0.engines.tenstorrent import golden, ttnn_import
 from pi0.engines.tenstorrent.backend import Backend, Handle, Upload
 from pi0.engines.tenstorrent.boards import find_board
+from pi0.engines.tenstorrent.constants import Constants, upload_constants
 from pi0.engines.tenstorrent.device import TORCH_DTYPES, DeviceBackend
 from pi0.engines.tenstorrent.host import HostBackend
 from pi0.engines.tenstorrent.layout import TILE, TileLayout, View, additive, tiled
 from pi0.engines.tenstorrent.network import (
-    Constants,
     HandleTap,
     KeyValue,
     TtnnNetwork,
     no_handle_tap,
 )
 from pi0.engines.tenstorrent.ops import Ops
-from pi0.engines.tenstorrent.precision import BF16, F32, HOST_PRESETS, PRESETS, Precision, for_arch
+from pi0.engines.tenstorrent.precision import (
+    BF16,
+    HOST_PRESETS,
+    PRESETS,
+    Precision,
+    for_arch,
+)
 from pi0.engines.tenstorrent.program_configs import TILE_BYTES
 from pi0.engines.tenstorrent.replay import CaptureError, Replay
 from pi0.engines.tenstorrent.silicon import CARD, IDEAL
@@ -41,6 +47,7 @@ from pi0.model import Pi0, Tap
 from pi0.model.flow import schedule
 from pi0.model.pi0 import no_tap
 
+UPDATED_ROWS = 256  # that TTNN writes into a cache at once, at most; of one head where B is not 1
 HOST_NOTE = "ttnn-host: a card's arithmetic and rounding computed on the host; no card was used."
 
 
@@ -58,11 +65,12 @@ class DevicePrefix:
 class TtnnEngine(Engine):
     """π0 or π0.5 on a Tenstorrent card or simulator; `device` is the card's number.
 
-    On a card a sampling call is captured, and replayed as long as the numbers of views, tokens and
-    steps stay; rows of a batch go up on a second command queue, each while the one before it is
-    computed. One capture is held at a time and released before anything else is put on the card:
-    replayed, it writes where its tensors were, whatever is there by then. What cannot be captured
-    runs without, with a warning.
+    On a card a sampling call is captured, and replayed as long as the numbers of observations,
+    views, tokens and steps stay. Up to four observations are computed at once; those of a larger
+    batch go up on a second command queue, each pass while the one before it is computed. One
+    capture is held at a time and released before anything else is put on the card: replayed, it
+    writes where its tensors were, whatever is there by then. What cannot be captured runs without,
+    with a warning.
 
     Attributes:
         captures: whether sampling calls are captured.
@@ -81,9 +89,9 @@ class TtnnEngine(Engine):
         loaded = TORCH_DTYPES[precision.loaded]
         model = load_model(checkpoint, loaded, "cpu", options.image_size, options.progress)
         self.network = build_network(model, self.backend, precision)
-        self._constants: dict[tuple[int, int], Constants] = {}
+        self._constants: dict[tuple[int, int, int], Constants] = {}
         self._timesteps: list[Timestep] = []  # of the last number of steps
-        self._replay: tuple[tuple[int, int, int], Replay] | None = None
+        self._replay: tuple[tuple[int, ...], Replay] | None = None
         self.captures = isinstance(self.backend, DeviceBackend) and self.backend.can_replay
 
     @classmethod
@@ -117,7 +125,7 @@ class TtnnEngine(Engine):
         if inputs.batch_size != 1:
             raise EngineError(
                 f"engine ttnn: expected one observation, found {inputs.batch_size}. Only `sample` "
-                "takes several, one after another."
+                "takes several."
             )
         self._release_replay()
         on = self._on(inputs)
@@ -146,40 +154,44 @@ class TtnnEngine(Engine):
     def _sample(
         self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: Callable[[], None]
     ) -> Tensor:
-        """See `Engine`. The whole loop runs on the device; rows of a batch follow each other."""
-        key = inputs.image_mask.shape[1], inputs.tokens.shape[1], steps
+        """See `Engine`. The whole loop runs on the device; a batch as few passes of equal size as
+        there can be, the last one filled with its last observation."""
+        passes = -(-inputs.batch_size // most_rows(self.config))
+        size = -(-inputs.batch_size // passes)
+        key = inputs.image_mask.shape[1], inputs.tokens.shape[1], steps, size
         if self._replay and self._replay[0] != key:
             self._release_replay()
-        on = self._on(inputs)
+        on = self._on(inputs, size)
         times = torch.tensor(schedule(steps))
         if len(times) != len(self._timesteps):
             self._timesteps = self._put_timesteps(times)
-        timesteps, cut = self._timesteps, on.layout.view["actions"].cut
+        timesteps, layout = self._timesteps, on.layout
+        rows = torch.arange(passes * size).clamp(max=inputs.batch_size - 1).view(passes, size)
 
-        def uploads(row: int) -> dict[str, Upload]:
-            given = on.layout.uploads(inputs.row(row), self.network.ops.precision)
-            return given | {"x_t": on.layout.actions(noise[row : row + 1])}
+        def uploads(which: Tensor) -> dict[str, Upload]:
+            given = layout.uploads(inputs.rows(which), self.network.ops.precision)
+            return given | {"x_t": layout.actions(noise[which])}
 
         def call(given: dict[str, Handle], on_step: Callable[[], None] = lambda: None) -> Handle:
             return self.network.sample(on, given, timesteps, on_step)
 
-        rows = range(inputs.batch_size)
         if self.captures and self._replay is None:
-            self._capture(key, uploads(0), call)
-        if self._replay is None:
-            return torch.cat(
-                [cut(self.backend.get(call(self._put(uploads(i)), on_step))) for i in rows]
-            )
+            self._capture(key, uploads(rows[0]), call)
         actions = []
-        for result in self._replay[1](uploads(i) for i in rows):
-            actions.append(cut(result))
-            for _ in range(steps):
-                on_step()
-        return torch.cat(actions)
+        if self._replay is None:
+            for which in rows:
+                result = self.backend.get(call(self._put(uploads(which)), on_step))
+                actions.append(layout.chunks(result))
+        else:
+            for result in self._replay[1](map(uploads, rows)):
+                actions.append(layout.chunks(result))
+                for _ in range(steps):
+                    on_step()
+        return torch.cat(actions)[: inputs.batch_size]
 
     def _capture(
         self,
-        key: tuple[int, int, int],
+        key: tuple[int, ...],
         uploads: dict[str, Upload],
         call: Callable[[dict[str, Handle]], Handle],
     ) -> None:
@@ -211,11 +223,16 @@ class TtnnEngine(Engine):
         self._close_device = weakref.finalize(self, backend.close)
         return backend
 
-    def _on(self, inputs: ModelInputs) -> Constants:
-        key = inputs.image_mask.shape[1], inputs.tokens.shape[1]
+    def _on(self, inputs: ModelInputs, batch: int = 1) -> Constants:
+        key = inputs.image_mask.shape[1], inputs.tokens.shape[1], batch
         if key not in self._constants:
-            layout = TileLayout(self.config, *key)
-            self._constants[key] = upload_constants(layout, self.backend)
+            network = self.network
+            self._constants[key] = upload_constants(
+                TileLayout(self.config, *key),
+                network.weights,
+                network.ops.precision,
+                self.backend,
+            )
         return self._constants[key]
 
     def _put(self, uploads: dict[str, Upload]) -> dict[str, Handle]:
@@ -301,18 +318,9 @@ def build_network(model: Pi0, backend: Backend, precision: Precision) -> TtnnNet
     return TtnnNetwork(model.config, weights, Ops(backend, precision))
 
 
-def upload_constants(layout: TileLayout, backend: Backend) -> Constants:
-    """What depends on the layout only."""
-    state, actions = torch.zeros(2, 1, 1, layout.suffix, 1)
-    state[0, 0, : layout.config.state_tokens] = 1
-    actions[0, 0, layout.view["actions"].rows] = 1
-    mask = layout.vision_mask()
-    return Constants(
-        layout,
-        None if mask is None else backend.put(mask),
-        action_rows=backend.put(Upload(actions, F32)),
-        state_row=backend.put(Upload(state, F32)) if layout.config.state_tokens else None,
-    )
+def most_rows(config: Pi0Config) -> int:
+    """Observations that can be computed at once."""
+    return UPDATED_ROWS // tiled(config.suffix_len) if config.expert.num_kv_heads == 1 else 1
 
 
 def require_tile_widths(config: Pi0Config) -> None:

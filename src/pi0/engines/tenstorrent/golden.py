@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pi0.engines.tenstorrent.precision import BF16, F32
-from pi0.engines.tenstorrent.silicon import Fpu
+from pi0.engines.tenstorrent.silicon import TILE, Fpu
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,25 @@ def create_heads(
     return q, k.transpose(-1, -2) if transpose_k_heads else k, v
 
 
-def rotary_embedding(core: Core, x: HostTensor, cos: HostTensor, sin: HostTensor) -> Tensor:
-    """Both products lie in a buffer of the dtype of x before they are added."""
-    a, b = x.real.chunk(2, dim=-1)
+def rotary_embedding(
+    core: Core, x: HostTensor, cos: HostTensor, sin: HostTensor, turn: HostTensor
+) -> Tensor:
+    """Columns are turned tile by tile; both products lie in a buffer of the dtype of x before they
+    are added."""
+    tiles = x.real.reshape(*x.shape[:-1], -1, TILE)
+    turned = core.buffered(core.fpu.matmul(tiles, turn.real[0]).flatten(-2), x.dtype)
     straight = core.fpu.times(x.real, cos.real)
-    turned = core.fpu.times(torch.cat([-b, a], dim=-1), sin.real)
-    return core.buffered(straight, x.dtype) + core.buffered(turned, x.dtype)
+    return core.buffered(straight, x.dtype) + core.buffered(
+        core.fpu.times(turned, sin.real), x.dtype
+    )
+
+
+def tile_view(core: Core, x: HostTensor, shape: tuple[int, ...]) -> Tensor:
+    """Tiles, which lie in memory one after another, as those of a tensor of another shape."""
+    (*_, rows, columns), (*_, new_rows, new_columns) = x.shape, shape
+    tiles = x.value.reshape(-1, rows // TILE, TILE, columns // TILE, TILE).transpose(2, 3)
+    taken = tiles.reshape(-1, new_rows // TILE, new_columns // TILE, TILE, TILE)
+    return taken.transpose(2, 3).reshape(shape)
 
 
 def attention(
@@ -184,10 +197,23 @@ def attention(
     return attended.transpose(1, 2).flatten(2)[:, None] if output_concat_heads else attended
 
 
-def fill_cache(core: Core, cache: HostTensor, rows: HostTensor, batch: int) -> Tensor:
-    """Writes into the cache, as on a card."""
-    cache.value[batch, :, : rows.shape[2]] = rows.value[0].to(cache.value.dtype)
-    return cache.value
+def update_caches(
+    core: Core,
+    keys: HostTensor,
+    k: HostTensor,
+    values: HostTensor,
+    v: HostTensor,
+    places: HostTensor,
+) -> tuple[Tensor, ...]:
+    """Writes rows [1, K, N, D] into caches [B, K, S, D], as on a card: to place b·S + s, or nowhere
+    if that is negative."""
+    written = places.value[0] >= 0
+    place = places.value[0, written].long()
+    page, row = place // keys.shape[2], place % keys.shape[2]
+    for cache, rows in ((keys, k), (values, v)):
+        kept = rows.value[0][:, written].to(cache.value.dtype)
+        cache.value[page, :, row] = kept.transpose(0, 1)
+    return keys.value, values.value
 
 
 def multiply(
@@ -199,11 +225,8 @@ def multiply(
     return x * b.real
 
 
-def add(core: Core, a: HostTensor, b: HostTensor, activations: Sequence[Any] = ()) -> Tensor:
-    total = a.real + b.real
-    for unary in activations:
-        total = activate(total, unary)
-    return total
+def add(core: Core, a: HostTensor, b: HostTensor) -> Tensor:
+    return a.real + b.real
 
 
 def addcmul(core: Core, a: HostTensor, b: HostTensor, c: HostTensor, value: float) -> Tensor:
@@ -235,9 +258,10 @@ OURS = {
     "layer_norm": Golden(layer_norm, (TORCH, TTNN)),
     "embedding": Golden(embedding, (TORCH, TTNN)),
     "experimental.nlp_create_qkv_heads": Golden(create_heads, (TORCH, MODEL)),
-    "experimental.rotary_embedding": Golden(rotary_embedding, (TORCH, MODEL)),
+    "experimental.rotary_embedding_llama": Golden(rotary_embedding, (TORCH, MODEL)),
+    "experimental.view": Golden(tile_view, (TORCH, "tiles cut out one by one")),
     "transformer.scaled_dot_product_attention": Golden(attention, (TTNN, MODEL)),
-    "fill_cache": Golden(fill_cache, (TORCH, TTNN)),
+    "experimental.indexed_fused_update_cache": Golden(update_caches, (TORCH, "TTNN's fill_cache")),
     "multiply": Golden(multiply, (TORCH, "TTNN's multiply")),
     "add": Golden(add, (TORCH, TTNN)),
     "addcmul": Golden(addcmul, (TORCH, TTNN)),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pi0.engines.tenstorrent.backend import Backend, Grid, Upload
 from pi0.engines.tenstorrent.golden import OURS, Core, HostTensor
-from pi0.engines.tenstorrent.precision import BF16, F32, U32
+from pi0.engines.tenstorrent.precision import BF16, F32, I32, U32
 from pi0.engines.tenstorrent.silicon import CARD, Fpu, Silicon
 
 PASSES = {"LoFi": 1, "HiFi2": 2, "HiFi3": 3, "HiFi4": 4}
@@ -68,7 +68,7 @@ class HostBackend(Backend):
         return Fpu(self.silicon, passes, kernel.fp32_dest_acc_en)
 
     def _round(self, value: Tensor, dtype: str) -> Tensor:
-        if dtype == U32:
+        if dtype in (U32, I32):
             return value
         if dtype == F32 or not self.silicon.rounding:
             return value.float()

@@ -7,13 +7,13 @@ that no operation on the device cuts across a tile. A `View` says where the mode
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from pi0.config import Pi0Config
+from pi0.config import GemmaConfig, Pi0Config
 from pi0.engines.tenstorrent.backend import Upload
 from pi0.engines.tenstorrent.precision import BF16, F32, U32, Precision
 from pi0.inputs import ModelInputs
@@ -21,6 +21,18 @@ from pi0.model.gemma import rotary_angles
 from pi0.model.pi0 import attention_mask, prefix_valid, token_blocks, token_positions
 
 TILE = 32
+# The axis on which inputs of several observations are joined.
+JOINED = {
+    "patches": 2,
+    "tokens": 0,
+    "prefix_mask": 0,
+    "suffix_mask": 0,
+    "state": 2,
+    "prefix_cos": 1,
+    "prefix_sin": 1,
+    "suffix_cos": 1,
+    "suffix_sin": 1,
+}
 # Added to logits that the mask excludes: exp() of it is 0, and bfloat16 holds it. Not lower: a row
 # may see nothing of the keys that attention takes at a time (a masked camera's), whose maximum is
 # rounded to bfloat16, here by at most 32; exp() of what it is too low by has to be finite.
@@ -33,9 +45,10 @@ def tiled(n: int) -> int:
 
 
 def padded_head(head_dim: int) -> Tensor:
-    """Where the elements of a rotated head are once it is padded: both halves grow alike."""
-    half = torch.arange(head_dim // 2)
-    return torch.cat([half, tiled(head_dim) // 2 + half])
+    """Where the elements of a rotated head are once it is padded: element i beside element
+    i + D/2, with which it is rotated."""
+    first = 2 * torch.arange(head_dim // 2)
+    return torch.cat([first, first + 1])
 
 
 @dataclass(frozen=True)
@@ -64,11 +77,16 @@ class View:
 
 @dataclass(frozen=True)
 class TileLayout:
-    """The layout of one observation with these numbers of views and text tokens."""
+    """The layout of observations with these numbers of views and text tokens each.
+
+    Attributes:
+        batch: observations, B: rows of one after those of another.
+    """
 
     config: Pi0Config
     views: int
     tokens: int
+    batch: int = 1
 
     @property
     def patches(self) -> int:
@@ -87,6 +105,11 @@ class TileLayout:
     def suffix(self) -> int:
         return tiled(self.config.suffix_len)
 
+    @property
+    def head(self) -> int:
+        """Columns of a head of the trunks."""
+        return tiled(self.config.vlm.head_dim)
+
     @cached_property
     def patch_rows(self) -> Tensor:
         first = torch.arange(self.views)[:, None] * self.patches
@@ -94,7 +117,7 @@ class TileLayout:
 
     @cached_property
     def view(self) -> dict[str, View]:
-        """The views of the network's tensors, by the name that its taps give."""
+        """The views of the network's tensors of one observation, by the name that taps give."""
         config = self.config
         text_rows = torch.arange(self.tokens)
         prefix_rows = torch.cat([self.patch_rows, self.views * self.patches + text_rows])
@@ -112,7 +135,14 @@ class TileLayout:
         }
 
     def uploads(self, inputs: ModelInputs, precision: Precision) -> dict[str, Upload]:
-        """What one observation needs on the device."""
+        """What B observations need on the device."""
+        each = [self._one(inputs.rows(slice(i, i + 1)), precision) for i in range(self.batch)]
+        return {
+            name: replace(first, value=torch.cat([one[name].value for one in each], JOINED[name]))
+            for name, first in each[0].items()
+        }
+
+    def _one(self, inputs: ModelInputs, precision: Precision) -> dict[str, Upload]:
         mask, positions = self._sequence(inputs)
         x = self.prefix
         tokens = torch.nn.functional.pad(inputs.tokens, (0, self.text - self.tokens))
@@ -125,16 +155,26 @@ class TileLayout:
         }
         if self.config.state_tokens:
             uploads["state"] = self.state(inputs.state)
-        for part, where in (("prefix", positions[:x]), ("suffix", positions[x:])):
-            cos, sin = rope_tables(where, self.config.vlm.head_dim)
+        for part, where, trunk in (
+            ("prefix", positions[:x], self.config.vlm),
+            ("suffix", positions[x:], self.config.expert),
+        ):
+            cos, sin = self._head_tables(where, trunk)
             uploads[f"{part}_cos"] = Upload(cos, precision.rope)
             uploads[f"{part}_sin"] = Upload(sin, precision.rope)
         return uploads
 
     def actions(self, x_t: Tensor) -> Upload:
-        """Noisy actions [1, horizon, action_dim] in the rows of the suffix."""
-        width = x_t.shape[-1]
-        return Upload(self.view["actions"].fill(x_t, (1, 1, self.suffix, width)), F32)
+        """Noisy actions [B, horizon, action_dim] in the rows of the suffix."""
+        view, shape = self.view["actions"], (1, 1, self.suffix, x_t.shape[-1])
+        return Upload(
+            torch.cat([view.fill(one, shape) for one in x_t.chunk(self.batch)], dim=2), F32
+        )
+
+    def chunks(self, padded: Tensor) -> Tensor:
+        """The inverse of `actions`: [1, 1, B·suffix, action_dim] → [B, horizon, action_dim]."""
+        view = self.view["actions"]
+        return torch.cat([view.cut(one) for one in padded.chunk(self.batch, dim=2)])
 
     def state(self, state: Tensor) -> Upload:
         """A state [1, state_dim] in the row of the suffix's state token."""
@@ -160,6 +200,18 @@ class TileLayout:
         padded = (0, tiled(width) - width, 0, self.patches - grid**2)
         return torch.nn.functional.pad(flat, padded).flatten(0, 1)[None, None]
 
+    def _head_tables(self, positions: Tensor, trunk: GemmaConfig) -> tuple[Tensor, Tensor]:
+        """Tables for queries, keys and values [1, 1, S, (H + 2K)·D] taken tile by tile as
+        [1, S/32·(H + 2K), 32, D]: values stay as they are."""
+        rotated = trunk.num_heads + trunk.num_kv_heads
+        heads = rotated + trunk.num_kv_heads
+        cos, sin = (
+            table.view(-1, 1, TILE, table.shape[-1]).repeat(1, heads, 1, 1)
+            for table in rope_tables(positions, trunk.head_dim)
+        )
+        cos[:, rotated:], sin[:, rotated:] = 1, 0
+        return cos.flatten(0, 1)[None], sin.flatten(0, 1)[None]
+
     def _sequence(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
         """Mask [1, S, S] and positions [S] of the padded sequence: the model's own, spread out."""
         config, x = self.config, self.prefix
@@ -176,9 +228,18 @@ def additive(mask: Tensor) -> Tensor:
 
 
 def rope_tables(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [1, 1, S, tiled head_dim] at positions [S], laid out by `padded_head`."""
+    """Cosine and sine [S, tiled head_dim] at positions [S], laid out by `padded_head`."""
     angle, columns = rotary_angles(positions, head_dim), padded_head(head_dim)
-    tables = torch.zeros(2, len(positions), tiled(head_dim))
-    tables[0][:, columns] = angle.cos().repeat(1, 2)
-    tables[1][:, columns] = angle.sin().repeat(1, 2)
-    return tables[0][None, None], tables[1][None, None]
+    cos, sin = torch.zeros(2, len(positions), tiled(head_dim))
+    cos[:, columns] = angle.cos().repeat(1, 2)
+    sin[:, columns] = angle.sin().repeat(1, 2)
+    return cos, sin
+
+
+def neighbours() -> Tensor:
+    """[1, 1, 32, 32] that a row is multiplied by to be turned by 90 degrees, each even column with
+    the next one: (a, b) → (-b, a)."""
+    turn = torch.zeros(TILE, TILE)
+    even = torch.arange(0, TILE, 2)
+    turn[even + 1, even], turn[even, even + 1] = -1, 1
+    return turn[None, None]

@@ -1,23 +1,24 @@
 """π0 and π0.5 in TTNN operations: the eleven stages of `pi0.model`, on padded tensors.
 
-Written for one observation. Nothing here moves data to or from the host except through a tap.
+Nothing here moves data to or from the host except through a tap.
 
 Axes as in `pi0.model.pi0`, but rows are those of `layout.TileLayout`, and every tensor has four
-axes: [1, 1, rows, width], heads [1, H, rows, D].
+axes: [1, 1, rows, width], heads [B, H, rows of one, D]. Rows of several observations follow each
+other; only attention and the cache tell them apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from pi0.config import GemmaConfig, Pi0Config
 from pi0.engines.tenstorrent.backend import Handle
-from pi0.engines.tenstorrent.layout import TileLayout
+from pi0.engines.tenstorrent.constants import Constants
 from pi0.engines.tenstorrent.ops import Ops
 from pi0.engines.tenstorrent.precision import F32
 from pi0.engines.tenstorrent.timestep import Timestep
 from pi0.engines.tenstorrent.weights import (
+    Linear,
     RmsNorm,
     StateAndTime,
     TtnnGemmaBlock,
@@ -31,26 +32,12 @@ from pi0.model import gemma, siglip
 HandleTap = Callable[[str, Handle, str], Handle]
 KeyValue = tuple[Handle, Handle]
 
+SCALED = 1.0  # of logits in the trunks: the queries' weights are scaled already
+
 
 def no_handle_tap(name: str, handle: Handle, kind: str) -> Handle:
     """The tap that does nothing."""
     return handle
-
-
-@dataclass(frozen=True)
-class Constants:
-    """What depends on the layout only: uploaded once.
-
-    Attributes:
-        vision_mask: [1, 1, patches, patches], or None if a view has no padding.
-        action_rows: [1, 1, suffix, 1] float32, 1 in the rows of actions, else 0.
-        state_row: the same for the row of the state token, or None if there is none.
-    """
-
-    layout: TileLayout
-    vision_mask: Handle | None
-    action_rows: Handle
-    state_row: Handle | None
 
 
 class TtnnNetwork:
@@ -67,7 +54,7 @@ class TtnnNetwork:
         tap: HandleTap = no_handle_tap,
         whole: bool = True,
     ) -> list[KeyValue]:
-        """Keys and values [1, K, suffix + prefix, D] of every layer; `velocity` writes those of
+        """Keys and values [B, K, suffix + prefix, D] of every layer; `velocity` writes those of
         the suffix, which come first.
 
         Args:
@@ -82,21 +69,22 @@ class TtnnNetwork:
         text = ops.embed(given["tokens"], self.weights.embedding)
         text = tap("token_embedding", text, "text")
         ops.backend.stage = "prefix"
-        x = tap("prefix", ops.concat([x, text], dim=2), "prefix")
+        x = tap("prefix", self._join_prefix(on.layout.batch, x, text), "prefix")
         ops.backend.stage = "vlm_transformer"
-        tables = given["prefix_cos"], given["prefix_sin"]
+        tables = given["prefix_cos"], given["prefix_sin"], on.turn
         cache = []
         norms = self.weights.vlm_norms
         for i, (block, (first, second)) in enumerate(
             zip(self.weights.vlm, norms.blocks, strict=True)
         ):
             name = f"vlm_transformer.block.{i}"
-            q, *kv = self._qkv(ops, block, first, config.vlm, x, tables)
+            q, *kv = self._qkv(ops, block, first, config.vlm, x, tables, on.layout.batch)
             k, v = self._tap_cache(name, kv, "prefix", tap)
-            unwritten = self.weights.unwritten
-            cache.append((ops.concat([unwritten, k], dim=2), ops.concat([unwritten, v], dim=2)))
+            cache.append(
+                (ops.concat([on.unwritten, k], dim=2), ops.concat([on.unwritten, v], dim=2))
+            )
             if whole or i + 1 < config.vlm.depth:
-                attended = self._attend(ops, q, k, v, given["prefix_mask"], tables)
+                attended = ops.attention(q, k, v, given["prefix_mask"], SCALED)
                 x = self._post_attention(ops, block, first, second, x, attended)
                 x = tap(name, x, "prefix")
         if whole:
@@ -104,14 +92,14 @@ class TtnnNetwork:
         return cache
 
     def embed_state(self, on: Constants, given: dict[str, Handle]) -> Handle | None:
-        """What the suffix's tokens of a denoising step are added to, the same in all steps: the
-        state token in its row and a bias in those of actions. None in π0.5, which has neither."""
+        """The state token in its row of the suffix, else 0: float32, the same in all steps. None in
+        π0.5, which has none."""
         ops, time = self.loop, self.weights.time
         if not isinstance(time, StateAndTime):
             return None
         ops.backend.stage = "suffix"
-        state = ops.action_linear(given["state"], time.state, F32)
-        return ops.addcmul(time.mixed_bias, state, on.state_row)
+        fidelity = ops.precision.rest
+        return ops.add_linear(on.state_bias, given["state"], time.state, time.ones, F32, fidelity)
 
     def velocity(
         self,
@@ -123,7 +111,7 @@ class TtnnNetwork:
         timestep: Timestep,
         tap: HandleTap = no_handle_tap,
     ) -> Handle:
-        """dx/dt of noisy actions in the rows of the suffix: [1, 1, suffix, action_dim] float32.
+        """dx/dt of noisy actions in the rows of the suffix: [1, 1, B·suffix, action_dim] float32.
 
         Args:
             cache: what `prefill` made; the suffix's part of it is overwritten.
@@ -131,18 +119,17 @@ class TtnnNetwork:
             x_t: zeros in the rows that are no actions.
         """
         ops = self.loop
-        x = self._embed_suffix(x_t, state, timestep)
+        x = self._embed_suffix(on, x_t, state, timestep)
         x = self._tap_stream("suffix", x, "suffix", tap)
         ops.backend.stage = "expert_transformer"
-        expert, tables = self.config.expert, (given["suffix_cos"], given["suffix_sin"])
+        expert, tables = self.config.expert, (given["suffix_cos"], given["suffix_sin"], on.turn)
         layers = zip(self.weights.expert, timestep.norms.blocks, cache, strict=True)
         for i, (block, (first, second), (keys, values)) in enumerate(layers):
             name = f"expert_transformer.block.{i}"
-            q, *kv = self._qkv(ops, block, first, expert, x, tables)
+            q, *kv = self._qkv(ops, block, first, expert, x, tables, on.layout.batch)
             k, v = self._tap_cache(name, kv, "suffix", tap)
-            ops.write_rows(keys, k)
-            ops.write_rows(values, v)
-            attended = self._attend(ops, q, keys, values, given["suffix_mask"], tables)
+            ops.write_rows(keys, k, values, v, on.suffix_places)
+            attended = ops.attention(q, keys, values, given["suffix_mask"], SCALED)
             x = self._post_attention(ops, block, first, second, x, attended)
             x = self._tap_stream(name, x, "suffix", tap)
         x = ops.rms_norm(x, timestep.norms.final, gemma.EPS)
@@ -161,7 +148,7 @@ class TtnnNetwork:
         timesteps: list[Timestep],
         on_step: Callable[[], None] = lambda: None,
     ) -> Handle:
-        """Actions in the rows of the suffix, [1, 1, suffix, action_dim] float32: the prefix once,
+        """Actions in the rows of the suffix, [1, 1, B·suffix, action_dim] float32: the prefix once,
         then Euler's method.
 
         Args:
@@ -180,21 +167,29 @@ class TtnnNetwork:
     def _residual(self) -> str:
         return self.ops.precision.residual
 
-    def _embed_suffix(self, x_t: Handle, state: Handle | None, timestep: Timestep) -> Handle:
-        """[1, 1, suffix, width]; see `Pi0.embed_suffix`."""
+    def _join_prefix(self, batch: int, features: Handle, text: Handle) -> Handle:
+        """Features [1, 1, B·V·patches, E] and text [B, 1, L, E] → [1, 1, B·prefix, E]."""
+        ops, (_, _, rows, width) = self.ops, features.shape
+        joined = ops.concat([ops.reshape(features, (batch, 1, rows // batch, width)), text], dim=2)
+        return ops.reshape(joined, (1, 1, batch * joined.shape[2], width))
+
+    def _embed_suffix(
+        self, on: Constants, x_t: Handle, state: Handle | None, timestep: Timestep
+    ) -> Handle:
+        """[1, 1, B·suffix, width]; see `Pi0.embed_suffix`."""
         ops, time, weights = self.loop, self.weights.time, self.weights.actions
         ops.backend.stage = "suffix"
         if not isinstance(time, StateAndTime):
             return ops.action_linear(x_t, weights, self._residual)
-        h = ops.silu_sum(ops.action_linear(x_t, weights, F32), timestep.bias)
+        h = ops.action_linear(x_t, Linear(weights.weight, timestep.bias), F32, "SILU")
         fidelity = ops.precision.rest
-        return ops.add_linear(state, h, time.mixed, time.ones, self._residual, fidelity)
+        return ops.add_linear(state, h, time.mixed, on.action_tokens, self._residual, fidelity)
 
     def _vision(self, on: Constants, patches: Handle, tap: HandleTap) -> Handle:
-        """[1, 1, V·patches, 3·14²] → features [1, 1, V·patches, E]."""
+        """[1, 1, B·V·patches, 3·14²] → features [1, 1, B·V·patches, E]."""
         ops, config, weights = self.ops, self.config.vision, self.weights
         ops.backend.stage = "vision_tower"
-        views, rows = on.layout.views, on.layout.patches
+        views, rows = on.layout.batch * on.layout.views, on.layout.patches
         x = ops.linear(patches, weights.patch, ops.precision.pixels)
         x = ops.reshape(x, (views, 1, rows, config.width))
         x = ops.add(x, weights.position, self._residual)
@@ -206,7 +201,7 @@ class TtnnNetwork:
 
     def _vision_block(self, on: Constants, block: TtnnVisionBlock, x: Handle) -> Handle:
         ops, config = self.ops, self.config.vision
-        views, rows = on.layout.views, on.layout.patches
+        views, rows = on.layout.batch * on.layout.views, on.layout.patches
         h = ops.layer_norm(x, block.norm1, siglip.EPS)
         qkv = ops.linear(h, block.qkv, self._residual)
         qkv = ops.reshape(qkv, (views, 1, rows, qkv.shape[3]))
@@ -226,12 +221,15 @@ class TtnnNetwork:
         norm: RmsNorm,
         config: GemmaConfig,
         x: Handle,
-        tables: KeyValue,
+        tables: tuple[Handle, Handle, Handle],
+        batch: int,
     ) -> tuple[Handle, ...]:
+        """Heads of queries and keys, which are rotated, and of values."""
         h = ops.rms_norm(x, norm, gemma.EPS)
-        qkv = ops.linear(h, block.qkv, self._residual)
-        q, k, v = ops.heads(qkv, config.num_heads, config.num_kv_heads)
-        return q, ops.rope(k, *tables), v
+        qkv = ops.rope(ops.linear(h, block.qkv, self._residual), *tables)
+        _, _, rows, width = qkv.shape
+        each = ops.reshape(qkv, (batch, 1, rows // batch, width))
+        return ops.heads(each, config.num_heads, config.num_kv_heads)
 
     def _tap_stream(self, name: str, x: Handle, kind: str, tap: HandleTap) -> Handle:
         """What a tap returns instead is brought to where the loop has its stream."""
@@ -243,12 +241,6 @@ class TtnnNetwork:
         kind = f"{part}_heads"
         return tap(f"{name}.keys", k, kind), tap(f"{name}.values", v, kind)
 
-    def _attend(
-        self, ops: Ops, q: Handle, k: Handle, v: Handle, mask: Handle, tables: KeyValue
-    ) -> Handle:
-        # The queries' weights are scaled already.
-        return ops.attention(ops.rope(q, *tables), k, v, mask, 1.0)
-
     def _post_attention(
         self,
         ops: Ops,
@@ -258,6 +250,7 @@ class TtnnNetwork:
         x: Handle,
         attended: Handle,
     ) -> Handle:
+        attended = ops.reshape(attended, (1, 1, x.shape[2], attended.shape[3]))
         x = ops.add_branch(x, attended, block.out, first.gate)
         h = ops.rms_norm(x, second, gemma.EPS)
         gate, up = ops.split_linear(h, block.gate_up, 2, ops.precision.hidden)

@@ -14,7 +14,7 @@ from typing import Any
 from pi0.engines.tenstorrent.backend import Handle
 from pi0.engines.tenstorrent.device import DeviceBackend
 from pi0.engines.tenstorrent.layout import TILE, tiled
-from pi0.engines.tenstorrent.precision import U32
+from pi0.engines.tenstorrent.precision import I32, U32
 from pi0.engines.tenstorrent.program_configs import TILE_BYTES
 from pi0.engines.tenstorrent.time_model import Operation, least_bytes, matrix_flop
 
@@ -36,10 +36,10 @@ class Observer:
         """Runs an operation and returns its result."""
         given = list(self._tensors([*args, *options.values()]))
         key = (name, *(self._describe(tensor) for tensor in given))
-        if key in self._seen:
-            result = call()
-        else:
-            result, self._seen[key] = self._capture(call)
+        if key not in self._seen:
+            self._seen[key] = self._capture(call)
+        # Outside of captures: those give all their results one address, which some refuse.
+        result = call()
         programs, cores = self._seen[key]
         kernel = options.get("compute_kernel_config")
         self.operations.append(
@@ -55,14 +55,14 @@ class Observer:
         )
         return result
 
-    def _capture(self, call: Callable[[], Any]) -> tuple[Any, tuple[int, int]]:
+    def _capture(self, call: Callable[[], Any]) -> tuple[int, int]:
         graph = importlib.import_module("ttnn.graph")
         graph.begin_graph_capture(graph.RunMode.NO_DISPATCH)
         try:
-            result = call()
+            call()
         finally:
             nodes = graph.end_graph_capture()
-        return result, programs_and_cores(nodes)
+        return programs_and_cores(nodes)
 
     def _tensors(self, values: Iterable[Any]) -> Iterable[Handle]:
         for value in values:
@@ -88,9 +88,12 @@ class Observer:
         """Bytes over DRAM. Two operations return what they were given to write into."""
         if name == "copy":
             given = given[:1]
-        if name == "fill_cache":
-            cache, rows = given
-            return self._dram_bytes(rows) + self._in_dram(cache) * self._bytes(rows)
+        if name == "experimental.indexed_fused_update_cache":
+            keys, k, values, v, places = given
+            written = sum(
+                self._in_dram(cache) * self._bytes(rows) for cache, rows in ((keys, k), (values, v))
+            )
+            return written + sum(map(self._dram_bytes, (k, v, places)))
         read = [self._dram_bytes(tensor) for tensor in given]
         return least_bytes(name, read, sum(map(self._dram_bytes, made)))
 
@@ -102,7 +105,7 @@ class Observer:
         for length in self._padded(tensor):
             elements *= length
         dtype = self._backend.dtype(tensor)
-        return elements * (4 * TILE**2 if dtype == U32 else TILE_BYTES[dtype]) // TILE**2
+        return elements * (4 * TILE**2 if dtype in (U32, I32) else TILE_BYTES[dtype]) // TILE**2
 
 
 def programs_and_cores(nodes: list[dict[str, Any]]) -> tuple[int, int]:

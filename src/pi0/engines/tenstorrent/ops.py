@@ -23,15 +23,11 @@ class Ops:
     def __init__(self, backend: Backend, precision: Precision, in_loop: bool = False) -> None:
         self.backend, self.precision, self.in_loop = backend, precision, in_loop
         self._kernel = {
-            fidelity: backend.ttnn.init_device_compute_kernel_config(
-                backend.arch,
-                math_fidelity=backend.option(f"MathFidelity.{fidelity}"),
-                math_approx_mode=False,
-                fp32_dest_acc_en=precision.float32_sums,
-                packer_l1_acc=True,
-            )
+            fidelity: self._kernel_config(fidelity, precision.float32_sums)
             for fidelity in {precision.linear, precision.attention, precision.rest}
         }
+        # TTNN rotates heads wider than 128 with sums in bfloat16 only: they are of two products.
+        self._rope_kernel = self._kernel_config(precision.rest, float32_sums=False)
 
     def linear(self, x: Handle, weights: Linear, dtype: str, activation: str | None = None) -> Any:
         """activation(x · W + b) in a dtype, an activation by its name in TTNN."""
@@ -60,13 +56,16 @@ class Ops:
         )
         return split
 
-    def action_linear(self, x: Handle, weights: Linear, dtype: str) -> Handle:
+    def action_linear(
+        self, x: Handle, weights: Linear, dtype: str, activation: str | None = None
+    ) -> Handle:
         """As `linear`, in the fidelity of the layers on state and actions, onto the stream."""
         return self.backend.run(
             "experimental.minimal_matmul",
             x,
             weights.weight,
             bias_tensor=weights.bias,
+            fused_activation=activation and self._unary(activation),
             dtype=dtype,
             memory_config=self._stream(x.shape[2], weights.weight.shape[1]),
             **self._matmul(x, weights.weight, dtype, self.precision.rest),
@@ -85,7 +84,7 @@ class Ops:
     def add_linear(
         self, x: Handle, h: Handle, weights: Linear, gate: Handle, dtype: str, fidelity: str
     ) -> Handle:
-        """x + gate · (h · W + b) in a dtype; x, W and gate have one."""
+        """x + gate · (h · W + b) in a dtype; x, W and gate have one, and gate one row or all."""
         return self.backend.run(
             "experimental.dit_minimal_matmul_addcmul_fused",
             h,
@@ -121,16 +120,34 @@ class Ops:
         )
         return q, k, v
 
-    def rope(self, x: Handle, cos: Handle, sin: Handle) -> Handle:
-        """Rotates heads [1, H, T, D] by tables [1, 1, T, D]."""
-        return self.backend.run(
-            "experimental.rotary_embedding", x, cos, sin, memory_config=self._memory()
+    def rope(self, qkv: Handle, cos: Handle, sin: Handle, turn: Handle) -> Handle:
+        """Rotates queries and keys in [1, 1, T, (H + 2K)·D], values with them by nothing.
+
+        Taken tile by tile, rows of 32 tokens of a head are a head of their own, which has a part of
+        the tables [1, T/32·(H + 2K), 32, D] to itself: one program for all, on as many cores.
+
+        Args:
+            turn: `layout.neighbours`.
+        """
+        turned = self.backend.run(
+            "experimental.rotary_embedding_llama",
+            self.tile_view(qkv, tuple(cos.shape)),
+            cos,
+            sin,
+            turn,
+            compute_kernel_config=self._rope_kernel,
+            memory_config=self._memory(),
         )
+        return self.tile_view(turned, tuple(qkv.shape))
+
+    def tile_view(self, x: Handle, shape: tuple[int, ...]) -> Handle:
+        """The same tiles in the same order as a tensor of another shape, which costs nothing."""
+        return self.backend.run("experimental.view", x, shape)
 
     def attention(
         self, q: Handle, k: Handle, v: Handle, mask: Handle | None, scale: float
     ) -> Handle:
-        """[B, H, T, D], [B, K, S, D] twice and [1, 1, T, S] → [B, 1, T, H·D].
+        """[B, H, T, D], [B, K, S, D] twice and [B or 1, 1, T, S] → [B, 1, T, H·D].
 
         A mask beside a scale other than 1 costs a program more, which divides the mask by it.
         """
@@ -155,9 +172,14 @@ class Ops:
             memory_config=self._memory(),
         )
 
-    def write_rows(self, cache: Handle, rows: Handle) -> None:
-        """Writes rows [1, K, T, D] into the first T of [1, K, S, D]."""
-        self.backend.run("fill_cache", cache, rows, 0)
+    def write_rows(
+        self, keys: Handle, k: Handle, values: Handle, v: Handle, places: Handle
+    ) -> None:
+        """Writes rows k and v [B, K, T, D] to their places [1, B·T] in [B, K, S, D]: row s of b is
+        place b·S + s. K is 1 where B is more."""
+        batch, heads, rows, width = k.shape
+        k, v = (self.reshape(each, (1, heads, batch * rows, width)) for each in (k, v))
+        self.backend.run("experimental.indexed_fused_update_cache", keys, k, values, v, places)
 
     def gelu_product(self, gate: Handle, x: Handle) -> Handle:
         """gelu(gate) · x in the tanh form, which Gemma was trained with."""
@@ -165,11 +187,6 @@ class Ops:
         return self.backend.run(
             "multiply", gate, x, input_tensor_a_activations=gelu, memory_config=self._memory()
         )
-
-    def silu_sum(self, a: Handle, b: Handle) -> Handle:
-        """silu(a + b)."""
-        silu = [self._unary("SILU")]
-        return self.backend.run("add", a, b, activations=silu, memory_config=self._memory())
 
     def add(self, a: Handle, b: Handle, dtype: str) -> Handle:
         return self.backend.run("add", a, b, dtype=dtype, memory_config=self._memory())
@@ -187,7 +204,7 @@ class Ops:
         return self.backend.run("reshape", x, shape)
 
     def embed(self, tokens: Handle, table: Handle) -> Handle:
-        """[1, L] → [1, 1, L, E]."""
+        """[B, L] → [B, 1, L, E]."""
         rows = self.backend.run(
             "embedding",
             tokens,
@@ -195,7 +212,8 @@ class Ops:
             layout=self.backend.option("TILE_LAYOUT"),
             dtype=self.precision.residual,
         )
-        return self.reshape(rows, (1, *rows.shape))
+        batch, length, width = rows.shape
+        return self.reshape(rows, (batch, 1, length, width))
 
     def _norm(
         self, name: str, x: Handle, weight: Handle, bias: Handle | None, epsilon: float
@@ -221,6 +239,15 @@ class Ops:
             compute_kernel_config=self._kernel[self.precision.rest],
             memory_config=self._stream(rows, width),
             **program,
+        )
+
+    def _kernel_config(self, fidelity: str, float32_sums: bool) -> Any:
+        return self.backend.ttnn.init_device_compute_kernel_config(
+            self.backend.arch,
+            math_fidelity=self.backend.option(f"MathFidelity.{fidelity}"),
+            math_approx_mode=False,
+            fp32_dest_acc_en=float32_sums,
+            packer_l1_acc=True,
         )
 
     def _unary(self, name: str) -> Any:

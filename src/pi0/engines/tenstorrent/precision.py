@@ -9,9 +9,11 @@ from torch import Tensor
 
 from pi0.engines.tenstorrent.silicon import MANTISSA, SRC_A, nearest
 
-BF16, BFP8, F32, U32 = "bfloat16", "bfloat8_b", "float32", "uint32"  # TTNN's names
+BF16, BFP8, F32 = "bfloat16", "bfloat8_b", "float32"  # TTNN's names
+U32, I32 = "uint32", "int32"
 
-# Of each tower: the matrices that read the normed stream, and those that add to it.
+# Of each tower: the matrices that read the normed stream, and those that add to it, of which the
+# trunks' MLPs have the second one by itself.
 MATRICES = (
     "patch",
     "vision_in",
@@ -19,8 +21,10 @@ MATRICES = (
     "projector",
     "vlm_in",
     "vlm_out",
+    "vlm_down",
     "expert_in",
     "expert_out",
+    "expert_down",
     "action",  # state, actions and time in; velocity out
 )
 
@@ -81,12 +85,12 @@ PRESETS = {
         float32_sums=True,
     ),
     "fast": Precision(
-        # A program that multiplies and adds to the residual stream takes one dtype for both. In
-        # the loop that saves 360 of them for 0.1 GB; the other towers would pay 0.8 GB for 90.
+        # A program that multiplies and adds to the residual stream takes one dtype for both. Two
+        # programs also write and read the branch, which is hardly less, but for the VLM's MLP: its
+        # second matrix is much larger than its branch.
         weights={
-            **dict.fromkeys(MATRICES, BFP8),
-            "patch": BF16,
-            "expert_out": BF16,
+            **dict.fromkeys(MATRICES, BF16),
+            **dict.fromkeys(("vision_in", "projector", "vlm_in", "vlm_down", "expert_in"), BFP8),
             "action": F32,
         },
         embedding=BF16,

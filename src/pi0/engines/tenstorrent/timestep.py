@@ -1,6 +1,6 @@
 """What a timestep is to the network.
 
-In π0 what is added to the actions' tokens, in π0.5 scale, shift and gate of the expert's norms.
+In π0 the bias of the layer on the actions, in π0.5 scale, shift and gate of the expert's norms.
 They depend on nothing else, so they are computed on the host, in float32, and uploaded once for all
 steps of a schedule. Each is a tensor of its own: to cut it out of a larger one would cost an
 operation each time.
@@ -33,8 +33,7 @@ class Timestep:
     """One timestep on the device.
 
     Attributes:
-        bias: [1, 1, suffix, E] float32, added to the actions before their activation, 0 in other
-            rows; None in π0.5.
+        bias: [1, 1, 1, E] float32, added to the actions before their activation; None in π0.5.
         norms: of the expert.
     """
 
@@ -52,8 +51,7 @@ def put_timesteps(
     """Uploads times t [N], one timestep each; the tap sees π0.5's condition [N, E]."""
     if isinstance(time, StateAndTime):
         biases = F.linear(embed_time(t, len(time.time[0])), *time.time)  # [N, E]
-        spread = time.action_rows[None, None, :, None] * biases[:, None, None, None]
-        return [Timestep(put(Upload(rows, F32)), time.norms) for rows in spread]
+        return [Timestep(put(Upload(bias[None, None, None], F32)), time.norms) for bias in biases]
     first, second = time.mlp
     embedded = embed_time(t, len(first[0]))
     condition = F.silu(F.linear(F.silu(F.linear(embedded, *first)), *second))

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pi0.config import Pi0Config
 from pi0.engines.folded_actions import fold_actions
 from pi0.engines.tenstorrent.backend import Handle, Upload
 from pi0.engines.tenstorrent.layout import padded_head, tiled
@@ -83,21 +82,19 @@ class StateAndTime:
     """What makes π0's suffix, beside the layer on its actions.
 
     Attributes:
-        state: makes the state's token.
-        mixed: follows the activation of actions with time; without its bias.
-        mixed_bias: [1, 1, suffix, E], the bias in the rows of actions, else 0.
+        state: makes the state's token; without its bias.
+        state_bias: [E] float32, on the host.
         ones: [1, 1, 1, E].
+        mixed: follows the activation of actions with time.
         time: [E, E] and [E] float32, on the host: embedded time → what is added to the actions.
-        action_rows: [suffix] float32, 1 in the rows of actions, else 0.
         norms: the expert's, the same at any time.
     """
 
     state: Linear
-    mixed: Linear
-    mixed_bias: Handle
+    state_bias: Tensor
     ones: Handle
+    mixed: Linear
     time: HostLinear
-    action_rows: Tensor
     norms: TrunkNorms
 
 
@@ -123,7 +120,6 @@ class TtnnWeights:
     vision_gate: Handle  # ones
     projector: Linear
     embedding: Handle
-    unwritten: Handle  # [1, K, suffix, D] zeros: the suffix's keys or values before a step
     vlm: list[TtnnGemmaBlock]
     vlm_norms: TrunkNorms
     expert: list[TtnnGemmaBlock]
@@ -152,7 +148,6 @@ class Packer:
             vision_gate=self._ones(model.config.vision.width),
             projector=self._layer("projector", model.projector),
             embedding=self._put(Upload(scaled, self.precision.embedding, tiled=False)),
-            unwritten=self._unwritten(model.config),
             vlm_norms=self._norms(model.vlm),
             vlm=self._blocks("vlm", model.vlm),
             expert=self._blocks("expert", model.expert),
@@ -162,11 +157,6 @@ class Packer:
         )
         free(model)
         return weights
-
-    def _unwritten(self, config: Pi0Config) -> Handle:
-        head, heads = tiled(config.expert.head_dim), config.expert.num_kv_heads
-        rows = torch.zeros(1, heads, tiled(config.suffix_len), head)
-        return self._put(Upload(rows, self.precision.residual))
 
     def _suffix(self, model: Pi0) -> tuple[Linear, StateAndTime | AdaptiveNorms]:
         """The layer on the actions; what makes the rest of the suffix and the expert's norms."""
@@ -179,15 +169,13 @@ class Packer:
             return self._layer("action", first), time
         second, mixed = model.action_time_mlp_in, model.action_time_mlp_out
         folded = fold_actions((first.weight, first.bias), (second.weight, second.bias))
-        rows = action_rows(model.config).to(first.weight.device)
-        dtype = self.precision.weights["action"]
+        ones = torch.ones(1, 1, 1, len(mixed.bias))
         return self._linear("action", folded.actions), StateAndTime(
-            state=self._layer("action", model.state_proj),
-            mixed=self._linear("action", mixed.weight),
-            mixed_bias=self._put(Upload(rows[None, None, :, None] * mixed.bias, dtype)),
-            ones=self._put(Upload(torch.ones(1, 1, 1, len(mixed.bias)), dtype)),
+            state=self._linear("action", model.state_proj.weight),
+            state_bias=model.state_proj.bias.detach().float(),
+            ones=self._put(Upload(ones, self.precision.weights["action"])),
+            mixed=self._layer("action", mixed),
             time=(folded.time, folded.bias),
-            action_rows=rows,
             norms=self._norms(model.expert),
         )
 
@@ -267,18 +255,11 @@ class Packer:
                 qkv=self._linear(f"{name}_in", qkv),
                 out=self._linear(f"{name}_out", out),
                 gate_up=self._linear(f"{name}_in", gate_up),
-                down=self._linear(f"{name}_out", block.down_proj.weight),
+                down=self._linear(f"{name}_down", block.down_proj.weight),
             )
             blocks.append(packed)
             free(block)
         return blocks
-
-
-def action_rows(config: Pi0Config) -> Tensor:
-    """[suffix], 1 in the rows of actions, else 0."""
-    rows = torch.zeros(tiled(config.suffix_len))
-    rows[config.state_tokens : config.suffix_len] = 1
-    return rows
 
 
 def norms_of(trunk: GemmaTrunk) -> list[RMSNorm]:

@@ -131,8 +131,8 @@ def test_every_report_says_what_the_numbers_are(
 def no_vision_mask(engine: TtnnHostEngine) -> None:
     on = engine._on
 
-    def unmasked(inputs):
-        return replace(on(inputs), vision_mask=None)
+    def unmasked(inputs, batch=1):
+        return replace(on(inputs, batch), vision_mask=None)
 
     engine._on = unmasked
 

@@ -95,7 +95,7 @@ def test_batches() -> None:
     [
         ({"mean": LOW}, "expected mean and std for mode mean_std, found no std"),
         ({"mean": LOW, "std": HIGH[:2]}, r"found mean \[3\] and std \[2\]"),
-        ({"mean": LOW, "std": HIGH * np.nan}, "expected finite vectors"),
+        ({"mean": LOW, "std": HIGH * np.nan}, "expected finite values of std, found nan"),
     ],
 )
 def test_bad_statistics(stats: dict, message: str) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from serving import (
 )
 from test_replicas import Cluster
 from test_server import kill
+from test_site import metric
 from torch import Tensor
 from websockets.sync.client import ClientConnection
 
@@ -82,14 +81,6 @@ def together(
 
 def waiting(served: Running) -> int:
     return sum(session.waiting for session in list(served.server.sessions))
-
-
-def metric(served: Running, name: str) -> float:
-    """The value of a line of /metrics."""
-    with urllib.request.urlopen(f"http://{served.address}/metrics", timeout=SOON) as response:
-        text = response.read().decode()
-    (value,) = re.findall(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
-    return float(value)
 
 
 def test_eight_clients_get_their_own_actions_together() -> None:

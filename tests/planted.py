@@ -7,11 +7,13 @@ engine made while it is in place has the bug, as if it stood in the source.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
 from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
@@ -20,11 +22,19 @@ from pi0.config import PRESETS
 from pi0.engines.base import Engine, make_engine
 from pi0.engines.registry import find_engine
 from pi0.engines.spec import EngineSpec
+from pi0.inputs import ModelInputs
+from pi0.model.flow import schedule
 from pi0.verify.cases import Case, default_cases
 from pi0.verify.record import EngineRun
 from pi0.verify.run import VerifyResult, record_reference, verify
 
 STEPS = 3
+EXPERT, VLM, VISION = (
+    "expert_transformer.block.0",
+    "vlm_transformer.block.0",
+    "vision_tower.block.0",
+)
+Planting = Callable[[pytest.MonkeyPatch], None]
 _references: dict[tuple[Path, int], EngineRun] = {}  # by path and seed
 
 
@@ -40,8 +50,44 @@ class Plant:
 
     name: str
     blamed: str
-    plant: Callable[[pytest.MonkeyPatch], None] = lambda patch: None
+    plant: Planting = lambda patch: None
     change: Callable[[Engine], None] = lambda engine: None
+
+
+def rope_base(module: ModuleType, base: float) -> Planting:
+    """In a module that takes the angles of rotations from the model."""
+
+    def angles(positions: Tensor, head_dim: int) -> Tensor:
+        half = head_dim // 2
+        return positions[..., None] * base ** (-torch.arange(half) / half)
+
+    return lambda patch: patch.setattr(module, "rotary_angles", angles)
+
+
+def euler_at_the_steps_end(module: ModuleType) -> Planting:
+    """In a module that takes the times of steps from the model."""
+    return lambda patch: patch.setattr(
+        module, "schedule", lambda steps: [*schedule(steps)[1:], 0.0]
+    )
+
+
+def padded_text_seen(module: ModuleType) -> Planting:
+    """In a module that takes the prefix's validity from the inputs."""
+    valid = module.prefix_valid
+
+    def seen(inputs: ModelInputs, patches: int) -> Tensor:
+        text = torch.ones_like(inputs.token_mask)
+        return valid(replace(inputs, token_mask=text), patches)
+
+    return lambda patch: patch.setattr(module, "prefix_valid", seen)
+
+
+def velocity_gain(kind: type) -> Planting:
+    """In a class with a method of the velocity."""
+    velocity = kind.velocity
+    return lambda patch: patch.setattr(
+        kind, "velocity", lambda *args, **more: 0.92 * velocity(*args, **more)
+    )
 
 
 def trained_like(folder: Path, preset: str = "tiny", seed: int = 0) -> Checkpoint:

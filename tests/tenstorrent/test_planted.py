@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from planted import Plant, check_plant, trained_like, verified
+from planted import (
+    EXPERT,
+    VISION,
+    VLM,
+    Plant,
+    check_plant,
+    euler_at_the_steps_end,
+    padded_text_seen,
+    rope_base,
+    trained_like,
+    velocity_gain,
+    verified,
+)
 from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint
@@ -21,7 +33,6 @@ from pi0.engines.tenstorrent.layout import MASKED, TileLayout
 from pi0.engines.tenstorrent.ops import Ops
 from pi0.engines.tenstorrent.precision import BFP8, HOST_PRESETS
 from pi0.engines.tenstorrent.silicon import Fpu
-from pi0.model.flow import schedule
 
 pytestmark = pytest.mark.ttnn
 Patch = pytest.MonkeyPatch
@@ -74,17 +85,6 @@ def half_of_the_state_zero(patch: Patch) -> None:
     patch.setattr(TileLayout, "state", half)
 
 
-def rope_base(base: float) -> Any:
-    def plant(patch: Patch) -> None:
-        def angles(positions: Tensor, head_dim: int) -> Tensor:
-            half = head_dim // 2
-            return positions[..., None] * base ** (-torch.arange(half) / half)
-
-        patch.setattr(layout, "rotary_angles", angles)
-
-    return plant
-
-
 def eps(name: str) -> Any:
     def plant(patch: Patch) -> None:
         original = getattr(Ops, name)
@@ -110,21 +110,6 @@ def erf_gelu(patch: Patch) -> None:
         return F.gelu(x) if unary.op_type.name == "GELU_TANH" else original(x, unary)
 
     patch.setattr(golden, "activate", activate)
-
-
-def euler_at_the_steps_end(patch: Patch) -> None:
-    patch.setattr(tt, "schedule", lambda steps: [*schedule(steps)[1:], 0.0])
-
-
-def padded_text_seen(patch: Patch) -> None:
-    original = layout.prefix_valid
-    patch.setattr(
-        layout,
-        "prefix_valid",
-        lambda inputs, patches: original(
-            replace(inputs, token_mask=torch.ones_like(inputs.token_mask)), patches
-        ),
-    )
 
 
 def matrix_scaled(factor: float) -> Any:
@@ -176,41 +161,31 @@ def stale(*names: str) -> Any:
     return plant
 
 
-def velocity_gain(patch: Patch) -> None:
-    original = tt.TtnnEngine.velocity
-    patch.setattr(tt.TtnnEngine, "velocity", lambda *args, **more: 0.92 * original(*args, **more))
-
-
 def norms_in_blocks(patch: Patch) -> None:
     """In the presets of a card alone: rounding that they do not have."""
     for name in PRECISIONS:
         patch.setitem(HOST_PRESETS, name, replace(HOST_PRESETS[name], norm=BFP8))
 
 
-EXPERT, VLM, VISION = (
-    "expert_transformer.block.0",
-    "vlm_transformer.block.0",
-    "vision_tower.block.0",
-)
 PLANTS = [
     Plant("gate and up swapped", VLM, gate_and_up_swapped),
     Plant("last prefix token unseen", "sequence", change_uploads(hide_last_prefix_token)),
     Plant("suffix positions one too high", f"{EXPERT}.keys", suffix_positions_too_high),
     Plant("half of the state zero", "suffix", half_of_the_state_zero),
-    Plant("RoPE base 10 500", f"{VLM}.keys", rope_base(10_500.0)),
-    Plant("RoPE base 10 001", f"{VLM}.keys", rope_base(10_001.0)),
+    Plant("RoPE base 10 500", f"{VLM}.keys", rope_base(layout, 10_500.0)),
+    Plant("RoPE base 10 001", f"{VLM}.keys", rope_base(layout, 10_001.0)),
     Plant("RMS eps 1e-5", f"{VLM}.keys", eps("rms_norm")),
     Plant("LayerNorm eps 1e-5", VISION, eps("layer_norm")),
     Plant("SigLIP scale of padded heads", VISION, padded_heads_scale),
     Plant("erf GELU", VISION, erf_gelu),
-    Plant("Euler's t at the step's end", "sample", euler_at_the_steps_end),
-    Plant("padded text seen", VLM, padded_text_seen),
+    Plant("Euler's t at the step's end", "sample", euler_at_the_steps_end(tt)),
+    Plant("padded text seen", VLM, padded_text_seen(layout)),
     Plant("a matrix × 1.005", "expert_transformer.block.1", matrix_scaled(1.005)),
     Plant("sums in bfloat16", VISION, sums_in_bfloat16),
     Plant("loop a step too long", "sample", a_step_too_long),
     Plant("sample ignores the state", "sample", stale("state")),
     Plant("sample reuses another image's prefix", "sample", stale("images")),
-    Plant("velocities × 0.92", "velocity.0", velocity_gain),
+    Plant("velocities × 0.92", "velocity.0", velocity_gain(tt.TtnnEngine)),
     Plant("norms in blocks", "vision_tower", norms_in_blocks),
 ]
 

@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from planted import Plant, check_plant, trained_like, verified
+from planted import (
+    EXPERT,
+    VISION,
+    VLM,
+    Plant,
+    check_plant,
+    euler_at_the_steps_end,
+    padded_text_seen,
+    rope_base,
+    trained_like,
+    velocity_gain,
+    verified,
+)
 from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
@@ -22,7 +34,6 @@ from pi0.engines.fast.kernels import Kernels
 from pi0.engines.fast.network import Cache, Network
 from pi0.engines.fast.plan import TokenPlan
 from pi0.inputs import ModelInputs
-from pi0.model.flow import schedule
 from pi0.model.gemma import rotary_angles
 from pi0.verify.run import VerifyResult
 from pi0.verify.thresholds import OPERATIONS, STRUCTURE
@@ -76,17 +87,6 @@ def half_of_the_state_zero(patch: Patch) -> None:
     patch.setattr(Network, "_embed_suffix", half)
 
 
-def rope_base(base: float) -> Any:
-    def plant(patch: Patch) -> None:
-        def angles(positions: Tensor, head_dim: int) -> Tensor:
-            half = head_dim // 2
-            return positions[..., None] * base ** (-torch.arange(half) / half)
-
-        patch.setattr(network, "rotary_angles", angles)
-
-    return plant
-
-
 def rms_eps(patch: Patch) -> None:
     for module in (kernels, native_kernels):
         patch.setattr(module, "RMS_EPS", 1e-5)
@@ -114,21 +114,6 @@ def erf_gelu(patch: Patch) -> None:
             "gelu",
             lambda self, a, first, into: self.operand(F.gelu(self.project(a, first)), into),
         )
-
-
-def euler_at_the_steps_end(patch: Patch) -> None:
-    patch.setattr(network, "schedule", lambda steps: [*schedule(steps)[1:], 0.0])
-
-
-def padded_text_seen(patch: Patch) -> None:
-    valid = plan.prefix_valid
-    patch.setattr(
-        plan,
-        "prefix_valid",
-        lambda inputs, patches: valid(
-            replace(inputs, token_mask=torch.ones_like(inputs.token_mask)), patches
-        ),
-    )
 
 
 def matrix_scaled(matrix: str, factor: float) -> Any:
@@ -177,11 +162,6 @@ def stale(*ignored: str) -> Any:
         patch.setattr(ModelInputs, "same_prefix", same)
 
     return plant
-
-
-def velocity_gain(patch: Patch) -> None:
-    velocity = Network.velocity
-    patch.setattr(Network, "velocity", lambda *args, **more: 0.92 * velocity(*args, **more))
 
 
 def time_embedding(patch: Patch) -> None:
@@ -271,24 +251,19 @@ def int8_scales_of(matrix: str, factor: float) -> Any:
     return change
 
 
-EXPERT, VLM, VISION = (
-    "expert_transformer.block.0",
-    "vlm_transformer.block.0",
-    "vision_tower.block.0",
-)
 PLANTS = [
     Plant("gate and up swapped", VLM, gate_and_up_swapped),
     Plant("last prefix token unseen", EXPERT, last_prefix_token_unseen),
     Plant("suffix positions one too high", f"{EXPERT}.keys", suffix_positions_too_high),
     Plant("half of the state zero", "suffix", half_of_the_state_zero),
-    Plant("RoPE base 10 500", f"{VLM}.keys", rope_base(10_500.0)),
-    Plant("RoPE base 10 001", f"{VLM}.keys", rope_base(10_001.0)),
+    Plant("RoPE base 10 500", f"{VLM}.keys", rope_base(network, 10_500.0)),
+    Plant("RoPE base 10 001", f"{VLM}.keys", rope_base(network, 10_001.0)),
     Plant("RMS eps 1e-5", f"{VLM}.keys", rms_eps),
     Plant("LayerNorm eps 1e-5", VISION, layer_norm_eps),
     Plant("SigLIP scale of padded heads", VISION, padded_heads_scale),
     Plant("erf GELU in SigLIP", VISION, erf_gelu),
-    Plant("Euler's t at the step's end", "sample", euler_at_the_steps_end),
-    Plant("padded text seen", VLM, padded_text_seen),
+    Plant("Euler's t at the step's end", "sample", euler_at_the_steps_end(network)),
+    Plant("padded text seen", VLM, padded_text_seen(plan)),
     Plant(
         "down × 1.005", "expert_transformer.block.1", matrix_scaled("expert.blocks.1.down.0", 1.005)
     ),
@@ -300,7 +275,7 @@ PLANTS = [
     Plant("sample reuses another prompt's prefix", "sample.token", stale("tokens")),
     Plant("sample ignores other masks", "sample.token_mask", stale("token_mask")),
     Plant("sample ignores another camera's mask", "sample.image_mask", stale("image_mask")),
-    Plant("velocities × 0.92", "velocity.0", velocity_gain),
+    Plant("velocities × 0.92", "velocity.0", velocity_gain(Network)),
     Plant("time embedding interleaved", "suffix", time_embedding),
     Plant("text not scaled", "token_embedding", text_not_scaled),
     Plant("patches transposed", VISION, patches_transposed),

@@ -194,6 +194,36 @@ def ask(client: ClientConnection, value: dict[str, Any]) -> Any:
     return read(client)
 
 
+def ask_together(
+    served: Running, clients: int, rounds: int
+) -> tuple[list[dict[str, Any]], list[tuple[int, Any]]]:
+    """Several clients ask at the same time, round after round, each with values of its own.
+
+    Returns:
+        The answers that are a client's own, and all others with the client's number.
+    """
+    own: list[dict[str, Any]] = []
+    wrong: list[tuple[int, Any]] = []
+
+    def loop(me: int, client: ClientConnection) -> None:
+        for i in range(rounds):
+            value = me + i / 64
+            answer = ask(client, observation(value))
+            if isinstance(answer, str) or not np.allclose(answer["actions"], value, rtol=1e-5):
+                wrong.append((me, answer))
+            else:
+                own.append(answer)
+
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(served.connect()) for _ in range(clients)]
+        threads = [threading.Thread(target=loop, args=pair) for pair in enumerate(connections)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return own, wrong
+
+
 def eventually(condition: Callable[[], bool]) -> None:
     """Waits until a condition holds."""
     end = time.monotonic() + SOON

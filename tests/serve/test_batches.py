@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from serving import (
     Running,
     StateEngine,
     ask,
+    ask_together,
     eventually,
     make_policy,
     observation,
@@ -86,26 +86,10 @@ def waiting(served: Running) -> int:
 def test_eight_clients_get_their_own_actions_together() -> None:
     engine = StateEngine(seconds=0.02)
     rounds, count = 12, 8
-    wrong: list[Any] = []
-    sizes: list[int] = []
-
-    def loop(me: int, client: Any) -> None:
-        for i in range(rounds):
-            value = me + i / 64
-            answer = ask(client, observation(value))
-            if isinstance(answer, str) or not np.allclose(answer["actions"], value, rtol=1e-5):
-                wrong.append((me, answer))
-            else:
-                sizes.append(answer["server_timing"]["batch"])
-
     options = ServeOptions(batch=count, batch_wait=0.02)
-    with running(make_policy(engine), options) as served, contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(served.connect()) for _ in range(count)]
-        threads = [threading.Thread(target=loop, args=pair) for pair in enumerate(clients)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    with running(make_policy(engine), options) as served:
+        answers, wrong = ask_together(served, count, rounds)
+        sizes = [answer["server_timing"]["batch"] for answer in answers]
         eventually(lambda: metric(served, "pi0_batch_size_count") == rounds * count)
         assert metric(served, "pi0_batch_size_sum") == sum(sizes)
     assert not wrong

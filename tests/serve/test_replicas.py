@@ -6,10 +6,8 @@ With Ray: tests/serve/test_replicas_ray.py.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import sys
-import threading
 import urllib.request
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -20,7 +18,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from serving import SOON, StateEngine, ask, eventually, make_policy, observation, read, running
+from serving import (
+    SOON,
+    StateEngine,
+    ask,
+    ask_together,
+    eventually,
+    make_policy,
+    observation,
+    read,
+    running,
+)
 from test_record import episodes
 from torch import Tensor
 
@@ -107,22 +115,8 @@ def replica_of(policy: Any) -> PolicyReplica:
 
 def test_eight_clients_get_their_own_actions_of_two_replicas() -> None:
     cluster = Cluster(StateEngine(seconds=0.01), StateEngine(seconds=0.01))
-    wrong: list[Any] = []
-
-    def loop(me: int, client: Any) -> None:
-        for i in range(8):
-            value = me + i / 64
-            answer = ask(client, observation(value))
-            if isinstance(answer, str) or not np.allclose(answer["actions"], value, rtol=1e-5):
-                wrong.append((me, answer))
-
-    with running(cluster.replicas()) as served, contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(served.connect()) for _ in range(8)]
-        threads = [threading.Thread(target=loop, args=pair) for pair in enumerate(clients)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    with running(cluster.replicas()) as served:
+        _, wrong = ask_together(served, 8, 8)
     assert not wrong
     assert len(cluster.asked) == 64
 

@@ -17,6 +17,7 @@ from serving import (
     SOON,
     StateEngine,
     ask,
+    ask_together,
     eventually,
     make_policy,
     observation,
@@ -139,22 +140,8 @@ def test_warnings_reach_the_client() -> None:
 def test_eight_clients_get_their_own_actions_in_turn() -> None:
     engine = StateEngine(seconds=0.004)
     rounds, count = 12, 8
-    wrong: list[Any] = []
-
-    def loop(me: int, client: Any) -> None:
-        for i in range(rounds):
-            value = me + i / 64
-            answer = ask(client, observation(value))
-            if isinstance(answer, str) or not np.allclose(answer["actions"], value, rtol=1e-5):
-                wrong.append((me, answer))
-
-    with running(make_policy(engine)) as served, contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(served.connect()) for _ in range(count)]
-        threads = [threading.Thread(target=loop, args=pair) for pair in enumerate(clients)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    with running(make_policy(engine)) as served:
+        _, wrong = ask_together(served, count, rounds)
     assert not wrong
     assert len(engine.computed) == 1 + rounds * count  # the warm-up's, too
 

@@ -29,13 +29,12 @@ from pi0.checkpoint.synth import TRAINED_LIKE, synthesise
 from pi0.config import PRESETS
 from pi0.engines.base import make_engine
 from pi0.engines.reference import ReferenceEngine
-from pi0.engines.registry import find_engine
 from pi0.engines.spec import EngineSpec
 from pi0.errors import EngineError
 from pi0.verify.cases import Case, default_cases
 from pi0.verify.clean import CLEAN
 from pi0.verify.record import EngineRun
-from pi0.verify.run import VerifyResult, record_reference, verify
+from pi0.verify.run import VerifyResult, record_reference, unrounded_engine, verify
 from pi0.verify.thresholds import (
     CHAINED,
     EXACT,
@@ -48,6 +47,7 @@ from pi0.verify.thresholds import (
     threshold,
 )
 
+REFERENCE = "reference:float32"
 ENGINES = ("cpu:float32", "cpu:int8", "reference:bfloat16", "ttnn-host:accurate", "ttnn-host:fast")
 ROUNDED = ("bfloat16", "accurate", "fast")
 COLUMNS = {
@@ -64,13 +64,13 @@ Figures = dict[tuple[str, str, str], tuple[float, float]]  # (precision, part, k
 def verified(
     checkpoint: Checkpoint, reference: EngineRun, cases: list[Case], spec: EngineSpec
 ) -> VerifyResult:
-    unrounded = find_engine(spec.name).unrounded[spec.precision]
+    unrounded = unrounded_engine(EngineSpec.parse(REFERENCE), spec)
     return verify(
         reference,
         lambda: make_engine(spec, checkpoint),
         cases,
         layers=True,
-        unrounded=None if unrounded == spec.label else lambda: make_engine(unrounded, checkpoint),
+        unrounded=None if unrounded is None else lambda: make_engine(unrounded, checkpoint),
     )
 
 
@@ -188,7 +188,7 @@ def main() -> None:
                 depth = max(config.vision.depth, config.vlm.depth)
                 cases = default_cases(config, cameras=3, tokens=config.max_tokens, seed=seed)
                 reference = record_reference(
-                    functools.partial(make_engine, "reference:float32", checkpoint), cases
+                    functools.partial(make_engine, REFERENCE, checkpoint), cases
                 )
                 for engine in options.engines:
                     spec = EngineSpec.parse(engine)

@@ -20,15 +20,15 @@ from pi0.checkpoint.load import Checkpoint, open_checkpoint
 from pi0.checkpoint.synth import TRAINED_LIKE, synthesise
 from pi0.config import PRESETS
 from pi0.engines.base import Engine, make_engine
-from pi0.engines.registry import find_engine
 from pi0.engines.spec import EngineSpec
 from pi0.inputs import ModelInputs
 from pi0.model.flow import schedule
 from pi0.verify.cases import Case, default_cases
 from pi0.verify.record import EngineRun
-from pi0.verify.run import VerifyResult, record_reference, verify
+from pi0.verify.run import VerifyResult, record_reference, unrounded_engine, verify
 
 STEPS = 3
+REFERENCE = "reference:float32"
 EXPERT, VLM, VISION = (
     "expert_transformer.block.0",
     "vlm_transformer.block.0",
@@ -107,7 +107,7 @@ def reference(checkpoint: Checkpoint, seed: int = 0) -> EngineRun:
     key = checkpoint.path, seed
     if key not in _references:
         _references[key] = record_reference(
-            lambda: make_engine("reference:float32", checkpoint),
+            lambda: make_engine(REFERENCE, checkpoint),
             observation(checkpoint, seed),
             STEPS,
         )
@@ -122,7 +122,7 @@ def verified(
 ) -> VerifyResult:
     """What `pi0 verify` finds by default, on a small observation."""
     spec = EngineSpec.parse(engine)
-    unrounded = find_engine(spec.name).unrounded[spec.precision]
+    unrounded = unrounded_engine(EngineSpec.parse(REFERENCE), spec)
 
     def candidate() -> Engine:
         made = make_engine(spec, checkpoint)
@@ -134,7 +134,7 @@ def verified(
         candidate,
         observation(checkpoint, seed),
         steps=STEPS,
-        unrounded=None if unrounded == spec.label else lambda: make_engine(unrounded, checkpoint),
+        unrounded=None if unrounded is None else lambda: make_engine(unrounded, checkpoint),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -95,6 +94,7 @@ def verify(
     from pi0.inputs import from_npz
     from pi0.verify.cases import Case, default_cases
     from pi0.verify.report import Header
+    from pi0.verify.run import unrounded_engine
     from pi0.verify.run import verify as run
 
     _check_options(mode, min_pcc, report)
@@ -113,7 +113,7 @@ def verify(
         batch, views = cases[0].inputs.images.shape[:2]
         require_memory(opened, spec, views, cases[0].inputs.tokens.shape[1], size, batch)
     judge, why = _choose_oracle(oracle, (a, b), opened.config, size)
-    exact = _choose_unrounded(a, b)
+    exact = unrounded_engine(a, b)
     runs = 2 + (judge is not None) + (exact is not None)
     with step_progress("verifying", runs * len(cases)) as on_case, _named_damage(opened):
         result = run(
@@ -171,23 +171,6 @@ def _check_engine(spec: EngineSpec, mode: str, config: Pi0Config, size: int) -> 
         )
     limits_of(engine, spec.precision)
     engine.check_available(config, EngineOptions(spec.precision, spec.device, size))
-
-
-def _choose_unrounded(reference: EngineSpec, candidate: EngineSpec) -> EngineSpec | None:
-    """The engine that runs the candidate's code and rounds nothing; None if there is none, if it is
-    the candidate itself, or if the reference rounds."""
-    from pi0.engines.registry import find_engine
-    from pi0.engines.spec import EngineSpec
-
-    texts = (
-        find_engine(spec.name).unrounded.get(spec.precision) for spec in (reference, candidate)
-    )
-    itself, exact = (None if text is None else EngineSpec.parse(text) for text in texts)
-    if itself is None or itself.precision != reference.precision or exact is None:
-        return None
-    if exact.name == candidate.name:
-        exact = replace(exact, device=candidate.device)
-    return None if exact == candidate else exact
 
 
 @contextmanager

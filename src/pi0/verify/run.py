@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from pi0.engines.base import Engine
+from pi0.engines.registry import find_engine
+from pi0.engines.spec import EngineSpec
 from pi0.errors import CheckpointError
 from pi0.model import STAGES
 from pi0.verify.cases import Case
@@ -78,6 +80,20 @@ class VerifyResult:
         return next((row for row in self.rows if not row.passed), None)
 
 
+def unrounded_engine(reference: EngineSpec, candidate: EngineSpec) -> EngineSpec | None:
+    """The engine that runs the candidate's code and rounds nothing; None if there is none, if it is
+    the candidate itself, or if the reference rounds."""
+    texts = (
+        find_engine(spec.name).unrounded.get(spec.precision) for spec in (reference, candidate)
+    )
+    itself, exact = (None if text is None else EngineSpec.parse(text) for text in texts)
+    if itself is None or itself.precision != reference.precision or exact is None:
+        return None
+    if exact.name == candidate.name:
+        exact = replace(exact, device=candidate.device)
+    return None if exact == candidate else exact
+
+
 def record_reference(
     make: Callable[[], Engine],
     cases: Sequence[Case],
@@ -113,8 +129,7 @@ def verify(
         layers: compare every block of the chained pass, too.
         min_pcc: required of every row in addition to its own limits.
         on_case: called after each case of each engine.
-        unrounded: the candidate's code in the precision that `Engine.unrounded` names. Not needed
-            where this is the candidate's own.
+        unrounded: the engine that `unrounded_engine` names; None where there is none.
 
     Raises:
         DamagedCheckpointError: the reference's own results are not finite.

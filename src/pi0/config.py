@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from pi0.errors import ConfigError
 
+PALIGEMMA_VOCABULARY = 257152  # pieces; whose tokenizer is not ours to write
 MAX_IMAGE_SIZE = 1_000_000  # sizes of tensors overflow beyond
 
 
@@ -152,7 +153,7 @@ PRESETS = {
         vision=SO400M,
         vlm=GEMMA_2B,
         expert=GEMMA_300M,
-        vocab_size=257152,
+        vocab_size=PALIGEMMA_VOCABULARY,
         state_dim=32,
         action_dim=32,
         horizon=50,

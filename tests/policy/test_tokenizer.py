@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pi0.checkpoint.synth import PALIGEMMA_VOCABULARY, byte_tokenizer
+from pi0.checkpoint.synth import byte_tokenizer
+from pi0.config import PALIGEMMA_VOCABULARY
 from pi0.errors import ObservationError, Pi0Error
 from pi0.policy.tokenizer import (
     PromptFormat,

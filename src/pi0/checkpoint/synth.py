@@ -36,7 +36,7 @@ from pi0.checkpoint.infer import to_config_json
 from pi0.checkpoint.layouts import Layout, their_names
 from pi0.checkpoint.lerobot import make_config_json, processor_files, unit_statistics
 from pi0.checkpoint.load import empty_model
-from pi0.config import Pi0Config
+from pi0.config import PALIGEMMA_VOCABULARY, Pi0Config
 from pi0.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 NORM_STD = 0.1
 BIAS_STD = 0.02
-PALIGEMMA_VOCABULARY = 257152  # whose tokenizer is not ours to write
 RESIDUAL_ENDS = ("out_proj", "fc2", "o_proj", "down_proj")
 READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1")  # of a block's norms
 OUTLIERS_EVERY = 100  # channels

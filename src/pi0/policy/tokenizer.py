@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pi0.checkpoint.files import LFS_HINT, LFS_POINTER
-from pi0.checkpoint.synth import PALIGEMMA_VOCABULARY
+from pi0.config import PALIGEMMA_VOCABULARY
 from pi0.errors import ObservationError, Pi0Error
 from pi0.policy.normalize import Floats
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pi0.checkpoint.layouts import LEROBOT, OPENPI
-from pi0.checkpoint.synth import PALIGEMMA_VOCABULARY
-from pi0.config import Pi0Config
+from pi0.config import PALIGEMMA_VOCABULARY, Pi0Config
 from pi0.data.statistics import OPENPI as OPENPI_STATISTICS
 from pi0.errors import ConfigError, Pi0Error
 from pi0.findings import enforce

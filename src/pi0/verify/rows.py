@@ -90,10 +90,7 @@ class Row:
 def structure_rows(cases: Sequence[Case], a: EngineRun, b: EngineRun, limits: Limits) -> list[Row]:
     """All that an engine that rounds nothing computes on the reference's inputs, its own loop, and
     each operation that only the candidate's precision has."""
-    rows: list[Row] = []
-    for case in cases:
-        rows += _stage_rows(case, a.chained[case.name], b.isolated[case.name], limits, STRUCTURE)
-        rows += _step_rows(case, a.chained[case.name], b.isolated[case.name], limits, STRUCTURE)
+    rows = isolated_rows(cases, a, b, limits, STRUCTURE)
     return rows + _sample_rows(cases, a, b, limits, STRUCTURE)
 
 
@@ -110,12 +107,14 @@ def operation_rows(case: Case, run: EngineRun, limits: Limits) -> list[Row]:
     ]
 
 
-def isolated_rows(cases: Sequence[Case], a: EngineRun, b: EngineRun, limits: Limits) -> list[Row]:
+def isolated_rows(
+    cases: Sequence[Case], a: EngineRun, b: EngineRun, limits: Limits, part: str = ISOLATED
+) -> list[Row]:
     """Each stage and block of the candidate on the reference's inputs."""
     rows: list[Row] = []
     for case in cases:
-        rows += _stage_rows(case, a.chained[case.name], b.isolated[case.name], limits, ISOLATED)
-        rows += _step_rows(case, a.chained[case.name], b.isolated[case.name], limits, ISOLATED)
+        rows += _stage_rows(case, a.chained[case.name], b.isolated[case.name], limits, part)
+        rows += _step_rows(case, a.chained[case.name], b.isolated[case.name], limits, part)
     return rows
 
 

@@ -47,7 +47,6 @@ def test_agrees_with_the_reference(path: Path, precision: str, mode: str) -> Non
         lambda: make_engine("reference", opened),
         lambda: make(path, precision),
         default_cases(opened.config, cameras=3, tokens=40),
-        precisions=("float32", precision),
         mode=mode,
         layers=True,
         steps=4,

@@ -66,7 +66,7 @@ def attention_rows(device: torch.device, sizes: Any, stream: Any) -> list[dict[s
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> Tensor:
     """[T, H·D] of q [1, T, H, D], as `Kernels.attend` calls it."""
     if backend == "this engine":
-        from pi0.engines.fast.cuda import triton_kernels as ours
+        from pi0.engines.fast.cuda import triton_attention as ours
 
         return ours._attend(q, k, v, mask, ours.MANY, k.shape[1])
     _, tokens, heads, width = q.shape

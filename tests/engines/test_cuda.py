@@ -221,13 +221,13 @@ def test_agrees_with_the_reference(each_path: Path, precision: str, mode: str) -
 @pytest.mark.usefixtures("on_cpu")
 def test_limits_of_fp8_see_a_wrong_scale(tiny_path: Path) -> None:
     def plant(engine: CudaEngine) -> None:
-        matrix = engine.network.weights.matrix("expert.blocks.0.gate_up.0")
+        matrix = engine.network.weights.matrix("vlm.blocks.0.gate_up.0")
         assert matrix.scale is not None
         matrix.scale = matrix.scale * 1.5
 
     failed = verified(tiny_path, "fp8", "isolated", plant).first_failure
     assert failed is not None
-    assert failed.name == "expert_transformer.block.0"
+    assert failed.name == "vlm_transformer.block.0"
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -375,13 +375,21 @@ def test_notes_are_warnings(tiny_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_sizes_that_fp8_cannot_have() -> None:
     tiny = PRESETS["tiny"]
-    odd = replace(tiny, vision=replace(tiny.vision, mlp_dim=100))
+    odd = replace(tiny, vlm=replace(tiny.vlm, mlp_dim=100))
     scheme, (note,) = fp8.make_scheme(odd, 64)
-    assert scheme.dtype_of("vision_tower.blocks.1.fc1") == torch.bfloat16
-    assert scheme.dtype_of("vlm.blocks.1.qkv") == fp8.FP8
-    assert "multiples of 16 in vision_tower, found 100." in note
+    assert scheme.dtype_of("vlm.blocks.1.down.0") == torch.bfloat16
+    assert "expected multiples of 16 as width and MLP size of the VLM, found 100." in note
+
+
+def test_matrices_that_are_e4m3() -> None:
     for preset in PRESETS.values():
-        assert fp8.make_scheme(preset, 64)[1] == []
+        scheme, notes = fp8.make_scheme(preset, 64)
+        assert notes == []
+        for name in ("vlm.blocks.1.gate_up.0", "vlm.blocks.1.down.0"):
+            assert scheme.dtype_of(name) == fp8.FP8
+        for name in ("vlm.blocks.1.qkv", "vlm.blocks.1.kv", "vision_tower.blocks.1.fc1"):
+            assert scheme.dtype_of(name) == torch.bfloat16
+        assert scheme.dtype_of("expert.blocks.1.gate_up.0") == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [fp8.FP8, torch.int8])
@@ -410,17 +418,18 @@ def test_fp8_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8, "multiply", refuse)
     with pytest.raises(EngineError, match="row-wise scaled products .*no rows.*Use --dtype"):
         cuda.check_fp8(CPU)
-    # Only some sizes fail, or only with a bias, or the numbers are wrong.
-    for wrong in (
-        lambda a, matrix: refuse() if matrix.bias is not None else right(a, matrix),
-        lambda a, matrix: refuse() if matrix.weight.shape[1] == 4304 else right(a, matrix),
-    ):
-        monkeypatch.setattr(fp8, "multiply", wrong)
+    # Only some sizes fail, or the numbers are wrong.
+    for size in (50, 560):
+        monkeypatch.setattr(
+            fp8,
+            "multiply",
+            lambda a, matrix, size=size: refuse() if len(a.values) == size else right(a, matrix),
+        )
         with pytest.raises(EngineError, match="no rows"):
             cuda.check_fp8(CPU)
     monkeypatch.setattr(fp8, "multiply", lambda a, matrix: right(a, matrix) * 1.1)
     with pytest.raises(
-        EngineError, match=r".50, 4096. times .4096, 1024. is off by 0.1, more than"
+        EngineError, match=r".50, 16384. times .16384, 2048. is off by 0.1, more than"
     ):
         cuda.check_fp8(CPU)
 

@@ -116,11 +116,20 @@ def expect_rows(found: Tensor, scale: Tensor, wanted: Tensor) -> None:
 
 
 @pytest.fixture(autouse=True)
-def float32_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention in the kernel although it is float32: the interpreter multiplies no bfloat16."""
-    from pi0.engines.fast.cuda import triton_kernels
+def float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in kernels although they are float32: the interpreter multiplies no bfloat16."""
+    from pi0.engines.fast.cuda import triton_attention, triton_products
 
-    monkeypatch.setattr(triton_kernels, "MATRIX_DTYPES", {torch.float32, torch.bfloat16})
+    for module in (triton_attention, triton_products):
+        monkeypatch.setattr(module, "MATRIX_DTYPES", {torch.float32, torch.bfloat16})
+
+
+@pytest.fixture
+def few_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of few rows are PyTorch's, too, so that kernels for what follows them run."""
+    from pi0.engines.fast.cuda import triton_products
+
+    monkeypatch.setattr(triton_products, "MOST_ROWS", 0)
 
 
 @pytest.fixture
@@ -155,6 +164,7 @@ def test_transposed_rows() -> None:
 @here
 @few
 @given(rows=rows, width=widths, dtype=dtypes, seed=seeds)
+@pytest.mark.usefixtures("few_are_many")
 def test_hidden_units(rows: int, width: int, dtype: torch.dtype, seed: int) -> None:
     a, into = random(seed, rows, 24, dtype=dtype, scale=2), plain(4, width, dtype)
     gate_up, first = plain(2 * width, 24, dtype, seed), plain(width, 24, dtype, seed, bias=True)
@@ -163,6 +173,7 @@ def test_hidden_units(rows: int, width: int, dtype: torch.dtype, seed: int) -> N
 
 
 @here
+@pytest.mark.usefixtures("few_are_many")
 def test_columns_are_several_programs() -> None:
     a, into = random(0, 2, 8), plain(4, 2500, torch.float32)
     gate_up = plain(5000, 8, torch.float32)
@@ -210,6 +221,7 @@ def test_rows_of_zeros_and_with_nan() -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.usefixtures("unrounded")
+@pytest.mark.usefixtures("few_are_many")
 def test_rows_with_a_damaged_value(value: float) -> None:
     """What is not finite is not finite afterwards, quantised or not; other rows are as before."""
     x, ones = random(0, 3, 32), torch.ones(32, device=DEVICE)
@@ -294,7 +306,7 @@ def test_attention(
     seed: int,
 ) -> None:
     """Both tiles. Masked keys may hold anything."""
-    from pi0.engines.fast.cuda import triton_kernels
+    from pi0.engines.fast.cuda import triton_attention
 
     q = random(seed, batch, queries + 1, kv_heads * group, width)[:, 1:]
     k, v = (random(seed + i, batch, keys, kv_heads, width) for i in (1, 2))
@@ -305,7 +317,7 @@ def test_attention(
     wanted = PLAIN.attend(q.contiguous(), k, v, valid)
     if valid is not None:
         k[~valid], v[~valid] = 1e4, -1e4
-    with patch.object(triton_kernels, "MOST_QUERIES", MANY if few else 0):
+    with patch.object(triton_attention, "MOST_QUERIES", MANY if few else 0):
         if few or masked:  # else PyTorch's
             found = kernels().attend(q, k, v, valid)
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
@@ -330,6 +342,7 @@ def test_attention_that_sees_one_share_only() -> None:
     gates=st.sampled_from([None, (), (3,)]),
     seed=seeds,
 )
+@pytest.mark.usefixtures("few_are_many")
 def test_residuals(
     width: int, dtype: torch.dtype, biased: bool, gates: tuple[int, ...] | None, seed: int
 ) -> None:
@@ -345,6 +358,7 @@ def test_residuals(
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("damaged", [0, 1, 2], ids=["residual", "product", "gate"])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.usefixtures("few_are_many")
 def test_gated_residual_with_a_damaged_value(value: float, damaged: int) -> None:
     residual, a, gate = random(0, 2, 16), random(1, 2, 16), random(2, 16)
     (residual[0], a[0], gate)[damaged][3] = value
@@ -352,12 +366,79 @@ def test_gated_residual_with_a_damaged_value(value: float, damaged: int) -> None
     assert not kernels().project(a, matrix, residual, gate)[0, 3].isfinite()
 
 
+@here
+@few
+@given(
+    batch=st.integers(1, 2),
+    tokens=st.integers(1, 40),
+    width=st.integers(1, 150),
+    q_heads=st.integers(0, 3),
+    kv_heads=st.integers(1, 2),
+    half=st.integers(1, 20),
+    seed=seeds,
+)
+def test_products_that_are_heads(
+    batch: int, tokens: int, width: int, q_heads: int, kv_heads: int, half: int, seed: int
+) -> None:
+    """Rotated and put where they belong, into a part of a buffer; what lies around it stays."""
+    a = random(seed, batch * tokens, width)
+    matrix = plain((q_heads + 2 * kv_heads) * 2 * half, width, torch.float32, seed)
+    positions = torch.arange(3, tokens + 6, device=DEVICE).expand(batch, -1)
+    rotation = slice_rotation(make_rotation(positions, 2 * half), slice(2, 2 + tokens))
+    results = []
+    for these in (kernels(), PLAIN):
+        k, v = torch.zeros(2, batch, tokens + 3, kv_heads, 2 * half, device=DEVICE)
+        q = these.project_heads(a, matrix, rotation, k[:, 1:-2], v[:, 1:-2])
+        results.append((q, k, v))
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@here
+@few
+@given(
+    rows=st.integers(1, 70),
+    inner=st.one_of(st.integers(1, 600), st.just(1024)),
+    outputs=st.integers(1, 70),
+    gated=st.booleans(),
+    seed=seeds,
+)
+def test_products_and_what_follows(
+    rows: int, inner: int, outputs: int, gated: bool, seed: int
+) -> None:
+    """GEGLU, and residuals with and without a gate: added in the same order every time."""
+    a, into = random(seed, rows, inner), plain(4, outputs, torch.float32)
+    gate_up = plain(2 * outputs, inner, torch.float32, seed + 1)
+    found, wanted = (these.geglu(a, gate_up, into) for these in (kernels(), PLAIN))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    matrix, residual = plain(outputs, inner, torch.float32, seed), random(seed + 2, rows, outputs)
+    gate = random(seed + 3, outputs) if gated else None
+    ours = kernels()
+    first, second = (ours.project(a, matrix, residual.clone(), gate) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not ours.counts.any()
+    wanted = PLAIN.project(a, matrix, residual.clone(), gate)
+    torch.testing.assert_close(first, wanted, rtol=1e-4, atol=1e-5)
+
+
+@here
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_products_of_a_damaged_value(value: float) -> None:
+    """The row that has it, and no other, is not finite afterwards."""
+    a, gate_up = random(0, 3, 200), Matrix(torch.ones(32, 200, device=DEVICE))
+    a[1, 150] = value
+    down, residual = Matrix(torch.ones(16, 200, device=DEVICE)), random(1, 3, 16)
+    for found in (kernels().geglu(a, gate_up, gate_up), kernels().project(a, down, residual)):
+        assert (~found.isfinite()).any(dim=1).tolist() == [False, True, False]
+
+
 @pytest.fixture
 def small_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer queries are many: the interpreter takes a millisecond for a program."""
-    from pi0.engines.fast.cuda import triton_check, triton_kernels
+    from pi0.engines.fast.cuda import triton_attention, triton_check
 
-    for module in (triton_check, triton_kernels):
+    for module in (triton_check, triton_attention):
         monkeypatch.setattr(module, "MOST_QUERIES", 48)
 
 

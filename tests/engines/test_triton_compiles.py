@@ -18,9 +18,10 @@ if not importlib.util.find_spec("triton"):
 
 from gpu_compiler import SHARED, Compiled, compiling_for
 
-from pi0.engines.fast.cuda import triton_kernels
+from pi0.engines.fast.cuda import triton_attention
+from pi0.engines.fast.cuda.triton_attention import FEW, MANY, SHARE
 from pi0.engines.fast.cuda.triton_check import run_all
-from pi0.engines.fast.cuda.triton_kernels import FEW, MANY, SHARE, TritonKernels
+from pi0.engines.fast.cuda.triton_kernels import TritonKernels
 
 META = torch.device("meta")
 
@@ -54,7 +55,7 @@ def test_every_call_fits(
     with torch.inference_mode(), compiling_for(capability, tmp_path) as compiled:
         run_all(TritonKernels(), META, dtype, quantised, PRESETS["pi0_base"])
     names = {kernel.name for kernel in compiled}
-    assert len(names) == (4 if dtype == torch.float32 else 6), names
+    assert len(names) == (4 if dtype == torch.float32 else 9), names
     require_fit(compiled, capability)
 
 
@@ -64,7 +65,7 @@ def test_attention_fits(capability: int, tmp_path: Path) -> None:
     q, kv = (torch.empty(1, t, h, 256, dtype=torch.bfloat16, device=META) for t, h in SIZES)
     with compiling_for(capability, tmp_path) as compiled:
         for tile, share in ((FEW, SHARE), (MANY, kv.shape[1])):
-            triton_kernels._attend(q, kv, kv, None, tile, share)
+            triton_attention._attend(q, kv, kv, None, tile, share)
     assert len(compiled) == 4
     require_fit(compiled, capability)
 
@@ -78,5 +79,5 @@ def test_narrow_heads_compile(dtype: torch.dtype, tmp_path: Path) -> None:
     with compiling_for(90, tmp_path) as compiled:
         for width in (1, 12, 40):
             q, k = (torch.empty(1, n, 1, width, dtype=dtype, device=META) for n in (3, 20))
-            triton_kernels._attend(q, k, k, None, FEW, SHARE)
+            triton_attention._attend(q, k, k, None, FEW, SHARE)
     assert compiled

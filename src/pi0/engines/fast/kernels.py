@@ -88,6 +88,12 @@ class Kernels:
         gate, up = self.project(a, gate_up).chunk(2, dim=-1)
         return self.operand(F.gelu(gate, approximate="tanh").mul_(up), into)
 
+    def project_heads(
+        self, a: Any, matrix: Matrix, rotation: Rotation, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """A product of the rows of k and v, split as `split` does: queries [B, T, H, D]."""
+        return self.split(self.project(a, matrix).view(*k.shape[:2], -1), rotation, k, v)
+
     def split(self, qkv: Tensor, rotation: Rotation, k: Tensor, v: Tensor) -> Tensor:
         """Writes the keys and values of qkv [B, T, (H + 2K)·D] into k and v [B, T, K, D] and
         returns its queries [B, T, H, D], of which there may be none; queries and keys are rotated.

@@ -96,8 +96,7 @@ class Network:
             matrix = self.weights.matrix(f"{block}.{'kv' if last else 'qkv'}")
             first, second = (Norm(self.weights[f"{block}.norm{j}.weight"]) for j in (1, 2))
             a = self.kernels.rms_norm(x, first, matrix)
-            qkv = self.kernels.project(a, matrix)
-            q = self.kernels.split(qkv.view(batch, tokens, -1), rotation, k, v)
+            q = self.kernels.project_heads(a, matrix, rotation, k, v)
             self._show_cache(tap, name, k, v, plan.scatter, plan.gather)
             if not last:
                 attended = self.kernels.attend(q, k, v, plan.valid)
@@ -128,9 +127,8 @@ class Network:
             name, block = f"expert_transformer.block.{i}", f"expert.blocks.{i}"
             matrix = self.weights.matrix(f"{block}.qkv")
             a = self.kernels.rms_norm(x, first, matrix)
-            qkv = self.kernels.project(a, matrix)
             k, v = cache.keys[i][:, at:], cache.values[i][:, at:]
-            q = self.kernels.split(qkv.view(batch, tokens, -1), rotation, k, v)
+            q = self.kernels.project_heads(a, matrix, rotation, k, v)
             self._show_cache(tap, name, k, v)
             attended = self._attend_suffix(q, cache, i, with_state)
             x = self._post_attention(block, x, attended, first, second)

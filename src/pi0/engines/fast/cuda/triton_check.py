@@ -2,7 +2,7 @@
 
 A kernel that a device, driver or version of Triton gets wrong, or that asks for more than the
 device has, is found before it moves a robot. Rows and keys are few, and so is the inner size of
-matrices: no kernel is compiled for those.
+matrices whose products are not Triton's: no kernel is compiled for those.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from triton.errors import TritonError
 
 from pi0.config import GemmaConfig, Pi0Config, SiglipConfig
 from pi0.engines.fast.cuda.fp8 import FP8, Fp8Kernels, Rows
-from pi0.engines.fast.cuda.triton_kernels import MOST_QUERIES, TritonKernels
+from pi0.engines.fast.cuda.triton_attention import MOST_QUERIES
+from pi0.engines.fast.cuda.triton_kernels import TritonKernels
+from pi0.engines.fast.cuda.triton_products import MOST_ROWS
 from pi0.engines.fast.kernels import Norm
 from pi0.engines.fast.network import make_rotation
 from pi0.engines.fast.weights import Matrix
 
 ROWS, INNER, KEYS = 5, 16, 300
+MANY_ROWS = MOST_ROWS + 1  # whose products are not Triton's
 # Relative L2. bfloat16 is rounded twice at 2^-9; e4m3 at 2^-4, and both sides may round apart.
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 0.01, FP8: 0.05}
 
@@ -60,8 +63,8 @@ class Values:
     def __call__(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator).to(self.device, self.dtype)
 
-    def matrix(self, outputs: int, bias: bool = False) -> Matrix:
-        return Matrix(self(outputs, INNER), self(outputs) if bias else None)
+    def matrix(self, outputs: int, inner: int = INNER, bias: bool = False) -> Matrix:
+        return Matrix(self(outputs, inner), self(outputs) if bias else None)
 
     def target(self) -> Matrix:
         """One that an operand is meant for."""
@@ -82,6 +85,8 @@ def run_all(
     for name, gemma in (("vlm", config.vlm), ("expert", config.expert)):
         found = _run_norms(kernels, values, gemma) | _run_attention(kernels, values, gemma)
         results |= {f"{name}.{kernel}": result for kernel, result in found.items()}
+    found = _run_products(kernels, values, config.expert)
+    results |= {f"expert.{kernel}": result for kernel, result in found.items()}
     return {name: _dequantise(result) for name, result in results.items()}
 
 
@@ -97,9 +102,9 @@ def _run_vision(kernels: Fp8Kernels, values: Values, config: SiglipConfig) -> di
 
 
 def _run_norms(kernels: Fp8Kernels, values: Values, config: GemmaConfig) -> dict[str, Any]:
-    x, norm = values(ROWS, config.width), values(2, config.width).float()
+    x, norm = values(MANY_ROWS, config.width), values(2, config.width).float()
     into, out = values.target(), values.matrix(config.width)
-    a, ones = values(ROWS, INNER), x.new_ones(x.shape)
+    a, ones = values(MANY_ROWS, INNER), x.new_ones(x.shape)
     return {
         "operand": kernels.operand(x, into),
         "rms_norm": kernels.rms_norm(x, Norm(norm[0]), into),
@@ -107,6 +112,26 @@ def _run_norms(kernels: Fp8Kernels, values: Values, config: GemmaConfig) -> dict
         "geglu": kernels.geglu(a, values.matrix(2 * config.mlp_dim), into),
         "residual": kernels.project(a, out, ones.clone()),
         "gated_residual": kernels.project(a, out, ones.clone(), norm[0]),
+    }
+
+
+def _run_products(kernels: Fp8Kernels, values: Values, config: GemmaConfig) -> dict[str, Any]:
+    """Of few rows, with all that is done in one kernel; sizes are the model's."""
+    heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim
+    qkv = values.matrix((heads + 2 * kv_heads) * width, config.width)
+    gate_up = values.matrix(2 * config.mlp_dim, config.width)
+    down = values.matrix(config.width, config.mlp_dim)
+    x, gate = values(ROWS, config.width) * config.width**-0.5, values(config.width).float()
+    keys = values(2, 1, ROWS + 1, kv_heads, width)
+    rotation = make_rotation(torch.arange(ROWS, device=values.device)[None], width)
+    hidden = kernels.geglu(x, gate_up, down)
+    ones = x.new_ones(x.shape)
+    return {
+        "own_queries": kernels.project_heads(x, qkv, rotation, *keys[:, :, 1:]),
+        "own_keys": keys,
+        "hidden": hidden,
+        "added_product": kernels.project(hidden, down, ones.clone()),
+        "gated_product": kernels.project(hidden, down, ones.clone(), gate),
     }
 
 

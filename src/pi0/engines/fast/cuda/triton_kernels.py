@@ -11,14 +11,16 @@ Runs on the CPU in Triton's interpreter (tests/engines/test_triton.py).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pi0.engines.fast.cuda import triton_attention, triton_products
 from pi0.engines.fast.cuda.fp8 import FP8, Fp8Kernels, Rows
+from pi0.engines.fast.cuda.triton_attention import FUSED
 from pi0.engines.fast.kernels import Norm, Rotation
 from pi0.engines.fast.weights import Matrix
 from pi0.model.gemma import EPS as RMS_EPS
@@ -29,34 +31,15 @@ SMALLEST = tl.constexpr(448.0 * 1.1754944e-38)  # as in `quantise_rows`
 # GELU's tanh form: x (1 + tanh(u / 2)) / 2 = x / (1 + exp(-u)), with 2 √(2 / π) in u.
 GELU_SCALE = tl.constexpr(1.5957691216057308)
 GELU_CUBE = tl.constexpr(0.044715)
-UNSEEN = tl.constexpr(-1e30)  # the logit of a masked key
 
-# a·b + c rounded once: Triton's default up to 3.9, which warns if it is not asked for.
-FUSED = {"enable_fp_fusion": True}
 COLUMNS = 1024  # of a row, that a program computes where a row need not be one program
-MATRIX_DTYPES = {torch.bfloat16}  # float32 has no tensor cores, and no room in shared memory
-
-
-class Tile(NamedTuple):
-    """What a program of the attention holds: rows and columns of the logits."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-# 256 wide these take 82 and 68 KB of shared memory, of the 99 that the smallest GPUs have, and no
-# stack: tests/engines/test_triton_compiles.py.
-FEW = Tile(32, 32, warps=4, stages=3)  # the suffix's queries: their keys are shared out
-MANY = Tile(64, 32, warps=8, stages=2)  # the prefix's: enough to keep a GPU busy without
-SHARE = 128  # keys that one program goes through, of few queries
-MOST_QUERIES = 1024  # that are few
-LEAST_WIDTH = 16  # of an operand of `tl.dot` in bfloat16; the interpreter takes less
 
 
 class TritonKernels(Fp8Kernels):
     """Equals `Fp8Kernels` but for roundings in between, which are fewer."""
+
+    def __init__(self) -> None:
+        self.counts: Tensor | None = None
 
     def operand(self, x: Tensor, into: Matrix) -> Any:
         return x if into.scale is None else _activate(x, into, gelu=False, gated=False)
@@ -72,16 +55,30 @@ class TritonKernels(Fp8Kernels):
     def project(
         self, a: Any, matrix: Matrix, residual: Tensor | None = None, gate: Tensor | None = None
     ) -> Tensor:
-        if residual is not None and gate is not None and gate.ndim == 1:
-            return _add_gated(residual, super().project(a, matrix), gate)
-        if gate is None and matrix.scale is None and matrix.bias is None and residual is not None:
-            return residual.addmm_(a, matrix.weight.t())
+        if residual is not None and (gate is None or gate.ndim == 1):
+            if triton_products.suits(a, matrix):
+                if self.counts is None:
+                    self.counts = triton_products.make_counts(a.device)
+                return triton_products.add_product(residual, a, matrix, gate, self.counts)
+            if gate is not None:
+                return _add_gated(residual, super().project(a, matrix), gate)
+            if matrix.scale is None and matrix.bias is None:
+                return residual.addmm_(a, matrix.weight.t())
         return super().project(a, matrix, residual, gate)
 
     def gelu(self, a: Any, first: Matrix, into: Matrix) -> Any:
         return _activate(self.project(a, first), into, gelu=True, gated=False)
 
+    def project_heads(
+        self, a: Any, matrix: Matrix, rotation: Rotation, k: Tensor, v: Tensor
+    ) -> Tensor:
+        if triton_products.suits(a, matrix):
+            return triton_products.project_heads(a, matrix, rotation, k, v)
+        return super().project_heads(a, matrix, rotation, k, v)
+
     def geglu(self, a: Any, gate_up: Matrix, into: Matrix) -> Any:
+        if triton_products.suits(a, gate_up) and into.scale is None:
+            return triton_products.geglu(a, gate_up)
         return _activate(self.project(a, gate_up), into, gelu=True, gated=True)
 
     def split(self, qkv: Tensor, rotation: Rotation, k: Tensor, v: Tensor) -> Tensor:
@@ -102,10 +99,8 @@ class TritonKernels(Fp8Kernels):
         return q
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
-        few = q[..., 0].numel() <= MOST_QUERIES
-        if q.dtype not in MATRIX_DTYPES or not (few or valid is not None):
-            return super().attend(q, k, v, valid)
-        return _attend(q, k, v, valid, *((FEW, SHARE) if few else (MANY, k.shape[1])))
+        found = triton_attention.attend(q, k, v, valid)
+        return super().attend(q, k, v, valid) if found is None else found
 
 
 def _norm(
@@ -155,34 +150,6 @@ def _room(x: Tensor, width: int, into: Matrix) -> tuple[Tensor, Tensor | None]:
 
 def _warps(block: int) -> int:
     return max(1, min(16, block // 512))
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, tile: Tile, share: int
-) -> Tensor:
-    batch, t, heads, width = q.shape
-    keys, kv_heads = k.shape[1:3]
-    pairs, group = batch * kv_heads, heads // kv_heads
-    rows, shares = t * group, triton.cdiv(keys, share)
-    sums = q.new_empty(shares, pairs, rows, width, dtype=torch.float32)
-    stats = q.new_empty(shares, pairs, rows, 2, dtype=torch.float32)
-    out = q.new_empty(batch * t, heads * width)
-    block = max(LEAST_WIDTH, triton.next_power_of_2(width))
-    _attend_kernel[(triton.cdiv(rows, tile.queries), shares, pairs)](
-        *(q, k, v, valid, sums, stats, rows, keys, share, kv_heads, group, width, width**-0.5),
-        *(*q.stride()[:2], *k.stride()[:2], *v.stride()[:2]),
-        0 if valid is None else valid.stride(0),
-        *(tile.queries, tile.keys, block),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        **FUSED,
-    )
-    _join_kernel[(rows, pairs)](
-        *(sums, stats, out, rows, shares, kv_heads, group, width),
-        *(triton.next_power_of_2(shares), block),
-        **FUSED,
-    )
-    return out
 
 
 @triton.jit
@@ -295,100 +262,3 @@ def _split_kernel(
     is_value = inside & (head >= q_heads + kv_heads) & (head < heads)
     tl.store(target, first, mask=is_value)
     tl.store(target + half, second, mask=is_value)
-
-
-@triton.jit
-def _attend_kernel(
-    q,
-    k,
-    v,
-    valid,
-    sums,
-    stats,
-    rows,
-    keys,
-    share_keys,
-    kv_heads,
-    group,
-    width,
-    factor,
-    q_row,
-    q_token,
-    k_row,
-    k_token,
-    v_row,
-    v_token,
-    valid_row,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """A program lets QUERIES queries of a key/value head see `share_keys` keys, KEYS at a time.
-
-    It leaves Σ exp(l - m) v in `sums`, and m and Σ exp(l - m) in `stats`, l being the logits and m
-    the largest of them.
-    """
-    share, pair = tl.program_id(1), tl.program_id(2)
-    batch, kv_head = (pair // kv_heads).to(tl.int64), pair % kv_heads
-    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    lane = tl.arange(0, WIDTH)
-    asked = (query < rows)[:, None] & (lane < width)[None]
-    head = kv_head * group + query % group
-    source = batch * q_row + (query // group) * q_token + head * width
-    queries = tl.load(q + source[:, None] + lane[None], mask=asked, other=0.0)
-    peak = tl.full([QUERIES], UNSEEN, tl.float32)
-    total = tl.zeros([QUERIES], tl.float32)
-    summed = tl.zeros([QUERIES, WIDTH], tl.float32)
-    end = tl.minimum(share * share_keys + share_keys, keys)
-    for start in range(share * share_keys, end, KEYS):
-        key = start + tl.arange(0, KEYS)
-        seen = key < end
-        if valid is not None:
-            seen = tl.load(valid + batch * valid_row + key, mask=seen, other=0) != 0
-        there = (key < end)[:, None] & (lane < width)[None]
-        of_keys = batch * k_row + key[:, None] * k_token + kv_head * width + lane[None]
-        some_keys = tl.load(k + of_keys, mask=there, other=0.0)
-        of_values = batch * v_row + key[:, None] * v_token + kv_head * width + lane[None]
-        some_values = tl.load(v + of_values, mask=there, other=0.0)
-        logits = tl.dot(queries, tl.trans(some_keys), input_precision="ieee") * factor
-        logits = tl.where(seen[None], logits, UNSEEN)
-        higher = tl.maximum(peak, tl.max(logits, 1))
-        weights = tl.where(seen[None], tl.exp(logits - higher[:, None]), 0.0)
-        shrink = tl.exp(peak - higher)
-        total = total * shrink + tl.sum(weights, 1)
-        weights = weights.to(some_values.dtype)
-        summed = summed * shrink[:, None] + tl.dot(weights, some_values, input_precision="ieee")
-        peak = higher
-    at = (share * tl.num_programs(2) + pair).to(tl.int64) * rows + query
-    tl.store(sums + at[:, None] * width + lane[None], summed, mask=asked)
-    tl.store(stats + at * 2, peak, mask=query < rows)
-    tl.store(stats + at * 2 + 1, total, mask=query < rows)
-
-
-@triton.jit
-def _join_kernel(
-    sums,
-    stats,
-    out,
-    rows,
-    shares,
-    kv_heads,
-    group,
-    width,
-    SHARES: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """A program joins what a query saw of all shares."""
-    query, pair = tl.program_id(0), tl.program_id(1)
-    share, lane = tl.arange(0, SHARES), tl.arange(0, WIDTH)
-    at = (share * tl.num_programs(1) + pair).to(tl.int64) * rows + query
-    peak = tl.load(stats + at * 2, mask=share < shares, other=UNSEEN)
-    total = tl.load(stats + at * 2 + 1, mask=share < shares, other=0.0)
-    weight = tl.exp(peak - tl.max(peak, 0))
-    there = (share < shares)[:, None] & (lane < width)[None]
-    summed = tl.load(sums + at[:, None] * width + lane[None], mask=there, other=0.0)
-    value = tl.sum(summed * weight[:, None], 0) / tl.sum(total * weight, 0)
-    batch, kv_head = pair // kv_heads, pair % kv_heads
-    token = batch.to(tl.int64) * (rows // group) + query // group
-    target = (token * kv_heads * group + kv_head * group + query % group) * width
-    tl.store(out + target + lane, value.to(out.dtype.element_ty), mask=lane < width)

@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("checkpoint")
     options = parser.parse_args()
     device = torch.device(options.device)
-    parts = Parts(open_checkpoint(options.checkpoint), device, 3 if options.tiny else 200)
+    parts = Parts(open_checkpoint(options.checkpoint), device, 3 if options.tiny else 100)
     parts.reference("float32")
     for run, precision in (
         *((parts.precision, precision) for precision in PRECISIONS),

@@ -27,6 +27,7 @@ SECONDS = 570  # in all: less than ten minutes
 LIMITS = {"probe": 120, "tests": 180, "parts": 300, "gemm": 90}
 TAIL = 3000  # characters of a step's output that are kept
 TESTS = ("tests/engines/test_triton.py", "tests/engines/test_cuda_device.py")
+PYTEST = ("-q", "-n", "8", "-W", "default", "-p", "no:cacheprovider")
 # Latency in milliseconds as its authors give it; prompts, chunks and GPUs differ.
 PUBLISHED: list[dict[str, Any]] = [
     {"engine": "realtime-vla, bfloat16", "GPU": "RTX 4090", "2 cameras": 27.3, "3 cameras": 36.8},
@@ -60,9 +61,7 @@ def main() -> None:
     try:
         run.script("probe", options)
         if options.device == "cuda":
-            run.step(
-                "tests", ["-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", *TESTS]
-            )
+            run.step("tests", ["-m", "pytest", *PYTEST, *TESTS])
         if making is not None and making.wait(timeout=run.left()):
             raise SystemExit("the random checkpoint could not be made; name one with --checkpoint")
         run.script("parts", options, str(options.checkpoint))

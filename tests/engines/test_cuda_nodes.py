@@ -117,11 +117,11 @@ def count(preset: str, precision: str) -> dict[str, int]:
 # Of vision, prefill with vision, a step, and a call of 10 steps. PyTorch's attention counts as one,
 # though in float32 it is several.
 MOST = {
-    ("pi0_base", "bfloat16"): (281, 453, 194, 2440),
-    ("pi0_base", "fp8"): (308, 531, 248, 3058),
+    ("pi0_base", "bfloat16"): (281, 453, 158, 2080),
+    ("pi0_base", "fp8"): (281, 470, 158, 2097),
     ("pi0_base", "float32"): (281, 453, 176, 2242),
-    ("pi05_base", "bfloat16"): (281, 471, 228, 2742),
-    ("pi05_base", "fp8"): (308, 549, 246, 3000),
+    ("pi05_base", "bfloat16"): (281, 471, 156, 2022),
+    ("pi05_base", "fp8"): (281, 488, 156, 2039),
     ("pi05_base", "float32"): (281, 454, 210, 2545),
 }
 

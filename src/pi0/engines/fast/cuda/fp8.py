@@ -1,6 +1,6 @@
 """Eight-bit floating point matrices (e4m3): one scale per output of a weight, one per token.
 
-They are the VLM's MLP, four fifths of the arithmetic of a call. On an H200 other matrices are not
+They are the VLM's MLP, two thirds of the arithmetic of a call. On an H200 other matrices are not
 faster in e4m3 (their rows, or they themselves, are too few), and cost accuracy: docs/cuda.md.
 Products are `torch._scaled_mm` with both scales, which answers in bfloat16.
 Attention is PyTorch's, with backends that are chosen here.

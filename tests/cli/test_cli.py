@@ -288,7 +288,7 @@ def test_full_disk(tmp_path: Path) -> None:
 def test_interrupt(tmp_path: Path) -> None:
     folder = tmp_path / "base"
     process = subprocess.Popen(
-        [sys.executable, "-m", "pi0.cli.main", "synth", "--preset", "pi0_base", str(folder)],
+        [sys.executable, "-m", "pi0", "synth", "--preset", "pi0_base", str(folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

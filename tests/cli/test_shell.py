@@ -40,7 +40,7 @@ def npz(tmp_path: Path) -> Path:
 
 def shell(line: str) -> subprocess.CompletedProcess[str]:
     """Runs a line in bash, where `pi0` stands for this package's command line."""
-    command = f"set -o pipefail; {line.replace('pi0 ', f'{sys.executable} -m pi0.cli.main ')}"
+    command = f"set -o pipefail; {line.replace('pi0 ', f'{sys.executable} -m pi0 ')}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr

@@ -157,7 +157,3 @@ def _fail(sentence: str) -> None:
 def _print_error(sentence: str) -> None:
     with contextlib.suppress(OSError):  # nowhere left to say it
         print(f"pi0: {sentence}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()

@@ -57,7 +57,7 @@ def write_distribution(
 def run_with(folder: Path, *words: object, code: str | None = None) -> subprocess.CompletedProcess:
     """Runs `pi0`, or Python code, in an interpreter that has the folder's distributions."""
     source = Path(__file__).parents[1] / "src"
-    start = ["-c", code] if code else ["-m", "pi0.cli.main"]
+    start = ["-c", code] if code else ["-m", "pi0"]
     return subprocess.run(
         [sys.executable, *start, *map(str, words)],
         capture_output=True,

@@ -75,6 +75,7 @@ ARROWS = {
         "data",
     },
     "eval": {"errors", "figures", "checkpoint", "policy", "serve", "sim", "workers"},
+    "__main__": {"cli"},
     "cli": {
         "serve",
         "errors",

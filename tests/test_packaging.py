@@ -129,3 +129,23 @@ def test_no_file_names_a_machines_folders() -> None:
             continue  # a picture
         found = MACHINE_PATH.search(text)
         assert not found, f"{name}: names a folder of one machine, {found.group()}"
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_interrupt_during_imports(ignored: bool) -> None:
+    """Ctrl-C before the command line is there to catch it; under nohup it stays ignored."""
+    script = (
+        "import importlib.metadata, os, signal, sys\n"
+        f"if {ignored}: signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "class Keyboard:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'typer': os.kill(os.getpid(), signal.SIGINT)\n"
+        f"command = importlib.metadata.EntryPoint('pi0', {metadata()['scripts']['pi0']!r}, '')\n"
+        "main = command.load()\n"
+        "sys.meta_path.insert(0, Keyboard())\n"
+        "sys.argv = ['pi0', '--version']\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0 if ignored else 130, "")
+    assert done.stdout == (f"{pi0.__version__}\n" if ignored else "")

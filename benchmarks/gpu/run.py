@@ -54,7 +54,7 @@ def main() -> None:
     making = None
     if options.checkpoint is None:
         preset, options.checkpoint = "tiny" if options.tiny else "pi0_base", run.folder / "random"
-        command = ["-m", "pi0.cli.main", "synth", "--preset", preset, str(options.checkpoint)]
+        command = ["-m", "pi0", "synth", "--preset", preset, str(options.checkpoint)]
         making = subprocess.Popen(
             [sys.executable, *command], env=run.environment, cwd=ROOT, stdout=subprocess.DEVNULL
         )

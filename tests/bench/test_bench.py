@@ -165,7 +165,7 @@ def test_a_worker_that_breaks(
 
 
 def test_interrupt_stops_the_worker(tiny_path: Path) -> None:
-    words = [sys.executable, "-m", "pi0.cli.main", "bench", str(tiny_path)]
+    words = [sys.executable, "-m", "pi0", "bench", str(tiny_path)]
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while not (workers := children.read_text().split()):

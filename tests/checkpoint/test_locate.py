@@ -178,6 +178,8 @@ def test_files_that_are_no_weights(folder: Path) -> None:
         (LFS, "found a Git LFS pointer. Fetch the file that it stands for: git lfs pull"),
         ("", "found an empty file. Copy or download it again"),
         ("<!DOCTYPE html>\n<html>not found</html>", "found a web page"),
+        ("# A read-me in its place", "found another kind of file. Name a checkpoint's folder"),
+        ("\7\0\0\0\0\0\0\0{", "found 9 bytes of a truncated or damaged one ("),
     ):
         path.write_text(content)
         assert f"{path}: expected a complete safetensors file, {message}" in refused(folder)

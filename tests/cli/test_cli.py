@@ -191,6 +191,7 @@ def test_act_for_a_robot(tiny_path: Path, image: Path, tmp_path: Path) -> None:
 def test_act_refuses(tiny_path: Path, image: Path, tmp_path: Path) -> None:
     deep = tmp_path / "deep.png"
     Image.fromarray(np.zeros((8, 8), np.uint16)).save(deep)
+    (text := tmp_path / "text.npy").write_text("0.1, 0.2")
     for words, message in (
         (["--image", f"top={image}"], "camera top: expected one of base, wrist, right_wrist"),
         (["--image", "base"], "--image: expected CAMERA=FILE, found 'base'"),
@@ -198,6 +199,7 @@ def test_act_refuses(tiny_path: Path, image: Path, tmp_path: Path) -> None:
         (["--image", f"wrist={tiny_path}/config.json"], "expected a picture"),
         (["--state", "0,x"], "--state: expected numbers"),
         (["--state", "no.npy"], "--state: expected numbers"),
+        (["--state", text], "(the magic string is not correct"),
         (["--state", ""], "--state: expected numbers"),
         (["--image", f"base_0_rgb={image}"], "expected one picture for images/base, found two"),
         (["--image", f"wrist={deep}"], "expected a picture of 8 bits a channel"),
@@ -252,8 +254,10 @@ def test_bad_inputs_file(tiny_path: Path, npz: Path, tmp_path: Path) -> None:
     ):
         np.savez(bad, **{**arrays, name: value})
         assert message in sample(bad)
-    bad.write_bytes(npz.read_bytes()[:500])
-    assert "expected an .npz of arrays" in sample(bad)
+    for content in (npz.read_bytes()[:500], b"\x89PNG"):
+        bad.write_bytes(content)
+        sentence = "expected an .npz of arrays, found another kind of file or a truncated one."
+        assert sentence in sample(bad)
     assert "No such file" in sample(tmp_path / "no.npz")
     assert not (tmp_path / "out.npz").exists()
     out = tmp_path
@@ -288,7 +292,7 @@ def test_full_disk(tmp_path: Path) -> None:
 def test_interrupt(tmp_path: Path) -> None:
     folder = tmp_path / "base"
     process = subprocess.Popen(
-        [sys.executable, "-m", "pi0.cli.main", "synth", "--preset", "pi0_base", str(folder)],
+        [sys.executable, "-m", "pi0", "synth", "--preset", "pi0_base", str(folder)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -105,7 +105,7 @@ def test_interrupt(tiny_path: Path, robot: Path, tmp_path: Path) -> None:
     films = tmp_path / "films"
     more = ("--episodes", 1000, "--workers", 2, "--video", films, "--on-limit", "clamp")
     process = subprocess.Popen(
-        [sys.executable, "-m", "pi0.cli.main", *words(tiny_path, robot, *ENV, *more)],
+        [sys.executable, "-m", "pi0", *words(tiny_path, robot, *ENV, *more)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +43,7 @@ def npz(tmp_path: Path) -> Path:
 
 def shell(line: str) -> subprocess.CompletedProcess[str]:
     """Runs a line in bash, where `pi0` stands for this package's command line."""
-    command = f"set -o pipefail; {line.replace('pi0 ', f'{sys.executable} -m pi0.cli.main ')}"
+    command = f"set -o pipefail; {line.replace('pi0 ', f'{sys.executable} -m pi0 ')}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
@@ -199,3 +202,18 @@ def test_where_weights_and_tokenizer_come_from() -> None:
 
 def test_install_hint_needs_no_index() -> None:
     assert install_hint("plot") == "In the folder of this repository: pip install '.[plot]'."
+
+
+def test_interrupt_that_a_library_swallows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails because Ctrl-C broke an import off is not a fault of ours to show."""
+
+    def swallow(*_: object) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        raise AttributeError("module 'numpy' has no attribute 'matrix'")
+
+    monkeypatch.setattr("pi0.checkpoint.load.open_checkpoint", swallow)
+    before = signal.getsignal(signal.SIGINT)
+    done = pi0("inspect", "anything")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    assert signal.getsignal(signal.SIGINT) is before

@@ -104,7 +104,7 @@ def test_from_pictures_to_actions(place: Path, tmp_path: Path) -> None:
 def test_sigterm_saves_and_resumes(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     long = [str(word) for word in words(place, out, "--steps", 100_000, "--log-every", 1)]
-    command = [sys.executable, "-m", "pi0.cli.main", *long]
+    command = [sys.executable, "-m", "pi0", *long]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:

@@ -53,7 +53,7 @@ def served(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder,
         log.open("w") as errors,
         subprocess.Popen(
-            [sys.executable, "-m", "pi0.cli.main", "serve", tiny_path, "--replicas", "2", *words],
+            [sys.executable, "-m", "pi0", "serve", tiny_path, "--replicas", "2", *words],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
@@ -134,7 +134,7 @@ def test_answers_are_those_of_the_policy(served: tuple[str, Path]) -> None:
 
 
 def test_what_cannot_be(tiny_path: Path) -> None:
-    command = [sys.executable, "-m", "pi0.cli.main", "serve", tiny_path, "--robot", "generic"]
+    command = [sys.executable, "-m", "pi0", "serve", tiny_path, "--robot", "generic"]
     command += ["--port", "0", "--max-replicas", "3"]
     environment = {**os.environ, "PYTHONPATH": str(SRC)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -48,7 +48,7 @@ def libero(tmp_path_factory: pytest.TempPathFactory, tiny_path: Path) -> Path:
 
 
 def command(checkpoint: Path, *words: str) -> list[str]:
-    fixed = [sys.executable, "-m", "pi0.cli.main", "serve", str(checkpoint), "--robot", "libero"]
+    fixed = [sys.executable, "-m", "pi0", "serve", str(checkpoint), "--robot", "libero"]
     return [*fixed, "--engine", "reference", *words]
 
 

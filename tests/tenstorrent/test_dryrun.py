@@ -24,7 +24,7 @@ pytestmark = [
 
 def pi0(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "pi0.cli.main", *map(str, words)],
+        [sys.executable, "-m", "pi0", *map(str, words)],
         capture_output=True,
         text=True,
         env={**clean_environment(), **environment},

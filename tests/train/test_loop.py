@@ -7,6 +7,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,16 @@ def test_what_is_written(tmp_path: Path) -> None:
     )
     assert (tmp_path / PLOT).read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_room_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is found before the first step, not at the first checkpoint."""
+    run = make_run(tmp_path / "run")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(Pi0Error, match=r"training_state.pt: expected room for .* MB, found: No sp"):
+        train(run, tmp_path / "out", {}, SAVES)
+    assert run.trainer.done == 0
+    assert not (tmp_path / "out").exists()
 
 
 def test_keeps_the_newest(tmp_path: Path) -> None:

@@ -388,10 +388,10 @@ def _describe_damage(file: Path, error: SafetensorError) -> str:
         return f"{expected}, found a web page. Download the file itself."
     if start.startswith(PICKLE_STARTS):
         return f"{expected}, found a pickle of PyTorch. Save it as safetensors first."
-    return (
-        f"{expected} of {file.stat().st_size} bytes, found a truncated or damaged one ({error}). "
-        "Copy or download it again."
-    )
+    if start[8:9] not in b"{":  # after the length of the header
+        return f"{expected}, found another kind of file. Name a checkpoint's folder or weights."
+    found = f"found {file.stat().st_size} bytes of a truncated or damaged one ({error})"
+    return f"{expected}, {found}. Copy or download it again."
 
 
 def _start(file: Path) -> bytes:

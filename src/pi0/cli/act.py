@@ -228,8 +228,6 @@ def _read_image(name: str, path: Path) -> Any:
 
 
 def _read_state(text: str) -> NDArray[np.float64]:
-    import zipfile
-
     import numpy as np
 
     from pi0.checkpoint.files import expand_user
@@ -237,15 +235,16 @@ def _read_state(text: str) -> NDArray[np.float64]:
 
     try:
         if text.endswith(".npy"):
-            array = np.load(expand_user(text), allow_pickle=False)
-            if not isinstance(array, np.ndarray) or array.dtype.kind not in "uif":
+            with open(expand_user(text), "rb") as file:
+                array = np.lib.format.read_array(file, allow_pickle=False)
+            if array.dtype.kind not in "uif":
                 raise ValueError("no array of real numbers")
             return np.atleast_1d(array.astype(np.float64))
         words = text.replace(",", " ").split()
         if not words:
             raise ValueError("no number")
         return np.array([float(word) for word in words])
-    except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError, EOFError, OSError) as error:
         raise ObservationError(
             f'--state: expected numbers as in "0.1,0.2" or a .npy file, found {text!r} ({error}).'
         ) from error

@@ -180,8 +180,12 @@ def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     from pi0.errors import ObservationError
 
     try:
-        with open(expand_user(path), "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return dict(arrays)
+        with open(expand_user(path), "rb") as file:
+            if not zipfile.is_zipfile(file):  # numpy would advise to unpickle it
+                raise ValueError("another kind of file or a truncated one")
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                return dict(arrays)
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ObservationError(f"{path}: expected an .npz of arrays, found {error}.") from error
 

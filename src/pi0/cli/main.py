@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import warnings
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 import typer
 
@@ -100,7 +100,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, _terminate)  # so that nothing half-written stays
         try:
             _require_streams()
-            app(prog_name="pi0")
+            _run()
         except Pi0Error as error:
             _fail(str(error))
         except OSError as error:  # no such file, no permission, disk full
@@ -113,6 +113,29 @@ def main() -> None:
             if "allocate" not in str(error) and "out of memory" not in str(error):
                 raise
             _fail(OUT_OF_MEMORY)
+
+
+def _run() -> None:
+    """Runs the verb. An error after Ctrl-C counts as Ctrl-C: torch goes on when it is interrupted
+    while it imports numpy, which is half there from then on."""
+    pressed = False
+
+    def interrupt(*_: object) -> NoReturn:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        app(prog_name="pi0")
+    except Exception as error:
+        if pressed:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _terminate(*_: object) -> None:
@@ -157,7 +180,3 @@ def _fail(sentence: str) -> None:
 def _print_error(sentence: str) -> None:
     with contextlib.suppress(OSError):  # nowhere left to say it
         print(f"pi0: {sentence}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()

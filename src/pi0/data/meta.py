@@ -155,7 +155,8 @@ def _features(root: Path, schema: Schema, shard: Shard) -> dict[str, dict[str, A
     for key, names in schema.columns.items():
         kind = shard.table.schema.field(key).type
         value = kind.value_type if pa.types.is_fixed_size_list(kind) else kind
-        dtype = np.dtype(value.to_pandas_dtype()).name
+        # Before pyarrow 26, `to_pandas_dtype` wants pandas installed.
+        dtype = pa.array([], value).to_numpy(zero_copy_only=False).dtype.name
         features[key] = {"dtype": dtype, "shape": [len(names)], "names": list(names)}
     for key, dtype in BOOKKEEPING.items():
         features[key] = {"dtype": dtype, "shape": [1], "names": None}

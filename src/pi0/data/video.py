@@ -28,6 +28,10 @@ from pi0.errors import DataError
 
 ENCODER = "libsvtav1"
 PIXELS = "yuv420p"
+# What becomes of metadata that is no UTF-8; from PyAV 19 on that is not asked.
+DAMAGED_TEXT: dict[str, Any] = (
+    {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
+)
 SETTINGS: dict[str, Any] = {"g": 2, "crf": 30, "preset": 12, "fast_decode": 0}
 OPTIONS = {
     "g": str(SETTINGS["g"]),
@@ -143,7 +147,7 @@ def _open(path: Path) -> Iterator[tuple[av.container.InputContainer, VideoStream
     if not path.is_file():
         raise DataError(f"{path}: expected a video, found no file. Copy or download it.")
     try:
-        with av.open(str(path), metadata_errors="replace") as container:
+        with av.open(str(path), **DAMAGED_TEXT) as container:
             if not container.streams.video:
                 raise DataError(f"{path}: expected a video, found a file without one.")
             stream = container.streams.video[0]

@@ -142,7 +142,7 @@ def _check_norm_mode(source: Source, target: str, norm_mode: str | None) -> None
 
 def _check_values(source: Source) -> None:
     """Raises Pi0Error if statistics are too wide for the model, or such that nobody can use them:
-    other projects would read them without a word."""
+    other projects would read them and say nothing."""
     config = source.checkpoint.config
     for what, width in (("state", config.state_dim), ("actions", config.action_dim)):
         table = (source.tables or {}).get(what, {})

@@ -59,7 +59,7 @@ def server(
     Raises:
         Pi0Error: it does not start; the sentence is its own.
     """
-    command = [*before, sys.executable, "-m", "pi0.cli.main", "serve", checkpoint]
+    command = [*before, sys.executable, "-m", "pi0", "serve", checkpoint]
     command += ["--port", str(port), *words]
     with (
         tempfile.TemporaryFile("w+") as log,

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pi0.checkpoint.files import require_writable
 from pi0.errors import ConfigError
 from pi0.train.log import Entry, TrainingLog
 from pi0.train.prepare import Run
@@ -75,6 +76,11 @@ def train(
         state = load_state(out / STATE_FILE)
         _require_same(state["settings"], settings)
         trainer.restore(state)
+    if processes.first:
+        # At the least: weights, the optimizer's two moments, the moving average.
+        kept = 4 if trainer.average else 3
+        size = kept * sum(p.nbytes for p in trainer.parameters.values())
+        require_writable(out / STATE_FILE, size=size)
     log = (
         TrainingLog(out, trainer.done, trainer.samples.options.batch_size)
         if processes.first

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pi0.errors import ConfigError, Pi0Error, install_hint
 
 OBJECT_STORE = 200 << 20  # bytes, where Ray is started here; an observation is a few megabytes
+NICENESS = "RAY_worker_niceness"
 REACH = 10.0  # seconds in which a cluster that is named must take a connection
 
 
@@ -68,6 +69,7 @@ def connect() -> bool:
         except ConnectionError:
             if named:
                 raise
+            os.environ.setdefault(NICENESS, "0")  # Ray's own is 15: behind everything else here
             ray.init(object_store_memory=OBJECT_STORE, include_dashboard=False, **quiet)
             return True
     except Exception as error:  # a node that is slow to start is an Exception, of no class

@@ -145,6 +145,9 @@ def check_python(command: Command) -> None:
         return
     assert (ROOT / script).exists(), f"{command}: {script} does not exist"
     source = (ROOT / script).read_text()
+    for name in re.findall(r"^from (\w+) import", source, re.MULTILINE):
+        beside = (ROOT / script).with_name(f"{name}.py")  # options that scripts share
+        source += beside.read_text() if beside.exists() else ""
     for word in command.words[2:]:
         if word.startswith("--"):
             assert f'"{word.partition("=")[0]}"' in source, f"{command}: no {word}"

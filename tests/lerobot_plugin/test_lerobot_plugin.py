@@ -268,30 +268,61 @@ def test_other_cameras_and_no_checkpoint(ours: Pi0rtPolicy, processors: Any) -> 
         ours.forward({})
 
 
-def run_lerobot_eval(folder: Path, home: Path, *options: str) -> float:
-    """What its environment paid, in LeRobot's own command."""
-    out = home / "-".join(("out", *(str(len(option)) for option in options)))
+def run_lerobot(command: str, folder: Path, home: Path, *options: str) -> None:
+    """LeRobot's own command, without a hub."""
     snapshot = home / "hub" / TOKENIZER / "snapshots" / "0"
     if not snapshot.exists():
         tokenizer_of(folder).save_pretrained(snapshot)
         (snapshot / "config.json").write_text('{"model_type": "paligemma"}')  # as on the hub
         (home / "hub" / TOKENIZER / "refs").mkdir()
         (home / "hub" / TOKENIZER / "refs" / "main").write_text("0")
-    command = [sys.executable, "-c", "from lerobot.scripts.lerobot_eval import main; main()"]
-    arguments = [
-        *("--env.type=dots", "--env.discover_packages_path=dots_env"),
-        *("--eval.n_episodes=1", "--eval.batch_size=1", "--policy.device=cpu", "--seed=1000"),
-        *(f"--output_dir={out}", *options),
-    ]
+    code = f"from lerobot.scripts.{command} import main; main()"
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     settings = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
     done = subprocess.run(
-        [*command, *arguments], env={**os.environ, **settings}, capture_output=True, text=True
+        [sys.executable, "-c", code, "--policy.device=cpu", *options],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def run_lerobot_eval(folder: Path, home: Path, *options: str) -> float:
+    """What its environment paid, in LeRobot's own command."""
+    out = home / "-".join(("out", *(str(len(option)) for option in options)))
+    arguments = [
+        *("--env.type=dots", "--env.discover_packages_path=dots_env"),
+        *("--eval.n_episodes=1", "--eval.batch_size=1", "--seed=1000"),
+        *(f"--output_dir={out}", *options),
+    ]
+    run_lerobot("lerobot_eval", folder, home, *arguments)
     (episode,) = json.loads((out / "eval_info.json").read_text())["per_task"]
     (paid,) = episode["metrics"]["sum_rewards"]
     return float(paid)
+
+
+@pytest.mark.parametrize("inference", ["sync", "rtc"])
+def test_lerobot_rollout(folder: Path, tmp_path: Path, inference: str) -> None:
+    """By name on an unmodified checkpoint, a robot of LeRobot is sent the actions of chunks.
+
+    Which ones, nobody knows beforehand: the command draws noise without a seed.
+    """
+    log = tmp_path / "actions"
+    run_lerobot(
+        "lerobot_rollout",
+        folder,
+        tmp_path,
+        *("--policy.type=pi0rt", f"--policy.pretrained_path={folder}", f"--task={TASK}"),
+        *("--robot.type=dots", "--robot.discover_packages_path=dots_robot", f"--robot.log={log}"),
+        *(f"--inference.type={inference}", "--fps=10", "--duration=4", "--play_sounds=false"),
+        "--return_to_initial_position=false",
+    )
+    sent = np.array([json.loads(line) for line in log.read_text().splitlines()])
+    assert len(sent) > 3
+    assert sent.shape[1] == WIDTH
+    assert np.isfinite(sent).all()
+    assert (np.ptp(sent, axis=0) > 0).all()  # a chunk, and no action again and again
 
 
 def test_lerobot_eval(theirs: Any, processors: Any, folder: Path, tmp_path: Path) -> None:

@@ -74,6 +74,12 @@ def test_certificates(tmp_path: Path) -> None:
     assert make_tls(cert, key)
     with pytest.raises(ConfigError, match="expected both or neither"):
         make_tls(cert, None)
-    for wrong in (cert, tmp_path / "none", written(tmp_path / "text", "text")):
-        with pytest.raises(ConfigError, match="--tls-cert, --tls-key: expected a certificate"):
+    (tmp_path / "other").mkdir()
+    for wrong, found in (
+        (cert, r"one is not such a file"),
+        (written(tmp_path / "text", "text"), r"one is not such a file"),
+        (tmp_path / "none", r"No such file or directory"),
+        (certificate(tmp_path / "other")[1], r"the key is another certificate's"),
+    ):
+        with pytest.raises(ConfigError, match=rf"expected a certificate and .* \({found}\)\.$"):
             make_tls(cert, wrong)

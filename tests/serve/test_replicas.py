@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import urllib.request
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -37,12 +39,12 @@ from pi0.cli.main import main
 from pi0.data import Dataset
 from pi0.errors import ConfigError, EngineError, Pi0Error
 from pi0.policy import Policy, PolicyOptions, RealTimeChunking
-from pi0.serve import record
-from pi0.serve import replicas as module
+from pi0.serve import cluster, record
 from pi0.serve.answer import Answer
 from pi0.serve.client import ServerPolicy
+from pi0.serve.cluster import Scale, require_ray
 from pi0.serve.options import ServeOptions
-from pi0.serve.replicas import PolicyReplica, Recipe, Replicas, Scale, require_ray
+from pi0.serve.replicas import PolicyReplica, Recipe, Replicas
 from pi0.serve.wire import MessageLimits, pack
 
 
@@ -315,7 +317,7 @@ def test_scale_and_missing_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="at least --replicas \\(4\\), found 2"):
         Scale(4, 2)
     monkeypatch.setattr(
-        module, "find_spec", lambda name: None if name == "ray" else find_spec(name)
+        cluster, "find_spec", lambda name: None if name == "ray" else find_spec(name)
     )
     with pytest.raises(Pi0Error, match=r"expected the package ray.*pi0\[ray\]"):
         require_ray()
@@ -324,7 +326,42 @@ def test_scale_and_missing_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_room_is_checked_before_ray_waits() -> None:
     stopped: list[bool] = []
     with pytest.raises(ConfigError, match="a Ray cluster with 4 CPUs for 2 replicas, found 2"):
-        module._require_room({"CPU": 2.0}, Scale(2, cpus=2), lambda: stopped.append(True))
+        cluster.require_room({"CPU": 2.0}, Scale(2, cpus=2), lambda: stopped.append(True))
     assert stopped
-    module._require_room({"CPU": 4.0}, Scale(2, cpus=2), lambda: stopped.append(True))
+    cluster.require_room({"CPU": 4.0}, Scale(2, cpus=2), lambda: stopped.append(True))
     assert len(stopped) == 1
+
+
+class NoRay(ModuleType):
+    """A Ray that neither joins a cluster nor starts, as it says itself."""
+
+    def __init__(self, starts: Exception) -> None:
+        super().__init__("ray")
+        self._starts = starts
+
+    def init(self, address: str | None = None, **_: Any) -> None:
+        assert address or os.environ[cluster.NICENESS] == "0"  # as soon as others here
+        raise ConnectionError(f"no node at {address}") if address else self._starts
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("auto", r"a Ray cluster at RAY_ADDRESS, auto, found an error: no node"),
+        ("127.0.0.1:1", r"RAY_ADDRESS: .* at 127\.0\.0\.1:1, found none \(.*refused\)"),
+        ("ray://no.such.host.invalid:1", r"RAY_ADDRESS: .* found none"),
+        ("127.0.0.1:99999", r"RAY_ADDRESS: .* found none"),
+        (None, r"Ray to start here, found an error: The node timed out\. Start it"),
+    ],
+)
+def test_a_ray_that_does_not_start_is_one_sentence(
+    address: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody wants another in the place of a cluster that is named."""
+    monkeypatch.setitem(sys.modules, "ray", NoRay(Exception("The node timed out.")))
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    monkeypatch.setattr(os, "environ", kept)
+    if address:
+        kept["RAY_ADDRESS"] = address
+    with pytest.raises(Pi0Error, match=message):
+        cluster.connect()

@@ -125,7 +125,7 @@ def test_answers_are_those_of_the_policy(served: tuple[str, Path]) -> None:
     """Errors are sentences of the policy, wherever it runs."""
     with open_client(served[0]) as client:
         answer(client)
-        client.send(pack({**OBSERVATION, "state": np.zeros(3)}))
+        client.send(pack({**OBSERVATION, "state": np.zeros(33)}))
         assert answer(client).startswith("state: expected")
         client.send(pack(OBSERVATION))
         timing = (got := answer(client))["policy_timing"]

@@ -175,7 +175,8 @@ def serve(
         spec = choose_engine(engine, opened.config, dtype, device, size)
         find_engine(spec.name).check_batch(batch)
         if replicas is not None:
-            from pi0.serve.replicas import Recipe, Scale, start_replicas
+            from pi0.serve.cluster import Scale
+            from pi0.serve.replicas import Recipe, start_replicas
 
             given = steps, on_limit, horizon, max_tokens, base, rtc, weight_cache, limits, batch
             recipe = Recipe(opened.path, wishes, spec.label, *given)

@@ -129,9 +129,13 @@ def make_tls(certificate: Path | None, key: Path | None) -> ssl.SSLContext | Non
     try:
         context.load_cert_chain(certificate, key, password=_no_password)
     except OSError as error:
+        reason = error.strerror
+        if isinstance(error, ssl.SSLError):
+            mismatch = error.reason == "KEY_VALUES_MISMATCH"
+            reason = "the key is another certificate's" if mismatch else "one is not such a file"
         raise ConfigError(
             f"--tls-cert, --tls-key: expected a certificate and its private key in PEM form, found "
-            f"{certificate} and {key} ({error.strerror or error})."
+            f"{certificate} and {key} ({reason})."
         ) from error
     return context
 

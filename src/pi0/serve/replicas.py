@@ -15,13 +15,12 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pi0.errors import ConfigError, Pi0Error, install_hint
+from pi0.errors import Pi0Error
 from pi0.policy import Pipeline, PolicyOptions, PolicyRecipe, Robot
 from pi0.serve.answer import (
     AbandonedError,
@@ -33,12 +32,12 @@ from pi0.serve.answer import (
     check_any,
     failure,
 )
+from pi0.serve.cluster import Scale, connect, reason, require_ray, require_room
 from pi0.serve.extras import split_extras
 from pi0.serve.wire import MessageLimits, unpack
 
 logger = logging.getLogger("pi0.serve")
 POLL = 0.05  # seconds between two looks whether an answer is still wanted
-OBJECT_STORE = 200 << 20  # bytes, where Ray is started here; an observation is a few megabytes
 START_TIMEOUT = 1800.0  # seconds: large weights from a slow disk
 LOST = (
     "server: expected an answer, found that two replicas were lost while they computed it. Send "
@@ -67,32 +66,6 @@ class Recipe(PolicyRecipe):
             base=self.base and Path(self.base).expanduser().absolute(),
             options=PolicyOptions(**options),
         )
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How many replicas there are, and what each of them gets.
-
-    Attributes:
-        replicas: how many, or with `most` the fewest.
-        most: at most so many, as load asks; None: always `replicas`.
-        cpus, gpus: of a replica; CPUs are threads, too.
-        name: of Ray's application, one for each server of a cluster.
-    """
-
-    replicas: int
-    most: int | None = None
-    cpus: int = 1
-    gpus: int = 0
-    name: str = "pi0"
-
-    def __post_init__(self) -> None:
-        """Raises ConfigError for numbers that contradict each other."""
-        if self.most is not None and self.most < self.replicas:
-            raise ConfigError(
-                f"--max-replicas: expected at least --replicas ({self.replicas}), found "
-                f"{self.most}."
-            )
 
 
 class PolicyReplica:
@@ -232,8 +205,8 @@ class Replicas:
                 try:
                     answers = self._wait(requests, fields)
                 except self._lost as error:
-                    reason = _reason(error).partition(". ")[0]  # of several with addresses
-                    logger.warning("a replica was lost while it computed (%s)", reason)
+                    said = reason(error).partition(". ")[0]  # of several with addresses
+                    logger.warning("a replica was lost while it computed (%s)", said)
                 else:
                     for request, answer in zip(requests, answers, strict=True):
                         self._remember(request, answer)
@@ -301,7 +274,7 @@ def start_replicas(recipe: Recipe, pipeline: Pipeline, scale: Scale, seed: int =
     from ray import serve
     from ray.exceptions import RayActorError
 
-    started = _connect()
+    started = connect()
     most = scale.most or scale.replicas
     count: dict[str, Any] = {"num_replicas": scale.replicas}
     if scale.most is not None:
@@ -314,7 +287,7 @@ def start_replicas(recipe: Recipe, pipeline: Pipeline, scale: Scale, seed: int =
             serve.shutdown()
         ray.shutdown()
 
-    _require_room(ray.cluster_resources(), scale, ray.shutdown)
+    require_room(ray.cluster_resources(), scale, ray.shutdown)
     serve.start(proxy_location="Disabled")  # robots speak to this server, not to Ray's
     deployment = serve.deployment(
         PolicyReplica,
@@ -334,19 +307,10 @@ def start_replicas(recipe: Recipe, pipeline: Pipeline, scale: Scale, seed: int =
         if not isinstance(error, Exception):
             raise
         raise Pi0Error(
-            f"--replicas: expected {scale.replicas} to start, found an error: {_reason(error)}."
+            f"--replicas: expected {scale.replicas} to start, found an error: {reason(error)}."
         ) from error
     said = pipeline, recipe.limits, described, most, seed, RayActorError, stop
     return Replicas(handle.answer.remote, *said)
-
-
-def require_ray() -> None:
-    """Raises Pi0Error if Ray is not installed."""
-    if find_spec("ray") is None:
-        raise Pi0Error(
-            "--replicas: expected the package ray, which the extra pi0[ray] brings, found none. "
-            f"{install_hint('ray')}"
-        )
 
 
 def _absolute(value: Any) -> Any:
@@ -354,34 +318,3 @@ def _absolute(value: Any) -> Any:
     if isinstance(value, (str, Path)) and Path(value).expanduser().is_file():
         return Path(value).expanduser().absolute()
     return value
-
-
-def _connect() -> bool:
-    """Connects to Ray; whether one was started for that."""
-    import ray
-
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    try:
-        ray.init(address="auto", **quiet)
-    except ConnectionError:
-        ray.init(object_store_memory=OBJECT_STORE, include_dashboard=False, **quiet)
-        return True
-    return False
-
-
-def _require_room(resources: Mapping[str, float], scale: Scale, leave: Callable[[], None]) -> None:
-    """Leaves, and raises ConfigError, if the cluster can never hold so many: Ray would wait."""
-    for what, each in (("CPU", scale.cpus), ("GPU", scale.gpus)):
-        have = resources.get(what, 0)
-        if each * scale.replicas > have:
-            leave()
-            raise ConfigError(
-                f"--replicas: expected a Ray cluster with {each * scale.replicas} {what}s for "
-                f"{scale.replicas} replicas, found {have:g}. Ask for fewer, or add machines."
-            )
-
-
-def _reason(error: Exception) -> str:
-    """The last line of what Ray says, which is the error itself."""
-    lines = str(error).strip().splitlines()
-    return (lines[-1] if lines else type(error).__name__).strip().rstrip(".")

@@ -28,6 +28,13 @@ READABLE_SCALAR = re.compile(r"[<>|=]?[biuf]\d{1,2}", re.ASCII)
 MAX_DIMENSIONS = 8
 MAX_LIST = 1024  # values in one list or map
 LAST_CODE_POINT = 0x10FFFF
+# What msgpack says, and what that means to whoever sent it.
+MEANINGS = {
+    r".*incomplete input.*": "one that is cut off",
+    r"\d+ exceeds max_ext_len.*": "an extension type",
+    r"(\d+) exceeds max_array_len\((\d+)\)": r"a list of \1 values, which may have \2",
+    r"(\d+) exceeds max_map_len\((\d+)\)": r"a map of \1 keys, which may have \2",
+}
 
 
 @dataclass(frozen=True)
@@ -216,6 +223,11 @@ def _reason(error: Exception) -> str:
         return "too many lists inside each other"
     if isinstance(error, msgpack.exceptions.ExtraData):
         return "more bytes after its end"
+    if isinstance(error, msgpack.exceptions.FormatError):
+        return "bytes that are no msgpack"
+    for said, meaning in MEANINGS.items():
+        if found := re.fullmatch(said, str(error)):
+            return found.expand(meaning)
     return (str(error) or type(error).__name__).rstrip(".").lower()
 
 

@@ -1,6 +1,6 @@
 """A policy behind `pi0 serve`, as a program that has pi0 sees it: `infer` as of a `Policy`.
 
-Robots need nothing of it: openpi's client, or thirty lines (`examples/robot_client.py`), will do.
+Robots need nothing of it: openpi's client, or forty lines (`examples/robot_client.py`), will do.
 """
 
 from __future__ import annotations

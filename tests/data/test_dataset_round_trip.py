@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from dataset_folder import BASE, SCHEMA, WRIST, psnr, recording, write_folder
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pi0.data import Dataset, Recording, Schema, finish, shard_episodes, write_shard
@@ -185,6 +185,7 @@ TINY = Schema(30, "r", {}, {"action": ("a", "b"), "aux.count": ("n",)})
     seed=st.integers(0, 2**32 - 1),
     words=st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=3),
 )
+@example(lengths=[[1]], seed=0, words=["\0"])
 def test_any_lengths_and_texts(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[list[int]], seed: int, words: list[str]
 ) -> None:
@@ -194,7 +195,7 @@ def test_any_lengths_and_texts(
     for index, shard in enumerate(lengths):
         new = [
             Recording(
-                str(rng.choice(words)),
+                words[rng.integers(len(words))],
                 {},
                 {"action": rng.normal(size=(n, 2)), "aux.count": rng.integers(-9, 9, n)},
             )

@@ -3,6 +3,7 @@
     python parity/run.py                          # minutes, 17 GiB of memory, 7.3 GB of disk
     python parity/run.py --sizes tiny pi05_tiny   # seconds
     python parity/run.py --sizes pi05_wide        # the published widths, two layers: 7 GiB
+    python parity/run.py --dtypes float32         # for processors that emulate bfloat16, slowly
 
 One process at a time. Checkpoints that lie in the work folder already (WORKDIR/pi05_base) are used
 and stay; a full-size one that was made here is removed when it is done. Exits 1 if an
@@ -273,11 +274,14 @@ def main() -> None:
     default = ROOT / "out" / "parity"
     parser.add_argument("--workdir", type=Path, default=default, metavar="FOLDER", help=help_folder)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "parity.md", metavar="PAGE.md")
+    help_dtypes = "that ours runs in; default: float32, at full size bfloat16 too"
+    parser.add_argument("--dtypes", nargs="+", choices=BOTH, default=BOTH, help=help_dtypes)
     options = parser.parse_args()
     rows: list[Row] = []
     skipped: dict[str, str] = {}
     for name in options.sizes:
         size = SIZES[name]
+        size = replace(size, dtypes=tuple(d for d in size.dtypes if d in options.dtypes))
         with checkpoint_of(size, options.workdir / name) as checkpoint:
             more, why = compare(size, checkpoint)
         rows, skipped = rows + more, skipped | why

@@ -415,9 +415,12 @@ def test_nothing_is_half_written(
 
     monkeypatch.setattr(module, "_values", fail)
     expected = Pi0Error if isinstance(failure, OSError) else KeyboardInterrupt
-    with pytest.raises(expected):
+    with pytest.raises(expected) as error:
         run(sources["openpi"], tmp_path / "deep" / "out", target)
     assert list(tmp_path.iterdir()) == []
+    if isinstance(failure, OSError):  # of the name that was asked for, not of a temporary one
+        assert str(error.value).startswith(f"{tmp_path}/deep/out")
+        assert ".part" not in str(error.value)
 
 
 def test_out_that_somebody_else_has_filled_meanwhile(

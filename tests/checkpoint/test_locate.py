@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from pi0.checkpoint.load import load_model, open_checkpoint
-from pi0.errors import CheckpointError
+from pi0.errors import CheckpointError, ConfigError
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 7022134\n"
 INDEX = "model.safetensors.index.json"
@@ -104,6 +104,74 @@ def test_steps_of_an_openpi_run(tmp_path: Path) -> None:
     for above in (tmp_path, tmp_path / "pi0_libero", tmp_path / "pi0_libero" / "mine"):
         assert "2 in folders below. Name one, such as" in refused(above)
         assert f"{tmp_path}/pi0_libero/mine/10000." in refused(above)
+
+
+def test_runs_far_below(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "outputs" / "train" / "2026-11-26" / "12-00-00_pi0" / "checkpoints"
+    shutil.copytree(folder, run / "000200" / "pretrained_model")
+    adapter = run / "000100" / "pretrained_model" / "adapter_model.safetensors"
+    adapter.parent.mkdir(parents=True)
+    adapter.touch()
+    (tmp_path / "outputs" / "again").symlink_to(tmp_path / "outputs")  # leads in a circle
+    assert f"but 2 in folders below. Name one, such as {run / '000200'}." in refused(
+        tmp_path / "outputs"
+    )
+    shutil.rmtree(run / "000200")
+    assert f"Name one, such as {run / '000100'}." in refused(run)
+
+
+def test_parts_of_a_checkpoint(folder: Path, tmp_path: Path) -> None:
+    for part in ("assets", "assets/synthetic"):
+        assert f"Name the checkpoint that it is a part of: {folder}." in refused(folder / part)
+    step = tmp_path / "005000"
+    state = step / "training_state"
+    shutil.copytree(folder, step / "pretrained_model")
+    state.mkdir()
+    for name in ("optimizer_state.safetensors", "rng_state.safetensors"):
+        (state / name).touch()
+    assert f"Name the checkpoint that it is a part of: {step}." in refused(state)
+
+
+def test_link_above_that_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "last").symlink_to("020000")
+    for path in ("last", "last/pretrained_model"):
+        assert "link to 020000, which is not there" in refused(tmp_path / path)
+
+
+@pytest.mark.parametrize("name", ["pi0_base.tar", "pi0_base.tar.gz", "pi0.zip"])
+def test_archives(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"PK\x03\x04rest")
+    for path in (tmp_path, tmp_path / name):
+        assert f"found the archive {name}. Unpack it" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("start", "found"),
+    [
+        (b"GGUF\3\0\0\0", "a GGUF file"),
+        (b"\x89HDF\r\n", "an HDF5 file"),
+        (b"\x1f\x8b\x08", "a compressed file. Unpack it"),
+        (b"PK\x03\x04", "a pickle of PyTorch or another zip archive"),
+    ],
+)
+def test_files_of_other_kinds(folder: Path, start: bytes, found: str) -> None:
+    (folder / "model.safetensors").write_bytes(start + bytes(100))
+    assert f"expected a complete safetensors file, found {found}" in refused(folder)
+
+
+def test_errors_name_the_checkpoint(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text('{"type": "pi0_fast"}')
+    with pytest.raises(ConfigError) as error:
+        open_checkpoint(folder)
+    assert str(error.value).startswith(
+        f"{folder}: config.json type: expected one of pi0, pi05, found 'pi0_fast'. Other models "
+    )
+    (folder / "config.json").write_text(config)
+    save_file({"x": load_file(weights)["action_out_proj.bias"]}, weights)
+    for path in (folder, weights):
+        assert refused(path).startswith(f"{path}: tensor names: expected")
 
 
 def test_params_beside_safetensors(folder: Path) -> None:

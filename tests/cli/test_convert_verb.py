@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,8 @@ import torch
 from jax_folder import copy_oracle
 from safetensors.torch import load_file
 from test_cli import pi0, refused
+
+from pi0.checkpoint.load import Checkpoint
 
 
 @pytest.fixture
@@ -40,6 +45,30 @@ def test_verb(source: Path, tmp_path: Path) -> None:
 def test_refused(words: list[str], message: str, source: Path, tmp_path: Path) -> None:
     assert message in refused("convert", source, tmp_path / "out", *words)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("target", ["openpi", "lerobot", "jax"])
+def test_interrupted_in_the_middle(
+    target: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Checkpoint.stream
+
+    def interrupted(self: Checkpoint) -> Iterator[tuple[str, slice, torch.Tensor]]:
+        for count, part in enumerate(stream(self)):
+            if count == 40:
+                os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does
+            yield part
+
+    monkeypatch.setattr(Checkpoint, "stream", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored
+    try:
+        done = pi0("convert", source, tmp_path / "out", "--to", target)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_a_horizon_that_is_stated_is_written(source: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pi0.checkpoint.damage import describe_json, describe_safetensors
 from pi0.errors import CheckpointError, Pi0Error, human_bytes
 
 SLAB_BYTES = 64 << 20
@@ -34,9 +35,6 @@ BITS = {"F64": 64, "I64": 64, "U64": 64, "F16": 16, "BF16": 16, "I16": 16, "U16"
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 WRITTEN = {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32,
            "F8_E4M3": torch.float8_e4m3fn}  # fmt: skip
-LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
-LFS_HINT = "a Git LFS pointer. Fetch the file that it stands for: git lfs pull."
-PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x04")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # numpy raises without a number
 DTYPE_NAMES = {dtype: name for name, dtype in (TORCH_DTYPES | WRITTEN).items()}
 
@@ -222,11 +220,13 @@ def new_folder(path: Path, size: int) -> Iterator[Path]:
             yield temporary
             _refuse_full(path, target)  # by another process meanwhile
             temporary.replace(target)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
             with contextlib.suppress(OSError):  # somebody else has put something there
                 for folder in made:
                     folder.rmdir()
+            if isinstance(error, Pi0Error):  # of a file inside, whose name users never see
+                error.args = (str(error).replace(str(temporary), str(path)),)
             raise
 
 
@@ -325,7 +325,7 @@ def read_json(path: Path) -> dict[str, object]:
     except RecursionError as error:
         raise CheckpointError(f"{path}: expected JSON, found lists nested too deeply.") from error
     except ValueError as error:  # no JSON, no UTF-8, or a number of thousands of digits
-        found = LFS_HINT if _start(path) == LFS_POINTER else f"{error}."
+        found = describe_json(path, error)
         raise CheckpointError(f"{path}: expected JSON, found {found}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found a {type(value).__name__}.")
@@ -368,32 +368,9 @@ def _open(file: Path) -> Iterator[safe_open]:
         with safe_open(file, framework="pt") as handle:
             yield handle
     except SafetensorError as error:
-        raise CheckpointError(f"{file}: {_describe_damage(file, error)}") from error
+        raise CheckpointError(f"{file}: {describe_safetensors(file, error)}") from error
     except OSError as error:
         raise CheckpointError(
             f"{file}: expected a safetensors file that can be read, found: "
             f"{error.strerror or error}."
         ) from error
-
-
-def _describe_damage(file: Path, error: SafetensorError) -> str:
-    """What a file is that is no safetensors file."""
-    start = _start(file)
-    expected = "expected a complete safetensors file"
-    if not start:
-        return f"{expected}, found an empty file. Copy or download it again."
-    if start.startswith(LFS_POINTER):
-        return f"{expected}, found {LFS_HINT}"
-    if start.lstrip().startswith(b"<"):
-        return f"{expected}, found a web page. Download the file itself."
-    if start.startswith(PICKLE_STARTS):
-        return f"{expected}, found a pickle of PyTorch. Save it as safetensors first."
-    if start[8:9] not in b"{":  # after the length of the header
-        return f"{expected}, found another kind of file. Name a checkpoint's folder or weights."
-    found = f"found {file.stat().st_size} bytes of a truncated or damaged one ({error})"
-    return f"{expected}, {found}. Copy or download it again."
-
-
-def _start(file: Path) -> bytes:
-    with open(file, "rb") as handle:
-        return handle.read(len(LFS_POINTER))

@@ -228,7 +228,7 @@ def _read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             field, first, second = _in_words(name, declared[name], value)
             raise ConfigError(
                 f"config.json: expected one value for {field}, found {first} and {second} (under "
-                f"{source})."
+                f"{source}). Remove the one that is wrong."
             )
 
     for name, paths in CONFIG_JSON.items():
@@ -263,7 +263,9 @@ def _in_words(name: str, *values: Any) -> list[Any]:
 def _one_of(known: Mapping[str, T], key: str, value: Any) -> T:
     if not isinstance(value, str) or value not in known:
         raise ConfigError(
-            f"config.json {key}: expected one of {', '.join(known)}, found {_short(value)}."
+            f"config.json {key}: expected one of {', '.join(known)}, found {_short(value)}. Other "
+            "models are not read; if this is none, put the config.json that belongs to it beside "
+            "the weights."
         )
     return known[value]
 

@@ -7,6 +7,7 @@ dtype is one error that lists what is wrong.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from pi0.checkpoint.lora import Adapter, open_adapter
 from pi0.checkpoint.memory import require_memory
 from pi0.checkpoint.orbax import MANIFEST
 from pi0.config import Pi0Config
-from pi0.errors import CheckpointError
+from pi0.errors import CheckpointError, Pi0Error
 from pi0.findings import Finding, warning
 from pi0.model import Pi0
 from pi0.model.precision import set_dtype
@@ -228,15 +229,17 @@ def open_checkpoint(
     if adapter and os.path.lexists(adapter.folder / CONFIG):
         config_json = adapter.folder / CONFIG
     settings = read_json(config_json) if os.path.lexists(config_json) else {}
-    params = open_params(sources.params, settings) if sources.params else None
-    tensors = params.tensors if params else read_headers(sources.files, sources.shards)
-    names = params.names if params else map_names(tensors)
+    with _naming(sources.path):
+        params = open_params(sources.params, settings) if sources.params else None
+        tensors = params.tensors if params else read_headers(sources.files, sources.shards)
+        names = params.names if params else map_names(tensors)
     if adapter:
         tensors, names = adapter.apply(tensors, names)
     shapes = {ours: tensors[theirs].shape for theirs, ours in names.ours.items()}
+    stated = {"horizon": horizon, "max_tokens": max_tokens}
     try:
-        stated = {"horizon": horizon, "max_tokens": max_tokens}
-        inferred = infer_config(shapes, settings, stated, params.heads if params else {})
+        with _naming(config_json.parent):
+            inferred = infer_config(shapes, settings, stated, params.heads if params else {})
     except MissingTensorError as error:
         layout = LAYOUTS.get(names.layout, LAYOUTS["openpi"])
         raise CheckpointError(
@@ -246,6 +249,17 @@ def open_checkpoint(
         ) from error
     where = adapter.folder if adapter else sources.path
     return Checkpoint(where, tensors, names, inferred, settings, adapter, params)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Adds to an error which checkpoint it is about, since a command may read several."""
+    try:
+        yield
+    except Pi0Error as error:
+        if not str(error).startswith(str(path.parent if path.is_file() else path)):
+            error.args = (f"{path}: {error}",)
+        raise
 
 
 def empty_model(config: Pi0Config, dtype: torch.dtype) -> Pi0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,16 @@ JAX_FILES = ("_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA")
 # Any of them shows that a folder holds a checkpoint.
 CHECKPOINT_FILES = (
     WEIGHTS, INDEX, f"{PRETRAINED}/{WEIGHTS}", f"{PRETRAINED}/{INDEX}",
+    ADAPTER_WEIGHTS, f"{PRETRAINED}/{ADAPTER_WEIGHTS}",
     *(f"{PARAMS}/{name}" for name in JAX_FILES),
 )  # fmt: skip
+# Safetensors files that are no weights: adapters, and what a LeRobot run needs to go on.
+NO_WEIGHTS = (*ADAPTER_FILES, "optimizer_state.safetensors", "rng_state.safetensors")
+MOST_FOLDERS = 1000  # that are looked into for something to name
 SHIPPED = "shipped"  # a folder of the package
 SHIPPED_POLICIES = ("tabletop",)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+ARCHIVES = (".tar", ".tgz", ".gz", ".zst", ".xz", ".bz2", ".zip", ".7z")
 TOKENIZER = (
     "The tokenizer is a file of its own: paligemma_tokenizer.model from gs://big_vision, or "
     "google/paligemma-3b-pt-224 on the hub, where Gemma's licence has to be accepted."
@@ -159,7 +165,7 @@ def _loose(folder: Path) -> list[Path]:
         file
         for file in folder.glob("*.safetensors")
         # macOS puts ._NAME beside a file that it packs.
-        if not file.name.startswith(("policy_", ".")) and file.name not in ADAPTER_FILES
+        if not file.name.startswith(("policy_", ".")) and file.name not in NO_WEIGHTS
     )
 
 
@@ -217,6 +223,8 @@ def _single(path: Path) -> Sources:
         )
     if path.suffix in PICKLES:
         raise CheckpointError(f"{path}: {EXPECTED}, {_pickle(path)}")
+    if path.suffix in ARCHIVES:
+        raise CheckpointError(f"{path}: {EXPECTED}, {_archive(path)}")
     if (shard := SHARD.fullmatch(path.name)) and int(shard["count"]) > 1:
         raise CheckpointError(
             f"{path}: {EXPECTED}, found one of {int(shard['count'])} shards. Name the folder that "
@@ -281,8 +289,10 @@ def _hub_download(repository: str) -> str:
 
 
 def _nothing_there(path: Path) -> str:
-    if path.is_symlink():
-        return f"{EXPECTED}, found a link to {os.readlink(path)}, which is not there."
+    for link in (path, *path.parents):
+        if link.is_symlink() and not link.exists():
+            which = "a link" if link == path else f"that {link} is a link"
+            return f"{EXPECTED}, found {which} to {os.readlink(link)}, which is not there."
     found = f"{EXPECTED}, found nothing there."
     if not HUB_ID.fullmatch(str(path)) or path.parent.exists() or path.suffix == ".safetensors":
         return found
@@ -315,27 +325,43 @@ def _other_contents(path: Path) -> str:
     inner = sorted(_checkpoints_in(path), key=_by_number)
     if inner:
         return f"found none, but {len(inner)} in folders below. Name one, such as {inner[-1]}."
-    pickles = [path / name for name in names if Path(name).suffix in PICKLES]
-    if pickles:
-        return _pickle(pickles[0])
+    for kind, hint in ((PICKLES, _pickle), (ARCHIVES, _archive)):
+        for name in names:
+            if Path(name).suffix in kind:
+                return hint(path / name)
+    above = next((f for f in path.absolute().parents[:2] if _is_checkpoint(f)), None)
+    if above:
+        return f"found none. Name the checkpoint that it is a part of: {above}."
     return "found none." if names else "found none: the folder is empty."
 
 
-def _checkpoints_in(folder: Path, depth: int = 3) -> Iterator[Path]:
-    """Folders below that are worth naming: steps of training runs, snapshots of the hub."""
-    for inner in folder.iterdir():
-        if not (inner.is_dir() and os.access(inner, os.R_OK | os.X_OK)):
-            continue
-        if any((inner / name).exists() for name in CHECKPOINT_FILES):
-            yield inner
-        elif depth > 1:
-            yield from _checkpoints_in(inner, depth - 1)
+def _is_checkpoint(folder: Path) -> bool:
+    return any((folder / name).exists() for name in CHECKPOINT_FILES)
+
+
+def _checkpoints_in(folder: Path) -> Iterator[Path]:
+    """Folders below that are worth naming: steps of training runs, snapshots of the hub; the
+    nearest first, in as many folders as can be looked into at once."""
+    waiting, known = deque([folder]), {folder.resolve()}
+    while waiting and len(known) < MOST_FOLDERS:
+        for inner in sorted(waiting.popleft().iterdir()):
+            if not (inner.is_dir() and os.access(inner, os.R_OK | os.X_OK)):
+                continue
+            if _is_checkpoint(inner):
+                yield inner
+            elif inner.resolve() not in known:  # a link may lead back
+                known.add(inner.resolve())
+                waiting.append(inner)
 
 
 def _by_number(path: Path) -> tuple[tuple[int, str], ...]:
     """A key that sorts step 10000 after step 5000."""
     parts = re.split(r"(\d+)", str(path))
     return tuple((int(part), "") if part.isdigit() else (-1, part) for part in parts)
+
+
+def _archive(path: Path) -> str:
+    return f"found the archive {path.name}. Unpack it, and name the folder that was packed."
 
 
 def _pickle(path: Path) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pi0.checkpoint.files import LFS_HINT, LFS_POINTER
+from pi0.checkpoint.damage import LFS_HINT, LFS_POINTER
 from pi0.config import PALIGEMMA_VOCABULARY
 from pi0.errors import ObservationError, Pi0Error
 from pi0.policy.normalize import Floats

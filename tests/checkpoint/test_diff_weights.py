@@ -63,7 +63,7 @@ def test_slabs_of_different_lengths(
 ) -> None:
     synthesise(tmp_path, PRESETS["tiny"], LAYOUTS["lerobot"], seed=1, dtype=torch.bfloat16)
     whole = diff(tiny_path, tmp_path)
-    monkeypatch.setattr(files, "ROWS_BYTES", 1000)
+    monkeypatch.setattr(files, "SLAB_BYTES", 1000)
     parts = diff(tiny_path, tmp_path)
     assert [d.name for d in parts.differences] == [d.name for d in whole.differences]
     assert parts.differences[0].rel_l2 == pytest.approx(whole.differences[0].rel_l2)

@@ -28,8 +28,6 @@ from pi0.checkpoint.damage import describe_json, describe_safetensors
 from pi0.errors import CheckpointError, Pi0Error, human_bytes
 
 SLAB_BYTES = 64 << 20
-# Handed out at a time: a cache still holds them from the check when they are copied.
-ROWS_BYTES = 4 << 20
 CACHE_LINE = 64  # bytes of a processor's cache line, where vectors are read fastest
 # Of safetensors' dtypes; the model reads only those in TORCH_DTYPES.
 BITS = {"F64": 64, "I64": 64, "U64": 64, "F16": 16, "BF16": 16, "I16": 16, "U16": 16, "I8": 8,
@@ -346,7 +344,7 @@ def _slabs(info: TensorInfo) -> Iterator[slice]:
         yield slice(None)
         return
     row = max(1, info.bytes // max(1, info.shape[0]))
-    rows = max(1, ROWS_BYTES // row)
+    rows = max(1, SLAB_BYTES // row)
     for start in range(0, info.shape[0], rows):
         yield slice(start, min(start + rows, info.shape[0]))
 

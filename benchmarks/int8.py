@@ -41,8 +41,8 @@ GROUPS = {
     "expert down": r"expert\..*\.down\..*",
 }
 INT8 = Scheme(torch.float32, {".*": torch.int8})
-OUTLIER = 3.0  # a column is one if its activations are so many times as large as is usual
-FINER = 1 / 32  # at most so many columns are
+OUTLIER = 3.0  # a column is one if its activations are this many times as large as usual
+FINER = 1 / 32  # the largest share of columns that are
 
 
 class Simulated(Kernels):

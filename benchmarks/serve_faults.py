@@ -98,7 +98,7 @@ def robots(address: str, robot: str) -> Iterator[Seen]:
 
 
 def wait_for(seen: Seen, more: int) -> None:
-    """Until the robots have got so many chunks more."""
+    """Until the robots have received that many more chunks."""
     goal, end = seen.answers + more, time.monotonic() + 120
     while seen.answers < goal:
         if time.monotonic() > end:

@@ -27,7 +27,7 @@ MISSING = "□"
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of so many inches whose parts never overlap."""
+    """A figure, sized in inches, whose parts never overlap."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -40,7 +40,7 @@ def one_line(text: str) -> str:
 
 
 def wrapped(text: str, width: int, lines: int) -> str:
-    """Text in at most so many lines of so many narrow characters; "…" where it was cut."""
+    """Text wrapped to a number of lines and of narrow characters; "…" where it was cut."""
     from rich.cells import cell_len
 
     text = one_line(text)

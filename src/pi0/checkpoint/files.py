@@ -257,7 +257,7 @@ def require_writable(*paths: Path | None, size: int = 0) -> None:
 
 
 def _require_room(target: Path, size: int) -> Path:
-    """The innermost folder above that exists, if so many bytes fit there."""
+    """The innermost folder above that exists, if the bytes fit there."""
     folder = next(parent for parent in target.parents if parent.exists())
     if not folder.is_dir():
         raise Pi0Error(f"{target}: expected {folder} to be a folder, found a file.")

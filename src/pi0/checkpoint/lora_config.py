@@ -111,7 +111,7 @@ class LoraConfig:
     base: Any
 
     def scale(self, module: str, rank: int) -> float:
-        """The factor of a module whose A has so many rows.
+        """The factor of a module, by the number of rows of its A.
 
         Raises:
             CheckpointError: another rank is stated.

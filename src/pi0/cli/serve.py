@@ -57,14 +57,14 @@ def serve(
         int | None,
         typer.Option(
             min=1,
-            help="Compute in so many processes, on the Ray cluster of RAY_ADDRESS or on this "
+            help="Compute in N processes, on the Ray cluster of RAY_ADDRESS or on this "
             "machine; needs the extra pi0[ray].",
             show_default=False,
         ),
     ] = None,
     max_replicas: Annotated[
         int | None,
-        typer.Option(min=1, help="Add some, up to so many, as load asks.", show_default=False),
+        typer.Option(min=1, help="Add replicas under load, up to this number.", show_default=False),
     ] = None,
     replica_cpus: Annotated[
         int, typer.Option(min=1, help="CPUs, and threads, of each replica.")

@@ -265,7 +265,7 @@ class Engine(Closing):
 
     @classmethod
     def check_batch(cls, size: int) -> None:
-        """Raises EngineError if so many observations are more than it takes at once."""
+        """Raises EngineError if the engine cannot take this number of observations at once."""
         if size > 1 and not cls.capabilities.batch:
             raise EngineError(
                 f"batch: expected an engine that takes several observations at once, found "

@@ -77,7 +77,7 @@ def token_blocks(prefix: int, state: int, actions: int) -> Tensor:
 
 
 def prefix_valid(inputs: ModelInputs, patches: int) -> Tensor:
-    """Which tokens of the prefix are valid, with so many patches of an image: [B, X] bool."""
+    """Which tokens of the prefix are valid, given the number of patches per image: [B, X] bool."""
     views = inputs.image_mask.repeat_interleave(patches, dim=1)
     return torch.cat([views, inputs.token_mask], dim=1)
 

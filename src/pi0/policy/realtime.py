@@ -39,7 +39,7 @@ class RealTimeChunking:
         max_guidance: β of equation 2, the largest weight of the correction.
         schedule: how weights fall over the overlap, after the actions that are executed in any
             case: "exponential" (equation 5), "linear", "ones" (not at all) or "zeros" (at once).
-        overlap: at most so many of the previous chunk's remaining actions count; None: all.
+        overlap: the most remaining actions of the previous chunk that count; None: all.
         jacobian: "exact": the correction is a vector-Jacobian product through the denoiser, for
             engines that are differentiable; "identity": the Jacobian is taken as the identity,
             which takes no backward pass and which every engine can.

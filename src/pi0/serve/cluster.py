@@ -22,7 +22,7 @@ class Scale:
 
     Attributes:
         replicas: how many, or with `most` the fewest.
-        most: at most so many, as load asks; None: always `replicas`.
+        most: the most replicas to grow to under load; None: always `replicas`.
         cpus, gpus: of a replica; CPUs are threads, too.
         name: of Ray's application, one for each server of a cluster.
     """
@@ -96,7 +96,7 @@ def _require_reachable(address: str) -> None:
 
 
 def require_room(resources: Mapping[str, float], scale: Scale, leave: Callable[[], None]) -> None:
-    """Leaves, and raises ConfigError, if the cluster can never hold so many: Ray would wait."""
+    """Leaves, and raises ConfigError, if the cluster can never hold that number: Ray would wait."""
     for what, each in (("CPU", scale.cpus), ("GPU", scale.gpus)):
         have = resources.get(what, 0)
         if each * scale.replicas > have:

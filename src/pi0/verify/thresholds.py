@@ -88,7 +88,7 @@ GENERAL: Mapping[str, Mapping[str, Threshold]] = {
 
 
 def growth(part: str, key: str, depth: int) -> float:
-    """How many times as large as through `CLEAN_DEPTH` blocks errors are through so many."""
+    """How many times larger errors are through `depth` blocks than through `CLEAN_DEPTH`."""
     adds_up = part == CHAINED or key in ADDING_UP
     return max(1.0, depth / CLEAN_DEPTH) ** 0.5 if adds_up else 1.0
 
@@ -118,7 +118,7 @@ def _measured(precision: str, depth: int) -> dict[str, Threshold]:
 
 
 def limits_of(engine: type[Engine], precision: str, depth: int = CLEAN_DEPTH) -> Limits:
-    """The limits of an engine in a precision, for towers of so many blocks.
+    """The limits of an engine in a precision, for towers of `depth` blocks.
 
     Raises:
         EngineError: neither this module nor the engine has limits for the precision.

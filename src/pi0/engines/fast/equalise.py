@@ -29,7 +29,7 @@ from pi0.engines.fast.weights import PackedWeights, Scheme, norm_before, targets
 NORM = re.compile(r"(?:vision_tower|vlm|expert)\.blocks\.\d+\.norm[12]")
 TIMES = 11  # of a conditioned norm, from 1 to 0
 UNEVEN = 4.0  # largest square of a norm's channels by their mean, above which its readers are read
-SAMPLED = 8  # every so many rows of a matrix
+SAMPLED = 8  # every 8th row of a matrix is looked at
 GAIN = 3.0  # least factor by which the square of the expected error has to fall
 SMALLEST = 1e-3  # of a typical size: what is less is not made larger any more
 

@@ -95,7 +95,7 @@ def attention_chunks(queries: int, keys: int, in_loop: bool) -> tuple[int, int]:
 
 
 def shards(columns: int) -> Grid:
-    """Cores that divide a width of so many tiles among them."""
+    """Cores among which a width in tiles is divided."""
     cores = next(count for count in SHARDS if columns % count == 0)
     return Grid(min(cores, 8), ceil(cores, 8))
 

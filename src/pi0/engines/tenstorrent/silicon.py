@@ -98,13 +98,13 @@ class Fpu:
 
 
 def cut(x: Tensor, bits: int) -> Tensor:
-    """x with so many explicit bits of mantissa, the others cut off; float32."""
+    """x cut to a number of explicit bits of mantissa; float32."""
     kept = -1 << (MANTISSA - bits)
     return (x.float().contiguous().view(torch.int32) & kept).view(torch.float32)
 
 
 def nearest(x: Tensor, bits: int) -> Tensor:
-    """x rounded to so many explicit bits of mantissa, halves to even; float32."""
+    """x rounded to a number of explicit bits of mantissa, halves to even; float32."""
     dropped = MANTISSA - bits
     if not dropped:
         return x.float()

@@ -1,6 +1,6 @@
 """A robot's side of `pi0 serve` or openpi's server: `python examples/robot_client.py ADDRESS 3`.
 
-Needs numpy, msgpack and websockets, not pi0. Asks the server at ws://HOST:PORT for that many chunks,
+Needs numpy, msgpack and websockets, not pi0. Asks the server at ws://HOST:PORT for three chunks,
 with what a LIBERO arm might see, and connects again when the server is restarted. With --real-time
 at the end (for `pi0 serve --real-time`) each chunk continues what is left of the last one.
 """

@@ -181,6 +181,17 @@ def test_inspect_says_what_is_assumed(folder: Path) -> None:
     )
 
 
+def test_act_says_what_is_assumed(folder: Path, recwarn: pytest.WarningsRecorder) -> None:
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    heads = {key: value for key, value in settings.items() if isinstance(value, dict)}
+    path.write_text(json.dumps({"type": "pi0", **heads}))
+    done = pi0(*act(folder, folder.parent), "--steps", 1)
+    assert done.returncode == 0
+    assert "pi0: warning: horizon: neither the tensors nor config.json say how" in done.stderr
+    assert "pi0: warning: max_tokens: " in done.stderr
+
+
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_weights_that_are_not_finite(folder: Path, precision: str) -> None:
     """Every engine reads through the same check, also for what it would never compute with."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from lerobot_folder import CAMERAS, LerobotFolder
+from safetensors.torch import load_file, save_file
 
 from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.synth import synthesise
@@ -35,6 +36,55 @@ def test_everything_comes_from_its_files(folder: LerobotFolder) -> None:
     observation = {CAMERAS[0]: np.zeros((48, 64, 3), np.uint8), "prompt": "go"}
     result = policy.infer({**observation, "observation.state": np.arange(6.0)})
     assert result["actions"].shape == (50, 5)
+
+
+def test_statistics_of_images_are_applied(folder: LerobotFolder) -> None:
+    folder.set_modes({"VISUAL": "MEAN_STD", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"})
+    assert folder.statistics is not None
+    for name, value in (("mean", [0.0, 0.5, 1.0]), ("std", [2.0, 1.0, 4.0])):
+        folder.statistics[f"{CAMERAS[0]}.{name}"] = torch.tensor(value)[:, None, None]
+    policy = Policy.from_checkpoint(folder.write())
+    gray = np.full((28, 28, 3), 0.75, np.float32)
+    observation = {CAMERAS[0]: gray, "observation.state": np.zeros(6), "task": "go"}
+    inputs, _ = policy.pipeline.encode(observation)
+    normalised = (0.75 - np.array([0.0, 0.5, 1.0])) / np.array([2.0, 1.0, 4.0])
+    np.testing.assert_allclose(inputs.images[0, 0, :, 3, 3], normalised * 2 - 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_length_and_side_of_padding(folder: LerobotFolder, side: str) -> None:
+    folder.set("tokenizer_processor", {"max_length": 72, "padding_side": side})
+    pipeline = Policy.from_checkpoint(folder.write()).pipeline
+    image, state = np.zeros((48, 64, 3), np.uint8), np.zeros(6)
+    inputs, _ = pipeline.encode({CAMERAS[0]: image, "observation.state": state, "task": "go"})
+    mask = inputs.token_mask[0]
+    assert (len(mask), mask.sum()) == (72, 4)
+    assert (mask[:4] if side == "right" else mask[-4:]).all()
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_statistics_among_the_weights(folder: LerobotFolder, declared: bool) -> None:
+    """Of older releases, which had no processor files; also where config.json has no features."""
+    path, weights = folder.write(), folder.path / "model.safetensors"
+    for file in path.glob("policy_*"):
+        file.unlink()
+    if not declared:
+        config = {k: v for k, v in folder.config.items() if not k.endswith("_features")}
+        config.pop("normalization_mapping", None)
+        (path / "config.json").write_text(json.dumps(config))
+    buffers = {
+        "normalize_inputs.buffer_observation_state.mean": torch.arange(6.0),
+        "normalize_inputs.buffer_observation_state.std": torch.full((6,), 2.0),
+        "unnormalize_outputs.buffer_action.mean": torch.ones(5),
+        "unnormalize_outputs.buffer_action.std": torch.full((5,), 0.5),
+    }
+    save_file({**load_file(weights), **buffers}, weights)
+    robot = None if declared else Robot("arm", (Camera("top"),), (("state", 6),), 5)
+    with pytest.warns(UserWarning, match="what LeRobot 0.6.1 builds"):
+        pipeline = Policy.from_checkpoint(path, robot=robot).pipeline
+    np.testing.assert_allclose(pipeline.state_stats.normalize(np.arange(6.0) + 2), 1, atol=1e-6)
+    np.testing.assert_allclose(pipeline.action_stats.unnormalize(np.full(5, 2.0)), 2)
+    assert pipeline.resize == "lerobot"
 
 
 def test_relative_actions(folder: LerobotFolder) -> None:

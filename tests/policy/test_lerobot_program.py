@@ -415,6 +415,15 @@ def test_identity_needs_no_statistics(folder: LerobotFolder) -> None:
     assert (program.state.width, program.action_dim) == (32, 32)
 
 
+@pytest.mark.parametrize("keys", [[], [CAMERAS[0]]])
+def test_observation_keys_without_the_state(folder: LerobotFolder, keys: list[str]) -> None:
+    folder.set(NORMALIZE, {"normalize_observation_keys": keys})
+    program = read(folder)
+    assert program.findings == ()
+    assert program.state.normalize(np.arange(6.0)).tolist() == list(range(6))
+    assert program.actions.scale.tolist() != [1.0] * ACTION_DIM
+
+
 def test_no_norm_map_is_identity(folder: LerobotFolder) -> None:
     folder.set_modes({})
     program = read(folder)

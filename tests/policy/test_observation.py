@@ -40,8 +40,9 @@ def image(value: Any) -> torch.Tensor:
         Image.fromarray(PIXELS),
         PIXELS.tolist() and torch.from_numpy(PIXELS),
         torch.from_numpy(PIXELS).permute(2, 0, 1)[None],
+        [Image.fromarray(PIXELS)],
     ],
-    ids=["CHW", "batch", "PIL", "torch", "torch batch CHW"],
+    ids=["CHW", "batch", "PIL", "torch", "torch batch CHW", "list of PIL"],
 )
 def test_forms_of_an_image(value: Any) -> None:
     assert torch.equal(image(value), image(PIXELS))
@@ -54,6 +55,14 @@ def test_floating_point_images(dtype: torch.dtype) -> None:
     expected = image(value.numpy())
     got = image(value.to(dtype).requires_grad_())
     assert (got - expected).abs().max() <= (3.01 if dtype == torch.bfloat16 else 1.01) * 2 / 255
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_lists_of_tensors(dtype: torch.dtype) -> None:
+    """As a tensor alone, whatever it carries along, at any depth."""
+    value = (torch.from_numpy(PIXELS).float() / 255).to(dtype).requires_grad_()
+    for form in ([value], list(value), [list(value)]):
+        assert torch.equal(image(form), image(value))
 
 
 def test_rounding_beyond_the_range_is_clipped() -> None:
@@ -72,6 +81,7 @@ def test_rounding_beyond_the_range_is_clipped() -> None:
         (np.full((4, 4, 3), 1.1), r"floating-point pixels in \[0, 1\], found 1.1 to 1.1"),
         (np.full((4, 4, 3), np.nan), "found nan to nan"),
         (torch.empty(4, 4, 3, device="meta"), "found a tensor on the meta device"),
+        ([torch.empty(4, 4, 3, device="meta")], "found a tensor on the meta device"),
         (np.zeros((4, 4, 3), np.int64), "expected uint8 or floating point"),
         (np.zeros((2, 4, 4, 3), np.uint8), r"expected shape .* found \[2, 4, 4, 3\]"),
         (Image.new("HSV", (4, 4)), "8 bits a channel, found mode HSV"),
@@ -96,6 +106,8 @@ def test_what_is_no_image(value: Any, message: str) -> None:
         torch.tensor([STATE], dtype=torch.bfloat16),
         [torch.tensor(x) for x in STATE],
         [np.float32(x) for x in STATE],
+        [[torch.tensor(x, dtype=torch.bfloat16, requires_grad=True) for x in STATE]],
+        np.fromiter((torch.tensor(x, requires_grad=True) for x in STATE), object),
     ],
 )
 def test_forms_of_a_state(value: Any) -> None:
@@ -110,6 +122,7 @@ def test_forms_of_a_state(value: Any) -> None:
         ({"joint": 1}, "state: expected numbers, found a dict"),
         ([[1, 2], [3]], "state: expected numbers"),
         (torch.empty(3, device="meta"), "meta device"),
+        ([[torch.empty((), device="meta")] * 3], "meta device"),
         (np.zeros((2, 3)), r"expected 3 values .* found shape \[2, 3\]"),
         ([1, 2, float("inf")], "expected finite values, found inf at index 2"),
         ([1 + 2j, 0, 0], "state: expected real numbers"),

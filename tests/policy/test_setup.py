@@ -154,6 +154,14 @@ def test_places_of_statistics(folder: Path, place: str) -> None:
     assert setup.sources["statistics"].startswith(str(path))
 
 
+def test_statistics_in_another_place_are_named(folder: Path) -> None:
+    shutil.rmtree(folder / "assets")
+    path = write_stats(folder / "a/b/c/norm_stats.json", 14, 14)
+    setup = made(folder, robot="generic", preprocessing="openpi")
+    assert codes(setup) == {"statistics-unusable": "error"}
+    assert f"found {path}." in setup.findings[0].sentence
+
+
 def test_nothing_says_whose_preprocessing(folder: Path) -> None:
     path = write_stats(folder.parent / "elsewhere.json", 14, 14)
     shutil.rmtree(folder / "assets")
@@ -194,6 +202,22 @@ def test_alohas_flags(folder: Path, flag: str, value: bool) -> None:
     assert codes(made(folder, robot="aloha")) == {}
     (folder / "config.json").write_text(json.dumps(config | {flag: False}))
     assert codes(made(folder)) == {"robot-assumed": "warning"}
+
+
+@pytest.mark.parametrize("yes", [1, "true"])
+def test_alohas_flags_in_other_words(folder: Path, yes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"adapt_to_pi_aloha": yes}))
+    assert codes(made(folder)) == {"robot-unknown": "error"}
+
+
+def test_a_robot_without_what_alohas_flags_ask_for(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    flags = {"adapt_to_pi_aloha": True, "use_delta_joint_actions_aloha": True}
+    (folder / "config.json").write_text(json.dumps(config | flags))
+    for robot, differences in (("aloha", 0), ("aloha_sim", 1), ("generic", 2)):
+        found = [finding.code for finding in made(folder, robot=robot).findings]
+        assert found == ["aloha-differs"] * differences
 
 
 @pytest.mark.parametrize(
@@ -339,6 +363,30 @@ def test_missing_processors_hide_nothing_else(lerobot: LerobotFolder) -> None:
         path.unlink()
     found = codes(made(folder, robot="arm_of_nobody"))
     assert found.keys() >= {"processors-missing", "robot-unknown", "tokenizer-unusable"}
+
+
+def test_lerobots_config_without_its_processors(lerobot: LerobotFolder, tmp_path: Path) -> None:
+    """Statistics of openpi's form do not make it openpi's."""
+    folder = lerobot.write()
+    for path in folder.glob("policy_*"):
+        path.unlink()
+    assert codes(made(folder)) == {"processors-missing": "error"}
+    setup = made(folder, norm_stats=write_stats(tmp_path / "stats.json", 6, 5))
+    assert codes(setup) == {"processors-assumed": "warning"}
+    pipeline = setup.pipeline
+    assert pipeline is not None
+    assert (pipeline.resize, pipeline.prompt.convention) == ("lerobot", "lerobot")
+    assert pipeline.robot.name == "lerobot"
+
+
+@pytest.mark.parametrize("name", ["policy_preprocessor.json", "policy_postprocessor.json"])
+def test_one_processor_is_missing_beside_statistics(lerobot: LerobotFolder, name: str) -> None:
+    folder = lerobot.write()
+    (folder / name).unlink()
+    write_stats(folder / "assets/mine/norm_stats.json", 6, 5)
+    setup = made(folder)
+    assert codes(setup) == {"processor-missing": "error"}
+    assert f"expected {name} beside" in setup.findings[0].sentence
 
 
 def test_a_robot_without_the_checkpoints_relative_actions(lerobot: LerobotFolder) -> None:

@@ -12,6 +12,8 @@ from pi0.model.flow import MAX_PERIOD, MIN_PERIOD
 from pi0.policy.normalize import Normalizer
 from pi0.policy.robot import Robot
 
+# Of LeRobot before 0.4: transforms that were part of the policy.
+ADAPT, RELATIVE_JOINTS = "adapt_to_pi_aloha", "use_delta_joint_actions_aloha"
 STEPS_KEYS = ("num_inference_steps", "num_steps")  # of LeRobot's config.json, newest first
 
 
@@ -48,6 +50,26 @@ def settings_findings(settings: Mapping[str, Any], config: Pi0Config) -> list[Fi
     return [
         error("setting-not-carried-out", f"config.json {key}: {expected}, found {value!r}.")
         for key, expected, value in found
+    ]
+
+
+def aloha_flags(settings: Mapping[str, Any]) -> list[str]:
+    """The flags of ALOHA's conventions that a config.json sets, in whatever way it says yes."""
+    return [key for key in (ADAPT, RELATIVE_JOINTS) if settings.get(key)]
+
+
+def aloha_findings(settings: Mapping[str, Any], robot: Robot) -> list[Finding]:
+    """Whether a robot's table does what ALOHA's flags in a config.json ask for."""
+    done = {ADAPT: robot.encode_state is not None, RELATIVE_JOINTS: any(n > 0 for n in robot.delta)}
+    return [
+        warning(
+            "aloha-differs",
+            f"robot {robot.name}: config.json sets {flag}, found that this robot's table has no "
+            f"{'joint signs and gripper units of its own' if flag == ADAPT else 'relative joints'}"
+            ". If the checkpoint is ALOHA's, name aloha or aloha_sim with --robot.",
+        )
+        for flag in aloha_flags(settings)
+        if not done[flag]
     ]
 
 

@@ -23,6 +23,7 @@ Observation = Mapping[str, Any]
 
 EIGHT_BIT_MODES = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCbCr")  # others PIL would clip
 NO_VECTORS = (Mapping, str, bytes, bytearray, set, frozenset, np.ma.MaskedArray)
+MAX_DEPTH = 4  # of lists: an image in a batch
 PROMPT_KEYS = ("prompt", "task")  # openpi's and LeRobot's
 # What openpi's and LeRobot's own loops put beside an observation, and no policy reads.
 BOOKKEEPING = {
@@ -131,16 +132,14 @@ def read_image(key: str, image: Any) -> NDArray[np.generic]:
     Raises:
         ObservationError: no array of numbers.
     """
-    if isinstance(image, Tensor):
-        image = _from_torch(key, image)
-    elif isinstance(image, Image.Image) and image.mode != "RGB":
+    if isinstance(image, Image.Image) and image.mode != "RGB":
         if image.mode not in EIGHT_BIT_MODES:
             raise ObservationError(
                 f"image {key}: expected a picture of 8 bits a channel, found mode {image.mode}."
             )
         image = image.convert("RGB")
     try:
-        array = np.asarray(image)
+        array = _array(key, image)
     except (TypeError, ValueError) as error:
         raise ObservationError(
             f"image {key}: expected an array of pixels, found {error}."
@@ -201,18 +200,34 @@ def _text(key: str, value: Any) -> str:
 def _vector(key: str, value: Any) -> Floats:
     if isinstance(value, NO_VECTORS):
         raise ObservationError(f"{key}: expected numbers, found {_kind(value)}.")
-    if isinstance(value, Tensor):
-        value = _from_torch(key, value)
-    elif isinstance(value, Iterable) and not isinstance(value, np.ndarray):
-        value = [_from_torch(key, v) if isinstance(v, Tensor) else v for v in value]
+    if isinstance(value, Iterable) and not isinstance(value, (np.ndarray, Tensor)):
+        value = list(value)
     try:
-        given = np.asarray(value)
+        given = _array(key, value)
         if given.dtype.kind in "cmMV":
             raise ObservationError(f"{key}: expected real numbers, found {given.dtype}.")
         array = np.atleast_1d(given.astype(np.float64))
     except (TypeError, ValueError, OverflowError) as error:
         raise ObservationError(f"{key}: expected numbers, found {error}.") from error
     return array[0] if array.ndim == 2 and len(array) == 1 else array
+
+
+def _array(key: str, value: Any) -> NDArray[np.generic]:
+    """A value as an array, with tensors of any kind at any depth of lists."""
+    try:
+        return np.asarray(_without_tensors(key, value, 0))
+    except (TypeError, RuntimeError):  # a tensor that numpy does not read, inside a list
+        return np.asarray(_without_tensors(key, value, MAX_DEPTH))
+
+
+def _without_tensors(key: str, value: Any, depth: int) -> Any:
+    if isinstance(value, Tensor):
+        return _from_torch(key, value)
+    if depth and isinstance(value, (list, tuple)):
+        return [_without_tensors(key, item, depth - 1) for item in value]
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        return _without_tensors(key, value.tolist(), depth)
+    return value
 
 
 def _from_torch(key: str, tensor: Tensor) -> NDArray[np.generic]:

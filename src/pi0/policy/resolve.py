@@ -19,6 +19,8 @@ from pi0.findings import warning
 from pi0.policy import lerobot
 from pi0.policy.fit import (
     STEPS_KEYS,
+    aloha_findings,
+    aloha_flags,
     image_findings,
     of_base,
     relative_findings,
@@ -50,8 +52,6 @@ from pi0.policy.tokenizer import (
 
 Conventions = tuple[str, str]  # of resizing and of prompts
 LEROBOT_KEYS = {"observation.state": "state", "action": "actions"}
-# Of LeRobot before 0.4: transforms that were part of the policy.
-ALOHA_FLAGS = ("adapt_to_pi_aloha", "use_delta_joint_actions_aloha")
 
 
 def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
@@ -78,6 +78,8 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
     )
     if robot and stats:
         setup.findings += width_findings(config, robot, *stats[:2])
+    if robot:
+        setup.findings += aloha_findings(checkpoint.settings, robot)
     if program and robot:
         setup.findings += relative_findings(program.relative, robot)
     if program and program.images and robot and conventions:
@@ -124,7 +126,8 @@ def _program(
     """What a LeRobot folder's own files say, if it is one."""
     folder = checkpoint.folder_of(PREPROCESSOR, POSTPROCESSOR)
     openpi = options.preprocessing == "openpi" and options.norm_stats is not None
-    if openpi or not lerobot.is_lerobot(folder, checkpoint.settings):
+    theirs = lerobot.is_lerobot(folder, checkpoint.settings) or checkpoint.names.buffers
+    if openpi or not theirs:
         setup.n_action_steps = checkpoint.settings.get("n_action_steps")  # of `pi0 train`
         return None
 
@@ -218,7 +221,7 @@ def _robot(
                 f"found a π0. Name it {other}."
             )
         return robot
-    aloha = [key for key in ALOHA_FLAGS if checkpoint.settings.get(key) is True]
+    aloha = aloha_flags(checkpoint.settings)
     if aloha:
         raise Pi0Error(
             f"robot: config.json sets {' and '.join(aloha)}, which asks for ALOHA's joint signs, "

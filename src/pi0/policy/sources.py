@@ -13,10 +13,10 @@ from pi0.checkpoint.lerobot import ACTION, NORM_MAPS, POSTPROCESSOR, PREPROCESSO
 from pi0.checkpoint.load import Checkpoint
 from pi0.errors import Pi0Error
 from pi0.findings import Finding, warning
+from pi0.policy.fit import aloha_flags
 from pi0.policy.lerobot import LerobotProgram, has_processors, is_lerobot, read_program
 from pi0.policy.lerobot.statistics import read_statistics
 from pi0.policy.normalize import Statistics
-from pi0.policy.resolve import ALOHA_FLAGS
 from pi0.policy.statistics import (
     FILE_NAME,
     PLACES,
@@ -70,7 +70,8 @@ class Source:
 
     @property
     def is_lerobot(self) -> bool:
-        return is_lerobot(self.folder, self.checkpoint.settings)
+        buffers = bool(self.checkpoint.names.buffers)
+        return buffers or is_lerobot(self.folder, self.checkpoint.settings)
 
     def mode(self, kind: str) -> str | None:
         """LeRobot's mode of normalisation for STATE or ACTION; None: the source is openpi's."""
@@ -177,7 +178,7 @@ def find_losses(source: Source) -> list[Finding]:
         "steps": (f"states {steps}", any(steps[k] not in usual[k] for k in steps)),
         "aloha": (
             "sets flags of ALOHA's conventions",
-            any(settings.get(flag) is True for flag in ALOHA_FLAGS),
+            bool(aloha_flags(settings)),
         ),
     }
     return [

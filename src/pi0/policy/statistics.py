@@ -37,6 +37,9 @@ def find_norm_stats(folder: Path) -> Path:
         return found[0]
     expected = f"statistics: expected one assets/<robot>/{FILE_NAME} in {folder}, found "
     if not found:
+        deeper = next(iter(sorted(folder.glob(f"**/{FILE_NAME}"))), None)
+        if deeper:
+            raise Pi0Error(f"{expected}{deeper}. If it is this checkpoint's, use --norm-stats.")
         raise Pi0Error(
             expected + "none. Name the file with --norm-stats, or pass --norm-stats none to hand "
             "over states and actions in the model's own normalised units."

@@ -51,6 +51,8 @@ class Model:
             },
             dit_config=trunk(config, config.expert),
             chunk_size=config.horizon,
+            max_state_dim=config.state_dim,
+            max_action_dim=config.action_dim,
         )
         theirs._attn_implementation = "eager"
         with no_init_weights():  # every tensor is filled below, but for the one that is not used

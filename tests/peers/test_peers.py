@@ -266,11 +266,11 @@ def test_close_ends_the_process(checkpoint: Checkpoint) -> None:
         engine.prefill(inputs)
 
 
-@needs_transformers
-def test_the_policy_that_ships() -> None:
+@pytest.mark.parametrize("name", BOTH)
+def test_the_policy_that_ships(name: str) -> None:
     """Its state and actions are narrower than those of the published models."""
     opened = open_checkpoint("tabletop")
     inputs, noise = random_inputs(opened.config, 2, 9, 0)
-    with make_engine("reference", opened) as ours, make_engine("transformers", opened) as theirs:
+    with make_engine("reference", opened) as ours, make_engine(name, opened) as theirs:
         wanted = ours.sample(inputs, noise)
         assert (theirs.sample(inputs, noise) - wanted).abs().max() < TOLERANCE

@@ -38,6 +38,8 @@ class Model:
             dtype=dtype,
             image_resolution=(side, side),
             chunk_size=config.horizon,
+            max_state_dim=config.state_dim,
+            max_action_dim=config.action_dim,
             n_action_steps=config.horizon,
         )
         with no_init_weights():  # every tensor that is read is filled below

@@ -21,6 +21,7 @@ from torch import Tensor
 from pi0.engines.fast.cuda import triton_attention, triton_products
 from pi0.engines.fast.cuda.fp8 import FP8, Fp8Kernels, Rows
 from pi0.engines.fast.cuda.triton_attention import FUSED
+from pi0.engines.fast.cuda.triton_products import gelu
 from pi0.engines.fast.kernels import Norm, Rotation
 from pi0.engines.fast.weights import Matrix
 from pi0.model.gemma import EPS as RMS_EPS
@@ -28,10 +29,6 @@ from pi0.model.siglip import EPS as LAYER_EPS
 
 LIMIT = tl.constexpr(448.0)  # the largest e4m3
 SMALLEST = tl.constexpr(448.0 * 1.1754944e-38)  # as in `quantise_rows`
-# GELU's tanh form: x (1 + tanh(u / 2)) / 2 = x / (1 + exp(-u)), with 2 √(2 / π) in u.
-GELU_SCALE = tl.constexpr(1.5957691216057308)
-GELU_CUBE = tl.constexpr(0.044715)
-
 COLUMNS = 1024  # of a row, that a program computes where a row need not be one program
 
 
@@ -208,8 +205,7 @@ def _activate_kernel(
     source = x + row * width * (2 if GATED else 1) + at
     value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     if GELU:
-        u = (value + value * value * value * GELU_CUBE) * GELU_SCALE
-        value = value / (1 + tl.exp(-u))
+        value = gelu(value)
     if GATED:
         value = value * tl.load(source + width, mask=inside, other=0.0).to(tl.float32)
     _put(value, out, scale, row, width, at, inside)

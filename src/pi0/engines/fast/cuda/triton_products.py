@@ -116,6 +116,13 @@ def add_product(
 
 
 @triton.jit
+def gelu(x):
+    """In its tanh form, of float32."""
+    u = (x + x * x * x * GELU_CUBE) * GELU_SCALE
+    return x / (1 + tl.exp(-u))
+
+
+@triton.jit
 def _multiply(total, a, weight, row, rows, output, k, inner, EVEN: tl.constexpr):
     """total [ROWS, OUTPUTS] + a · weightᵀ over the places k [INNER] of the inner size."""
     shown = (row < rows)[:, None]
@@ -188,8 +195,7 @@ def _geglu_kernel(
     gate, up = _multiply_pair(
         a, weight, row, rows, first, first + units, inner, ROWS, OUTPUTS, INNER, EVEN
     )
-    u = (gate + gate * gate * gate * GELU_CUBE) * GELU_SCALE
-    value = gate / (1 + tl.exp(-u)) * up
+    value = gelu(gate) * up
     inside = (row < rows)[:, None] & (unit < units)[None]
     place = out + row[:, None].to(tl.int64) * units + unit[None]
     tl.store(place, value.to(out.dtype.element_ty), mask=inside)

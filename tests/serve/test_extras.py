@@ -90,9 +90,9 @@ def test_extra_keys_are_checked(extra: dict[str, Any], message: str) -> None:
     ("previous", "delay", "message"),
     [
         (np.zeros((51, 32)), 0, "previous: expected 1 to 50 actions"),
-        (np.zeros((3, 31)), 0, "expected .*32"),
+        (np.zeros((3, 31)), 0, r"previous: expected .*32\], found shape \[3, 31\]"),
         (np.zeros((3, 32)), 51, "delay: expected a number of ticks from 0 to 50"),
-        (np.full((3, 32), np.nan), 0, "expected finite values"),
+        (np.full((3, 32), np.nan), 0, "previous: expected finite values"),
     ],
 )
 def test_a_previous_chunk_that_is_none(
@@ -142,3 +142,5 @@ def test_no_answer_in_time() -> None:
         with pytest.raises(Pi0Error, match=r"expected an answer within 0\.2 s, found none"):
             client.infer(observation(1))
         engine.gate.set()
+        with pytest.raises(Pi0Error, match="found that it has ended"):  # and no late answer
+            client.infer(observation(2))

@@ -91,7 +91,8 @@ class ServerPolicy(Closing):
         Raises:
             ObservationError: what the server says is wrong with the observation, or why else it
                 has no actions.
-            Pi0Error: the connection has ended, or there was no answer in time.
+            Pi0Error: the connection has ended, or there was no answer in time, which ends it: what
+                came later would be taken for the answer to another observation.
         """
         extras = Extras(previous, delay, noise, self._reset)
         frame = pack(add_extras(observation, extras))
@@ -114,13 +115,16 @@ class ServerPolicy(Closing):
     def _receive(self) -> Any:
         try:
             frame = self._connection.recv(timeout=self._timeout)
-        except TimeoutError as error:
-            raise Pi0Error(
-                f"server {self._address}: expected an answer within {self._timeout:g} s, found "
-                "none."
-            ) from error
-        except (OSError, WebSocketException) as error:
-            raise self._gone(error) from error
+        except BaseException as error:  # Ctrl-C, too: this answer must not be taken for the next
+            self.close()
+            if isinstance(error, TimeoutError):
+                raise Pi0Error(
+                    f"server {self._address}: expected an answer within {self._timeout:g} s, found "
+                    "none, and ended the connection."
+                ) from error
+            if isinstance(error, (OSError, WebSocketException)):
+                raise self._gone(error) from error
+            raise
         if isinstance(frame, str):
             raise ObservationError(frame)
         return unpack(frame, LIMITS)

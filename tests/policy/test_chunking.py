@@ -91,6 +91,15 @@ def test_ensemble_is_acts(decay: float) -> None:
         assert action == pytest.approx(expected, rel=1e-6)  # rounded to float32
 
 
+@pytest.mark.parametrize("decay", [1000.0, -1000.0, float("inf"), float("-inf")])
+def test_an_ensemble_of_the_oldest_or_the_newest_alone(decay: float) -> None:
+    options = {"overlap": "ensemble", "execution_horizon": 1, "decay": decay}
+    actions, _, _ = run(1, 40, **options)
+    newest, _, _ = run(1, 40, **{**options, "overlap": "replace"})
+    assert actions == newest if decay < 0 else actions[:7] == list(range(7))
+    assert np.isfinite(actions).all()
+
+
 def test_wait_stops_the_time_of_the_robot() -> None:
     actions, robot, buffer = run(10, 20, when_dry="wait")
     assert [int(a) % 100 for a in actions] == list(range(20))
@@ -182,6 +191,7 @@ def test_a_thread_of_its_own() -> None:
         ({"overlap": "blend"}, "overlap: expected one of replace, ensemble, average, inpaint"),
         ({"when_dry": "stop"}, "when_dry: expected one of wait, hold, error, found 'stop'"),
         ({"execution_horizon": 0}, "execution_horizon: expected at least 1 tick, found 0"),
+        ({"decay": float("nan")}, "decay: expected a number, found NaN"),
     ],
 )
 def test_settings(options: dict[str, Any], message: str) -> None:

@@ -7,6 +7,7 @@ fact, and its actions from the d-th on are used. Nothing here looks at a clock.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -44,24 +45,23 @@ class Plan:
     Attributes:
         start: the tick of the first action.
         actions: [n, D], in the robot's units.
-        weight, count: [n], of the chunks that an ensemble has averaged for a tick: the sum of their
-            weights, and their number.
+        weight: [n], of the chunks that an ensemble has averaged for a tick: the sum of their
+            weights, that of the newest being 1.
     """
 
     start: int
     actions: Floats
     weight: Floats
-    count: NDArray[np.int64]
 
     @classmethod
     def of_chunk(cls, start: int, actions: Floats) -> Plan:
         """One chunk alone."""
-        return cls(start, actions, np.ones(len(actions)), np.ones(len(actions), np.int64))
+        return cls(start, actions, np.ones(len(actions)))
 
     def from_tick(self, tick: int) -> Plan:
         """Without what is before a tick."""
         past = max(0, tick - self.start)
-        return Plan(self.start + past, self.actions[past:], self.weight[past:], self.count[past:])
+        return Plan(self.start + past, self.actions[past:], self.weight[past:])
 
 
 def merge(old: Plan, new: Plan, overlap: str, decay: float) -> Plan:
@@ -74,16 +74,16 @@ def merge(old: Plan, new: Plan, overlap: str, decay: float) -> Plan:
       arXiv 2304.13705, section IV-B and its `imitate_episodes.py`, which has decay 0.01).
     """
     n = min(len(old.actions), len(new.actions))
-    share, weight, count = np.ones(n), new.weight.copy(), new.count.copy()
+    share, weight = np.ones(n), new.weight.copy()
     if overlap == "average":
         share = np.arange(1, n + 1) / (n + 1)
     elif overlap == "ensemble":
-        added = np.exp(-decay * old.count[:n])
-        weight[:n], count[:n] = old.weight[:n] + added, old.count[:n] + 1
-        share = added / weight[:n]
+        with np.errstate(over="ignore"):  # beside infinite weights the newest has no share
+            weight[:n] += old.weight[:n] * np.exp(decay)
+        share = 1 / weight[:n]
     actions = new.actions.copy()
     actions[:n] = old.actions[:n] + share[:, None] * (new.actions[:n] - old.actions[:n])
-    return Plan(new.start, actions, weight, count)
+    return Plan(new.start, actions, weight)
 
 
 class ActionBuffer(Closing):
@@ -120,7 +120,7 @@ class ActionBuffer(Closing):
             when_dry: what `step` does if the plan has no action for this tick: "wait" for the
                 chunk (the robot's time stands still), "hold": repeat the last action, which keeps a
                 robot in its place only where actions are positions, or "error".
-            decay: of an ensemble's weights; larger: old chunks count more.
+            decay: of an ensemble's weights; larger: old chunks count more, below 0: new ones.
             executor: where `policy.infer` runs; None: a thread of its own.
 
         Raises:
@@ -136,6 +136,8 @@ class ActionBuffer(Closing):
             raise ConfigError(
                 f"execution_horizon: expected at least 1 tick, found {execution_horizon}."
             )
+        if math.isnan(decay):
+            raise ConfigError("decay: expected a number, found NaN.")
         if overlap == "inpaint" and isinstance(policy, Policy) and policy.real_time is None:
             raise ConfigError(
                 "overlap inpaint: expected a policy made with real_time=RealTimeChunking(), found "

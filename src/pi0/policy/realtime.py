@@ -177,18 +177,21 @@ def make_inpainting(
     """
     config = pipeline.config
     previous = np.asarray(previous)
-    if previous.ndim != 2 or not 1 <= len(previous) <= config.horizon:
+    width = pipeline.action_dim
+    if previous.shape[1:] != (width,) or not 1 <= len(previous) <= config.horizon:
         raise ObservationError(
-            f"previous: expected 1 to {config.horizon} actions [n, {pipeline.action_dim}], found "
-            f"shape {list(previous.shape)}."
+            f"previous: expected 1 to {config.horizon} actions [n, {width}], found shape "
+            f"{list(previous.shape)}."
         )
+    if not np.isfinite(previous).all():
+        raise ObservationError("previous: expected finite values, found NaN or infinite ones.")
     if isinstance(delay, bool) or not 0 <= delay <= config.horizon:
         raise ObservationError(
             f"delay: expected a number of ticks from 0 to {config.horizon}, found {delay!r}."
         )
     target = pipeline.encode_actions(previous.astype(np.float64), state)
-    guided = torch.arange(config.action_dim) < pipeline.action_dim
-    guided[pipeline.target_stats.flat(pipeline.action_dim)] = False
+    guided = torch.arange(config.action_dim) < width
+    guided[pipeline.target_stats.flat(width)] = False
     encoded = torch.from_numpy(target.astype(np.float32))
     return Inpainting(settings, encoded, int(delay), config.horizon, guided)
 

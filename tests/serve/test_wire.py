@@ -124,6 +124,7 @@ def test_what_has_no_form_is_not_packed(value: Any) -> None:
         (array(shape=[1] * 9), "found "),
         (array(shape=[3]), r"expected 12 bytes for shape \[3\] of float32, found 8"),
         (array(shape=[2**31 - 1] * 8), "found 8"),
+        (array(shape=[2**31 - 1, 2**31 - 1, 0], data=b""), "shape that an array can have"),
         (array(dtype="<U1", data=b"\xff" * 8), "expected text, found 0xffffffff"),
         ({b"__npgeneric__": True, b"data": 300, b"dtype": "|u1"}, "that uint8 holds, found 300"),
         ({b"__npgeneric__": True, b"data": "x", b"dtype": "<f4"}, "expected a number, found x"),

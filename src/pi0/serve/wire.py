@@ -174,7 +174,12 @@ def _array(path: str, fields: dict[Any, Any], limit: int) -> NDArray[Any]:
         )
     if dtype.kind == "U":
         _check_text(path, data, dtype)
-    return np.ndarray(tuple(shape), dtype, data)
+    try:
+        return np.ndarray(tuple(shape), dtype, data)
+    except ValueError as error:  # NumPy multiplies the sides without those that are 0
+        raise ObservationError(
+            f"{path}: expected a shape that an array can have, found {shape}."
+        ) from error
 
 
 def _scalar(path: str, fields: dict[Any, Any]) -> Any:

@@ -109,16 +109,19 @@ def test_status_and_images() -> None:
         assert get(served, "/images/0")[0] == 404
         ask(client, observation(0.5, images=images, prompt="<script>no()</script>"))
         status = json.loads(get(served, "/status.json")[1])
+        ask(client, observation(0.5, images=images, prompt=np.array(["<script>no()</script>"])))
+        as_array = json.loads(get(served, "/status.json")[1])["last"]["prompt"]
         for number in (0, 1):
             picture = Image.open(io.BytesIO(get(served, f"/images/{number}")[1]))
             assert np.abs(np.asarray(picture).astype(int) - IMAGE).max() <= 1  # floats are rounded
         assert get(served, "/images/2")[0] == 404
         assert get(served, "/images/../0")[0] == 404
         assert get(served, "/images/%C2%B2")[0] == 404
+        assert get(served, "/images/" + "9" * 5000)[0] == 404
     assert status["ready"] is True
     assert status["outcomes"] == {"ok": 1}
     assert status["last"]["cameras"] == ["images/base", "images/wrist"]
-    assert status["last"]["prompt"] == "<script>no()</script>"
+    assert status["last"]["prompt"] == as_array == "<script>no()</script>"
     np.testing.assert_allclose(status["last"]["actions"], 0.5, rtol=1e-5)
     assert len(status["latencies"]) == 1
 

@@ -15,6 +15,7 @@ from websockets.asyncio.server import ServerConnection
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
+from pi0.policy.observation import read_prompt
 from pi0.serve.answer import Chunk
 from pi0.serve.binding import shows_key
 from pi0.serve.metrics import RECORDED
@@ -124,12 +125,13 @@ class Site:
     def _picture(self, name: str) -> bytes | None:
         """A camera's last image as PNG, small; None if there is none."""
         last, pipeline = self._server.answerer.last, self._server.answerer.policy.pipeline
-        if last is None or not name.isdecimal():
+        if last is None:
             return None
-        pictures = [picture for _, picture in read_pictures(last.observation, pipeline)]
-        if int(name) >= len(pictures):
+        named = enumerate(read_pictures(last.observation, pipeline))
+        pictures = {str(number): picture for number, (_, picture) in named}
+        if name not in pictures:
             return None
-        image = Image.fromarray(np.ascontiguousarray(pictures[int(name)]))
+        image = Image.fromarray(np.ascontiguousarray(pictures[name]))
         image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
         out = io.BytesIO()
         image.save(out, "PNG")
@@ -142,7 +144,7 @@ def _describe(chunk: Chunk, pipeline: Pipeline) -> dict[str, Any]:
     actions = chunk.actions[:, :PLOTTED]
     return {
         "number": chunk.number,
-        "prompt": str(observation.get("prompt", observation.get("task", ""))),
+        "prompt": read_prompt(observation, pipeline.default_prompt),
         "cameras": [key for key, _ in read_pictures(observation, pipeline)],
         "actions": actions.tolist(),
         "names": list(robot.action_names[:PLOTTED] or map(str, range(actions.shape[1]))),

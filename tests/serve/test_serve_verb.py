@@ -137,6 +137,8 @@ def test_the_example_gets_actions_and_errors() -> None:
     [
         (["--host", "0.0.0.0"], "--host: expected --api-key-file beside an address"),
         (["--api-key-file", "none"], "--api-key-file: expected a file with a key"),
+        (["--api-key-file", "~/none"], f"found none in {Path('~/none').expanduser()} ("),
+        (["--tls-cert", "~/c", "--tls-key", "k"], f"found {Path('~/c').expanduser()} and k (No su"),
         (["--tls-cert", "none"], "--tls-cert, --tls-key: expected both or neither"),
         (["--host", "192.0.2.1"], "--host, --port: expected an address"),
         (["--batch-wait", "5"], "--batch-wait: expected --batch beside it, found none"),

@@ -196,7 +196,7 @@ def evaluate(
                 "--server: expected alone, found options of a policy in this process, too. The "
                 "server's policy is as it was started."
             )
-        key = read_api_key(api_key_file) if api_key_file else None
+        key = read_api_key(expand_user(api_key_file)) if api_key_file else None
         served = ServedPolicy(server, on_limit, real_time, key)
         _run(served, _resolved_plan(served, plan), out, as_json)
         return

@@ -160,8 +160,8 @@ def serve(
 
         record = expand_user(record)
         require_writable(record / INFO)
-    key = read_api_key(api_key_file) if api_key_file else None
-    tls = make_tls(tls_cert, tls_key)
+    key = read_api_key(expand_user(api_key_file)) if api_key_file else None
+    tls = make_tls(*(path and expand_user(path) for path in (tls_cert, tls_key)))
     with bind(host, port) as sock:
         check_exposure(sock, key, tls is not None, allow_no_key)
         limits = MessageLimits(max_message << 20, max_message << 19)

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,19 @@ def test_real_time_chunking_is_lerobots(
     assert (chunks[0] - plain).abs().max() > 1e-3
 
 
+def test_rows_that_are_computed_one_by_one_are_guided_too(
+    ours: Pi0rtPolicy, processors: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = processors[0](raw(2))
+    previous = ours.predict_action_chunk(batch, noise=noise(2, 7))[0, 12:, :7]
+    given = {"inference_delay": 3, "prev_chunk_left_over": previous, "noise": noise(2)}
+    monkeypatch.setattr(ours.config, "rtc_config", RTCConfig())
+    together = ours.predict_action_chunk(batch, **given)
+    one = replace(ours.engine.capabilities, batch=False)
+    monkeypatch.setattr(ours.engine, "capabilities", one)
+    close(ours.predict_action_chunk(batch, **given), together)
+
+
 def test_rtc_is_offered_and_needs_chunks(ours: Pi0rtPolicy, processors: Any) -> None:
     assert supports_rtc_inference(ours)
     ours.config.rtc_config = RTCConfig()
@@ -256,6 +270,16 @@ def test_images_that_are_none(
     key = f"observation.images.{CAMERAS[0]}"
     batch[key] = change(batch[key])
     with pytest.raises(ObservationError, match=message):
+        ours.predict_action_chunk(batch)
+
+
+def test_a_state_that_is_none(ours: Pi0rtPolicy, processors: Any) -> None:
+    batch = processors[0](raw(1))
+    state = batch.pop("observation.state")
+    with pytest.raises(ObservationError, match="state: expected at most 32 values, found none"):
+        ours.predict_action_chunk(batch)
+    batch["observation.state"] = torch.cat([state, state], -1)
+    with pytest.raises(ObservationError, match=r"at most 32 values, found shape \[1, 64\]"):
         ours.predict_action_chunk(batch)
 
 

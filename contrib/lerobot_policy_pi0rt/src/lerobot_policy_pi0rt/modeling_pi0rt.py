@@ -219,7 +219,13 @@ class Pi0rtPolicy(PreTrainedPolicy):
         images = torch.stack(
             [_pixels(key, batch[key], model.vision.image_size, plain) for key in present], 1
         )
-        state = batch[OBS_STATE].float().cpu()
+        state = batch.get(OBS_STATE)
+        if state is None or state.shape[-1] > model.state_dim:  # which `pad` would cut
+            raise ObservationError(
+                f"{OBS_STATE}: expected at most {model.state_dim} values, found "
+                f"{'none' if state is None else f'shape {list(state.shape)}'}."
+            )
+        state = state.float().cpu()
         tokens = batch[OBS_LANGUAGE_TOKENS].cpu()
         return ModelInputs.validated(
             model,
@@ -258,8 +264,8 @@ class Pi0rtPolicy(PreTrainedPolicy):
     ) -> Tensor:
         if self.engine.capabilities.batch or inputs.batch_size == 1:
             return self.engine.sample(inputs, noise, steps, guidance=guidance)
-        rows = range(inputs.batch_size)
-        return torch.cat([self.engine.sample(inputs.row(i), noise[i : i + 1], steps) for i in rows])
+        rows = [(inputs.row(i), noise[i : i + 1]) for i in range(inputs.batch_size)]
+        return torch.cat([self.engine.sample(*row, steps, guidance=guidance) for row in rows])
 
 
 def _pixels(key: str, image: Tensor, size: int, plain: bool) -> Tensor:

@@ -316,6 +316,7 @@ def test_infer_refuses() -> None:
         (np.zeros((10, 6)), r"previous: expected 1 to 50 actions \[n, 7\], found shape \[10, 6\]"),
         (np.zeros(7), r"previous: expected .* found shape \[7\]"),
         (np.full((10, 7), np.nan), "previous: expected finite values"),
+        (np.full((10, 7), 1e300), r"previous: expected values less than 1e\+12 .* found 1e\+300"),
     ):
         with pytest.raises(ObservationError, match=message):
             made.infer(observation("libero"), previous=wrong)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pi0.errors import ConfigError, EngineError, ObservationError
+from pi0.policy.normalize import OVERFLOW_SIGMA
 from pi0.policy.pipeline import Pipeline
 
 SCHEDULES = ("exponential", "linear", "ones", "zeros")
@@ -190,6 +191,12 @@ def make_inpainting(
             f"delay: expected a number of ticks from 0 to {config.horizon}, found {delay!r}."
         )
     target = pipeline.encode_actions(previous.astype(np.float64), state)
+    if not np.abs(target).max() <= OVERFLOW_SIGMA:
+        raise ObservationError(
+            f"previous: expected values less than {OVERFLOW_SIGMA:g} standard deviations or half "
+            "ranges from what the checkpoint was trained on, found "
+            f"{np.abs(previous).max():.6g}. Is it this robot's, in its units?"
+        )
     guided = torch.arange(config.action_dim) < width
     guided[pipeline.target_stats.flat(width)] = False
     encoded = torch.from_numpy(target.astype(np.float32))

@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,16 @@ def test_actions_stay(source: str, target: str, sources: dict[str, Path], tmp_pa
         sources[source] / "tokenizer.json"
     ).read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_state_of_pi05_that_is_wider_than_an_action(target: str, tmp_path: Path) -> None:
+    """Which no tensor tells."""
+    config = replace(odd_config(adaptive_norm=True), state_dim=40)
+    synthesise(tmp_path / "source", config, LAYOUTS["lerobot"], 0, torch.float32)
+    after = run(tmp_path / "source", tmp_path / "out", target)
+    assert after.config == config
+    assert run(tmp_path / "out", tmp_path / "back", "lerobot").config == config
 
 
 def test_jax_to_pytorch_to_jax_is_bit_for_bit(sources: dict[str, Path], tmp_path: Path) -> None:

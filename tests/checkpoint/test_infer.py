@@ -106,6 +106,14 @@ def test_pi05_is_recognised() -> None:
     assert (config.suffix_len, config.max_tokens, config.state_dim) == (50, 200, 32)
 
 
+def test_state_of_pi05_is_in_no_tensor() -> None:
+    """So that it may be wider than an action, or narrower."""
+    for declared in ({"max_state_dim": 40}, {"state_dim": 40, "action_dim": 32}):
+        config = infer_config(shapes("pi05_tiny"), HEADS | declared).config
+        assert (config.state_dim, config.action_dim) == (40, 32)
+        assert infer_config(shapes("pi05_tiny"), to_config_json(config)).config == config
+
+
 @pytest.mark.parametrize("tower", ["vision_tower", "vlm"])
 def test_lost_last_layer(tower: str) -> None:
     """Without config.json a file that lost its last layer must not pass as a shallower model."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jax_folder import copy_oracle
 from peft_folder import copy_case
 from safetensors.torch import load_file, save_file
 from test_cli import pi0, refused
@@ -80,6 +81,26 @@ def test_statistics(tiny_path: Path, folder: Path) -> None:
 def test_statistics_beyond_float32_are_the_same(tiny_path: Path, folder: Path) -> None:
     statistics(folder, std=[1.0 + 1e-12] * 32)
     assert not settings(tiny_path, folder)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("case", ["jax_pi0", "jax_pi05"])
+def test_constants_of_openpi_and_lerobot_are_no_difference(case: str, tmp_path: Path) -> None:
+    """Which they add to a spread; beside a tiny spread they count."""
+    source, out = copy_oracle(case, tmp_path / "source"), tmp_path / "out"
+    kind = "std" if case == "jax_pi0" else "q99"
+    (path,) = source.glob("assets/*/norm_stats.json")
+    content = json.loads(path.read_text())
+    state = content["norm_stats"]["state"]
+    state |= {"q01": [0.0] * len(state["q01"]), kind: [0.04] * len(state["std"])}
+    path.write_text(json.dumps(content))
+    assert pi0("convert", source, out, "--to", "lerobot").returncode == 0
+    assert pi0("diff", source, out).returncode == 0
+    state |= {kind: [2e-5] * len(state["std"])}
+    path.write_text(json.dumps(content))
+    assert pi0("convert", source, tmp_path / "flat", "--to", "lerobot").returncode == 0
+    done = pi0("diff", source, tmp_path / "flat")
+    assert (done.returncode, "statistics.state." in done.stdout) == (1, True)
 
 
 def test_settings(tiny_path: Path, folder: Path) -> None:

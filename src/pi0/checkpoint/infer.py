@@ -116,6 +116,7 @@ def infer_config(
     values = declared | inferred
     _fill_heads(values, shapes)
     adaptive = bool(values["adaptive_norm"])
+    values.setdefault("state_dim", values["action_dim"])
     defaults = {"horizon": DEFAULT_HORIZON, "max_tokens": DEFAULT_MAX_TOKENS[adaptive]}
     assumed = [name for name in defaults if name not in values]
     return Inferred(_build(defaults | values), assumed)
@@ -148,9 +149,8 @@ def _read_shapes(shapes: Shapes) -> dict[str, Any]:
         "vocab_size": _shape(shapes, "token_embedding.weight")[0],
         "action_dim": _shape(shapes, "action_in_proj.weight")[1],
     }
-    # π0.5 has no state projection: its state is text, as wide as an action.
-    state = "action_in_proj.weight" if adaptive else "state_proj.weight"
-    inferred["state_dim"] = _shape(shapes, state)[1]
+    if not adaptive:  # the state of a π0.5 is text
+        inferred["state_dim"] = _shape(shapes, "state_proj.weight")[1]
     for trunk in ("vlm", "expert"):
         gate = _shape(shapes, f"{trunk}.blocks.*.gate_proj.weight")
         inferred |= {

@@ -2,7 +2,7 @@
 
 Compared is what a policy does, not where its files lie or who wrote them: openpi's norm_stats.json
 and LeRobot's processors with the same numbers are the same. Statistics are compared within the
-rounding of float32, in which LeRobot keeps them.
+rounding of float32, in which LeRobot keeps them, and of the small constants of both.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pi0.policy.normalize import Normalizer
+from pi0.policy.normalize import OPENPI_EPS, Normalizer
 from pi0.policy.pipeline import Pipeline
 from pi0.policy.setup import PolicySetup
 from pi0.policy.tokenizer import Tokenizer
@@ -22,6 +23,8 @@ from pi0.policy.tokenizer import Tokenizer
 PLACES = ("checkpoint", "base", "layout", "sources", "findings", "prompt", "horizon")
 # Prompts that tokenizers of different vocabularies split differently.
 ROUNDING = 1e-6  # of numbers that were stored as float32
+# What openpi adds to a spread and LeRobot does not is no difference, up to this part of the spread.
+PART = 1e-3
 # What settings of the same cause begin with, and the option that makes them the same.
 CAUSES = (
     (("robot.",), "--robot"),
@@ -62,6 +65,14 @@ class PolicyDiff:
 
     differences: list[Difference]
     not_compared: str | None
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """A statistic [D], and by how much others may be off that count as the same [D]."""
+
+    values: NDArray[np.float32]
+    tolerance: NDArray[np.float64]
 
 
 def diff_policies(a: PolicySetup, b: PolicySetup) -> PolicyDiff:
@@ -123,7 +134,14 @@ def _pipeline(pipeline: Pipeline) -> dict[str, Any]:
 def _statistics(name: str, stats: Normalizer) -> dict[str, Any]:
     middle = stats.offset + stats.shift * stats.scale  # what becomes 0
     arrays = {"offset": middle, "scale": stats.scale, "inverse_scale": stats.inverse_scale}
-    return {f"{name}.{kind}": values.astype(np.float32) for kind, values in arrays.items()}
+    added = np.minimum(1.1 * OPENPI_EPS, PART * stats.scale)
+    return {
+        f"{name}.{kind}": _Numbers(
+            values.astype(np.float32),
+            np.maximum(ROUNDING * (np.abs(values) + np.abs(values).max(initial=0)), added),
+        )
+        for kind, values in arrays.items()
+    }
 
 
 def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -144,15 +162,16 @@ def _by_cause(differences: list[Difference]) -> list[Difference]:
 
 
 def _diff(name: str, a: Any, b: Any) -> list[Difference]:
-    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-        if a.shape != b.shape:
-            return [Difference(f"{name}: length", len(a), len(b))]
-        if np.allclose(a, b, rtol=ROUNDING, atol=ROUNDING * np.abs(a).max(initial=0)):
+    if isinstance(a, _Numbers) and isinstance(b, _Numbers):
+        if a.values.shape != b.values.shape:
+            return [Difference(f"{name}: length", len(a.values), len(b.values))]
+        off = np.abs(a.values - b.values)
+        if (off <= a.tolerance).all():
             return []
-        at = int(np.abs(a - b).argmax())
-        return [Difference(f"{name}[{at}], the largest", float(a[at]), float(b[at]))]
-    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
-        left, right = (None if v is None else len(v) for v in (a, b))
+        at = int(off.argmax())
+        return [Difference(f"{name}[{at}], the largest", float(a.values[at]), float(b.values[at]))]
+    if isinstance(a, _Numbers) or isinstance(b, _Numbers):
+        left, right = (None if v is None else len(v.values) for v in (a, b))
         return [Difference(f"{name}: length", left, right)]
     return [] if a == b else [Difference(name, a, b)]
 

@@ -196,6 +196,8 @@ def _openpi_config(source: Source, dtype: str) -> dict[str, Any]:
         "pi05": config.adaptive_norm,
         **(VARIANTS if published else {n: ours[n] for n in ("vision", "vlm", "expert")}),
     }
+    if config.adaptive_norm and config.state_dim != config.action_dim:  # no tensor tells it
+        settings["state_dim"] = config.state_dim
     names = {"horizon": "action_horizon", "max_tokens": "max_token_len"}
     for name in checkpoint.inferred.assumed:  # it would no longer be said that it is assumed
         del settings[names[name]]

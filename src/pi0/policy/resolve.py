@@ -126,8 +126,7 @@ def _program(
     """What a LeRobot folder's own files say, if it is one."""
     folder = checkpoint.folder_of(PREPROCESSOR, POSTPROCESSOR)
     openpi = options.preprocessing == "openpi" and options.norm_stats is not None
-    theirs = lerobot.is_lerobot(folder, checkpoint.settings) or checkpoint.names.buffers
-    if openpi or not theirs:
+    if openpi or not lerobot.is_lerobot(checkpoint):
         setup.n_action_steps = checkpoint.settings.get("n_action_steps")  # of `pi0 train`
         return None
 

@@ -25,7 +25,7 @@ from pi0.cli.eval import evaluate
 from pi0.cli.main import app
 from pi0.cli.serve import serve
 from pi0.engines.spec import EngineSpec
-from pi0.errors import ConfigError
+from pi0.errors import ConfigError, EngineError
 from pi0.policy import PolicyOptions
 
 FLAGS = {f"--{name.replace('_', '-')}" for name in options.POLICY}
@@ -73,6 +73,23 @@ def test_sizes_that_contradict_config_json(words: Any, option: str, tiny_path: P
     done = run(*words, tiny_path, f"--{option}", 7)
     assert isinstance(done.exception, ConfigError), done.output
     assert option.replace("-", "_") in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("words", "takes"),
+    [
+        (("verify", "--engines", "reference"), "--engines, which takes 2 engines"),
+        (("bench", "--engines"), "--engines, which takes an engine"),
+        (("bench", "--against"), "--against, which takes an engine"),
+        (("trace", "--engine"), "--engine, which takes an engine"),
+        (("sample", "--engine"), "--engine, which takes an engine"),
+        (("act", "--engine"), "--engine, which takes an engine"),
+    ],
+)
+def test_an_option_that_takes_the_checkpoint(words: Any, takes: str) -> None:
+    done = run(*words, "lerobot/pi0_base")
+    assert isinstance(done.exception, EngineError), done.output
+    assert f"'lerobot/pi0_base' after {takes}. If it is the" in str(done.exception)
 
 
 def test_sizes_of_a_preset_are_known() -> None:

@@ -26,7 +26,11 @@ def verify(
     checkpoint: options.Checkpoint,
     engines: Annotated[
         tuple[str, str],
-        typer.Option(metavar="REFERENCE CANDIDATE", help=f"Two engines, each {options.GRAMMAR}."),
+        typer.Option(
+            metavar="REFERENCE CANDIDATE",
+            help=f"Two engines, each {options.GRAMMAR}.",
+            callback=options.check_engines,
+        ),
     ] = ("reference:float32", "reference:bfloat16"),
     mode: Annotated[
         str,

@@ -108,3 +108,15 @@ def test_horizon_reaches_the_workers_of_bench(tiny_path: Path, tmp_path: Path) -
     assert (job.horizon, job.max_tokens) == (7, 30)
     with worker.load(replace(job, max_tokens=None)) as engine:
         assert engine.config.horizon == 7
+
+
+def test_bench_asks_for_memory_before_the_work(tiny_path: Path) -> None:
+    spec, point = EngineSpec("cpu", "float32"), Workload(3, 0, 4, 4, 1)
+    plan = BenchPlan(tiny_path, [spec], 0, replace(point, batch=10**9), 1, 1, 1, 0, False)
+    with pytest.raises(
+        ConfigError, match="3 images of 28 px and 4 tokens, .* 1000000000 at a time"
+    ):
+        worker.load(plan.job(spec, first=True))
+    job = BenchPlan(tiny_path, [spec], 0, point, 1, 1, 1, 0, False).job(spec, first=True)
+    (found,) = worker.sweep(replace(job, sweep=(plan.point,)))["points"]
+    assert "memory: expected enough for engine cpu" in found["error"]

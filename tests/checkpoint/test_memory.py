@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,25 @@ def test_published_sizes(precision: str) -> None:
     bound = required_bytes(config, "reference", precision, cameras=3, tokens=48)
     assert 0.85 < bound / estimate(config, dtype, 3, 48).total < 1
     assert required_bytes(config, "cpu", "int8", cameras=3, tokens=48) < 4e9
+
+
+def test_keys_and_values_count() -> None:
+    """Of 3 million tokens, which no engine can do without: 18 layers of 2 · 256 numbers each."""
+    config = PRESETS["pi0_base"]
+    few, many = (
+        required_bytes(config, "cpu", "float32", cameras=2, tokens=tokens)
+        for tokens in (48, 3_000_000)
+    )
+    assert many - few > 18 * 2 * 256 * 4 * (3_000_000 - 48)
+    loaded = required_bytes(config, "cpu", "float32", cameras=2, tokens=48, loaded=True)
+    assert loaded < 1e8 < few
+
+
+def test_long_chunks_count() -> None:
+    config = replace(PRESETS["tiny"], horizon=1_000_000)
+    # The mask of the whole sequence, and logits of eight heads.
+    assert required_bytes(config, "reference", "float32", cameras=2, tokens=48) > 65e12
+    assert required_bytes(config, "cpu", "float32", cameras=2, tokens=48) > 128e6
 
 
 def test_linear_layers_of_adaptive_norms_may_stay_as_they_are_stored() -> None:

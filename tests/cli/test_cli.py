@@ -402,5 +402,18 @@ def test_warnings_are_sentences(tiny_path: Path, image: Path, recwarn) -> None:
     assert "pi0: warning: state: state[0] = 1000: more than 100 standard" in done.stderr
 
 
+def test_too_little_memory_is_said_before_the_work(tiny_path: Path, image: Path) -> None:
+    many, on_cpu = 3_000_000_000, ("--engine", "cpu")
+    for words, found in (
+        (("trace", tiny_path, "--tokens", many, *on_cpu), f"28 px and {many} tokens"),
+        (("trace", tiny_path, "--tokens", many, *on_cpu, "--weight-cache"), f"{many} tokens"),
+        (("verify", tiny_path, "--cameras", many), f"with {many} images"),
+        ((*act(tiny_path, image), "--image-size", 200_000), "with 1 images of 200000 px"),
+    ):
+        said = refused(*words)
+        assert "memory: expected enough for engine" in said
+        assert found in said
+
+
 def test_too_little_memory(tiny_path: Path) -> None:
     assert "memory: expected enough" in refused("trace", tiny_path, "--image-size", 10**6)

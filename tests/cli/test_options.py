@@ -25,7 +25,7 @@ from pi0.cli.eval import evaluate
 from pi0.cli.main import app
 from pi0.cli.serve import serve
 from pi0.engines.spec import EngineSpec
-from pi0.errors import ConfigError
+from pi0.errors import ConfigError, EngineError
 from pi0.policy import PolicyOptions
 
 FLAGS = {f"--{name.replace('_', '-')}" for name in options.POLICY}
@@ -75,6 +75,23 @@ def test_sizes_that_contradict_config_json(words: Any, option: str, tiny_path: P
     assert option.replace("-", "_") in str(done.exception)
 
 
+@pytest.mark.parametrize(
+    ("words", "takes"),
+    [
+        (("verify", "--engines", "reference"), "--engines, which takes 2 engines"),
+        (("bench", "--engines"), "--engines, which takes an engine"),
+        (("bench", "--against"), "--against, which takes an engine"),
+        (("trace", "--engine"), "--engine, which takes an engine"),
+        (("sample", "--engine"), "--engine, which takes an engine"),
+        (("act", "--engine"), "--engine, which takes an engine"),
+    ],
+)
+def test_an_option_that_takes_the_checkpoint(words: Any, takes: str) -> None:
+    done = run(*words, "lerobot/pi0_base")
+    assert isinstance(done.exception, EngineError), done.output
+    assert f"'lerobot/pi0_base' after {takes}. If it is the" in str(done.exception)
+
+
 def test_sizes_of_a_preset_are_known() -> None:
     done = run("ttnn", "dry-run", "--preset", "tiny", "--horizon", 7)
     assert "expected with a checkpoint, found --preset" in str(done.exception)
@@ -91,3 +108,15 @@ def test_horizon_reaches_the_workers_of_bench(tiny_path: Path, tmp_path: Path) -
     assert (job.horizon, job.max_tokens) == (7, 30)
     with worker.load(replace(job, max_tokens=None)) as engine:
         assert engine.config.horizon == 7
+
+
+def test_bench_asks_for_memory_before_the_work(tiny_path: Path) -> None:
+    spec, point = EngineSpec("cpu", "float32"), Workload(3, 0, 4, 4, 1)
+    plan = BenchPlan(tiny_path, [spec], 0, replace(point, batch=10**9), 1, 1, 1, 0, False)
+    with pytest.raises(
+        ConfigError, match="3 images of 28 px and 4 tokens, .* 1000000000 at a time"
+    ):
+        worker.load(plan.job(spec, first=True))
+    job = BenchPlan(tiny_path, [spec], 0, point, 1, 1, 1, 0, False).job(spec, first=True)
+    (found,) = worker.sweep(replace(job, sweep=(plan.point,)))["points"]
+    assert "memory: expected enough for engine cpu" in found["error"]

@@ -84,7 +84,7 @@ def test_memory_is_asked_for_first(tiny_path: Path, npz: Path, monkeypatch) -> N
     monkeypatch.setattr("pi0.checkpoint.memory.available_bytes", lambda: 10**9)
     message = refused("trace", tiny_path, "--tokens", "100000")
     assert "expected enough for engine reference in float32 with 2 images of 28 px and" in message
-    assert "at least 640.10 GB, found 1.00 GB free" in message
+    assert "at least 640.13 GB, found 1.00 GB free" in message
     assert "image_size: expected at most" in refused("trace", tiny_path, "--image-size", 10**9)
     monkeypatch.setattr("pi0.checkpoint.memory.available_bytes", lambda: 1000)
     for words in (("--engine", "cpu"), ("--dtype", "bf16")):

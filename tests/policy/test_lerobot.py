@@ -11,13 +11,23 @@ import torch
 from lerobot_folder import CAMERAS, LerobotFolder
 from safetensors.torch import load_file, save_file
 
+from pi0.checkpoint.infer import to_config_json
 from pi0.checkpoint.layouts import LAYOUTS
+from pi0.checkpoint.load import open_checkpoint
 from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
 from pi0.errors import Pi0Error
-from pi0.policy import Camera, Policy, Robot
+from pi0.policy import Camera, Policy, PolicyOptions, Robot, prepare
+from pi0.policy.doctor import examine
+from pi0.policy.lerobot import is_lerobot
 
 NAMES = ["a", "b", "c", "d", "Gripper.pos"]
+BUFFERS = {
+    "normalize_inputs.buffer_observation_state.mean": torch.arange(6.0),
+    "normalize_inputs.buffer_observation_state.std": torch.full((6,), 2.0),
+    "unnormalize_outputs.buffer_action.mean": torch.ones(5),
+    "unnormalize_outputs.buffer_action.std": torch.full((5,), 0.5),
+}
 
 
 @pytest.fixture
@@ -72,19 +82,40 @@ def test_statistics_among_the_weights(folder: LerobotFolder, declared: bool) -> 
         config = {k: v for k, v in folder.config.items() if not k.endswith("_features")}
         config.pop("normalization_mapping", None)
         (path / "config.json").write_text(json.dumps(config))
-    buffers = {
-        "normalize_inputs.buffer_observation_state.mean": torch.arange(6.0),
-        "normalize_inputs.buffer_observation_state.std": torch.full((6,), 2.0),
-        "unnormalize_outputs.buffer_action.mean": torch.ones(5),
-        "unnormalize_outputs.buffer_action.std": torch.full((5,), 0.5),
-    }
-    save_file({**load_file(weights), **buffers}, weights)
+    save_file({**load_file(weights), **BUFFERS}, weights)
     robot = None if declared else Robot("arm", (Camera("top"),), (("state", 6),), 5)
     with pytest.warns(UserWarning, match="what LeRobot 0.6.1 builds"):
         pipeline = Policy.from_checkpoint(path, robot=robot).pipeline
     np.testing.assert_allclose(pipeline.state_stats.normalize(np.arange(6.0) + 2), 1, atol=1e-6)
     np.testing.assert_allclose(pipeline.action_stats.unnormalize(np.full(5, 2.0)), 2)
     assert pipeline.resize == "lerobot"
+
+
+@pytest.mark.parametrize("by", ["processors", "config.json", "weights", "nothing"])
+def test_whose_checkpoint_it_is(folder: LerobotFolder, by: str) -> None:
+    path, weights = folder.write(), folder.path / "model.safetensors"
+    if by != "processors":
+        for file in path.glob("policy_*"):
+            file.unlink()
+    if by != "config.json":
+        own = ("input_features", "output_features", "normalization_mapping")
+        config = {key: value for key, value in folder.config.items() if key not in own}
+        (path / "config.json").write_text(json.dumps(config))
+    if by == "weights":
+        save_file({**load_file(weights), **BUFFERS}, weights)
+    assert is_lerobot(open_checkpoint(path)) == (by != "nothing")
+
+
+def test_openpis_statistics_beside_those_among_the_weights(folder: LerobotFolder) -> None:
+    """Of an older LeRobot, whose config.json has no features: its own count, which is said."""
+    path, weights = folder.write(), folder.path / "model.safetensors"
+    for file in path.glob("policy_*"):
+        file.unlink()
+    save_file({**load_file(weights), **BUFFERS}, weights)
+    (path / "config.json").write_text(json.dumps(to_config_json(PRESETS["tiny"])))
+    (path / "norm_stats.json").write_text("{}")
+    found = examine(prepare(open_checkpoint(path), PolicyOptions(robot="generic")))
+    assert "two-origins" in {finding.code for finding in found}
 
 
 def test_relative_actions(folder: LerobotFolder) -> None:

@@ -178,6 +178,10 @@ def test_what_is_no_prompt(observation: dict, message: str) -> None:
         ({0: PIXELS}, "expected keys that are text, found 0"),
         ({"images": {"top": PIXELS}}, "found also images/top"),
         ({"images/base": PIXELS, "depth": PIXELS}, "found also depth"),
+        (
+            {"images/base": PIXELS, "images": {"base": PIXELS}},
+            "one value for images/base, found two: under 'images/base', and under 'base' in",
+        ),
     ],
 )
 def test_what_is_no_observation(observation: Any, message: str) -> None:

@@ -34,7 +34,7 @@ def folder(tiny_path: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def write_stats(path: Path, state: int, actions: int, **changes: Any) -> Path:
+def write_stats(path: Path, state: int, actions: int, /, **changes: Any) -> Path:
     def unit(width: int) -> dict[str, list[float]]:
         return {"mean": [0.0] * width, "std": [1.0] * width}
 
@@ -282,6 +282,37 @@ def test_other_forms_of_statistics(folder: Path, wrapped: bool, key: str) -> Non
     assert made(folder, robot="generic", norm_stats=path).require().action_dim == 3
 
 
+@pytest.mark.parametrize("names", [("state", "observation.state"), ("actions", "action")])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_statistics_under_two_names(folder: Path, names: tuple[str, str], wrapped: bool) -> None:
+    path, table = folder / "stats.json", {"mean": [0.0] * 3, "std": [1.0] * 3}
+    for other, fits in ((table, True), (table | {"std": [2.0] * 3}, False)):
+        stats = {"state": table, "actions": table, names[1]: other}
+        path.write_text(json.dumps({"norm_stats": stats} if wrapped else stats))
+        setup = made(folder, robot="generic", norm_stats=path)
+        assert ("statistics-unusable" not in codes(setup)) == fits
+    prefix = "norm_stats." if wrapped else ""
+    assert f"found {prefix}{names[0]} and {prefix}{names[1]}, which" in setup.findings[0].sentence
+
+
+def test_statistics_inside_and_outside(folder: Path) -> None:
+    outside = {"state": {"mean": [1.0] * 3, "std": [1.0] * 3}}
+    path = write_stats(folder / "stats.json", 3, 3, **outside)
+    setup = made(folder, robot="generic", norm_stats=path)
+    assert "found norm_stats.state and state, which differ" in setup.findings[0].sentence
+
+
+@pytest.mark.parametrize("prompt", [3, "", "  \n", ["go"], b"go", "caf\ud83d"])
+def test_a_default_prompt_that_is_none(folder: Path, prompt: Any) -> None:
+    setup = made(folder, robot="generic", default_prompt=prompt)
+    assert codes(setup) == {"prompt-unknown": "error"}
+    assert setup.findings[0].sentence.startswith("default_prompt: expected ")
+    pipeline = made(folder, robot="generic", default_prompt="wait").require()
+    assert pipeline.default_prompt == "wait"
+    with pytest.raises(Pi0Error, match="default_prompt: expected"):
+        replace(pipeline, default_prompt=prompt)
+
+
 @pytest.mark.parametrize(
     ("asset", "code"),
     [
@@ -355,6 +386,14 @@ def test_settings_are_carried_out_or_refused(
         assert setup.steps == 3
     elif not fits:
         assert f"config.json {key}: expected" in setup.findings[-1].sentence
+
+
+def test_steps_under_two_names(lerobot: LerobotFolder) -> None:
+    for steps, fits in ((3, True), (4, False)):
+        lerobot.config |= {"num_inference_steps": 3, "num_steps": steps}
+        setup = made(lerobot.write())
+        assert ("setting-not-carried-out" not in codes(setup)) == fits
+    assert "num_inference_steps and num_steps: expected one" in setup.findings[-1].sentence
 
 
 def test_missing_processors_hide_nothing_else(lerobot: LerobotFolder) -> None:

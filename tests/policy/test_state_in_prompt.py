@@ -216,6 +216,16 @@ def test_the_command_line(folder: Path, tmp_path: Path) -> None:
     assert [len(row["findings"]) for row in found.values()] == [1, 0, 0]
 
 
+def test_config_json_and_processors_contradict_each_other(tmp_path: Path) -> None:
+    synthesise(tmp_path, PRESETS["pi05_tiny"], LAYOUTS["lerobot"], 0, torch.float32)
+    for declared, fits in ((True, True), (False, False)):
+        edit_config(tmp_path, discrete_state_input=declared)
+        setup = made(tmp_path)
+        assert ("prompt-unknown" not in {f.code for f in setup.findings}) == fits
+    assert "discrete_state_input as LeRobot's processors" in setup.findings[-1].sentence
+    made(tmp_path, state_in_prompt=True).require()
+
+
 def test_processors_without_the_step_of_the_state(tmp_path: Path) -> None:
     """LeRobot's own π0.5 has it always: the files may be those of a π0."""
     synthesise(tmp_path, PRESETS["pi05_tiny"], LAYOUTS["lerobot"], 0, torch.float32)

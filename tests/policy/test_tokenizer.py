@@ -40,6 +40,12 @@ def gemma() -> Tokenizer:
     return load_tokenizer(GEMMA)
 
 
+def test_a_byte_order_mark(bytes_: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "marked.json"
+    path.write_text(bytes_.source.read_text("utf-8"), encoding="utf-8-sig")
+    assert load_tokenizer(path).encode("pick é") == bytes_.encode("pick é")
+
+
 def text_of(ids: torch.Tensor, mask: torch.Tensor) -> str:
     """The text behind the byte tokenizer's ids, without <bos>."""
     return bytes(int(i) - 4 for i in ids[mask][1:]).decode()

@@ -56,6 +56,7 @@ def test_a_public_address_needs_a_key_or_a_word(caplog: pytest.LogCaptureFixture
 def test_keys(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "key"
     assert read_api_key(written(path, f"\n {KEY}\r\n")) == KEY
+    assert read_api_key(written(path, f"\ufeff{KEY}")) == KEY
     assert not caplog.records
     path.chmod(0o644)
     read_api_key(path)

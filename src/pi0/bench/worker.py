@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from pi0.bench.task import ACTIONS, RESULT_FILE, Trial, WorkerTask, workload_inputs
-from pi0.checkpoint.load import open_checkpoint
+from pi0.checkpoint.load import Checkpoint, open_checkpoint
 from pi0.engines.base import Engine, make_engine, require_finite
+from pi0.engines.memory import require_memory
 from pi0.errors import Pi0Error
 from pi0.inputs import ModelInputs
 from pi0.model.flow import integrate
@@ -65,8 +66,10 @@ def sweep(job: WorkerTask) -> dict[str, Any]:
     results: list[dict[str, Any]] = []
     with load(job) as engine:
         for point in job.sweep:
-            inputs, noise = workload_inputs(engine.config, point, job.seed)
+            sizes = point.cameras, point.tokens, None, point.batch
             try:
+                require_memory(_open(job), job.spec, *sizes, loaded=True)
+                inputs, noise = workload_inputs(engine.config, point, job.seed)
                 times = sample_times(engine, inputs, noise, point.steps, job.repeat)
                 results.append({"ms": statistics.median(times)})
             except Pi0Error as error:
@@ -75,8 +78,13 @@ def sweep(job: WorkerTask) -> dict[str, Any]:
 
 
 def load(job: WorkerTask) -> Engine:
-    opened = open_checkpoint(job.checkpoint, job.horizon, job.max_tokens, job.base)
+    opened = _open(job)
+    require_memory(opened, job.spec, job.point.cameras, job.point.tokens, batch=job.point.batch)
     return make_engine(job.spec, opened)
+
+
+def _open(job: WorkerTask) -> Checkpoint:
+    return open_checkpoint(job.checkpoint, job.horizon, job.max_tokens, job.base)
 
 
 def sample_times(

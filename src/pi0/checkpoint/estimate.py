@@ -55,12 +55,21 @@ def estimate(config: Pi0Config, dtype: torch.dtype, cameras: int, tokens: int) -
 
 
 def required_bytes(
-    config: Pi0Config, engine: str, precision: str, cameras: int, tokens: int, batch: int = 1
+    config: Pi0Config,
+    engine: str,
+    precision: str,
+    cameras: int,
+    tokens: int,
+    batch: int = 1,
+    loaded: bool = False,
 ) -> int:
     """A lower bound of the memory that an engine on the CPU needs, before its weights are loaded.
 
     Left out is what an engine can do without: the last layer of the VLM but for keys and values,
     activations that can share memory, and, unless it is known to hold them, attention logits.
+
+    Args:
+        loaded: its weights are in memory already.
     """
     size = ITEM_SIZE.get(precision, 1)
     last = f"vlm.blocks.{config.vlm.depth - 1}."
@@ -70,11 +79,19 @@ def required_bytes(
         if not name.startswith(last)
     )
     images = cameras * 3 * config.vision.image_size**2 * torch.float32.itemsize
-    working = config.prefix_len(cameras, tokens) * config.vlm.width * size
+    vlm, expert = config.vlm, config.expert
+    prefix, suffix = config.prefix_len(cameras, tokens), config.suffix_len
+    vision, first, step = 0, prefix * vlm.width * size, suffix * expert.width * size
     if engine in WHOLE_LOGITS:
-        # The logits, and in float32 their softmax.
-        working = max(working, _logits(config, cameras, tokens) * (size + 4))
-    return weights + batch * (images + working)
+        # The logits, and in float32 their softmax; in a step the mask of the whole sequence, too.
+        logits = vlm.num_heads * (size + 4)
+        patches = config.vision.num_patches
+        vision = config.vision.num_heads * cameras * patches**2 * (size + 4)
+        first = max(first, logits * prefix**2)
+        step = max(step, (prefix + suffix) * (logits * suffix + prefix + suffix))
+    cache = 2 * vlm.depth * prefix * vlm.num_kv_heads * vlm.head_dim * size
+    working = max(vision, cache + first, cache + step)
+    return (0 if loaded else weights) + batch * (images + working)
 
 
 def require_memory_for(
@@ -85,12 +102,14 @@ def require_memory_for(
     tokens: int,
     image_size: int | None = None,
     batch: int = 1,
+    loaded: bool = False,
 ) -> None:
     """Refuses what an engine on the CPU cannot hold, before its weights are loaded.
 
     Args:
         precision: one of the engine's, by its full name.
         image_size: pixels; None: the checkpoint's.
+        loaded: its weights are in memory already.
 
     Raises:
         ConfigError: less memory is free than is needed at least; an image size that cannot be.
@@ -100,8 +119,9 @@ def require_memory_for(
         config = config.with_image_size(image_size)
     pixels = config.vision.image_size
     require_memory(
-        required_bytes(config, engine, precision, cameras, tokens, batch),
-        f"engine {engine} in {precision} with {cameras} images of {pixels} px and {tokens} tokens",
+        required_bytes(config, engine, precision, cameras, tokens, batch, loaded),
+        f"engine {engine} in {precision} with {cameras} images of {pixels} px and {tokens} tokens, "
+        f"chunks of {config.horizon} actions{f', {batch} at a time' * (batch > 1)}",
     )
 
 

@@ -89,6 +89,7 @@ def act(
     from pi0.cli.forward import print_trace
     from pi0.cli.plot import plot_chunk, require_matplotlib
     from pi0.cli.show import print_json, print_line, step_progress
+    from pi0.engines.memory import require_memory
     from pi0.errors import ConfigError
     from pi0.inputs import to_npz
     from pi0.policy import Policy, choose_engine, prepare
@@ -107,10 +108,11 @@ def act(
     pipeline = setup.require()
     table = pipeline.robot
     observation = table.observation(_read_images(table, given), values, prompt)
-    inputs, _ = pipeline.encode(observation)  # what does not fit is said before weights are loaded
     spec = choose_engine(engine, opened.config, dtype, device, wishes.image_size)
-    cameras, tokens = inputs.images.shape[1], inputs.tokens.shape[1]
-    made = load_engine(opened, spec, cameras, tokens, wishes.image_size, weight_cache=weight_cache)
+    sizes = len(given), pipeline.prompt.max_tokens, wishes.image_size
+    require_memory(opened, spec, *sizes, loaded=weight_cache)
+    inputs, _ = pipeline.encode(observation)  # what does not fit is said before weights are loaded
+    made = load_engine(opened, spec, *sizes, weight_cache=weight_cache)
     policy = Policy(
         pipeline, made, steps=steps, seed=seed, on_limit=on_limit, metadata=setup.describe()
     )

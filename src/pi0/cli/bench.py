@@ -23,6 +23,7 @@ def bench(
             metavar=options.GRAMMAR,
             help="An engine to measure; repeat the option for several. Accuracy is relative to the "
             "first.",
+            callback=options.check_engines,
         ),
     ] = ["reference"],  # noqa: B006 - typer reads it
     against: Annotated[
@@ -32,6 +33,7 @@ def bench(
             help="An engine to compare with, such as lerobot or transformers; may be repeated. "
             "Ratios are to the first, or without any to the slowest engine.",
             show_default=False,
+            callback=options.check_engines,
         ),
     ] = [],  # noqa: B006
     cameras: options.Cameras = 3,

@@ -10,23 +10,6 @@ if TYPE_CHECKING:
     from pi0.engines.spec import EngineSpec
 
 
-def require_memory(
-    opened: Checkpoint,
-    spec: EngineSpec,
-    cameras: int,
-    tokens: int,
-    image_size: int | None = None,
-    batch: int = 1,
-) -> None:
-    """Raises ConfigError if an engine that computes on the host needs more memory than is free."""
-    from pi0.checkpoint.estimate import require_memory_for
-    from pi0.engines.registry import find_engine
-
-    device = spec.device or find_engine(spec.name).capabilities.devices[0]
-    if device == "cpu":
-        require_memory_for(opened, spec.name, spec.precision, cameras, tokens, image_size, batch)
-
-
 def load_engine(
     opened: Checkpoint,
     spec: EngineSpec,
@@ -39,9 +22,10 @@ def load_engine(
     """The engine of a spec, loaded with a progress bar, for inputs of these sizes."""
     from pi0.cli.show import byte_progress
     from pi0.engines.base import make_engine
+    from pi0.engines.memory import require_memory
 
-    if not weight_cache:  # whose weights are mapped from a file
-        require_memory(opened, spec, cameras, tokens, image_size, batch)
+    # Those of a weight cache are mapped from a file.
+    require_memory(opened, spec, cameras, tokens, image_size, batch, loaded=weight_cache)
     with byte_progress("loading", opened.read_bytes) as progress:
         return make_engine(
             spec, opened, image_size=image_size, weight_cache=weight_cache, progress=progress

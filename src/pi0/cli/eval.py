@@ -223,7 +223,7 @@ def _resolved(
     from contextlib import closing
 
     from pi0.checkpoint.load import open_checkpoint
-    from pi0.cli.engine import require_memory
+    from pi0.engines.memory import require_memory
     from pi0.eval.environment import Environment
     from pi0.findings import enforce
     from pi0.policy import choose_engine, prepare

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -38,13 +39,37 @@ ENGINE_HELP = (
     "Engine that computes, as in cpu:int8 or reference:bfloat16@cuda:1. reference: plain PyTorch; "
     "cpu, cuda: fast; ttnn: a Tenstorrent card; ttnn-host: its arithmetic on the host."
 )
-Engine = Annotated[str, typer.Option(metavar=GRAMMAR, help=ENGINE_HELP)]
+
+
+def check_engines(param: typer.CallbackParam, value: Any) -> Any:
+    """The value of an option that takes engines.
+
+    Raises:
+        EngineError: a word names none. It may be the checkpoint, if the option stands before it and
+            too few engines after it; typer would only say that the checkpoint is missing.
+    """
+    from pi0.engines.registry import engine_names
+    from pi0.errors import EngineError
+
+    names = engine_names()
+    for word in [value] if isinstance(value, str) else value:
+        if re.split("[:@]", word)[0] not in (*names, "auto"):
+            words = f"{param.nargs} engines" if param.nargs > 1 else "an engine"
+            raise EngineError(
+                f"engine: expected one of {', '.join(names)}, found {word!r} after "
+                f"{param.opts[0]}, which takes {words}. If it is the checkpoint, name it first."
+            )
+    return value
+
+
+Engine = Annotated[str, typer.Option(metavar=GRAMMAR, help=ENGINE_HELP, callback=check_engines)]
 EngineOrAuto = Annotated[
     str,
     typer.Option(
         "--engine",
         metavar=GRAMMAR,
         help=f"{ENGINE_HELP} auto: the fastest on this machine that computes in float32.",
+        callback=check_engines,
     ),
 ]
 Device = Annotated[

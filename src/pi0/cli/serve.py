@@ -186,7 +186,7 @@ def serve(
                 run(many, sock, settings)
             return
         cameras, tokens = len(pipeline.robot.cameras), pipeline.prompt.max_tokens
-        made = load_engine(opened, spec, cameras, tokens, size, weight_cache=weight_cache)
+        made = load_engine(opened, spec, cameras, tokens, size, batch, weight_cache)
         with Policy(
             pipeline,
             made,

@@ -26,7 +26,11 @@ def verify(
     checkpoint: options.Checkpoint,
     engines: Annotated[
         tuple[str, str],
-        typer.Option(metavar="REFERENCE CANDIDATE", help=f"Two engines, each {options.GRAMMAR}."),
+        typer.Option(
+            metavar="REFERENCE CANDIDATE",
+            help=f"Two engines, each {options.GRAMMAR}.",
+            callback=options.check_engines,
+        ),
     ] = ("reference:float32", "reference:bfloat16"),
     mode: Annotated[
         str,
@@ -85,10 +89,10 @@ def verify(
         pi0 verify demo --engines reference transformers
     """
     from pi0.checkpoint.load import open_checkpoint
-    from pi0.cli.engine import require_memory
-    from pi0.cli.forward import image_side, read_npz
+    from pi0.cli.forward import array_sizes, image_side, read_npz
     from pi0.cli.show import step_progress
     from pi0.engines.base import make_engine
+    from pi0.engines.memory import require_memory
     from pi0.engines.registry import find_engine
     from pi0.engines.spec import EngineSpec
     from pi0.inputs import from_npz
@@ -103,15 +107,16 @@ def verify(
     opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
     size = image_side(arrays) or image_size or opened.config.vision.image_size
     config = opened.config.with_image_size(size)
+    asked = 1, cameras, tokens or config.max_tokens
+    batch, views, length = array_sizes(arrays) or asked
+    for spec in (a, b):
+        _check_engine(spec, mode, opened.config, size)
+        require_memory(opened, spec, views, length, size, batch)
     cases = (
         [Case(str(inputs), *from_npz(config, arrays))]
         if arrays
-        else default_cases(config, cameras, tokens or config.max_tokens, seed)
+        else default_cases(config, views, length, seed)
     )
-    for spec in (a, b):
-        _check_engine(spec, mode, opened.config, size)
-        batch, views = cases[0].inputs.images.shape[:2]
-        require_memory(opened, spec, views, cases[0].inputs.tokens.shape[1], size, batch)
     judge, why = _choose_oracle(oracle, (a, b), opened.config, size)
     exact = unrounded_engine(a, b)
     runs = 2 + (judge is not None) + (exact is not None)
@@ -130,7 +135,6 @@ def verify(
             if exact is None
             else lambda: make_engine(exact, opened, image_size=size),
         )
-    views, length = cases[0].inputs.image_mask.shape[1], cases[0].inputs.tokens.shape[1]
     sizes = f"{views} cameras of {size} px, {length} text tokens, {steps} steps"
     note = " ".join(result.notes)
     judged = judge is not None or any(find_engine(s.name).capabilities.peer for s in (a, b))

@@ -42,7 +42,7 @@ def _two_origins(checkpoint: Checkpoint) -> list[Finding]:
     folder = checkpoint.folder_of(PREPROCESSOR, POSTPROCESSOR)
     places = [folder / FILE_NAME, *folder.glob(f"assets/**/{FILE_NAME}")]
     openpis = [path for path in places if path.is_file()]
-    if not openpis or not lerobot.is_lerobot(folder, checkpoint.settings):
+    if not openpis or not lerobot.is_lerobot(checkpoint):
         return []
     return [
         warning(

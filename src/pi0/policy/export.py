@@ -112,10 +112,9 @@ def export_files(
 
 def _with_state_in_prompt(checkpoint: Checkpoint, target: str, stated: bool) -> Checkpoint:
     """The checkpoint as if its config.json said so."""
-    folder = checkpoint.folder_of(PREPROCESSOR, POSTPROCESSOR)
     if not checkpoint.config.adaptive_norm:
         found = "a π0, which has a token of the state"
-    elif target == "lerobot" and is_lerobot(folder, checkpoint.settings):
+    elif target == "lerobot" and is_lerobot(checkpoint):
         found = "LeRobot's own files, which say it"
     else:
         return replace(checkpoint, settings={**checkpoint.settings, "discrete_state_input": stated})

@@ -47,6 +47,10 @@ def settings_findings(settings: Mapping[str, Any], config: Pi0Config) -> list[Fi
         if settings.get(key) is not None
         and (type(settings[key]) is not int or not 1 <= settings[key] <= 10_000)
     ]
+    steps = {key: settings[key] for key in STEPS_KEYS if settings.get(key) is not None}
+    if len(set(map(repr, steps.values()))) > 1:
+        both = " and ".join(steps)
+        found.append((both, "expected one number", list(steps.values())))
     return [
         error("setting-not-carried-out", f"config.json {key}: {expected}, found {value!r}.")
         for key, expected, value in found

@@ -85,11 +85,16 @@ def read_prompt(observation: Observation, default: str | None) -> str:
             f"prompt: expected one sentence, found {found['prompt']!r} under prompt and "
             f"{found['task']!r} under task."
         )
-    fallback = None if default is None else _text("default_prompt", default)
-    text = next(iter(found.values()), fallback)
+    text = next(iter(found.values()), default)
     if text is None or not text.strip():
         raise ObservationError(f"prompt: expected a sentence, found {text!r}.")
     return text
+
+
+def check_default_prompt(prompt: Any) -> None:
+    """Raises ObservationError if a prompt for observations without one is no sentence."""
+    if not isinstance(prompt, str) or not _text("default_prompt", prompt).strip():
+        raise ObservationError(f"default_prompt: expected a sentence, found {_kind(prompt)}.")
 
 
 def read_state(observation: Observation, robot: Robot, widths: range) -> Floats:
@@ -150,11 +155,20 @@ def read_image(key: str, image: Any) -> NDArray[np.generic]:
 
 
 def _refuse_unknown(observation: Observation, robot: Robot) -> None:
-    keys = {
-        f"{key}/{inner}" if isinstance(value, Mapping) and not _is_bookkeeping(key) else key
+    every = [
+        f"{key}/{inner}" if nested else key
         for key, value in observation.items()
-        for inner in (value if isinstance(value, Mapping) and value else [""])
-    }
+        for nested in [isinstance(value, Mapping) and bool(value) and not _is_bookkeeping(key)]
+        for inner in (value if nested else [""])
+    ]
+    keys = set(every)
+    if len(keys) < len(every):
+        twice = next(key for key in every if every.count(key) > 1)
+        head, _, rest = twice.partition("/")
+        raise ObservationError(
+            f"observation: expected one value for {twice}, found two: under {twice!r}, and under "
+            f"{rest!r} in {head!r}. Leave one out."
+        )
     known = {camera.key for camera in robot.cameras} | {key for key, _ in robot.state}
     known |= {*PROMPT_KEYS, *robot.ignored}
     unknown = sorted(key for key in keys - known if not _is_bookkeeping(key))

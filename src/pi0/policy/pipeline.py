@@ -32,6 +32,7 @@ from pi0.policy.normalize import OUTLIER_SIGMA, OVERFLOW_SIGMA, Normalizer
 from pi0.policy.observation import (
     Observation,
     camera_keys,
+    check_default_prompt,
     check_observation,
     lookup,
     read_image,
@@ -58,6 +59,9 @@ class Pipeline:
         image_stats: by camera, of channels; only some LeRobot checkpoints have them.
         rename: observation key as it comes → key that the robot's table knows.
         default_prompt: what to do if an observation does not say.
+
+    Raises:
+        ObservationError: the default prompt is no sentence.
     """
 
     config: Pi0Config
@@ -71,6 +75,10 @@ class Pipeline:
     image_stats: Mapping[str, Normalizer] = field(default_factory=dict)
     rename: Mapping[str, str] = field(default_factory=dict)
     default_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.default_prompt is not None:
+            check_default_prompt(self.default_prompt)
 
     @property
     def action_dim(self) -> int:

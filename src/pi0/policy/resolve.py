@@ -37,6 +37,7 @@ from pi0.policy.normalize import (
     identity,
     make_normalizer,
 )
+from pi0.policy.observation import check_default_prompt
 from pi0.policy.pipeline import Pipeline
 from pi0.policy.robot import Robot
 from pi0.policy.robots import PI05, ROBOTS, find_robot, robot_of_assets
@@ -87,6 +88,8 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
     state_in_prompt = setup.attempt(
         "prompt-unknown", lambda: _state_in_prompt(options, program, setup)
     )
+    if options.default_prompt is not None:
+        setup.attempt("prompt-unknown", lambda: check_default_prompt(options.default_prompt))
     if any(finding.severity == "error" for finding in setup.findings):
         return setup
     assert robot is not None
@@ -126,8 +129,7 @@ def _program(
     """What a LeRobot folder's own files say, if it is one."""
     folder = checkpoint.folder_of(PREPROCESSOR, POSTPROCESSOR)
     openpi = options.preprocessing == "openpi" and options.norm_stats is not None
-    theirs = lerobot.is_lerobot(folder, checkpoint.settings) or checkpoint.names.buffers
-    if openpi or not theirs:
+    if openpi or not lerobot.is_lerobot(checkpoint):
         setup.n_action_steps = checkpoint.settings.get("n_action_steps")  # of `pi0 train`
         return None
 
@@ -309,6 +311,13 @@ def _state_in_prompt(
         return False
     if stated is None and program:
         stated = program.state_in_prompt
+        declared = setup.checkpoint.settings.get("discrete_state_input")
+        if declared not in (None, stated):
+            raise Pi0Error(
+                "state_in_prompt: expected config.json's discrete_state_input as LeRobot's "
+                f"processors have it, {stated}, found {declared}. Say it with --state-in-prompt or "
+                "--no-state-in-prompt."
+            )
         if not stated:
             sentence = (
                 "state_in_prompt: expected LeRobot's processors of a π0.5 to write the state into "

@@ -70,8 +70,7 @@ class Source:
 
     @property
     def is_lerobot(self) -> bool:
-        buffers = bool(self.checkpoint.names.buffers)
-        return buffers or is_lerobot(self.folder, self.checkpoint.settings)
+        return is_lerobot(self.checkpoint)
 
     def mode(self, kind: str) -> str | None:
         """LeRobot's mode of normalisation for STATE or ACTION; None: the source is openpi's."""

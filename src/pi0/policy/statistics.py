@@ -60,12 +60,7 @@ def read_norm_stats(path: Path) -> dict[str, Statistics]:
     if not path.is_file():
         raise Pi0Error(f"statistics {path}: expected a {FILE_NAME}, found no file.")
     content = read_json(path)
-    stats = content.get("norm_stats", content)
-    stats = stats if isinstance(stats, dict) else {}
-    tables = {
-        what: next((stats[name] for name in names if isinstance(stats.get(name), dict)), None)
-        for what, names in NAMES.items()
-    }
+    tables = {what: _table(path, what, content) for what in NAMES}
     missing = [what for what, table in tables.items() if table is None]
     if missing:
         raise Pi0Error(
@@ -73,6 +68,29 @@ def read_norm_stats(path: Path) -> dict[str, Statistics]:
             f"{{…}}}}}}, found no {' and no '.join(missing)}."
         )
     return {what: _vectors(path, what, table or {}) for what, table in tables.items()}
+
+
+def _table(path: Path, what: str, content: dict[str, object]) -> dict[str, object] | None:
+    """The statistics under any of their names; None if there are none.
+
+    Raises:
+        Pi0Error: they are there under two names and differ.
+    """
+    inner = content.get("norm_stats")
+    scopes = {"norm_stats.": inner if isinstance(inner, dict) else {}, "": content}
+    found = {
+        f"{prefix}{name}": table
+        for prefix, scope in scopes.items()
+        for name in NAMES[what]
+        if isinstance(table := scope.get(name), dict)
+    }
+    first = next(iter(found.values()), None)
+    if any(table != first for table in found.values()):
+        raise Pi0Error(
+            f"statistics {path}: expected one table of {what}, found {' and '.join(found)}, which "
+            "differ. Remove those that are not this checkpoint's."
+        )
+    return first
 
 
 def _vectors(path: Path, what: str, table: dict[str, object]) -> Statistics:

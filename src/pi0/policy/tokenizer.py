@@ -193,7 +193,7 @@ Loaded = tuple[Callable[[str], list[int]], "int | None", int]
 def _load_json(path: Path) -> Loaded:
     from tokenizers import Tokenizer as Backend
 
-    backend = Backend.from_file(str(path))
+    backend = Backend.from_str(path.read_text(encoding="utf-8-sig"))
     return (
         lambda text: list(backend.encode(text, add_special_tokens=False).ids),
         backend.token_to_id(BOS_PIECE),

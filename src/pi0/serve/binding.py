@@ -80,7 +80,8 @@ def read_api_key(path: Path) -> str:
         ConfigError: there is no file, or no key of `MIN_KEY` printable ASCII characters in it.
     """
     try:
-        text = path.read_text(encoding="ascii").strip()
+        text = path.read_text(encoding="utf-8-sig").strip()
+        text.encode("ascii")
         mode = path.stat().st_mode
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no ASCII text"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pi0.checkpoint.lerobot import ACTION, POSTPROCESSOR, PREPROCESSOR, STATE
+from pi0.checkpoint.load import Checkpoint
 from pi0.errors import Pi0Error
 from pi0.findings import Finding, error, warning
 from pi0.policy.lerobot.features import Features, read_features
@@ -26,6 +27,7 @@ from pi0.policy.lerobot.steps import Processors, Step, read_processors
 from pi0.policy.normalize import Normalizer
 
 CHANNELS = 3
+OWN_SETTINGS = ("input_features", "output_features", "normalization_mapping")  # of config.json
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,13 @@ class LerobotProgram:
         return self.actions.width
 
 
-def is_lerobot(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint is LeRobot's: by its processor files or by its config.json."""
-    return has_processors(folder) or any(
-        name in settings for name in ("input_features", "output_features", "normalization_mapping")
+def is_lerobot(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is LeRobot's: by its processor files, by its config.json, or by
+    statistics among its weights."""
+    return (
+        has_processors(checkpoint.folder_of(PREPROCESSOR, POSTPROCESSOR))
+        or bool(checkpoint.names.buffers)
+        or any(name in checkpoint.settings for name in OWN_SETTINGS)
     )
 
 

@@ -74,10 +74,8 @@ def read_table(file: Path, columns: Sequence[str]) -> pa.Table:
     """
     with open_parquet(file) as parquet:
         if missing := set(columns) - set(parquet.schema_arrow.names):
-            raise DataError(
-                f"{file}: expected a column {min(missing)}, found "
-                f"{', '.join(parquet.schema_arrow.names)}."
-            )
+            names = [n for n in parquet.schema_arrow.names if not n.startswith("stats/")]
+            raise DataError(f"{file}: expected a column {min(missing)}, found {', '.join(names)}.")
         return parquet.read(columns=list(columns))
 
 

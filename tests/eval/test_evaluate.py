@@ -159,6 +159,7 @@ REFUSED = {
     "dots:test/Blind-v0": "expected observations with images",
     "dots:test/Plain-v0": r"expected image, position in .*robot dots, found agent_pos, pixels/top",
     "dots:test/Wide-v0": "expected a policy with 3 actions, found 2 of robot dots",
+    "dots:test/Old-v0": "expected reset to succeed, found ValueError",
     "dots:test/Silent-v0": "expected success or is_success in info, found prompt, distance",
 }
 
@@ -168,6 +169,11 @@ def test_unfit_environments(name: str, policy: DotPolicy) -> None:
     with pytest.raises(Pi0Error, match=REFUSED[name]) as caught:
         evaluate(policy, EvalPlan(EnvOptions(name), episodes=1))
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_not_known_is_no_success(policy: DotPolicy) -> None:
+    results = evaluate(policy, EvalPlan(EnvOptions("dots:test/Nan-v0", max_steps=3), episodes=1))
+    assert (results.total.success, results.total.wrong) == (0, None)
 
 
 def test_swap_and_tasks_need_an_environment_that_knows_them(policy: DotPolicy) -> None:

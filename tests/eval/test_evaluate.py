@@ -25,6 +25,7 @@ from pi0.eval import (
     evaluate,
     wilson_interval,
 )
+from pi0.eval.film import _captioned
 from pi0.eval.results import Episode, summarise
 from pi0.policy import Camera, PolicyOptions
 
@@ -259,6 +260,13 @@ def read_film(path: Path) -> list[np.ndarray]:
 
     with av.open(str(path)) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def test_sentences_of_films_have_the_letters_of_other_languages() -> None:
+    pytest.importorskip("matplotlib")
+    frame = np.zeros((240, 320, 3), np.uint8)
+    pictures = {_captioned(frame, f"{letter}ffne", None).tobytes() for letter in "öäéж"}
+    assert len(pictures) == 4
 
 
 def test_places_are_tried_before_the_work(policy: DotPolicy, tmp_path: Path) -> None:

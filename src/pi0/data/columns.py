@@ -60,9 +60,9 @@ def open_parquet(file: Path) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(file) as parquet:
             yield parquet
     except (pa.ArrowException, OSError, ValueError) as error:  # the last: a name is no UTF-8
+        found = str(error).partition("\n")[0].rstrip(".")
         raise DataError(
-            f"{file}: expected a parquet file, found: {str(error).splitlines()[0]}. Copy or "
-            "download it again."
+            f"{file}: expected a parquet file, found: {found}. Copy or download it again."
         ) from error
 
 

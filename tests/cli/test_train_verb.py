@@ -139,3 +139,4 @@ def test_sigterm_saves_and_resumes(place: Path, tmp_path: Path) -> None:
 )
 def test_refused(more: list[str], message: str, place: Path, tmp_path: Path) -> None:
     assert message in refused(*words(place, tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pi0.data import Dataset
-from pi0.data.pictures import nearest
+from pi0.data.pictures import ParquetPart, nearest
 from pi0.data.video import write_video
 from pi0.errors import DataError
 
@@ -210,6 +211,16 @@ def test_folders_that_cannot_be_opened(folder: Path, tmp_path: Path) -> None:
     edit_json(folder / "meta/info.json", lambda info: info["features"].update(features))
     assert f"{BASE}: expected a dtype and a shape" in open_after(folder, lambda _: None)
     assert "not finished" in open_after(folder, lambda root: (root / "meta/info.json").unlink())
+
+
+@pytest.mark.parametrize(
+    ("encoded", "found"), [(None, "no bytes"), (b"\x89PNG", "bytes of no kind of picture")]
+)
+def test_pictures_in_parquet_files(encoded: bytes | None, found: str) -> None:
+    place = SimpleNamespace(place=lambda row: f"episode 0, frame {row}")
+    part = ParquetPart(cast(Dataset, place), Path("file.parquet"), np.arange(1), BASE)
+    with pytest.raises(DataError, match=f"^episode 0, frame 7: file.parquet: .* found {found}. Co"):
+        part._decode(7, encoded)
 
 
 def test_damaged_files(folder: Path) -> None:

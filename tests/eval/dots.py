@@ -135,6 +135,22 @@ class SilentEnv(DotsEnv):
         return {"prompt": "move the dot", "distance": 0.5}
 
 
+class OldEnv(DotsEnv):
+    """As before Gymnasium: reset gives the observation alone."""
+
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed, options=options)[0]
+
+
+class NanEnv(DotsEnv):
+    """Says NaN where it does not know."""
+
+    tasks = None
+
+    def _info(self):
+        return super()._info() | {"success": np.nan, "wrong": None}
+
+
 class BlindEnv(DotsEnv):
     def __init__(self, render_mode: str | None = None) -> None:
         super().__init__(render_mode)
@@ -147,7 +163,7 @@ class WideEnv(DotsEnv):
         self.action_space = Box(-1, 1, (3,), np.float32)
 
 
-for kind in (DotsEnv, PlainEnv, BrokenEnv, SilentEnv, BlindEnv, WideEnv):
+for kind in (DotsEnv, PlainEnv, BrokenEnv, SilentEnv, OldEnv, NanEnv, BlindEnv, WideEnv):
     name = f"test/{kind.__name__.removesuffix('Env')}-v0"
     if name not in gymnasium.registry:
         gymnasium.register(name, entry_point=kind, max_episode_steps=40)

@@ -25,6 +25,7 @@ from pi0.eval import (
     evaluate,
     wilson_interval,
 )
+from pi0.eval.film import _captioned
 from pi0.eval.results import Episode, summarise
 from pi0.policy import Camera, PolicyOptions
 
@@ -159,6 +160,7 @@ REFUSED = {
     "dots:test/Blind-v0": "expected observations with images",
     "dots:test/Plain-v0": r"expected image, position in .*robot dots, found agent_pos, pixels/top",
     "dots:test/Wide-v0": "expected a policy with 3 actions, found 2 of robot dots",
+    "dots:test/Old-v0": "expected reset to succeed, found ValueError",
     "dots:test/Silent-v0": "expected success or is_success in info, found prompt, distance",
 }
 
@@ -168,6 +170,11 @@ def test_unfit_environments(name: str, policy: DotPolicy) -> None:
     with pytest.raises(Pi0Error, match=REFUSED[name]) as caught:
         evaluate(policy, EvalPlan(EnvOptions(name), episodes=1))
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_not_known_is_no_success(policy: DotPolicy) -> None:
+    results = evaluate(policy, EvalPlan(EnvOptions("dots:test/Nan-v0", max_steps=3), episodes=1))
+    assert (results.total.success, results.total.wrong) == (0, None)
 
 
 def test_swap_and_tasks_need_an_environment_that_knows_them(policy: DotPolicy) -> None:
@@ -253,6 +260,13 @@ def read_film(path: Path) -> list[np.ndarray]:
 
     with av.open(str(path)) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def test_sentences_of_films_have_the_letters_of_other_languages() -> None:
+    pytest.importorskip("matplotlib")
+    frame = np.zeros((240, 320, 3), np.uint8)
+    pictures = {_captioned(frame, f"{letter}ffne", None).tobytes() for letter in "öäéж"}
+    assert len(pictures) == 4
 
 
 def test_places_are_tried_before_the_work(policy: DotPolicy, tmp_path: Path) -> None:

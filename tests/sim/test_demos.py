@@ -1,10 +1,12 @@
 """Demonstrations: what they hold, and that they do not depend on who records them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from pi0.data.read import Dataset
-from pi0.errors import ConfigError
+from pi0.errors import ConfigError, DataError
 from pi0.sim.demos import OBJECTS, Disturbance, record_episode
 from pi0.sim.env import TabletopEnv
 from pi0.sim.experts import SHUT
@@ -81,6 +83,18 @@ def test_interrupted_recording_goes_on(tmp_path):
     assert one.num_episodes == other.num_episodes == 22
     for key in ("observation.state", "action", "aux.target_point"):
         np.testing.assert_array_equal(one.column(key), other.column(key))
+
+
+def test_a_dataset_goes_on_with_the_options_it_began_with(tmp_path):
+    """Said before anything is recorded; so are sizes that videos do not have."""
+    first = Plan(1, seed=7, tasks=("lift",), image_size=16)
+    record(first, tmp_path, 1, lambda _: None)
+    for name, value in {"seed": 8, "tasks": ("put",), "image_size": 32}.items():
+        with pytest.raises(ConfigError, match=rf"{name}: expected .* found .*another folder"):
+            record(replace(first, **{name: value}), tmp_path, 1, lambda _: None)
+    with pytest.raises(DataError, match="expected an even height and width"):
+        record(replace(first, image_size=33), tmp_path / "odd", 1, lambda _: None)
+    assert not (tmp_path / "odd").exists()
 
 
 def test_more_episodes_are_added_to_a_dataset(tmp_path):

@@ -8,7 +8,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,11 +17,14 @@ from episodes import FAST, PI05_SIZES, ROBOT, SIZES, Episodes, make_run
 
 from pi0.checkpoint.load import load_model, open_checkpoint
 from pi0.config import Pi0Config
+from pi0.data.read import Dataset
 from pi0.errors import ConfigError, Pi0Error
 from pi0.policy import Policy, PolicyOptions, prepare
 from pi0.train.log import LOG, PLOT, read_log
-from pi0.train.loop import LAST, LoopOptions, require_folder, save, train
-from pi0.train.save import STATE_FILE, load_state
+from pi0.train.loop import LAST, LoopOptions, _require_same, require_folder, save, train
+from pi0.train.prepare import VOCABULARY, TrainOptions, settings_of
+from pi0.train.save import STATE_FILE, load_state, save_state
+from pi0.train.start import Start
 
 SAVES = LoopOptions(log_every=2, save_every=3)
 
@@ -90,6 +93,51 @@ def test_room_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         train(run, tmp_path / "out", {}, SAVES)
     assert run.trainer.done == 0
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_disk_that_fills_up_later() -> None:
+    """torch raises a RuntimeError of its own."""
+    with pytest.raises(Pi0Error, match="/dev/full: expected room for the state of a run, found"):
+        save_state(Path("/dev/full"), {"done": 1, "parameters": torch.zeros(300_000)})
+
+
+def test_a_line_of_the_log_that_was_not_finished_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / LOG
+    path.write_text('{"step": 2, "flow": 0.5}\n{"step": 4, "fl')
+    assert read_log(path) == [{"step": 2.0, "flow": 0.5}]
+    path.write_text('{"step": 2, "fl\n{"step": 4, "flow": 0.5}\n')
+    with pytest.raises(Pi0Error, match="line 1: expected a line of a log"):
+        read_log(path)
+
+
+def test_a_short_run_has_a_plot(tmp_path: Path) -> None:
+    train(make_run(tmp_path), tmp_path, {}, LoopOptions())
+    assert len(read_log(tmp_path / LOG)) == 1
+    assert (tmp_path / PLOT).read_bytes().startswith(b"\x89PNG")
+
+
+def test_options_are_compared_by_name() -> None:
+    """Also those of the optimizer and of augmentation."""
+    start, episodes = Start("sizes", SIZES), cast(Dataset, Episodes())
+    options = TrainOptions(optimizer=FAST)
+    before = settings_of(start, episodes, options)
+    longer = replace(options, optimizer=replace(FAST, steps=9))
+    with pytest.raises(ConfigError, match="--resume: steps: expected 6, with .* found 9. Resume"):
+        _require_same(before, settings_of(start, episodes, longer))
+    plain = replace(options, augmentation=None)
+    with pytest.raises(ConfigError, match=r"--resume: crop: expected 0.95, .* found nothing."):
+        _require_same(before, settings_of(start, episodes, plain))
+
+
+def test_a_vocabulary_is_of_the_run_that_begins(tmp_path: Path) -> None:
+    """Not of one that could not begin, in the same folder on other data."""
+    (tmp_path / VOCABULARY).write_bytes(b"{}")
+    run = make_run(tmp_path)
+    made = (tmp_path / VOCABULARY).read_bytes()
+    save(run, tmp_path, {})
+    make_run(tmp_path)
+    assert (tmp_path / VOCABULARY).read_bytes() == made != b"{}"
 
 
 def test_keeps_the_newest(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,8 +12,11 @@ import torch
 from episodes import PI05_SIZES, ROBOT, SIZES, TASKS, Episodes, make_run
 
 from pi0.config import Pi0Config
+from pi0.data.read import Dataset
 from pi0.errors import Pi0Error
+from pi0.policy.robots import ROBOTS
 from pi0.train.augment import Augmentation
+from pi0.train.checks import examine
 from pi0.train.samples import Chunks, Samples
 
 CPU = torch.device("cpu")
@@ -44,6 +48,28 @@ def test_inputs_are_those_of_the_policy(tmp_path: Path, config: Pi0Config, layou
         assert torch.equal(ours.token_mask, inputs.token_mask[:, :length])
         assert not inputs.token_mask[:, length:].any()
         assert torch.equal(ours.state, inputs.state)
+
+
+def test_states_may_have_several_axes(tmp_path: Path) -> None:
+    episodes, plain = Episodes(), Episodes()
+    episodes.columns["action"] = plain.columns["action"][:, None]
+    made = [samples(tmp_path / str(i), e).batch(0, slice(None), CPU)
+            for i, e in enumerate((episodes, plain))]  # fmt: skip
+    assert torch.equal(made[0].actions, made[1].actions)
+
+
+def test_the_robot_that_the_dataset_names() -> None:
+    """It is not taken without being asked for, but said."""
+    episodes = cast(Dataset, Episodes())
+    episodes.robot = "tabletop"
+    generic, table = ROBOTS["generic"], ROBOTS["tabletop"]
+    found = {f.code: f for f in examine(episodes, generic, SIZES, {"aux.place": 7})}
+    assert "--robot tabletop" in found["robot"].sentence
+    assert found["robot"].severity == "warning"
+    assert "aux.place@7: expected a block from 0 to 1, found 7." in found["block"].sentence
+    assert "robot" not in {f.code for f in examine(episodes, table, SIZES, {})}
+    episodes.robot = "somebody's"
+    assert "robot" not in {f.code for f in examine(episodes, generic, SIZES, {})}
 
 
 def test_actions_are_decoded_to_the_recorded_ones(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -262,7 +263,7 @@ def _run(
     with join_processes(device) as processes:
         require_folder(out, resume)
         dataset = Dataset.open(data)
-        with _decoding() as decoded:
+        with _decoding() as decoded, _nothing_left(out, processes.first):
             run = prepare_run(start, dataset, out, wanted, processes, decoded)
         if processes.first:
             trained = sum(p.numel() for p in run.trainer.parameters.values())
@@ -274,6 +275,18 @@ def _run(
         settings = settings_of(start, dataset, wanted)
         with _display(wanted.optimizer.steps, run.trainer, processes.first) as shown:
             return train(run, out, settings, loop, resume, *shown)
+
+
+@contextlib.contextmanager
+def _nothing_left(out: Path, first: bool) -> Iterator[None]:
+    """Removes a folder that the block made if it fails; the first process does."""
+    made = not out.exists()
+    try:
+        yield
+    except BaseException:
+        if made and first:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager

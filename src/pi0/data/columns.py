@@ -60,9 +60,9 @@ def open_parquet(file: Path) -> Iterator[pq.ParquetFile]:
         with pq.ParquetFile(file) as parquet:
             yield parquet
     except (pa.ArrowException, OSError, ValueError) as error:  # the last: a name is no UTF-8
+        found = str(error).partition("\n")[0].rstrip(".")
         raise DataError(
-            f"{file}: expected a parquet file, found: {str(error).splitlines()[0]}. Copy or "
-            "download it again."
+            f"{file}: expected a parquet file, found: {found}. Copy or download it again."
         ) from error
 
 
@@ -74,10 +74,8 @@ def read_table(file: Path, columns: Sequence[str]) -> pa.Table:
     """
     with open_parquet(file) as parquet:
         if missing := set(columns) - set(parquet.schema_arrow.names):
-            raise DataError(
-                f"{file}: expected a column {min(missing)}, found "
-                f"{', '.join(parquet.schema_arrow.names)}."
-            )
+            names = [n for n in parquet.schema_arrow.names if not n.startswith("stats/")]
+            raise DataError(f"{file}: expected a column {min(missing)}, found {', '.join(names)}.")
         return parquet.read(columns=list(columns))
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pi0.data.columns import open_parquet
 from pi0.data.schema import Picture
@@ -136,9 +136,12 @@ class ParquetPart:
             with Image.open(io.BytesIO(encoded or b"")) as image:
                 return np.asarray(image.convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:
+            found = "bytes of no kind of picture" if encoded else "no bytes"
+            if not isinstance(error, UnidentifiedImageError):
+                found = str(error).rstrip(".")
             raise DataError(
                 f"{self.dataset.place(row)}: {self.path}: {self.key}: expected an encoded picture, "
-                f"found {error}."
+                f"found {found}. Copy or download the file again."
             ) from error
 
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pi0.checkpoint.files import replacing
+from pi0.checkpoint.files import read_json, replacing
 from pi0.data.columns import open_parquet
 from pi0.data.meta import write_meta
 from pi0.data.schema import (
@@ -37,11 +37,12 @@ from pi0.data.schema import (
 )
 from pi0.data.statistics import PixelStatistics
 from pi0.data.video import sync, write_video
-from pi0.errors import DataError
+from pi0.errors import ConfigError, DataError
 
 __all__ = [
     "Recording",
     "Schema",
+    "begin",
     "finish",
     "next_place",
     "remove_shard",
@@ -49,6 +50,7 @@ __all__ = [
     "write_shard",
 ]
 
+OPTIONS = "meta/recorded_with.json"
 SHARD = b"pi0.shard"  # in the parquet file's metadata: JSON, see `Shard`
 
 
@@ -68,6 +70,26 @@ class Shard:
     tasks: list[str]
     lengths: list[int]
     pixels: dict[str, Any]
+
+
+def begin(root: Path, options: Mapping[str, Any]) -> None:
+    """Notes what a dataset is recorded with, as plain data, for those that go on with it.
+
+    Raises:
+        ConfigError: it was begun with others.
+        Pi0Error: the note cannot be read or written.
+    """
+    path = root / OPTIONS
+    now = json.loads(json.dumps(options))  # lists for tuples
+    before = read_json(path) if path.is_file() else now
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ConfigError(
+                f"{root}: {name}: expected {before.get(name)}, with which its episodes were "
+                f"recorded, found {value}. Go on with the same options, or name another folder."
+            )
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(now, indent=4), encoding="utf-8")
 
 
 def shard_episodes(root: Path, index: int) -> int:

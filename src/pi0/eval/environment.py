@@ -77,7 +77,7 @@ class Environment:
         self._options = options
         self._env = _make(options, film)
         inner, space = self._env.unwrapped, self._env.action_space
-        self.tasks = tuple(getattr(inner, "tasks", ()))
+        self.tasks = tuple(getattr(inner, "tasks", None) or ())
         metadata = self._env.metadata
         self.robot = metadata.get("robot")
         self.fps = float(metadata.get("render_fps") or DEFAULT_FPS)
@@ -175,8 +175,10 @@ class Environment:
         Raises:
             ConfigError: it does not report success.
         """
-        values = action.astype(self._dtype)
-        observation, _, terminated, truncated, info = self._call("step", self._env.step, values)
+        return self._call("step", self._step, action.astype(self._dtype))
+
+    def _step(self, action: NDArray[Any]) -> Moment:
+        observation, _, terminated, truncated, info = self._env.step(action)
         moment = self._moment(observation, info, bool(terminated or truncated))
         if moment.success is None:
             raise ConfigError(
@@ -205,13 +207,19 @@ class Environment:
 
     def _reset(self, seed: int | None, task: str | None, options: dict[str, str]) -> Moment:
         asked = {**({} if task is None else {"task": task}), **options}
-        observation, info = self._call("reset", self._env.reset, seed=seed, options=asked or None)
-        return self._moment(observation, info, over=False)
+
+        def begin() -> Moment:
+            observation, info = self._env.reset(seed=seed, options=asked or None)
+            return self._moment(observation, info, over=False)
+
+        return self._call("reset", begin)
 
     def _moment(self, observation: Any, info: Mapping[str, Any], over: bool) -> Moment:
         prompt = self._options.prompt or info.get("prompt")
-        success = next((_flag(info[key]) for key in SUCCESS_KEYS if key in info), None)
-        wrong = _flag(info["wrong"]) if "wrong" in info else None
+        success, wrong = (
+            next((_flag(info[key]) for key in keys if info.get(key) is not None), None)
+            for keys in (SUCCESS_KEYS, ("wrong",))
+        )
         return Moment(observation, prompt, success, wrong, over)
 
     def _call(self, what: str, function: Callable[..., T], *args: Any, **options: Any) -> T:
@@ -331,4 +339,4 @@ def _limits(space: Any) -> ActionLimits:
 
 
 def _flag(value: Any) -> bool:
-    return bool(np.asarray(value).any())
+    return bool((np.asarray(value) > 0).any())  # NaN is no success

@@ -93,7 +93,7 @@ def _captioned(frame: NDArray[np.uint8], prompt: str, outcome: str | None) -> Im
         factor = math.ceil(LEAST_HEIGHT / picture.height)
         picture = ImageOps.scale(picture, factor, Image.Resampling.NEAREST)
     size = max(12, picture.height // 22)
-    font = ImageFont.load_default(size)
+    font = _font(prompt, size)
     label = outcome or ""
     room = picture.width - 3 * size - font.getlength("success")
     bar = 2 * size
@@ -108,6 +108,17 @@ def _captioned(frame: NDArray[np.uint8], prompt: str, outcome: str | None) -> Im
         draw.text((width - size, bar / 2), label, "white", font, anchor="rm")
         draw.rectangle((0, 0, out.width - 1, out.height - 1), outline=COLORS[outcome], width=3)
     return out
+
+
+def _font(text: str, size: int) -> Any:
+    """Pillow's own font has the letters of English alone; the one in matplotlib's package has those
+    of most alphabets."""
+    package = importlib.util.find_spec("matplotlib")
+    if not text.isascii() and package and package.origin:
+        path = Path(package.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"
+        if path.is_file():
+            return ImageFont.truetype(str(path), size)
+    return ImageFont.load_default(size)
 
 
 def _fitted(text: str, font: Any, room: float) -> str:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pi0.data.schema import Recording
-from pi0.data.write import finish, remove_shard, shard_episodes, write_shard
+from pi0.data.write import begin, finish, remove_shard, shard_episodes, write_shard
 from pi0.errors import ConfigError, Pi0Error
 from pi0.sim import MAX_STEPS
 from pi0.sim.demos import FIRST_RESERVED_SEED, Disturbance, record_episode, schema
@@ -75,7 +75,8 @@ def record(plan: Plan, out: Path, workers: int, advance: Callable[[int], None]) 
     Raises:
         Pi0Error: a shard could not be recorded or written, or there are more episodes already.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    form = schema(plan.image_size)  # which refuses some sizes
+    begin(out, {name: value for name, value in asdict(plan).items() if name != "episodes"})
     _require_no_more(plan, out)
     missing = []
     for shard in range(plan.shards):
@@ -90,7 +91,7 @@ def record(plan: Plan, out: Path, workers: int, advance: Callable[[int], None]) 
         run_here(make, missing, advance)
     else:
         run_in_processes(make, missing, workers, advance)
-    finish(out, schema(plan.image_size))
+    finish(out, form)
 
 
 def _require_no_more(plan: Plan, out: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from pi0.config import Pi0Config
 from pi0.findings import Finding, error, warning
 from pi0.policy.robot import Robot
+from pi0.policy.robots import ROBOTS
 from pi0.train.samples import ACTION, STATE
 
 if TYPE_CHECKING:
@@ -46,12 +47,12 @@ def examine(
         for name in (STATE, ACTION, *columns)
         if name not in dataset.names
     ]
-    found = [*missing, *_cameras(dataset, robot), *_rates(dataset, robot)]
+    found = [*missing, *_robots(dataset, robot), *_cameras(dataset, robot), *_rates(dataset, robot)]
     if not missing:
         found += _widths(dataset, robot, config)
     depth = config.vlm.depth
     found += [
-        error("block", f"--aux {name}@{block}: expected a block from 0 to {depth - 1}, found it.")
+        error("block", f"{name}@{block}: expected a block from 0 to {depth - 1}, found {block}.")
         for name, block in columns.items()
         if not 0 <= block < depth
     ]
@@ -80,6 +81,19 @@ def _cameras(dataset: Dataset, robot: Robot) -> list[Finding]:
             "name. It is not used.",
         )
         for key in unused
+    ]
+
+
+def _robots(dataset: Dataset, robot: Robot) -> list[Finding]:
+    """The dataset may say whose it is where the user does not."""
+    if robot.name != "generic" or dataset.robot == robot.name or dataset.robot not in ROBOTS:
+        return []
+    return [
+        warning(
+            "robot",
+            f"robot: expected {dataset.robot}, of which the dataset says it is, found "
+            f"{robot.name}. If it is, name it: --robot {dataset.robot}.",
+        )
     ]
 
 

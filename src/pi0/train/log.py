@@ -64,7 +64,7 @@ class TrainingLog:
 
     def plot(self) -> None:
         """Draws the losses over the steps, if matplotlib is installed and there is something."""
-        if len(self.entries) < 2:
+        if not self.entries:
             return
         try:
             figure = plot_losses(self.entries)
@@ -96,7 +96,8 @@ def read_log(path: Path) -> list[Entry]:
         Pi0Error: a line is damaged.
     """
     entries = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # What follows the last end of a line is what a process that was killed had begun.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
         try:
             entries.append({str(name): float(value) for name, value in json.loads(line).items()})
         except (ValueError, AttributeError, TypeError) as error:
@@ -116,7 +117,8 @@ def plot_losses(entries: list[Entry]) -> Any:
     names = [name for name in entries[-1] if name not in (*NOT_LOSSES, "total")]
     for name, colour in zip(names, SERIES * len(names), strict=False):
         values = [entry.get(name, float("nan")) for entry in entries]
-        upper.plot(steps, values, color=colour, label=name, linewidth=1.2)
+        mark = "." if len(steps) == 1 else None  # a line of one point is not seen
+        upper.plot(steps, values, color=colour, label=name, linewidth=1.2, marker=mark)
     upper.set_yscale("log")
     upper.set_ylabel("loss")
     upper.legend(frameon=False, fontsize=8)

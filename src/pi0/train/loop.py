@@ -155,8 +155,9 @@ def _require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     for name in {**before, **now}:
         if before.get(name) != now.get(name):
             raise ConfigError(
-                f"--resume: {name}: expected {before.get(name)}, with which the run began, found "
-                f"{now.get(name)}. Resume with the same options, or begin another run."
+                f"--resume: {name}: expected {before.get(name, 'nothing')}, with which the run "
+                f"began, found {now.get(name, 'nothing')}. Resume with the same options, or begin "
+                "another run, which may start from a checkpoint of this one."
             )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -43,7 +43,7 @@ from pi0.train.samples import (
     normalised_columns,
     points_of,
 )
-from pi0.train.save import Export
+from pi0.train.save import STATE_FILE, Export
 from pi0.train.start import Start
 from pi0.train.trainer import Trainer, TrainerOptions, freeze
 from pi0.train.vocabulary import write_vocabulary
@@ -214,7 +214,7 @@ def change_model(model: Pi0, options: TrainOptions, read_blocks: list[int]) -> N
 
 def settings_of(start: Start, dataset: Dataset, options: TrainOptions) -> dict[str, str]:
     """What a run was asked for, as plain data: a run resumes only as itself."""
-    named = {field.name: repr(getattr(options, field.name)) for field in fields(options)}
+    named = dict(_by_name(options))
     robot = options.robot
     return named | {
         "robot": robot.name if isinstance(robot, Robot) else str(robot),
@@ -223,6 +223,16 @@ def settings_of(start: Start, dataset: Dataset, options: TrainOptions) -> dict[s
         "frames": str(dataset.num_frames),
         "episodes": str(dataset.num_episodes),
     }
+
+
+def _by_name(options: Any) -> Iterator[tuple[str, str]]:
+    """Every option as text, also those of tables inside."""
+    for each in fields(options):
+        value = getattr(options, each.name)
+        if is_dataclass(value):
+            yield from _by_name(value)
+        else:
+            yield each.name, str(value)
 
 
 def with_statistics(pipeline: Pipeline, statistics: Mapping[str, Statistics]) -> Pipeline:
@@ -298,6 +308,7 @@ def _tokenizer(
     elif path is None:
         path = out / VOCABULARY
         with processes.first_alone():
-            if not path.is_file():
+            # Without a state to resume from it is of a run that never began, perhaps on other data.
+            if not (path.is_file() and (out / STATE_FILE).is_file()):
                 write_vocabulary(path, map(str, set(dataset.tasks)), vocabulary)
     return load_tokenizer_of(path.expanduser(), vocabulary)

@@ -40,8 +40,10 @@ class Chunks:
     """The states and the chunks of actions of a dataset, in the robot's units."""
 
     def __init__(self, dataset: Dataset, horizon: int) -> None:
-        self.states = dataset.column(STATE).astype(np.float64)
-        self.actions = dataset.column(ACTION).astype(np.float64)
+        self.states, self.actions = (
+            dataset.column(key).astype(np.float64).reshape(dataset.num_frames, -1)
+            for key in (STATE, ACTION)
+        )
         self.offsets = np.arange(horizon)
         lengths = np.diff(dataset.episode_starts)
         self.last = np.repeat(dataset.episode_starts[1:] - 1, lengths)  # frame of each episode

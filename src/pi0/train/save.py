@@ -134,7 +134,13 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
         Pi0Error: it cannot be written.
     """
     with replacing(path) as temporary:
-        torch.save(dict(state), temporary)
+        try:
+            torch.save(dict(state), temporary)
+        except RuntimeError as error:  # of torch's own writer, which does not say why
+            raise Pi0Error(
+                f"{path}: expected room for the state of a run, found: "
+                f"{str(error).splitlines()[0]}. Make room, and go on with --resume."
+            ) from error
 
 
 def load_state(path: Path) -> dict[str, Any]:

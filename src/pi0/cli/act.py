@@ -35,7 +35,7 @@ def act(
         typer.Option(help='Joint state, "0.1,0.2,…" or a .npy file.', show_default=False),
     ],
     wishes: options.PolicyOptions,
-    steps: options.Steps = 10,
+    steps: options.PolicySteps = None,
     seed: options.Seed = 0,
     out: Annotated[
         Path | None, typer.Option(help="Write the chunk as .npy.", show_default=False)
@@ -111,6 +111,7 @@ def act(
     spec = choose_engine(engine, opened.config, dtype, device, wishes.image_size)
     cameras, tokens = inputs.images.shape[1], inputs.tokens.shape[1]
     made = load_engine(opened, spec, cameras, tokens, wishes.image_size, weight_cache=weight_cache)
+    steps = steps or setup.steps
     policy = Policy(
         pipeline, made, steps=steps, seed=seed, on_limit=on_limit, metadata=setup.describe()
     )

@@ -164,10 +164,16 @@ def test_noise_as_an_argument(tiny_path: Path) -> None:
     first, second = (made.infer(given, noise=noise)["actions"] for _ in range(2))
     np.testing.assert_array_equal(first, second)
     assert first.shape == (50, 32)
-    for other in (noise[None], noise.astype(np.float64), torch.from_numpy(noise).requires_grad_()):
+    others = noise[None], noise.astype(np.float64), torch.from_numpy(noise).requires_grad_()
+    read_only = np.frombuffer(noise.tobytes(), np.float32).reshape(noise.shape)
+    for other in (*others, noise.astype(">f4"), noise[::-1], read_only):
         np.testing.assert_array_equal(made.infer(given, noise=other)["actions"], first)
     with pytest.raises(ObservationError, match=r"noise: expected float32 \[1, 50, 32\]"):
         made.infer(given, noise=noise[:49])
+    masked = np.ma.masked_array(noise, noise > 0)
+    for none in (torch.empty(50, 32, device="meta"), torch.zeros(50, 32).to_sparse(), masked):
+        with pytest.raises(ObservationError, match="noise: expected an array of numbers, found a"):
+            made.infer(given, noise=none)
 
 
 @pytest.mark.parametrize(

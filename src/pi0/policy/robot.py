@@ -191,7 +191,8 @@ class Robot:
         if twice:
             return [f"cameras: expected distinct keys and names, found {', '.join(twice)} twice"]
         groups = {*keys}, {key for key, _ in self.state}, {*self.ignored}, {"prompt", "task"}
-        shared = sorted(key for key in set().union(*groups) if sum(key in g for g in groups) > 1)
+        every = [key for group in groups for key in group]
+        shared = sorted({key for key in every if every.count(key) > 1})
         if shared:
             return [
                 "cameras, state, ignored and prompt: expected keys of their own, found "

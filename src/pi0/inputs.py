@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -183,7 +184,14 @@ def check_noise(config: Pi0Config, batch: int, noise: Tensor) -> Tensor:
 def to_tensor(name: str, value: NDArray[Any] | Tensor) -> Tensor:
     """Raises ObservationError if the value is no array of numbers."""
     try:
-        return torch.as_tensor(value)
+        if isinstance(value, np.ma.MaskedArray):
+            raise TypeError("a MaskedArray")
+        if isinstance(value, np.ndarray):  # other byte orders and strides, and read-only ones
+            value = np.array(value, value.dtype.newbyteorder("="), order="C")
+        tensor = torch.as_tensor(value)
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            raise TypeError(f"a tensor of {tensor.layout} on the device {tensor.device}")
+        return tensor
     except (TypeError, ValueError, RuntimeError) as error:
         raise ObservationError(f"{name}: expected an array of numbers, found {error}.") from error
 

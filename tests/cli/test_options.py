@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from pi0.bench import worker
 from pi0.bench.run import BenchPlan
 from pi0.bench.task import WorkerTask, Workload
+from pi0.checkpoint.layouts import LAYOUTS
+from pi0.checkpoint.synth import synthesise
 from pi0.cli import options
 from pi0.cli.act import act
 from pi0.cli.checkpoint import inspect
@@ -24,6 +28,7 @@ from pi0.cli.doctor import doctor
 from pi0.cli.eval import evaluate
 from pi0.cli.main import app
 from pi0.cli.serve import serve
+from pi0.config import PRESETS
 from pi0.engines.spec import EngineSpec
 from pi0.errors import ConfigError, EngineError
 from pi0.policy import PolicyOptions
@@ -90,6 +95,19 @@ def test_an_option_that_takes_the_checkpoint(words: Any, takes: str) -> None:
     done = run(*words, "lerobot/pi0_base")
     assert isinstance(done.exception, EngineError), done.output
     assert f"'lerobot/pi0_base' after {takes}. If it is the" in str(done.exception)
+
+
+def test_act_takes_the_checkpoints_steps(tmp_path: Path) -> None:
+    """As `Policy`, eval and serve do; an option counts before them."""
+    synthesise(tmp_path, PRESETS["tiny"], LAYOUTS["lerobot"], 0, torch.float32)
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"num_inference_steps": 3}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    Image.new("RGB", (28, 28)).save(tmp_path / "base.png")
+    camera = f"base_0_rgb={tmp_path / 'base.png'}"
+    words = ("act", tmp_path, "--image", camera, "--prompt", "go", "--state", "0," * 32, "--json")
+    for given, steps in ((), 3), (("--steps", 2), 2):
+        done = run(*words, *given)
+        assert json.loads(done.stdout)["policy"]["steps"] == steps
 
 
 def test_sizes_of_a_preset_are_known() -> None:

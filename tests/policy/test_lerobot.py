@@ -16,7 +16,7 @@ from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import open_checkpoint
 from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
-from pi0.errors import Pi0Error
+from pi0.errors import ObservationError, Pi0Error
 from pi0.policy import Camera, Policy, PolicyOptions, Robot, prepare
 from pi0.policy.doctor import examine
 from pi0.policy.lerobot import is_lerobot
@@ -137,6 +137,17 @@ def test_a_robot_table_with_the_keys_before_the_renames(folder: LerobotFolder) -
         observation = {**images, joints: np.arange(6.0), "task": "go"}
         actions.append(policy.infer(observation, noise)["actions"])
     np.testing.assert_array_equal(*actions)
+
+
+def test_a_camera_renamed_to_one_that_is_unknown(folder: LerobotFolder) -> None:
+    """LeRobot does not see it, and would compute without it."""
+    renames = {CAMERAS[0]: "observation.images.x"}
+    folder.set("rename_observations_processor", {"rename_map": renames})
+    policy = Policy.from_checkpoint(folder.write(), steps=1)
+    image = np.zeros((28, 28, 3), np.uint8)
+    observation = {"observation.state": np.zeros(6), "task": "go"} | dict.fromkeys(CAMERAS, image)
+    with pytest.raises(ObservationError, match=r"found also observation\.images\.x"):
+        policy.infer(observation)
 
 
 def test_errors_stop_a_policy(folder: LerobotFolder) -> None:

@@ -76,6 +76,12 @@ def rename(folder: LerobotFolder) -> None:
     folder.before.insert(1, first | {"config": {"rename_map": second}})
 
 
+def state_as_action(folder: LerobotFolder) -> None:
+    """Observations of this type are not normalised."""
+    folder.set_modes({"STATE": "MEAN_STD", "ACTION": "MEAN_STD"})
+    folder.step("normalizer_processor")["config"]["features"][STATE]["type"] = "ACTION"
+
+
 def padding(folder: LerobotFolder) -> None:
     folder.set("tokenizer_processor", {"max_length": 72, "padding_side": "left"})
 
@@ -100,6 +106,7 @@ EDITS: dict[str, Edit] = {
     "not the state": modes("MEAN_STD", normalize_observation_keys=[CAMERAS[0]]),
     "no STATE": lambda folder: folder.set_modes({"ACTION": "MIN_MAX"}),
     "flat": flat,
+    "state as an action": state_as_action,
     "rename": rename,
     "padding": padding,
     "newline too late": newline_too_late,

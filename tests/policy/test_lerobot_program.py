@@ -175,6 +175,9 @@ REFUSED: dict[str, tuple[Edit, str, str]] = {
     ),
     "task_key": (set_step(TOKENIZE, task_key="goal"), "field-value", "task_key: expected 'task'"),
     "max_length": (set_step(TOKENIZE, max_length=True), "field-value", "max_length: expected"),
+    "max_length without end": (
+        set_step(TOKENIZE, max_length=2**70), "field-value", "max_length: expected 1 to 100000 tok"
+    ),
     "padding": (set_step(TOKENIZE, padding="both"), "field-value", "padding: expected one of"),
     "padding_side": (set_step(TOKENIZE, padding_side="top"), "field-value", "found 'top'"),
     "truncation": (set_step(TOKENIZE, truncation="only_second"), "field-value", "truncation: "),
@@ -524,6 +527,11 @@ def test_callers_mode_and_statistics(folder: LerobotFolder) -> None:
     folder.set_modes({"STATE": "IDENTITY", "ACTION": "MEAN_STD"})
     program = read(folder, statistics={"state": UNIT, "actions": UNIT})
     assert codes(program) == ["statistics-unused", "feature-width", "feature-width"]
+    folder.set_modes({"STATE": "MEAN_STD"}, normalize_observation_keys=[CAMERAS[0]])
+    for mode in (None, "mean_std"):
+        program = read(folder, statistics={"state": UNIT, "actions": UNIT}, norm_mode=mode)
+        assert codes(program)[0] == "statistics-unused"
+        assert "found normalize_observation_keys without it" in sentences(program, "warning")
     with pytest.raises(Pi0Error, match="norm_mode: expected one of .* found 'magic'"):
         read(folder, norm_mode="magic")
 

@@ -91,6 +91,9 @@ def test_clamped_actions_are_within_all_limits(actions: np.ndarray, state: np.nd
         ({"step": (0.0, None, None)}, "action 0: expected a step of more than 0, found 0"),
         ({"high": (float("nan"), None, None)}, "action 0: expected finite numbers"),
         ({"high": (1.0,)}, "expected columns of one length"),
+        ({"low": 0.0}, "limits: low: expected a tuple of numbers, found 0.0"),
+        ({"low": (True, None, None)}, "limits: low: expected a tuple of numbers"),
+        ({"state": (0.5, None, None)}, "limits: state: expected a tuple of numbers"),
     ],
 )
 def test_limits_that_cannot_be(change: dict, message: str) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pi0.errors import ObservationError
-from pi0.policy import ROBOTS
+from pi0.policy import ROBOTS, Camera, Robot
 from pi0.policy.images import to_model
 from pi0.policy.observation import (
     BOOKKEEPING,
@@ -41,8 +41,9 @@ def image(value: Any) -> torch.Tensor:
         PIXELS.tolist() and torch.from_numpy(PIXELS),
         torch.from_numpy(PIXELS).permute(2, 0, 1)[None],
         [Image.fromarray(PIXELS)],
+        [Image.fromarray(PIXELS).convert("RGBA")],
     ],
-    ids=["CHW", "batch", "PIL", "torch", "torch batch CHW", "list of PIL"],
+    ids=["CHW", "batch", "PIL", "torch", "torch batch CHW", "list of PIL", "list of RGBA"],
 )
 def test_forms_of_an_image(value: Any) -> None:
     assert torch.equal(image(value), image(PIXELS))
@@ -65,6 +66,12 @@ def test_lists_of_tensors(dtype: torch.dtype) -> None:
         assert torch.equal(image(form), image(value))
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "CMYK", "YCbCr"])
+def test_a_list_of_one_picture_is_the_picture(mode: str) -> None:
+    picture = Image.fromarray(PIXELS).convert(mode)
+    assert torch.equal(image([picture]), image(picture))
+
+
 def test_rounding_beyond_the_range_is_clipped() -> None:
     """Both ends, where a cast without clipping would wrap round."""
     value = np.zeros((4, 4, 3), np.float32)
@@ -85,6 +92,9 @@ def test_rounding_beyond_the_range_is_clipped() -> None:
         (np.zeros((4, 4, 3), np.int64), "expected uint8 or floating point"),
         (np.zeros((2, 4, 4, 3), np.uint8), r"expected shape .* found \[2, 4, 4, 3\]"),
         (Image.new("HSV", (4, 4)), "8 bits a channel, found mode HSV"),
+        ([Image.new("HSV", (4, 4))], "8 bits a channel, found mode HSV"),
+        (np.ma.masked_array(PIXELS, PIXELS > 9), "found a MaskedArray"),
+        (torch.nested.nested_tensor([PIXELS[0] + 0.0], layout=torch.jagged), "a nested tensor"),
         ("photo.png", "expected an array of pixels, found 'photo.png'"),
         ({"a": 1}, "expected an array of pixels, found a dict"),
         ([[1, 2], [3]], "expected an array of pixels"),
@@ -180,8 +190,10 @@ def test_what_is_no_prompt(observation: dict, message: str) -> None:
         ({"images/base": PIXELS, "depth": PIXELS}, "found also depth"),
         (
             {"images/base": PIXELS, "images": {"base": PIXELS}},
-            "one value for images/base, found two: under 'images/base', and under 'base' in",
+            "expected one value for images/base, found one under this key and one in nested",
         ),
+        ({"images/base": None, "images": {"base": PIXELS}}, "expected one value for images/base"),
+        ({"images": {"base": {"rgb": PIXELS}}}, "found also images/base/rgb"),
     ],
 )
 def test_what_is_no_observation(observation: Any, message: str) -> None:
@@ -196,6 +208,16 @@ def test_bookkeeping_is_ignored(keys: set[str]) -> None:
     observation = {"state": STATE, "prompt": "go", "images": {"base": PIXELS}}
     seen = check_observation({**observation, **dict.fromkeys(keys, 1)}, ROBOT, {})
     assert read_state(seen, ROBOT, range(3, 4)).tolist() == STATE
+
+
+def test_keys_of_any_depth() -> None:
+    robot = Robot("arm", (Camera("images/left/rgb"),), (("state", 3),), 3)
+    for observation in (
+        {"images/left/rgb": PIXELS},
+        {"images": {"left/rgb": PIXELS}},
+        {"images": {"left": {"rgb": PIXELS}}},
+    ):
+        assert lookup(check_observation(observation, robot, {}), "images/left/rgb") is PIXELS
 
 
 def test_lookup() -> None:

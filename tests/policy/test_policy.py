@@ -164,10 +164,16 @@ def test_noise_as_an_argument(tiny_path: Path) -> None:
     first, second = (made.infer(given, noise=noise)["actions"] for _ in range(2))
     np.testing.assert_array_equal(first, second)
     assert first.shape == (50, 32)
-    for other in (noise[None], noise.astype(np.float64), torch.from_numpy(noise).requires_grad_()):
+    others = noise[None], noise.astype(np.float64), torch.from_numpy(noise).requires_grad_()
+    read_only = np.frombuffer(noise.tobytes(), np.float32).reshape(noise.shape)
+    for other in (*others, noise.astype(">f4"), noise[::-1], read_only):
         np.testing.assert_array_equal(made.infer(given, noise=other)["actions"], first)
     with pytest.raises(ObservationError, match=r"noise: expected float32 \[1, 50, 32\]"):
         made.infer(given, noise=noise[:49])
+    masked = np.ma.masked_array(noise, noise > 0)
+    for none in (torch.empty(50, 32, device="meta"), torch.zeros(50, 32).to_sparse(), masked):
+        with pytest.raises(ObservationError, match="noise: expected an array of numbers, found a"):
+            made.infer(given, noise=none)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +183,12 @@ def test_noise_as_an_argument(tiny_path: Path) -> None:
         ({"engine": "warp"}, EngineError, "engine: expected one of reference"),
         ({"engine": "reference", "device": "tpu"}, EngineError, "device: expected cpu or cuda"),
         ({"engine": "cpu:int8", "dtype": "float32"}, ConfigError, "dtype: expected int8"),
+        ({"real_time": "exact"}, ConfigError, r"real_time: expected RealTimeChunking\(\), found"),
+        ({"engine": 5}, ConfigError, "engine: expected a text, found 5"),
+        ({"device": 2.5}, ConfigError, "device: expected a text, found 2.5"),
+        ({"tokenizer": b"x"}, ConfigError, "tokenizer: expected a text, found b'x'"),
+        ({"norm_stats": {}}, ConfigError, "norm_stats: expected a text, found {}"),
+        ({"preprocessing": ["openpi"]}, ConfigError, "preprocessing: expected a text, found"),
         ({"steps": 2.5}, ConfigError, "steps: expected a whole number from 1 .* found 2.5"),
         ({"seed": 2**64}, ConfigError, "seed: expected a whole number from 0"),
         ({"n_action_steps": 0}, ConfigError, "n_action_steps: expected .* found 0"),

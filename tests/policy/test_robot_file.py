@@ -102,6 +102,9 @@ def test_without_limits(tmp_path: Path) -> None:
         ("step = 0.1", "step = -1", "a step of more than 0"),
         ("relative = true\nlow", "relativ = true\nlow", r"actions\[0\]: .* found also relativ"),
         ("[[actions]]", "[actions", "expected a TOML file, found"),
+        ('name = "arm"', f"name = {'[' * 100_000}", "expected a TOML file, found"),
+        ('key = "joints"', 'key = ""', "state: expected distinct keys, at least one"),
+        ('key = "joints"', 'key = "prompt"', "keys of their own, found prompt in two"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:

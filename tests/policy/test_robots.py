@@ -83,7 +83,7 @@ def test_tables_are_sound(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cameras": ("front",)}, r"cameras: expected at least one Camera\(key=…\), found"),
+        ({"cameras": ("front",)}, r"cameras: expected at least one Camera\(key=…, names"),
         ({"cameras": ()}, "cameras: expected at least one Camera"),
         ({"cameras": (Camera("a"), Camera("a"))}, "distinct keys and names, found a twice"),
         ({"cameras": (Camera("a", ("b",)), Camera("b"))}, "distinct keys and names, found b"),
@@ -103,6 +103,22 @@ def test_tables_are_sound(name: str) -> None:
         ),
         ({"decode_actions": aloha_decode_actions}, "expected both or neither"),
         ({"control_hz": -1}, "control_hz: expected more than 0"),
+        ({"control_hz": float("inf")}, "control_hz: expected more than 0"),
+        ({"control_hz": "50"}, "control_hz: expected a number, found '50'"),
+        ({"cameras": Camera("top")}, r"at least one Camera\(key=…, names"),
+        (
+            {"cameras": (Camera("top", "t"),)},
+            r"cameras: expected at least one Camera\(key=…, names",
+        ),
+        ({"state": ("joints", 7)}, r"state: expected a tuple of \(key, length\), found"),
+        ({"state": (("joints", "7"),)}, r"state: expected a tuple of \(key, length\), found"),
+        ({"ignored": "depth"}, "ignored: expected a tuple of texts, found 'depth'"),
+        ({"delta": 6}, "delta: expected whole numbers other than 0"),
+        ({"state_in_prompt": "no"}, "state_in_prompt: expected True, False or None, found 'no'"),
+        ({"limits": {"low": 0}}, "limits: expected ActionLimits, found"),
+        ({"ignored": ("joints",)}, "expected keys of their own, found joints in two of them"),
+        ({"cameras": (Camera("joints"),)}, "found joints in two"),
+        ({"cameras": (Camera("prompt"), Camera("task"))}, "found prompt, task in two"),
     ],
 )
 def test_tables_that_contradict_themselves(changes: dict, message: str) -> None:

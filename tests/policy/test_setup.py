@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lerobot_folder import LerobotFolder
+from lerobot_folder import CAMERAS, LerobotFolder
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
@@ -20,7 +20,7 @@ from pi0.checkpoint.load import open_checkpoint
 from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
 from pi0.errors import Pi0Error
-from pi0.policy import ROBOTS, PolicyOptions, PolicySetup, prepare
+from pi0.policy import ROBOTS, Camera, PolicyOptions, PolicySetup, Robot, prepare
 
 Edit = Callable[[Path], object]
 
@@ -440,3 +440,22 @@ def test_a_robot_without_the_checkpoints_relative_actions(lerobot: LerobotFolder
     )
     table = replace(ROBOTS["generic"], action_dim=5, delta=(4, -1))
     assert "relative-differs" not in codes(made(folder, robot=table))
+
+
+def test_a_robot_with_the_checkpoints_cameras_in_another_order(lerobot: LerobotFolder) -> None:
+    """The table may have the keys from before the renames."""
+    front = "observation.images.front"
+    lerobot.set("rename_observations_processor", {"rename_map": {front: CAMERAS[0]}})
+    folder = lerobot.write()
+
+    def table(*keys: str) -> Robot:
+        return Robot("arm", tuple(map(Camera, keys)), (("observation.state", 6),), 5)
+
+    for keys in (CAMERAS, (front, CAMERAS[1]), CAMERAS[1:], ("x", *CAMERAS)):
+        assert "cameras-differ" not in codes(made(folder, robot=table(*keys)))
+    for keys in (CAMERAS[::-1], (CAMERAS[1], front)):
+        setup = made(folder, robot=table(*keys))
+        assert codes(setup)["cameras-differ"] == "warning"
+        assert f"({', '.join(CAMERAS)}), found {CAMERAS[1]}, {CAMERAS[0]}" in (
+            setup.findings[-1].sentence
+        )

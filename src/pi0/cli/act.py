@@ -35,7 +35,7 @@ def act(
         typer.Option(help='Joint state, "0.1,0.2,…" or a .npy file.', show_default=False),
     ],
     wishes: options.PolicyOptions,
-    steps: options.Steps = 10,
+    steps: options.PolicySteps = None,
     seed: options.Seed = 0,
     out: Annotated[
         Path | None, typer.Option(help="Write the chunk as .npy.", show_default=False)
@@ -113,6 +113,7 @@ def act(
     require_memory(opened, spec, *sizes, loaded=weight_cache)
     inputs, _ = pipeline.encode(observation)  # what does not fit is said before weights are loaded
     made = load_engine(opened, spec, *sizes, weight_cache=weight_cache)
+    steps = steps or setup.steps
     policy = Policy(
         pipeline, made, steps=steps, seed=seed, on_limit=on_limit, metadata=setup.describe()
     )

@@ -81,14 +81,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Denoising steps; default: what a LeRobot checkpoint says, else 10.",
-            show_default=False,
-        ),
-    ] = None,
+    steps: options.PolicySteps = None,
     max_steps: Annotated[
         int | None,
         typer.Option(min=1, help="Of an episode; default: the environment's.", show_default=False),

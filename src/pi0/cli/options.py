@@ -97,6 +97,15 @@ WeightCache = Annotated[
     ),
 ]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+PolicySteps = Annotated[
+    int | None,
+    typer.Option(
+        "--steps",
+        min=1,
+        help="Denoising steps; default: what a LeRobot checkpoint says, else 10.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")]
 RealTime = Annotated[
     str | None,

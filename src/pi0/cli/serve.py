@@ -100,14 +100,7 @@ def serve(
     on_limit: Annotated[
         str, typer.Option(help="Actions beyond the robot's limits: error, clamp or warn.")
     ] = "error",
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Denoising steps; default: what a LeRobot checkpoint says, else 10.",
-            show_default=False,
-        ),
-    ] = None,
+    steps: options.PolicySteps = None,
     seed: options.Seed = 0,
     real_time: options.RealTime = None,
     default_prompt: Annotated[

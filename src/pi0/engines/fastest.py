@@ -11,7 +11,7 @@ from pi0.config import Pi0Config
 from pi0.engines.base import EngineOptions
 from pi0.engines.registry import find_engine
 from pi0.engines.spec import EngineSpec, canonical_precision
-from pi0.errors import EngineError
+from pi0.errors import ConfigError, EngineError
 
 logger = logging.getLogger("pi0")
 
@@ -31,6 +31,9 @@ def choose_engine(
     Raises:
         EngineError, ConfigError: see `EngineSpec.parse`.
     """
+    for name, value in (("engine", engine), ("dtype", dtype), ("device", device)):
+        if value is not None and not isinstance(value, str):  # from Python
+            raise ConfigError(f"{name}: expected a text, found {value!r}.")
     if engine != "auto":
         return EngineSpec.parse(engine, dtype, device)
     spec, reason = fastest_engine(config, dtype, device, image_size)

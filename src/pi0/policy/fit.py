@@ -93,6 +93,29 @@ def relative_findings(relative: tuple[bool, ...] | None, robot: Robot) -> list[F
     ]
 
 
+def camera_findings(
+    cameras: Sequence[str], rename: Mapping[str, str], robot: Robot
+) -> list[Finding]:
+    """Whether a robot's table has the cameras of LeRobot's config.json in the order of its slots.
+
+    Args:
+        rename: of the checkpoint, since a table may have the keys from before.
+    """
+    named = [c.key if c.key in cameras else rename.get(c.key, c.key) for c in robot.cameras]
+    found = [key for key in named if key in cameras]
+    expected = [key for key in cameras if key in found]
+    if found == expected:
+        return []
+    return [
+        warning(
+            "cameras-differ",
+            f"robot {robot.name}: expected its cameras in the order in which the checkpoint's "
+            f"config.json has them ({', '.join(expected)}), found {', '.join(found)}: the model "
+            "would see them in each other's place. Leave out --robot, or change the table's order.",
+        )
+    ]
+
+
 def _positions(mask: Sequence[bool]) -> str:
     """Where a mask is set, in words: "dimensions 0 to 5, 7"."""
     starts = [i for i, on in enumerate(mask) if on and not (i and mask[i - 1])]

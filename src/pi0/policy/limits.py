@@ -40,12 +40,19 @@ class ActionLimits:
     state: tuple[int | None, ...]
 
     def __post_init__(self) -> None:
+        for name, column in vars(self).items():
+            kinds = (int, np.integer) if name == "state" else (int, float, np.number)
+            if not isinstance(column, (list, tuple, np.ndarray)) or not all(
+                value is None or (isinstance(value, kinds) and not isinstance(value, bool))
+                for value in column
+            ):
+                raise ConfigError(f"limits: {name}: expected a tuple of numbers, found {column!r}.")
         lengths = {len(column) for column in vars(self).values()}
         if len(lengths) != 1:
             raise ConfigError(f"limits: expected columns of one length, found {sorted(lengths)}.")
         for i, (low, high, step) in enumerate(zip(self.low, self.high, self.step, strict=True)):
             numbers = [value for value in (low, high, step) if value is not None]
-            if not all(isinstance(n, (int, float)) and abs(n) < HUGE for n in numbers):
+            if not all(abs(n) < HUGE for n in numbers):
                 raise ConfigError(
                     f"limits of action {i}: expected finite numbers, found {numbers}."
                 )

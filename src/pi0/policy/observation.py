@@ -6,7 +6,7 @@ without a batch axis of 1. What cannot be read is an `ObservationError` that nam
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -137,6 +137,10 @@ def read_image(key: str, image: Any) -> NDArray[np.generic]:
     Raises:
         ObservationError: no array of numbers.
     """
+    if isinstance(image, (list, tuple)) and len(image) == 1 and isinstance(image[0], Image.Image):
+        image = image[0]
+    if isinstance(image, np.ma.MaskedArray):
+        raise ObservationError(f"image {key}: expected an array of pixels, found a MaskedArray.")
     if isinstance(image, Image.Image) and image.mode != "RGB":
         if image.mode not in EIGHT_BIT_MODES:
             raise ObservationError(
@@ -155,29 +159,31 @@ def read_image(key: str, image: Any) -> NDArray[np.generic]:
 
 
 def _refuse_unknown(observation: Observation, robot: Robot) -> None:
-    every = [
-        f"{key}/{inner}" if nested else key
-        for key, value in observation.items()
-        for nested in [isinstance(value, Mapping) and bool(value) and not _is_bookkeeping(key)]
-        for inner in (value if nested else [""])
-    ]
-    keys = set(every)
-    if len(keys) < len(every):
-        twice = next(key for key in every if every.count(key) > 1)
-        head, _, rest = twice.partition("/")
-        raise ObservationError(
-            f"observation: expected one value for {twice}, found two: under {twice!r}, and under "
-            f"{rest!r} in {head!r}. Leave one out."
-        )
+    keys = list(_paths(observation))
     known = {camera.key for camera in robot.cameras} | {key for key, _ in robot.state}
     known |= {*PROMPT_KEYS, *robot.ignored}
-    unknown = sorted(key for key in keys - known if not _is_bookkeeping(key))
+    unknown = sorted(key for key in {*keys} - known if not _is_bookkeeping(key))
     if unknown:
         raise ObservationError(
             f"observation: expected for robot {robot.name} the cameras {camera_keys(robot)}, "
             f"{', '.join(key for key, _ in robot.state)} and prompt, found also "
             f"{', '.join(unknown)}."
         )
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ObservationError(
+            f"observation: expected one value for {twice[0]}, found one under this key and one in "
+            "nested mappings."
+        )
+
+
+def _paths(observation: Observation) -> Iterator[str]:
+    """The keys of all values, those in nested mappings as "a/b"."""
+    for key, value in observation.items():
+        if isinstance(value, Mapping) and value and not _is_bookkeeping(key):
+            yield from (f"{key}/{inner}" for inner in _paths(value))
+        else:
+            yield key
 
 
 def camera_keys(robot: Robot) -> str:
@@ -245,6 +251,8 @@ def _without_tensors(key: str, value: Any, depth: int) -> Any:
 
 
 def _from_torch(key: str, tensor: Tensor) -> NDArray[np.generic]:
+    if tensor.is_nested:
+        raise ObservationError(f"{key}: expected numbers, found a nested tensor.")
     if tensor.is_meta:
         raise ObservationError(f"{key}: expected values, found a tensor on the meta device.")
     tensor = tensor.detach().to("cpu").resolve_conj().resolve_neg()

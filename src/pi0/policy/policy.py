@@ -86,6 +86,8 @@ class Policy(Closing):
             )
         self.on_limit = on_limit
         self.real_time = real_time
+        if not isinstance(real_time, RealTimeChunking | None):
+            raise ConfigError(f"real_time: expected RealTimeChunking(), found {real_time!r}.")
         if real_time is not None:
             engine.check_guidance(real_time.jacobian == "exact")
             require_inverse(pipeline)

@@ -21,6 +21,7 @@ from pi0.policy.fit import (
     STEPS_KEYS,
     aloha_findings,
     aloha_flags,
+    camera_findings,
     image_findings,
     of_base,
     relative_findings,
@@ -83,6 +84,7 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
         setup.findings += aloha_findings(checkpoint.settings, robot)
     if program and robot:
         setup.findings += relative_findings(program.relative, robot)
+        setup.findings += camera_findings(program.cameras, program.rename, robot)
     if program and program.images and robot and conventions:
         setup.findings += image_findings(program.images, robot, conventions[0])
     state_in_prompt = setup.attempt(
@@ -106,7 +108,7 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
         action_stats=stats[1],
         target_stats=stats[2],
         image_stats=program.images if program else {},
-        rename=_renames(program, robot) if program else {},
+        rename=_renames(program, checkpoint, robot) if program else {},
         default_prompt=options.default_prompt,
     )
     return setup
@@ -365,9 +367,11 @@ def _prompt_format(
     )
 
 
-def _renames(program: LerobotProgram, robot: Robot) -> dict[str, str]:
-    """The checkpoint's renames, but for those to keys that the robot's table does not have: a named
-    robot may state the keys as the robot itself calls them."""
+def _renames(program: LerobotProgram, checkpoint: Checkpoint, robot: Robot) -> dict[str, str]:
+    """The checkpoint's renames; of another robot than its own only those to keys that the table
+    has, since it may state the keys as the robot itself calls them."""
+    if program.cameras and robot == lerobot.robot_of(program, checkpoint.settings):
+        return dict(program.rename)
     keys = {camera.key for camera in robot.cameras} | {key for key, _ in robot.state}
     return {key: name for key, name in program.rename.items() if name in keys | {*robot.ignored}}
 

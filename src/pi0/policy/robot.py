@@ -8,6 +8,7 @@ Knows nothing of statistics, prompts or models.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,50 @@ class Camera:
     key: str
     names: tuple[str, ...] = ()
     required: bool = True
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _are(fits: Callable[[Any], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, (list, tuple)) and all(map(fits, value))
+
+
+def _is_camera(value: Any) -> bool:
+    return isinstance(value, Camera) and _is_text(value.key) and TEXTS[1](value.names)
+
+
+def _is_part_of_state(value: Any) -> bool:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return False
+    return _is_text(value[0]) and (value[1] is None or _is_number(value[1]))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# What each field of a `Robot` must be, before its values are looked at. A text in place of a tuple
+# of one text would otherwise be taken for its letters.
+TEXTS = ("a tuple of texts", _are(_is_text))
+FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "name": ("a text", lambda value: _is_text(value) and bool(value)),
+    "cameras": (
+        "at least one Camera(key=…, names=(…)) in a tuple",
+        lambda value: bool(value) and _are(_is_camera)(value),
+    ),
+    "state": ("a tuple of (key, length)", _are(_is_part_of_state)),
+    "ignored": TEXTS,
+    "delta": (
+        "whole numbers other than 0 in a tuple", _are(lambda run: isinstance(run, int) and run != 0)
+    ),
+    "action_names": TEXTS,
+    "action_units": TEXTS,
+    "control_hz": ("a number", lambda value: value is None or _is_number(value)),
+    "limits": ("ActionLimits", lambda value: value is None or isinstance(value, ActionLimits)),
+    "state_in_prompt": ("True, False or None", lambda value: value is None or type(value) is bool),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,8 +128,13 @@ class Robot:
     state_in_prompt: bool | None = None
 
     def __post_init__(self) -> None:
-        problems = [] if self.name else ["name: expected a text, found none"]
-        problems += [*self._camera_problems(), *self._vector_problems()]
+        problems = [
+            f"{name}: expected {expected}, found {getattr(self, name)!r}"
+            for name, (expected, fits) in FORMS.items()
+            if not fits(getattr(self, name))
+        ]
+        if not problems:
+            problems = [*self._camera_problems(), *self._vector_problems()]
         if problems:
             raise ConfigError(f"robot {self.name!r}: " + "; ".join(problems) + ".")
 
@@ -134,20 +184,26 @@ class Robot:
         }
 
     def _camera_problems(self) -> list[str]:
-        if not self.cameras or not all(isinstance(camera, Camera) for camera in self.cameras):
-            return [f"cameras: expected at least one Camera(key=…), found {self.cameras!r}"]
         keys = [camera.key for camera in self.cameras]
         # A camera's own key may be one of its short names.
         names = [name for c in self.cameras for name in {c.key, *c.names}]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             return [f"cameras: expected distinct keys and names, found {', '.join(twice)} twice"]
+        groups = {*keys}, {key for key, _ in self.state}, {*self.ignored}, {"prompt", "task"}
+        every = [key for group in groups for key in group]
+        shared = sorted({key for key in every if every.count(key) > 1})
+        if shared:
+            return [
+                "cameras, state, ignored and prompt: expected keys of their own, found "
+                f"{', '.join(shared)} in two of them"
+            ]
         return [] if all(keys) else ["cameras: expected a key for each, found an empty one"]
 
     def _vector_problems(self) -> list[str]:
         problems = []
         keys = [key for key, _ in self.state]
-        if not keys or len(set(keys)) < len(keys):
+        if not all(keys) or not keys or len(set(keys)) < len(keys):
             problems.append(f"state: expected distinct keys, at least one, found {keys}")
         lengths = [length for _, length in self.state]
         if any(not _is_count(length) for length in lengths if length is not None):
@@ -157,14 +213,12 @@ class Robot:
         if self.action_dim is not None and not _is_count(self.action_dim):
             problems.append(f"action_dim: expected 1 or more, found {self.action_dim!r}")
             return problems
-        if self.control_hz is not None and not self.control_hz > 0:
+        if self.control_hz is not None and not 0 < self.control_hz < math.inf:
             problems.append(f"control_hz: expected more than 0, found {self.control_hz}")
         return problems + self._action_problems()
 
     def _action_problems(self) -> list[str]:
         problems = []
-        if not all(isinstance(run, int) and run for run in self.delta):
-            return [f"delta: expected whole numbers other than 0, found {self.delta}"]
         covered = sum(map(abs, self.delta))
         relative = self.relative(covered).nonzero()[0]
         bounds = {"actions": self.action_dim, "state values": self.state_dim}

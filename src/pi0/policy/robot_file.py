@@ -56,7 +56,7 @@ def read_robot_file(path: Path) -> Robot:
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"robot {path}: expected a TOML file, found {reason}.") from error
     _check(path, "robot", table, ROBOT_KEYS)

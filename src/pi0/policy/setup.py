@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pi0.checkpoint.load import Checkpoint
-from pi0.errors import Pi0Error
+from pi0.errors import ConfigError, Pi0Error
 from pi0.findings import Finding, enforce, error
 from pi0.policy.normalize import Normalizer
 from pi0.policy.pipeline import Pipeline
@@ -47,6 +47,13 @@ class PolicyOptions:
     image_size: int | None = None
     default_prompt: str | None = None
     state_in_prompt: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError if an option from Python is of another type than from the CLI."""
+        for name in ("tokenizer", "norm_stats", "norm_mode", "preprocessing", "resize", "prompt"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (str, Path)):
+                raise ConfigError(f"{name}: expected a text, found {value!r}.")
 
 
 @dataclass

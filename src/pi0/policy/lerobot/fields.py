@@ -17,6 +17,7 @@ from pi0.checkpoint.lerobot import EPS
 Check = Callable[[Any], str | None]
 
 FEATURE_TYPES = ("STATE", "VISUAL", "ENV", "ACTION", "REWARD", "LANGUAGE")
+MOST_TOKENS = 100_000  # that prompts are padded to, in memory
 MODES = ("IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10")
 
 
@@ -108,7 +109,10 @@ _NORMALIZE = {
 _TOKENIZE = {
     "tokenizer_name": Field(None, _where("a name", lambda x: x is None or isinstance(x, str))),
     "tokenizer": _NOTHING,
-    "max_length": Field(512, _where("a number of tokens", is_count)),
+    "max_length": Field(
+        512,
+        _where(f"1 to {MOST_TOKENS} tokens", lambda x: is_count(x) and x <= MOST_TOKENS),
+    ),
     # The only text that LeRobot takes out of an observation.
     "task_key": Field("task", _one_of("task")),
     "padding_side": Field("right", _one_of("right", "left")),

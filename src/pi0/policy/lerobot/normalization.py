@@ -55,16 +55,20 @@ class Normalization:
         """
         modes: Mapping[str, str] = self.step.config["norm_map"] or {}
         features: Mapping[str, Any] = self.step.config["features"] or {}
-        keys = self.step.config["normalize_observation_keys"]
-        if key != ACTION and keys is not None and key not in keys:
+        if self._is_left_out(key):
             return "IDENTITY"
         if self.given.mode and kind in ("STATE", "ACTION"):
             return self.given.mode
         if key != ACTION and key in features:
-            return modes.get(features[key]["type"], "IDENTITY")
+            own = features[key]["type"]
+            return "IDENTITY" if own == "ACTION" else modes.get(own, "IDENTITY")
         mode = modes.get(kind, "IDENTITY")
         reached = key == ACTION or key in (self.given.statistics or {}) or mode == "IDENTITY"
         return mode if reached else None
+
+    def _is_left_out(self, key: str) -> bool:
+        keys = self.step.config["normalize_observation_keys"]
+        return key != ACTION and keys is not None and key not in keys
 
     def width(self, key: str) -> int | None:
         """The length of a key's statistics; None: it has none."""
@@ -88,9 +92,12 @@ class Normalization:
             findings: what is found is appended. After an error the result is an identity.
         """
         mode = self.mode(key, kind)
-        if mode == "IDENTITY" and self.given.mode is None and key in (self.given.statistics or {}):
-            problem = f"expected statistics of {key} to be used, found IDENTITY in its norm_map"
-            remedy = "Name a mode with --norm-mode to use them."
+        unused = mode == "IDENTITY" and self.given.mode != "IDENTITY"
+        if unused and key in (self.given.statistics or {}):
+            where, remedy = "IDENTITY in its norm_map", "Name a mode with --norm-mode to use them."
+            if self._is_left_out(key):
+                where, remedy = "normalize_observation_keys without it", "Are they this robot's?"
+            problem = f"expected statistics of {key} to be used, found {where}"
             findings.append(warning("statistics-unused", f"{self.step}: {problem}. {remedy}"))
         if mode == "IDENTITY" or self.statistics is None:
             return identity(what, self.width(key) or width)

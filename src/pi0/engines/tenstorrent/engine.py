@@ -101,6 +101,7 @@ class TtnnEngine(Engine):
         """See `Engine`."""
         size = options.image_size
         require_tile_widths(config if size is None else config.with_image_size(size))
+        require_short_suffix(config)
         cls._require_device(options.device)
 
     @classmethod
@@ -338,6 +339,15 @@ def require_tile_widths(config: Pi0Config) -> None:
                 f"engine ttnn: expected a width of the {name} that is a multiple of {TILE}, found "
                 f"{trunk.width}."
             )
+
+
+def require_short_suffix(config: Pi0Config) -> None:
+    """Raises EngineError if state and actions are more than TTNN writes into a cache at once."""
+    if config.suffix_len > UPDATED_ROWS:
+        raise EngineError(
+            f"horizon: expected at most {UPDATED_ROWS - config.state_tokens} actions for engine "
+            f"ttnn, found {config.horizon}."
+        )
 
 
 def require_dram(config: Pi0Config, precision: Precision, dram: int) -> None:

@@ -6,6 +6,7 @@ event. While a capture lives nothing may be allocated or built: a replay would w
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -82,8 +83,12 @@ class Library:
         self.enqueue(cq_id, "replay", lambda: [self._card.again(*step) for step in recorded])
 
     def copy_host_to_device_tensor(self, host: Upload, buffer: Buffer, cq_id: int) -> None:
+        sent = weakref.ref(host)
+
         def write() -> None:
-            buffer.value = host.value.clone()
+            still = sent()
+            assert still is not None, "a host tensor freed before it was written"
+            buffer.value = still.value.clone()
 
         self.enqueue(cq_id, "write", write)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pi0.cli.ttnn import app
-from pi0.engines.tenstorrent import card_doctor, ttnn_import
+from pi0.engines.tenstorrent import card_doctor, device, ttnn_import
+from pi0.engines.tenstorrent.backend import Grid
 from pi0.engines.tenstorrent.card_doctor import HUGEPAGES, Check, examine
 from pi0.errors import EngineError
 
@@ -100,15 +102,105 @@ def test_no_driver_and_no_card(root: Path) -> None:
     assert "lspci" in checks["card"].remedy
 
 
+def test_grayskull_is_no_board_of_ttnn(root: Path) -> None:
+    write(root, "sys/class/tenstorrent/tenstorrent!0/tt_card_type", "e150")
+    assert look(root)["card 0"].status == "error"
+    assert "n150, n300" in look(root)["card 0"].remedy
+
+
+def test_each_card_is_looked_at(root: Path) -> None:
+    """A second one, without a hugepage and with its own firmware."""
+    write(root, "dev/tenstorrent/1", "")
+    write(root, "sys/class/tenstorrent/tenstorrent!1/tt_card_type", "n150")
+    write(root, "sys/class/tenstorrent/tenstorrent!1/tt_fw_bundle_ver", "18.2.0")
+    checks = look(root)
+    assert checks["card 1"].found == "n150"
+    assert (checks["firmware 0"].status, checks["firmware 1"].status) == ("ok", "error")
+    assert (checks["hugepages"].status, checks["hugepages"].found) == ("error", "1 of 1 GB")
+
+
+def test_a_card_that_may_not_be_opened(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    found = look(root)["card 0"]
+    assert found.status == "error"
+    assert f"chmod a+rw {root}/dev/tenstorrent/0" in found.remedy
+
+
+class OpenDevice:
+    """What `_device` sees of one."""
+
+    grid, bytes_of_dram, closed = Grid(11, 10), 34_000_000_000, False
+
+    def dram(self) -> tuple[int, int]:
+        return 0, self.bytes_of_dram
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def opened(root: Path, monkeypatch: pytest.MonkeyPatch) -> OpenDevice:
+    made = OpenDevice()
+    monkeypatch.setattr(ttnn_import, "log_warnings", lambda: None)
+    monkeypatch.setattr(ttnn_import, "load", lambda environment: None)
+    monkeypatch.setattr(device, "DeviceBackend", lambda library, number: made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("board", "grid", "status", "remedy"),
+    [
+        ("p150a", (11, 10), "ok", ""),
+        ("p150b", (13, 10), "warning", "Usual on p150 is 11 × 10"),
+        ("n150", (8, 8), "ok", ""),
+        ("n300", (8, 8), "ok", ""),  # Ethernet cores dispatch
+        ("n300", (8, 7), "warning", "Usual on n300 is 8 × 8"),
+        ("p100a", (10, 10), "ok", ""),  # nothing is known of it
+    ],
+)
+def test_the_grid(
+    root: Path, opened: OpenDevice, board: str, grid: tuple[int, int], status: str, remedy: str
+) -> None:
+    write(root, "sys/class/tenstorrent/tenstorrent!0/tt_card_type", board)
+    opened.grid = Grid(*grid)
+    *_, found, dram = examine(root)
+    assert (found.name, found.status) == ("grid", status)
+    assert found.found == f"{grid[0]} × {grid[1]} cores"
+    assert remedy in found.remedy
+    assert (dram.name, dram.status, dram.found) == ("DRAM", "ok", "34.0 GB")
+    assert opened.closed
+
+
+def test_little_dram(root: Path, opened: OpenDevice) -> None:
+    opened.bytes_of_dram = 6_000_000_000
+    found = examine(root)[-1]
+    assert (found.status, found.found) == ("warning", "6.0 GB")
+    assert "4.5 GB in fast" in found.remedy
+
+
+def test_a_device_that_does_not_open(
+    root: Path, opened: OpenDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(library: Any, number: int) -> None:
+        raise EngineError("engine ttnn: expected a device 0 that can be opened, found: busy.")
+
+    monkeypatch.setattr(device, "DeviceBackend", fail)
+    found = examine(root)[-1]
+    assert (found.name, found.status) == ("device", "error")
+    assert found.found.endswith("found: busy")
+    assert "tt-smi -r 0" in found.remedy
+
+
 def test_library_and_compiler(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> None:
-        raise EngineError("ttnn: expected ttnn 0.81.1, found none.")
+        raise EngineError("ttnn: expected ttnn 0.81.1, found none. pip install ttnn.")
 
     monkeypatch.setattr(ttnn_import, "require_ttnn", missing)
     monkeypatch.setattr(ttnn_import, "sfpi_wanted", missing)
     checks = look(root)
     assert (checks["library"].status, checks["compiler"].status) == ("error", "skipped")
-    assert "0.81.1" in checks["library"].found
+    assert checks["library"].found == "ttnn: expected ttnn 0.81.1, found none"
+    assert checks["library"].remedy == "pip install ttnn."
 
 
 def test_a_simulator_needs_no_card(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,5 +226,5 @@ def test_the_verb(status: Any, code: int, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(card_doctor, "examine", lambda open_device: checks)
     table, plain = (CliRunner().invoke(app, ["doctor", *words]) for words in ([], ["--json"]))
     assert table.exit_code == plain.exit_code == code
-    assert "tt-kmd 2.3.0 Update it." in table.output
+    assert "tt-kmd 2.3.0. Update it." in table.output
     assert json.loads(plain.output)["checks"][0]["status"] == status

@@ -41,6 +41,7 @@ def clean_environment() -> dict[str, str]:
     [
         ("n150", [8, 8], "accurate"),
         ("n300", [8, 7], "fast"),
+        ("n300-8x8", [8, 8], "fast"),
         ("p150", [11, 10], "fast"),
         ("p150-13x10", [13, 10], "fast"),
     ],
@@ -62,6 +63,40 @@ def test_tiny(either_path: Path, board: str, grid: list[int], dtype: str) -> Non
     assert {"projector", "action_projection"} <= arithmetic  # which have matrix products alone
     assert call["dram"] > data["weights"] / 2  # the table of tokens is looked up
     assert call["bound_ms"] >= max(call["dram_ms"], call["math_ms"]) > 0
+
+
+TWO_CHIPS = """\
+arch: {0: wormhole_b0, 1: wormhole_b0}
+chips: {0: [0, 0, 0, 0], 1: [1, 0, 0, 0]}
+chips_with_mmio: [0: 0]
+ethernet_connections:
+  - [{chip: 0, chan: 8}, {chip: 1, chan: 0}]
+  - [{chip: 0, chan: 9}, {chip: 1, chan: 1}]
+harvesting:
+  0: {noc_translation: true, harvest_mask: 3, dram_harvesting_mask: 0, eth_harvesting_mask: 0,
+      pcie_harvesting_mask: 0}
+  1: {noc_translation: true, harvest_mask: 3, dram_harvesting_mask: 0, eth_harvesting_mask: 0,
+      pcie_harvesting_mask: 0}
+boards: [[{board_id: 72059269368820857}, {board_type: n300}, {chips: [0, 1]}]]
+"""
+
+
+def test_a_whole_n300_opens_with_its_ethernet_cores_dispatching(tmp_path: Path) -> None:
+    """Both chips described: TTNN leaves the row of cores that would dispatch to the model."""
+    script = tmp_path / "opened.py"
+    script.write_text(
+        "from pi0.engines.tenstorrent import dryrun\n"
+        "from pi0.engines.tenstorrent.boards import Board\n"
+        f"board = Board('n300', 'n300', {TWO_CHIPS.replace('{', '{{').replace('}', '}}')!r}, 3)\n"
+        "dryrun.find_board = lambda name: board\n"
+        "backend = dryrun.MockBackend('n300', lambda stage: None)\n"
+        "print(backend.grid)\n"
+        "backend.close()\n"
+    )
+    words, environment = [sys.executable, str(script)], clean_environment()
+    environment["XDG_CACHE_HOME"] = str(tmp_path)  # n300.yaml is another one
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.stdout == "Grid(x=8, y=8)\n", done.stderr
 
 
 def test_a_batch_starts_as_many_programs_as_one(either_path: Path) -> None:

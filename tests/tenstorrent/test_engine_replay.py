@@ -16,6 +16,7 @@ from pi0.config import Pi0Config
 from pi0.engines.base import EngineOptions
 from pi0.engines.tenstorrent.engine import TtnnEngine, TtnnHostEngine
 from pi0.engines.tenstorrent.host import HostTensor
+from pi0.errors import EngineError
 from pi0.inputs import ModelInputs, random_inputs
 
 pytestmark = pytest.mark.ttnn
@@ -100,8 +101,38 @@ def test_rows_of_a_batch_are_their_own(either_path: Path) -> None:
     for i, row in enumerate(together):
         alone = other.sample(inputs.row(i), noise[i : i + 1], 1)[0]
         assert (alone - row).norm() <= 0.02 * (row - noise[i]).norm()
-    engine.sample(inputs.rows(slice(3)), noise[:3], 1)  # one pass of the same size
+    for size in (3, 1, 2, 5, 6):  # in as many passes of the same size, filled up
+        fewer = inputs.rows(torch.arange(size) % 5), noise[torch.arange(size) % 5]
+        found = engine.sample(*fewer, 1)
+        assert torch.equal(found, together[torch.arange(size) % 5])
     assert engine.backend.ttnn.captured == 1
+    assert engine.sample(inputs.rows(slice(4)), noise[:4], 1).shape == noise[:4].shape
+    assert engine.backend.ttnn.captured == 2, "four fit at once"
+    assert engine.sample(inputs, noise, 1).shape == noise.shape
+    assert engine.backend.ttnn.captured == 2
+
+
+def test_batches_are_served() -> None:
+    """What `pi0 serve --batch` and a policy ask."""
+    for engine in (TtnnEngine, TtnnHostEngine):
+        engine.check_batch(8)
+
+
+def test_what_failed_is_said_though_closing_fails_too(either_path: Path) -> None:
+    engine = Engine(open_checkpoint(either_path), EngineOptions("accurate"))
+    inputs, noise = random_inputs(engine.config, 2, 10, 0)
+    engine.sample(inputs, noise, 1)
+    library = engine.backend.ttnn
+    timeout = RuntimeError("TT_THROW @ system.cpp:7\ninfo:\ndevice timeout\nbacktrace:\n 0x1")
+    for name in ("execute_trace", "release_trace"):
+        setattr(library, name, lambda *_, **__: raised(timeout))
+    engine._close_device = lambda: None
+    with pytest.raises(EngineError, match="^replay: .*device timeout$"), engine:
+        engine.sample(inputs, noise, 1)
+
+
+def raised(error: Exception) -> None:
+    raise error
 
 
 def test_no_room_for_a_capture_is_a_warning_once(either_path: Path) -> None:

@@ -11,9 +11,17 @@ from hypothesis import strategies as st
 
 from pi0.checkpoint.load import empty_model
 from pi0.config import PRESETS, Pi0Config
+from pi0.engines.base import EngineOptions
 from pi0.engines.tenstorrent import program_configs
 from pi0.engines.tenstorrent.backend import Grid
-from pi0.engines.tenstorrent.engine import packed_bytes, require_dram, require_tile_widths
+from pi0.engines.tenstorrent.engine import (
+    TtnnHostEngine,
+    most_rows,
+    packed_bytes,
+    require_dram,
+    require_short_suffix,
+    require_tile_widths,
+)
 from pi0.engines.tenstorrent.layout import (
     TileLayout,
     neighbours,
@@ -244,6 +252,16 @@ def test_widths_have_to_be_tiles() -> None:
     odd = replace(TINY, expert=replace(TINY.expert, width=40))
     with pytest.raises(EngineError, match="width of the expert that is a multiple of 32, found 40"):
         require_tile_widths(odd)
+
+
+@pytest.mark.parametrize(("base", "most"), [(TINY, 255), (PI05_TINY, 256)])
+def test_a_horizon_has_to_fit_the_cache(base: Pi0Config, most: int) -> None:
+    require_short_suffix(replace(base, horizon=most))
+    assert most_rows(replace(base, horizon=most)) == 1
+    with pytest.raises(EngineError, match=f"^horizon: .* at most {most} actions .*found 300.$"):
+        require_short_suffix(replace(base, horizon=300))
+    with pytest.raises(EngineError, match="^horizon: expected at most"):
+        TtnnHostEngine.check_available(replace(base, horizon=300), EngineOptions("fast"))
 
 
 def test_tiled() -> None:

@@ -64,6 +64,18 @@ def hide_last_prefix_token(of: TileLayout, uploads: dict[str, Upload]) -> None:
     uploads["suffix_mask"] = replace(uploads["suffix_mask"], value=mask)
 
 
+def drop_masks(of: TileLayout, uploads: dict[str, Upload]) -> None:
+    for name in ("prefix_mask", "suffix_mask"):
+        uploads[name] = replace(uploads[name], value=torch.zeros_like(uploads[name].value))
+
+
+def leave_the_suffix_where_it_is(of: TileLayout, uploads: dict[str, Upload]) -> None:
+    """Not rotated."""
+    for name, value in (("suffix_cos", 1.0), ("suffix_sin", 0.0)):
+        still = torch.full_like(uploads[name].value, value)
+        uploads[name] = replace(uploads[name], value=still)
+
+
 def suffix_positions_too_high(patch: Patch) -> None:
     original = TileLayout._sequence
 
@@ -161,6 +173,15 @@ def stale(*names: str) -> Any:
     return plant
 
 
+def stale_noise(patch: Patch) -> None:
+    original = tt.TtnnEngine._sample
+
+    def kept(self: Any, inputs: Any, noise: Tensor, *more: Any) -> Tensor:
+        return original(self, inputs, self.__dict__.setdefault("first_noise", noise), *more)
+
+    patch.setattr(tt.TtnnEngine, "_sample", kept)
+
+
 def norms_in_blocks(patch: Patch) -> None:
     """In the presets of a card alone: rounding that they do not have."""
     for name in PRECISIONS:
@@ -185,6 +206,10 @@ PLANTS = [
     Plant("loop a step too long", "sample", a_step_too_long),
     Plant("sample ignores the state", "sample", stale("state")),
     Plant("sample reuses another image's prefix", "sample", stale("images")),
+    Plant("masks dropped", VLM, change_uploads(drop_masks)),
+    Plant("suffix not rotated", f"{EXPERT}.keys", change_uploads(leave_the_suffix_where_it_is)),
+    Plant("sample reuses another prompt", "sample", stale("tokens")),
+    Plant("sample reuses other noise", "sample", stale_noise),
     Plant("velocities × 0.92", "velocity.0", velocity_gain(tt.TtnnEngine)),
     Plant("norms in blocks", "vision_tower", norms_in_blocks),
 ]
@@ -207,6 +232,10 @@ QUICK = (
 )  # the others take two minutes
 
 
+# π0.5 reads it in the prompt.
+WITH_STATE = ("half of the state zero", "sample ignores the state")
+
+
 @pytest.mark.parametrize(
     ("precision", "plant"),
     [
@@ -226,8 +255,25 @@ def test_planted(
     check_plant(checkpoint, f"ttnn-host:{precision}", plant, monkeypatch)
 
 
+@pytest.fixture(scope="module")
+def pi05(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return trained_like(tmp_path_factory.mktemp("pi05"), "pi05_tiny")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_no_false_alarm(checkpoint: Checkpoint, precision: str) -> None:
-    result = verified(checkpoint, f"ttnn-host:{precision}")
+@pytest.mark.parametrize(
+    "plant", [p for p in PLANTS if p.name not in WITH_STATE], ids=lambda p: p.name
+)
+def test_planted_in_pi05(
+    pi05: Checkpoint, precision: str, plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_plant(pi05, f"ttnn-host:{precision}", plant, monkeypatch)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("path", ["checkpoint", "pi05"])
+def test_no_false_alarm(request: pytest.FixtureRequest, path: str, precision: str) -> None:
+    result = verified(request.getfixturevalue(path), f"ttnn-host:{precision}")
     assert result.structure == "ttnn-host:exact"
     assert [(row.part, row.name, row.exceeded) for row in result.rows if not row.passed] == []

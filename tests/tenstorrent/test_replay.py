@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from fake_card import Buffer, FakeCard, NoEvents
+from fake_card import Buffer, FakeCard, Library, NoEvents
 from torch import Tensor
 
 from pi0.engines.tenstorrent.backend import Handle, Upload
 from pi0.engines.tenstorrent.replay import CaptureError, Replay
+from pi0.errors import EngineError
 
 
 def arithmetic(name: str, *args: Any) -> tuple[Tensor, str]:
@@ -77,6 +78,56 @@ def test_observations_are_made_while_a_replay_runs() -> None:
 
     seen = [list(made) for _ in replay(observations())]
     assert seen == [[0, 1], [0, 1, 2], [0, 1, 2]]
+
+
+def test_inputs_live_until_they_are_written() -> None:
+    """Also those of an observation whose result nobody waits for any more."""
+    card = FakeCard(arithmetic)
+    replay = make(card)
+    for i in (5, 1):
+        results_of = replay(observation(each) for each in (i, 2))
+        assert next(results_of)[0, 0, 0, 0].item() == 13.0 * i
+        del results_of
+    card.ttnn.drain(1)
+    assert results(replay) == EXPECTED
+
+
+def fails_at(method: str) -> type[Library]:
+    """A library of a card that does not answer any more."""
+
+    def fail(self: Library, *_: Any, **__: Any) -> None:
+        raise RuntimeError("TT_THROW @ system.cpp:7\ninfo:\ndevice timeout\nbacktrace:\n --- 0x1")
+
+    return type("Hung", (Library,), {method: fail})
+
+
+@pytest.mark.parametrize(
+    "method", ["wait_for_event", "copy_host_to_device_tensor", "execute_trace", "record_event"]
+)
+def test_a_card_that_hangs_is_one_sentence(method: str) -> None:
+    card = FakeCard(arithmetic)
+    replay = make(card)
+    broken = fails_at(method)
+    card.ttnn.__class__ = broken
+    with pytest.raises(
+        EngineError, match="^(inputs|replay): expected a device .*: device timeout$"
+    ):
+        results(replay)
+
+
+@pytest.mark.parametrize("method", ["begin_trace_capture", "end_trace_capture"])
+def test_a_card_that_cannot_capture(method: str) -> None:
+    card = FakeCard(arithmetic, library=fails_at(method))
+    with pytest.raises(CaptureError, match="^capture: expected .*found: device timeout$"):
+        make(card)
+
+
+def test_a_capture_that_cannot_be_released() -> None:
+    card = FakeCard(arithmetic)
+    replay = make(card)
+    card.ttnn.__class__ = fails_at("release_trace")
+    with pytest.raises(EngineError, match="^capture: expected one that can be released, found"):
+        replay.release()
 
 
 def test_no_room_for_commands() -> None:

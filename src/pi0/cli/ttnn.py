@@ -39,8 +39,8 @@ def dry_run(
     board: Annotated[
         str,
         typer.Option(
-            help="n150 (8×8 cores), n300 (one chip, 8×7), p150 (11×10) or p150-13x10, with "
-            "firmware before 19.5."
+            help="n150 (8×8 cores), p150 (11×10; p150-13x10: with firmware before 19.5), "
+            "n300-8x8 (one chip) or n300 (8×7: a row of its cores dispatches)."
         ),
     ] = "n150",
     dtype: Annotated[str, typer.Option(help="accurate or fast.")] = "accurate",
@@ -189,7 +189,7 @@ def doctor(
             [
                 Text(check.status, COLOURS.get(check.status, "")),
                 check.name,
-                " ".join(filter(None, (check.found, check.remedy))),
+                ". ".join(filter(None, (check.found, check.remedy))),
             ]
             for check in checks
         ]

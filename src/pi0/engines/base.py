@@ -67,7 +67,8 @@ class Capabilities:
         precisions: their names, the first is the default.
         devices: the first is the default: "cpu", "cuda" (which stands for "cuda:1", too), or what
             an engine names itself, such as the number of a card.
-        batch: `prefill` and `velocity` take more than one observation.
+        batch: `sample` takes more than one observation, and unless it is the engine's own,
+            `prefill` and `velocity` do.
         weight_cache: it can keep packed weights beside the checkpoint.
         shows_stages: its taps see the stages, but for those of `Engine.hidden_stages`.
         feedable: what a tap returns replaces the tensor.

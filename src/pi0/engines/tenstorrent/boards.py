@@ -79,12 +79,15 @@ BOARDS = {
     board.name: board
     for board in (
         Board("n150", "n150", WORMHOLE, 1),
-        # One chip of an n300 by itself: described as an n300, TTNN would expect its twin.
+        # One chip of an n300 by itself, a row of whose cores dispatches.
         Board("n300", "n150", WORMHOLE, 3),
         # Two columns are off since firmware 19.5 (tt-metal issue 47014, tt-umd pull request 1942).
         Board("p150", "p150", BLACKHOLE, 3),
         # With older firmware.
         Board("p150-13x10", "p150", BLACKHOLE, 0),
+        # As an n300 opens: Ethernet cores dispatch, and no row of cores. A mock device refuses
+        # programs in that row all the same (tt-mlir issue 9235), so there is one more for it.
+        Board("n300-8x8", "n150", WORMHOLE, 1),
     )
 }
 

@@ -23,7 +23,9 @@ DRIVER = (2, 0, 0)  # KMD_MINIMUM_VERSION
 FIRMWARE = {"wormhole": (18, 3, 0), "blackhole": (18, 5, 0)}  # minimum_compatible_firmware_version
 NEWEST_FIRMWARE = (19, 14, 0)  # latest_supported_firmware_version
 ELEVEN_COLUMNS = (19, 5, 0)  # from here on a p150 has 11 × 10 cores, before 13 × 10
-GRIDS = {"n150": (8, 8), "n300": (8, 7), "p150": (11, 10)}
+# Of a chip as TTNN opens it: on an n300, Ethernet cores dispatch.
+GRIDS = {"n150": (8, 8), "n300": (8, 8), "p150": (11, 10)}
+LEAST_DRAM = 7e9  # bytes, for the published sizes in accurate
 HUGEPAGES = "sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages"
 INSTALLER = "https://github.com/tenstorrent/tt-installer"
 
@@ -96,12 +98,14 @@ def _one_card(root: Path, number: int) -> Iterator[Check]:
     device = root / "dev/tenstorrent" / str(number)
     usable = os.access(device, os.R_OK | os.W_OK)
     board = _attribute(root, number, "tt_card_type")
-    yield Check(
-        f"card {number}",
-        "ok" if usable else "error",
-        board or "a card whose type the driver does not say",
-        "" if usable else f"May not be read and written: sudo chmod a+rw {device}, or a udev rule.",
-    )
+    found = board or "a card whose type the driver does not say"
+    if board.startswith("e"):  # Grayskull
+        remedy = f"TTNN {ttnn_import.VERSION} has Wormhole (n150, n300) and Blackhole (p150) only."
+    elif not usable:
+        remedy = f"May not be read and written: sudo chmod a+rw {device}, or a udev rule."
+    else:
+        remedy = ""
+    yield Check(f"card {number}", "error" if remedy else "ok", found, remedy)
     text = _attribute(root, number, "tt_fw_bundle_ver")
     name, flash = f"firmware {number}", f"Update it with tt-flash: {INSTALLER}."
     if not text:
@@ -159,7 +163,7 @@ def _device(root: Path) -> Iterator[Check]:
         yield Check(
             "device",
             "error",
-            str(error),
+            str(error).rstrip("."),
             "End other processes that hold the card, reset it (`tt-smi -r 0`), try again.",
         )
         return
@@ -168,25 +172,32 @@ def _device(root: Path) -> Iterator[Check]:
     finally:
         backend.close()
     board = _attribute(root, 0, "tt_card_type")[:4]
-    usual = GRIDS.get(board)
-    odd = usual not in (None, (grid.x, grid.y))
+    x, y = GRIDS.get(board, (grid.x, grid.y))
+    odd = (x, y) != (grid.x, grid.y)
     yield Check(
         "grid",
         "warning" if odd else "ok",
         f"{grid.x} × {grid.y} cores",
-        f"Usual on {board} is {usual[0]} × {usual[1]}: what the dry run says is of that."
-        if odd and usual
+        f"Usual on {board} is {x} × {y}: what the dry run says is of that." if odd else "",
+    )
+    little = dram < LEAST_DRAM
+    yield Check(
+        "DRAM",
+        "warning" if little else "ok",
+        f"{dram / 1e9:.1f} GB",
+        "π0 takes 7 GB in accurate, 4.5 GB in fast; `pi0 ttnn dry-run` says how much a model takes."
+        if little
         else "",
     )
-    yield Check("DRAM", "ok", f"{dram / 1e9:.1f} GB")
 
 
 def _try(name: str, found: str, require: Callable[[], None]) -> Check:
-    """What a check of the engine says, whose sentence names the remedy."""
+    """What a check of the engine says: a sentence, and how to mend it."""
     try:
         require()
     except EngineError as error:
-        return Check(name, "error", str(error))
+        said, _, remedy = str(error).partition(". ")
+        return Check(name, "error", said, remedy)
     return Check(name, "ok", found)
 
 

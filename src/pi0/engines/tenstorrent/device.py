@@ -53,7 +53,8 @@ class DeviceBackend(Backend):
         return self.ttnn.from_torch(self._plain(upload), **self._kind(upload, placed=False))
 
     def get(self, handle: Handle) -> Tensor:
-        read: Tensor = self.ttnn.to_torch(handle)
+        with translate_errors(f"{self.stage}: expected a result of the device"):
+            read: Tensor = self.ttnn.to_torch(handle)
         return read.float()
 
     def dtype(self, handle: Handle) -> str:
@@ -76,7 +77,8 @@ class DeviceBackend(Backend):
         )
 
     def close(self) -> None:
-        self.ttnn.close_device(self.device)
+        with contextlib.suppress(RuntimeError):  # of a card that hangs: what failed before says so
+            self.ttnn.close_device(self.device)
 
     def _plain(self, upload: Upload) -> Tensor:
         return upload.value.to(TORCH_DTYPES.get(upload.dtype, torch.float32)).contiguous()
@@ -90,12 +92,12 @@ class DeviceBackend(Backend):
 
 
 @contextlib.contextmanager
-def translate_errors(what: str) -> Iterator[None]:
+def translate_errors(what: str, into: type[EngineError] = EngineError) -> Iterator[None]:
     """Turns what TTNN refuses into an EngineError, whose sentence begins with `what`."""
     try:
         yield
     except RuntimeError as error:
-        raise EngineError(f"{what}, found: {reason(error)}") from error
+        raise into(f"{what}, found: {reason(error)}") from error
 
 
 def reason(error: RuntimeError) -> str:

@@ -26,6 +26,7 @@ from pi0.engines.tenstorrent.engine import (
     build_network,
     most_rows,
     require_dram,
+    require_short_suffix,
     require_tile_widths,
 )
 from pi0.engines.tenstorrent.layout import TileLayout
@@ -109,6 +110,7 @@ def dry_run(
         raise EngineError(f"dtype: expected one of {', '.join(PRESETS)}, found {dtype!r}.")
     precision = PRESETS[dtype]
     require_tile_widths(config)
+    require_short_suffix(config)
     if not 1 <= batch <= most_rows(config):
         raise EngineError(
             f"batch: expected 1 to {most_rows(config)}, which are computed at once, found {batch}."

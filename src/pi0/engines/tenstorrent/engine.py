@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 import weakref
@@ -36,7 +37,7 @@ from pi0.engines.tenstorrent.precision import (
     Precision,
     for_arch,
 )
-from pi0.engines.tenstorrent.program_configs import TILE_BYTES
+from pi0.engines.tenstorrent.program_configs import TILE_BYTES, ceil
 from pi0.engines.tenstorrent.replay import CaptureError, Replay
 from pi0.engines.tenstorrent.silicon import CARD, IDEAL
 from pi0.engines.tenstorrent.timestep import Timestep, put_timesteps
@@ -66,18 +67,18 @@ class TtnnEngine(Engine):
     """π0 or π0.5 on a Tenstorrent card or simulator; `device` is the card's number.
 
     On a card a sampling call is captured, and replayed as long as the numbers of observations,
-    views, tokens and steps stay. Up to four observations are computed at once; those of a larger
-    batch go up on a second command queue, each pass while the one before it is computed. One
-    capture is held at a time and released before anything else is put on the card: replayed, it
-    writes where its tensors were, whatever is there by then. What cannot be captured runs without,
-    with a warning.
+    views, tokens and steps stay; a smaller batch fills it up. Up to four observations are computed
+    at once; those of a larger batch go up on a second command queue, each pass while the one before
+    it is computed. One capture is held at a time and released before anything else is put on the
+    card: replayed, it writes where its tensors were, whatever is there by then. What cannot be
+    captured runs without, with a warning.
 
     Attributes:
         captures: whether sampling calls are captured.
     """
 
     name = "ttnn"
-    capabilities = Capabilities(precisions=tuple(PRESETS), devices=("0",), batch=False)
+    capabilities = Capabilities(precisions=tuple(PRESETS), devices=("0",))
     unrounded = MappingProxyType(dict.fromkeys(HOST_PRESETS, "ttnn-host:exact"))
 
     def __init__(self, checkpoint: Checkpoint, options: EngineOptions) -> None:
@@ -91,7 +92,8 @@ class TtnnEngine(Engine):
         self.network = build_network(model, self.backend, precision)
         self._constants: dict[tuple[int, int, int], Constants] = {}
         self._timesteps: list[Timestep] = []  # of the last number of steps
-        self._replay: tuple[tuple[int, ...], Replay] | None = None
+        # Of these numbers of views, tokens and steps, and of observations at once.
+        self._replay: tuple[tuple[tuple[int, ...], int], Replay] | None = None
         self.captures = isinstance(self.backend, DeviceBackend) and self.backend.can_replay
 
     @classmethod
@@ -99,6 +101,7 @@ class TtnnEngine(Engine):
         """See `Engine`."""
         size = options.image_size
         require_tile_widths(config if size is None else config.with_image_size(size))
+        require_short_suffix(config)
         cls._require_device(options.device)
 
     @classmethod
@@ -156,11 +159,15 @@ class TtnnEngine(Engine):
     ) -> Tensor:
         """See `Engine`. The whole loop runs on the device; a batch as few passes of equal size as
         there can be, the last one filled with its last observation."""
-        passes = -(-inputs.batch_size // most_rows(self.config))
-        size = -(-inputs.batch_size // passes)
-        key = inputs.image_mask.shape[1], inputs.tokens.shape[1], steps, size
-        if self._replay and self._replay[0] != key:
-            self._release_replay()
+        shape = inputs.image_mask.shape[1], inputs.tokens.shape[1], steps
+        size = ceil(inputs.batch_size, ceil(inputs.batch_size, most_rows(self.config)))
+        if self._replay:
+            captured, most = self._replay[0]
+            if captured == shape and size <= most:
+                size = most
+            else:
+                self._release_replay()
+        passes = ceil(inputs.batch_size, size)
         on = self._on(inputs, size)
         times = torch.tensor(schedule(steps))
         if len(times) != len(self._timesteps):
@@ -176,7 +183,7 @@ class TtnnEngine(Engine):
             return self.network.sample(on, given, timesteps, on_step)
 
         if self.captures and self._replay is None:
-            self._capture(key, uploads(rows[0]), call)
+            self._capture((shape, size), uploads(rows[0]), call)
         actions = []
         if self._replay is None:
             for which in rows:
@@ -191,7 +198,7 @@ class TtnnEngine(Engine):
 
     def _capture(
         self,
-        key: tuple[int, ...],
+        key: tuple[tuple[int, ...], int],
         uploads: dict[str, Upload],
         call: Callable[[dict[str, Handle]], Handle],
     ) -> None:
@@ -208,7 +215,8 @@ class TtnnEngine(Engine):
             )
 
     def _close(self) -> None:
-        self._release_replay()
+        with contextlib.suppress(EngineError):  # of a card that hangs: what failed before says so
+            self._release_replay()
         del self.network, self._constants, self._timesteps
         if isinstance(self.backend, DeviceBackend):
             self._close_device()
@@ -245,8 +253,8 @@ class TtnnEngine(Engine):
 
     def _release_replay(self) -> None:
         if self._replay:
-            self._replay[1].release()
-            self._replay = None
+            (_, replay), self._replay = self._replay, None
+            replay.release()
 
     def _adapt(self, tap: Tap, layout: TileLayout) -> HandleTap:
         if tap is no_tap:
@@ -287,7 +295,7 @@ class TtnnHostEngine(TtnnEngine):
     numbers. In precision `exact` nothing is rounded, which shows the network itself."""
 
     name = "ttnn-host"
-    capabilities = Capabilities(precisions=tuple(HOST_PRESETS), batch=False)
+    capabilities = Capabilities(precisions=tuple(HOST_PRESETS))
     notes = (HOST_NOTE, golden.NOTE)
 
     @classmethod
@@ -331,6 +339,15 @@ def require_tile_widths(config: Pi0Config) -> None:
                 f"engine ttnn: expected a width of the {name} that is a multiple of {TILE}, found "
                 f"{trunk.width}."
             )
+
+
+def require_short_suffix(config: Pi0Config) -> None:
+    """Raises EngineError if state and actions are more than TTNN writes into a cache at once."""
+    if config.suffix_len > UPDATED_ROWS:
+        raise EngineError(
+            f"horizon: expected at most {UPDATED_ROWS - config.state_tokens} actions for engine "
+            f"ttnn, found {config.horizon}."
+        )
 
 
 def require_dram(config: Pi0Config, precision: Precision, dram: int) -> None:

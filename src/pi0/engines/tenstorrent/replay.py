@@ -15,6 +15,7 @@ a replay computes. Events keep them in order:
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor
@@ -60,14 +61,18 @@ class Replay:
         call: Callable[[dict[str, Handle]], Handle],
     ) -> None:
         self._backend = backend
+        # The library's host tensors, which have to live until they have arrived: of an observation
+        # whose replay runs, of the next one, and of one before whose result nobody asked for.
+        self._sent: deque[dict[str, Handle]] = deque(maxlen=3)
         self._inputs = Inputs(backend, uploads)
         self._inputs.move()
         call(self._inputs.given)  # builds the programs: a capture may not
-        self._capture = backend.ttnn.begin_trace_capture(backend.device, cq_id=COMPUTE)
+        with translate_errors("capture: expected a device that can capture", CaptureError):
+            self._capture = backend.ttnn.begin_trace_capture(backend.device, cq_id=COMPUTE)
         try:
             self._result = self._record(call)
         except EngineError as error:
-            with contextlib.suppress(RuntimeError):  # it may hold nothing
+            with contextlib.suppress(EngineError):  # it may hold nothing
                 self.release()
             raise CaptureError(str(error)) from error
         self._moved = backend.ttnn.record_event(backend.device, COMPUTE)
@@ -81,36 +86,39 @@ class Replay:
                 ttnn.end_trace_capture(backend.device, self._capture, cq_id=COMPUTE)
 
     def release(self) -> None:
-        self._backend.ttnn.release_trace(self._backend.device, self._capture)
+        with translate_errors("capture: expected one that can be released"):
+            self._backend.ttnn.release_trace(self._backend.device, self._capture)
 
     def __call__(self, observations: Iterable[dict[str, Upload]]) -> Iterator[Tensor]:
         """Results of observations, one after another; the next one's inputs go up meanwhile."""
         queue = iter(observations)
-        sent = self._send_next(queue)
-        while sent:
+        more = self._send_next(queue)
+        while more:
             self._start()
-            kept, sent = sent, self._send_next(queue)
+            more = self._send_next(queue)
+            self._backend.stage = "replay"
             yield self._backend.get(self._result)
-            del kept  # has arrived: its replay is done
 
-    def _send_next(self, queue: Iterator[dict[str, Upload]]) -> list[Handle]:
-        """Enqueues the upload of the next observation, if there is one; returns the library's host
-        tensors, which have to live until it is done."""
+    def _send_next(self, queue: Iterator[dict[str, Upload]]) -> bool:
+        """Enqueues the upload of the next observation, if there is one."""
         uploads = next(queue, None)
         if uploads is None:
-            return []
+            return False
         backend, ttnn = self._backend, self._backend.ttnn
         hosts = {name: backend.stage_upload(upload) for name, upload in uploads.items()}
-        ttnn.wait_for_event(TRANSFER, self._moved)
-        for name, host in hosts.items():
-            ttnn.copy_host_to_device_tensor(host, self._inputs.landing[name], cq_id=TRANSFER)
-        self._arrived = ttnn.record_event(backend.device, TRANSFER)
-        return list(hosts.values())
+        self._sent.append(hosts)
+        with translate_errors("inputs: expected a device that takes them"):
+            ttnn.wait_for_event(TRANSFER, self._moved)
+            for name, host in hosts.items():
+                ttnn.copy_host_to_device_tensor(host, self._inputs.landing[name], cq_id=TRANSFER)
+            self._arrived = ttnn.record_event(backend.device, TRANSFER)
+        return True
 
     def _start(self) -> None:
         """Enqueues a replay with what has been sent."""
         backend, ttnn = self._backend, self._backend.ttnn
-        ttnn.wait_for_event(COMPUTE, self._arrived)
-        self._inputs.move()
-        self._moved = ttnn.record_event(backend.device, COMPUTE)
-        ttnn.execute_trace(backend.device, self._capture, cq_id=COMPUTE, blocking=False)
+        with translate_errors("replay: expected a device that runs it"):
+            ttnn.wait_for_event(COMPUTE, self._arrived)
+            self._inputs.move()
+            self._moved = ttnn.record_event(backend.device, COMPUTE)
+            ttnn.execute_trace(backend.device, self._capture, cq_id=COMPUTE, blocking=False)

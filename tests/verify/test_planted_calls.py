@@ -18,9 +18,10 @@ from pi0.engines.fast import network, weights
 from pi0.engines.fast.cpu import engine as cpu
 from pi0.engines.fast.cpu.native_kernels import NativeKernels
 from pi0.engines.fast.network import Cache, Network
-from pi0.engines.fast.plan import TokenPlan
+from pi0.engines.fast.plan import TokenPlan, make_token_plan
 from pi0.engines.fast.weights import Matrix
 from pi0.inputs import ModelInputs
+from pi0.model import flow
 
 Patch = pytest.MonkeyPatch
 
@@ -29,7 +30,7 @@ def planned(change: Callable[[ModelInputs], ModelInputs]) -> Any:
     """Which tokens take part is decided from other inputs."""
 
     def plant(patch: Patch) -> None:
-        make = cpu.make_token_plan
+        make = make_token_plan
         patch.setattr(cpu, "make_token_plan", lambda inputs, *sizes: make(change(inputs), *sizes))
 
     return plant
@@ -73,7 +74,7 @@ def buffers_shared(patch: Patch) -> None:
     def shared(self: Network, *arguments: Any) -> Cache:
         cache = prefill(self, *arguments)
         for name in ("keys", "values"):
-            place = self.__dict__.setdefault((name, cache.keys[0].shape), getattr(cache, name))
+            place = self.__dict__.setdefault(f"{name} {cache.keys[0].shape}", getattr(cache, name))
             for old, new in zip(place, getattr(cache, name), strict=True):
                 old.copy_(new)
             setattr(cache, name, place)
@@ -87,7 +88,7 @@ def times_kept(patch: Patch) -> None:
 
     def kept(self: Network, steps: int) -> Tensor:
         if self._step_times is None:
-            self._step_times = self.times(torch.tensor(network.schedule(steps)))
+            self._step_times = self.times(torch.tensor(flow.schedule(steps)))
         return self._step_times[:steps]
 
     patch.setattr(Network, "step_times", kept)
@@ -127,7 +128,7 @@ def attended(change: Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor, Any]]
 
 
 def positions_of_the_first_row(patch: Patch) -> None:
-    make = cpu.make_token_plan
+    make = make_token_plan
 
     def plan(*arguments: Any) -> TokenPlan:
         made = make(*arguments)

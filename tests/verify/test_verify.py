@@ -163,7 +163,8 @@ def test_no_bug(checkpoint: Checkpoint, precision: str) -> None:
     assert alone == stages + blocks + steps + (precision == "float32")  # and sample
     chained = stages + blocks + steps + 2 + 3  # masked content, actions, loop, velocity.kept
     assert len(masked["chained"]) == chained + (precision == "bfloat16")
-    exact = {row.comparison.rel_l2 == 0 for row in result.rows}
+    each = (row for row in result.rows if row.name != "sample.together")  # other sums
+    exact = {row.comparison.rel_l2 == 0 for row in each}
     assert exact == ({True} if precision == "float32" else {True, False})
 
 

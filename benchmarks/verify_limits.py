@@ -49,6 +49,7 @@ from pi0.verify.thresholds import (
 
 REFERENCE = "reference:float32"
 ENGINES = ("cpu:float32", "cpu:int8", "reference:bfloat16", "ttnn-host:accurate", "ttnn-host:fast")
+ITSELF = ("sample.again", "velocity.kept")  # an engine beside itself
 ROUNDED = ("bfloat16", "accurate", "fast")
 COLUMNS = {
     "same computation": ("float32", STRUCTURE),
@@ -78,7 +79,7 @@ def measure(result: VerifyResult, spec: EngineSpec, depth: int, found: Figures) 
     """Adds the largest errors of one engine on one checkpoint."""
     for row in result.rows:
         key = "*" if row.part == OPERATIONS else limit_keys(row.name)[0]
-        if key in EXACT or key == "response" or row.name == "sample.again":
+        if key in EXACT or key == "response" or row.name in ITSELF:
             continue
         precision = "float32" if row.part in (STRUCTURE, OPERATIONS) else spec.precision
         place = precision, row.part, key

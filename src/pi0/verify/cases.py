@@ -22,14 +22,20 @@ class Case:
     noise: Tensor
 
 
+Change = Callable[[Pi0Config, Case], Case]
+
+
 def default_cases(config: Pi0Config, cameras: int, tokens: int, seed: int = 0) -> list[Case]:
-    """Everything valid; and, of another observation, the last camera and the latter half of the
-    text masked."""
+    """Everything valid; and, of another observation, a camera masked that is not the last one, if
+    there are others, the latter half of the text, and a word within the first half: an engine that
+    counts what is valid, rather than look where it is, takes others for it."""
     inputs, noise = random_inputs(config, cameras, tokens, seed)
     other, other_noise = random_inputs(config, cameras, tokens, seed + 1)
     image_mask, token_mask = other.image_mask.clone(), other.token_mask.clone()
-    image_mask[:, -1] = cameras == 1
-    token_mask[:, math.ceil(tokens / 2) :] = False
+    image_mask[:, max(cameras - 2, 0)] = cameras == 1
+    half = math.ceil(tokens / 2)
+    token_mask[:, half:] = False
+    token_mask[:, 1 : half - 1][:, :1] = False
     masked = replace(other, image_mask=image_mask, token_mask=token_mask)
     return [Case("all valid", inputs, noise), Case("masked", masked, other_noise)]
 
@@ -52,22 +58,35 @@ def one_change_each(config: Pi0Config, case: Case) -> list[Case]:
     return [*calls, replace(case, name="again")]
 
 
-def _image(_: Pi0Config, case: Case) -> Case:
-    """Of the last valid camera; no pixel stays."""
-    images = case.inputs.images.clone()
-    views = case.inputs.image_mask.cumsum(1).argmax(1)
-    for row, view in enumerate(views.tolist()):
-        images[row, view] = (images[row, view] + 2) % 2 - 1
-    return replace(case, inputs=replace(case.inputs, images=images))
+def _first(mask: Tensor) -> Tensor:
+    """Of each row, the place of the first that is valid."""
+    return mask.int().argmax(1)
 
 
-def _token(config: Pi0Config, case: Case) -> Case:
-    """The last valid one."""
-    tokens = case.inputs.tokens.clone()
-    last = case.inputs.token_mask.cumsum(1).argmax(1)
-    rows = torch.arange(len(tokens))
-    tokens[rows, last] = (tokens[rows, last] + config.vocab_size // 2) % config.vocab_size
-    return replace(case, inputs=replace(case.inputs, tokens=tokens))
+def _last(mask: Tensor) -> Tensor:
+    return mask.cumsum(1).argmax(1)
+
+
+def _image(find: Callable[[Tensor], Tensor]) -> Change:
+    def change(_: Pi0Config, case: Case) -> Case:
+        """Of one valid camera; no pixel stays."""
+        images = case.inputs.images.clone()
+        for row, view in enumerate(find(case.inputs.image_mask).tolist()):
+            images[row, view] = (images[row, view] + 2) % 2 - 1
+        return replace(case, inputs=replace(case.inputs, images=images))
+
+    return change
+
+
+def _token(find: Callable[[Tensor], Tensor]) -> Change:
+    def change(config: Pi0Config, case: Case) -> Case:
+        """One valid token."""
+        tokens, rows = case.inputs.tokens.clone(), torch.arange(len(case.noise))
+        place = find(case.inputs.token_mask)
+        tokens[rows, place] = (tokens[rows, place] + config.vocab_size // 2) % config.vocab_size
+        return replace(case, inputs=replace(case.inputs, tokens=tokens))
+
+    return change
 
 
 def _state(_: Pi0Config, case: Case) -> Case:
@@ -81,8 +100,13 @@ def _noise(_: Pi0Config, case: Case) -> Case:
 def _token_mask(_: Pi0Config, case: Case) -> Case:
     """The last valid token is padding."""
     mask = case.inputs.token_mask.clone()
-    mask[torch.arange(len(mask)), mask.cumsum(1).argmax(1)] = False
+    mask[torch.arange(len(mask)), _last(mask)] = False
     return replace(case, inputs=replace(case.inputs, token_mask=mask))
+
+
+def _other_token_mask(_: Pi0Config, case: Case) -> Case:
+    """As many tokens are valid, of which one is another."""
+    return replace(case, inputs=replace(case.inputs, token_mask=case.inputs.token_mask.roll(1, 1)))
 
 
 def _image_mask(_: Pi0Config, case: Case) -> Case:
@@ -92,11 +116,14 @@ def _image_mask(_: Pi0Config, case: Case) -> Case:
     return replace(case, inputs=replace(case.inputs, image_mask=mask))
 
 
-CHANGES: dict[str, Callable[[Pi0Config, Case], Case]] = {
-    "image": _image,
-    "token": _token,
+CHANGES: dict[str, Change] = {
+    "image": _image(_last),
+    "first_image": _image(_first),
+    "token": _token(_last),
+    "first_token": _token(_first),
     "state": _state,
     "noise": _noise,
     "token_mask": _token_mask,
+    "other_token_mask": _other_token_mask,
     "image_mask": _image_mask,
 }

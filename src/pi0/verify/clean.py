@@ -44,6 +44,7 @@ CLEAN: dict[tuple[str, str, str], tuple[float, float]] = {
     ("accurate", "chained", "velocity"): (0.015, 0.0027),
     ("accurate", "chained", "actions"): (0.0072, 0.0021),
     ("accurate", "chained", "sample"): (0.011, 0.0021),
+    ("accurate", "chained", "loop"): (0.0046, 0.0002),
     ("fast", "isolated", "vision_tower.block"): (0.02, 0.015),
     ("fast", "isolated", "vision_tower"): (0.0031, 0.0019),
     ("fast", "isolated", "projector"): (0.0096, 0.0045),
@@ -115,6 +116,7 @@ CLEAN: dict[tuple[str, str, str], tuple[float, float]] = {
     ("float32", "chained", "velocity"): (1.3e-06, 5.4e-08),
     ("float32", "chained", "actions"): (5.2e-07, 2.1e-08),
     ("float32", "chained", "sample"): (6.6e-07, 3.7e-08),
+    ("float32", "chained", "loop"): (4.6e-07, 5.1e-08),
     ("int8", "isolated", "vision_tower.block"): (0.011, 0.0025),
     ("int8", "isolated", "vision_tower"): (0, 0),
     ("int8", "isolated", "projector"): (0.0081, 0.00091),
@@ -149,4 +151,5 @@ CLEAN: dict[tuple[str, str, str], tuple[float, float]] = {
     ("int8", "chained", "velocity"): (0.035, 0.0024),
     ("int8", "chained", "actions"): (0.017, 0.0012),
     ("int8", "chained", "sample"): (0.024, 0.0015),
+    ("int8", "chained", "loop"): (0.0067, 0.00038),
 }

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pi0.engines.base import Engine
+from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
 from pi0.model import STAGES
 from pi0.model.flow import schedule
@@ -24,6 +25,7 @@ from pi0.verify.cases import Case, one_change_each
 from pi0.verify.compare import Comparison, compare
 
 CHANGE_STEPS = 2  # denoising steps of calls that are made to see a change
+FIRST, AGAIN = "first", "again"  # calls on the same inputs; see `one_change_each`
 ENDS = (".keys", ".values")
 
 
@@ -37,6 +39,8 @@ class Recording:
         steps: x_t and velocity of each.
         actions: Euler's method over these velocities.
         still: the velocity at t = 0 of the noise.
+        kept: the same again, after a prefix of other inputs; None where nothing is masked, or the
+            engine refuses an older prefix.
         masked_content: of two velocities that differ in masked content only.
     """
 
@@ -46,6 +50,7 @@ class Recording:
     steps: list[tuple[Tensor, Tensor]]
     actions: Tensor
     still: Tensor
+    kept: Tensor | None
     masked_content: Comparison | None
 
 
@@ -58,6 +63,7 @@ class EngineRun:
         chained, isolated: by case; isolated ones only if the engine was fed.
         samples: actions of the engine's own loop, by case.
         moved: actions less noise of the calls of `one_change_each`, by their names.
+        together: those of `together` in one call; None if the engine takes one observation.
         operations: what `Engine.show_operations` showed, compared.
         hidden: why its taps do not see a stage, by stage.
         ms: milliseconds of `samples` of cases.
@@ -71,6 +77,7 @@ class EngineRun:
     isolated: dict[str, Recording] = field(default_factory=dict)
     samples: dict[str, Tensor] = field(default_factory=dict)
     moved: dict[str, Tensor] = field(default_factory=dict)
+    together: Tensor | None = None
     operations: list[tuple[str, Comparison]] = field(default_factory=list)
     hidden: dict[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
@@ -90,12 +97,14 @@ class Passes:
         feeds: recordings that it is fed with in isolated passes; empty: there are none.
         chained: whether it also computes with its own results.
         operations: whether the operations of its precision are shown, in the first case.
+        together: whether several observations are computed at once, too.
     """
 
     steps: int
     feeds: Mapping[str, Recording] = field(default_factory=dict)
     chained: bool = True
     operations: bool = False
+    together: bool = True
 
 
 def run_engine(
@@ -113,7 +122,8 @@ def run_engine(
         for case in cases:
             _record_case(engine, case, passes, run, case is cases[0])
             on_case()
-        run.moved = _sample_changes(engine, cases[0], run)
+        if cases[0].name in run.samples:
+            _sample_changes(engine, cases[0], passes, run)
         recordings = run.chained or run.isolated
         shown = recordings[cases[0].name].tensors
         run.hidden = {name: engine.why_hidden(name) for name in STAGES if name not in shown}
@@ -143,13 +153,24 @@ def _record_case(engine: Engine, case: Case, passes: Passes, run: EngineRun, fir
         run.ms[case.name] = (time.perf_counter() - start) * 1e3
 
 
-def _sample_changes(engine: Engine, case: Case, run: EngineRun) -> dict[str, Tensor]:
-    if case.name not in run.samples:
-        return {}
-    return {
-        call.name: engine.sample(call.inputs, call.noise, CHANGE_STEPS) - call.noise
-        for call in one_change_each(engine.config, case)
+def _sample_changes(engine: Engine, case: Case, passes: Passes, run: EngineRun) -> None:
+    calls = {call.name: call for call in one_change_each(engine.config, case)}
+    run.moved = {
+        name: engine.sample(call.inputs, call.noise, CHANGE_STEPS) - call.noise
+        for name, call in calls.items()
     }
+    if passes.together and engine.capabilities.batch:
+        joined = [calls[name] for name in together(run.moved)]
+        inputs = ModelInputs.joined([call.inputs for call in joined])
+        noise = torch.cat([call.noise for call in joined])
+        run.together = engine.sample(inputs, noise, CHANGE_STEPS) - noise
+
+
+def together(calls: Mapping[str, Any]) -> list[str]:
+    """Two calls, of `one_change_each`, that differ in everything: the one that has been changed
+    most, whose masks leave it fewer tokens, and the first."""
+    *_, most, _ = calls
+    return [most, FIRST]
 
 
 def record(engine: Engine, case: Case, steps: int, feed: Recording | None = None) -> Recording:
@@ -181,7 +202,8 @@ def record(engine: Engine, case: Case, steps: int, feed: Recording | None = None
     still = engine.velocity(case.noise, torch.zeros(len(case.noise)), cache)
     patches = engine.config.vision.num_patches
     masked_content = None if feed else _move_masked_content(engine, case)
-    return Recording(patches, tensors, ms, taken, x, still, masked_content)
+    kept = _use_older(engine, case, cache) if masked_content else None
+    return Recording(patches, tensors, ms, taken, x, still, kept, masked_content)
 
 
 def denoise(
@@ -198,6 +220,15 @@ def denoise(
         taken.append((x, v))
         x = x - v / steps
     return taken, x
+
+
+def _use_older(engine: Engine, case: Case, cache: Any) -> Tensor | None:
+    inputs = case.inputs
+    engine.prefill(replace(inputs, images=-inputs.images, tokens=inputs.tokens.flip(1)))
+    try:
+        return engine.velocity(case.noise, torch.zeros(len(case.noise)), cache)
+    except EngineError:
+        return None
 
 
 def _move_masked_content(engine: Engine, case: Case) -> Comparison | None:

@@ -35,6 +35,7 @@ from pi0.verify.rows import (
     Row,
     chained_rows,
     isolated_rows,
+    loop_rows,
     masked_content_rows,
     operation_rows,
     sample_rows,
@@ -101,7 +102,7 @@ def record_reference(
     on_case: Callable[[], None] = lambda: None,
 ) -> EngineRun:
     """What candidates are compared with, recorded once for all of them; see `verify`."""
-    recorded = run_engine(make, cases, Passes(steps), on_case)
+    recorded = run_engine(make, cases, Passes(steps, together=False), on_case)
     _require_finite(recorded.chained)
     return recorded
 
@@ -156,6 +157,7 @@ def verify(
         rows += isolated_rows(cases, a, b, limits)
     if mode != ISOLATED:
         rows += chained_rows(cases, a, b, limits, layers)
+    rows += loop_rows(cases, b, limits)
     rows += masked_content_rows(cases, a, b)
     if exact is not b:
         rows += sample_rows(cases, a, b, limits)

@@ -185,14 +185,10 @@ def pack(
         read = values.nbytes
         if ours == POSITION and config.vision.grid != native.vision.grid:
             weights.tensors[ours].copy_(resize_positions(values, config.vision.grid))
-        elif found := targets(config, scheme, ours):
-            norm = norm_before(ours)
-            if norm is not None and norm in scales and ours.endswith(".weight"):
-                values = values * scales[norm]
-            for target in found:
-                _put(weights, target, rows, values, ours.endswith(".bias"))
         elif ours in weights.tensors:
             weights.tensors[ours][rows].copy_(values)
+        else:
+            put(weights, ours, rows, values, scales)
         progress(read)
     for name, matrix in weights.matrices.items():
         # A NaN would pass for a number; in float32 it shows in the actions.
@@ -209,6 +205,17 @@ def pack(
         if f"{norm}.weight" not in weights.tensors:
             weights.tensors[f"{norm}.{EQUALISER}"] = scale
     return weights
+
+
+def put(
+    weights: PackedWeights, ours: str, rows: slice, values: Tensor, scales: Mapping[str, Tensor]
+) -> None:
+    """Puts a slab of a parameter into the matrices that it is a part of, if there are any."""
+    norm = norm_before(ours)
+    if norm is not None and norm in scales and ours.endswith(".weight"):
+        values = values * scales[norm]
+    for target in targets(weights.config, weights.scheme, ours):
+        _put(weights, target, rows, values, ours.endswith(".bias"))
 
 
 def norm_before(parameter: str) -> str | None:

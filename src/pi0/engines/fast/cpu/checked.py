@@ -4,7 +4,8 @@ Int8 has code of its own for norms, activations and products, which float32 does
 they compute is rounded to eight bits, behind which a small mistake can hide. But rounding to a
 known step is no noise: a value may be half a step from what it should be, and the step itself, the
 largest magnitude of its row / 127, is as exact as float32. So steps are shown, and values less the
-half step that rounding explains. Products of rounded values are exact, and shown as they are.
+half step that rounding explains, of activations and of the packed weights. Products of rounded
+values are exact, and shown as they are.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pi0.checkpoint.load import Checkpoint
 from pi0.engines.base import SeeOperation
 from pi0.engines.fast.cpu.int8 import Int8Kernels, Quantised
+from pi0.engines.fast.equalise import find_equalisers
 from pi0.engines.fast.kernels import Kernels, Norm, Rotation
-from pi0.engines.fast.weights import INT8_MAX, Matrix, PackedWeights
+from pi0.engines.fast.weights import INT8_MAX, Matrix, PackedWeights, put
 
 STAGES = {"vlm": "vlm_transformer", "expert": "expert_transformer"}
 PLAIN = Kernels()
@@ -78,14 +81,10 @@ class CheckedKernels(Kernels):
         return self.kernels.dequantised(a), self.kernels.plain(matrix)
 
     def _operand(self, name: str, matrix: Matrix, expected: Tensor, found: Any) -> Any:
-        """Shows steps and what is left beyond half a step."""
         if isinstance(found, Quantised):
-            step = found.scale[:, None]
-            wanted = expected.float().abs().amax(dim=1) / INT8_MAX
-            self._show(f"{name}_step", matrix, wanted, found.scale)
+            self._show(f"{name}_step", matrix, step_of(expected), found.scale)
             value = self.kernels.dequantised(found)
-            rounded = torch.clamp(value, expected - step / 2, expected + step / 2)
-            self._show(name, matrix, expected, expected + (value - rounded))
+            self._show(name, matrix, expected, less_half_a_step(expected, value, found.scale))
         else:
             self._show(name, matrix, expected, found)
         return found
@@ -93,6 +92,51 @@ class CheckedKernels(Kernels):
     def _show(self, name: str, matrix: Matrix, expected: Tensor, found: Tensor) -> None:
         self.place = place_of(self.names[id(matrix)])
         self.see(f"{self.place}.{name}", expected, found)
+
+
+class CheckedMatrix(Matrix):
+    """Shows the rows that it is given beside those of a quantised matrix."""
+
+    def __init__(self, name: str, matrix: Matrix, kernels: Int8Kernels, see: SeeOperation) -> None:
+        super().__init__(matrix.weight, matrix.bias, matrix.scale, matrix.offset)
+        self.place, self.kernels, self.see = place_of(name), kernels, see
+
+    def write_rows(self, at: int, values: Tensor) -> None:
+        assert self.scale is not None
+        rows, values = slice(at, at + len(values)), values.float()
+        found, step = self.kernels.plain(self).weight[rows], self.scale[rows]
+        for name, a, b in (
+            ("weight_step", step_of(values), step),
+            ("weight", values, less_half_a_step(values, found, step)),
+        ):
+            if not torch.equal(a, b) or (a != a.flatten()[0]).any():  # not of one value throughout
+                self.see(f"{self.place}.{name}", a, b)
+
+
+def show_weights(
+    checkpoint: Checkpoint, weights: PackedWeights, kernels: Int8Kernels, see: SeeOperation
+) -> None:
+    """Shows quantised matrices beside the checkpoint's parameters."""
+    scales = {
+        norm: found.scale for norm, found in find_equalisers(checkpoint, weights.scheme).items()
+    }
+    shown = PackedWeights(weights.config, weights.scheme)
+    for name, matrix in weights.matrices.items():
+        shown.matrices[name] = CheckedMatrix(name, matrix, kernels, see)
+    for ours, rows, values in checkpoint.stream(check_finite=False):
+        if ours.endswith(".weight"):
+            put(shown, ours, rows, values, scales)
+
+
+def step_of(rows: Tensor) -> Tensor:
+    """Of values [R, E] in eight bits: [R]."""
+    return rows.float().abs().amax(dim=1) / INT8_MAX
+
+
+def less_half_a_step(expected: Tensor, found: Tensor, step: Tensor) -> Tensor:
+    """What is found [R, E], less what rounding to steps [R] explains of its distance."""
+    half = step[:, None] / 2
+    return expected + (found - torch.clamp(found, expected - half, expected + half))
 
 
 def place_of(matrix: str) -> str:

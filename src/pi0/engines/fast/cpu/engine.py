@@ -19,7 +19,7 @@ from torch import Tensor
 from pi0.checkpoint.load import Checkpoint
 from pi0.config import PRESETS, Pi0Config
 from pi0.engines.base import Capabilities, Engine, EngineOptions, SeeOperation, exclusive
-from pi0.engines.fast.cpu.checked import CheckedKernels
+from pi0.engines.fast.cpu.checked import CheckedKernels, show_weights
 from pi0.engines.fast.cpu.int8 import Int8Kernels
 from pi0.engines.fast.cpu.native import Native, NativeUnavailable
 from pi0.engines.fast.cpu.native_kernels import NativeKernels
@@ -58,6 +58,7 @@ class CpuEngine(Engine):
             checkpoint, SCHEMES[dtype], kernels, options.image_size, options.progress, name
         )
         self.network = Network(weights, kernels)
+        self._checkpoint = checkpoint
         self._last: tuple[ModelInputs, Cache] | None = None  # of `sample`
 
     @classmethod
@@ -93,9 +94,10 @@ class CpuEngine(Engine):
 
     @contextmanager
     def show_operations(self, see: SeeOperation) -> Iterator[None]:
-        """See `Engine`: those of int8."""
+        """See `Engine`: those of int8, and how the weights were packed for it."""
         network, kernels = self.network, self.network.kernels
         if isinstance(kernels, Int8Kernels) and self.options.precision == "int8":
+            show_weights(self._checkpoint, network.weights, kernels, see)
             network.kernels = CheckedKernels(kernels, network.weights, see)
         try:
             yield

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
 from pi0.config import PRESETS
-from pi0.engines.base import EngineOptions
+from pi0.engines.base import EngineOptions, make_engine
 from pi0.engines.fast.cpu.engine import CpuEngine
 from pi0.engines.reference import ReferenceEngine
 from pi0.engines.registry import BUILT_IN, find_engine
@@ -31,7 +31,7 @@ from pi0.verify.clean import CLEAN
 from pi0.verify.compare import Comparison, compare
 from pi0.verify.record import EngineRun
 from pi0.verify.rows import sample_rows
-from pi0.verify.run import VerifyResult, verify
+from pi0.verify.run import VerifyResult, record_reference, verify
 from pi0.verify.thresholds import GAIN_SHARE, MULTIPLE, limits_of, looser, threshold
 
 ROOT = Path(__file__).parents[2]
@@ -228,12 +228,27 @@ def test_bug_in_the_engines_own_loop(checkpoint: Checkpoint) -> None:
     assert failed == {"sample", "loop", *(f"sample.{name}" for name in calls)}
 
 
+def test_noise_that_leaves_a_policy_between_two_ways_to_act() -> None:
+    """Rounding alone would decide: other noise is drawn; of given inputs it is only said."""
+    policy = open_checkpoint("tabletop")
+    drawn = default_cases(policy.config, cameras=3, tokens=policy.config.max_tokens, seed=2)
+    theirs = [replace(case, name=f"given, {case.name}", given=True) for case in drawn]
+    found = record_reference(lambda: make_engine("reference", policy), [*drawn, *theirs])
+    pairs = zip([*drawn, *theirs], found.cases, strict=True)
+    assert [torch.equal(before.noise, after.noise) for before, after in pairs] == [
+        True, False, True, True
+    ]  # fmt: skip
+    (note,) = found.notes
+    assert note.startswith("given, masked: here the policy is about to turn"), note
+
+
 def test_bug_in_both_engines(checkpoint: Checkpoint) -> None:
     """Both drop the prefix mask: no comparison between them can see it."""
     result = run(checkpoint, padding_counted, padding_counted)
     failed = [row.name for row in result.rows if not row.passed]
     assert failed == ["masked_content.reference", "masked_content.candidate"]
-    assert all(row.comparison.rel_l2 == 0 for row in result.rows if row.name not in failed)
+    others = [row for row in result.rows if row.name not in (*failed, "sample.together")]
+    assert all(row.comparison.rel_l2 == 0 for row in others)
 
 
 @pytest.mark.parametrize(

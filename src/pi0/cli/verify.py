@@ -113,7 +113,7 @@ def verify(
         _check_engine(spec, mode, opened.config, size)
         require_memory(opened, spec, views, length, size, batch)
     cases = (
-        [Case(str(inputs), *from_npz(config, arrays))]
+        [Case(str(inputs), *from_npz(config, arrays), given=True)]
         if arrays
         else default_cases(config, views, length, seed)
     )

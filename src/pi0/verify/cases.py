@@ -15,11 +15,15 @@ from pi0.inputs import ModelInputs, random_inputs
 
 @dataclass(frozen=True)
 class Case:
-    """Named inputs, and noise [B, horizon, action_dim]."""
+    """Named inputs, and noise [B, horizon, action_dim].
+
+    `given`: by somebody, who wants to know about these; else other noise will do as well.
+    """
 
     name: str
     inputs: ModelInputs
     noise: Tensor
+    given: bool = False
 
 
 Change = Callable[[Pi0Config, Case], Case]

@@ -101,8 +101,12 @@ def record_reference(
     steps: int = 10,
     on_case: Callable[[], None] = lambda: None,
 ) -> EngineRun:
-    """What candidates are compared with, recorded once for all of them; see `verify`."""
-    recorded = run_engine(make, cases, Passes(steps, together=False), on_case)
+    """What candidates are compared with, recorded once for all of them; see `verify`.
+
+    Where a trained policy is about to turn from one way to act to another, rounding alone decides:
+    other noise is drawn for such a case, unless it is given. The result has the cases as they are.
+    """
+    recorded = run_engine(make, cases, Passes(steps, together=False, steady=True), on_case)
     _require_finite(recorded.chained)
     return recorded
 
@@ -124,7 +128,7 @@ def verify(
     Args:
         reference, candidate, oracle, unrounded: make the engines; called one after the other, so
             that only one is in memory at a time, and closed afterwards. The reference may also be
-            what `record_reference` returned for these cases and steps.
+            what `record_reference` returned for these steps, and then has the cases.
         mode: which of the candidate's passes are compared, one of `MODES`. Engines that cannot be
             fed have no isolated pass.
         layers: compare every block of the chained pass, too.
@@ -140,7 +144,7 @@ def verify(
         a = reference
     else:
         a = record_reference(reference, cases, steps, on_case)
-    feeds = a.chained
+    cases, feeds = a.cases, a.chained
     exact = None
     if unrounded is not None:
         passes = Passes(steps, feeds, chained=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -13,15 +14,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from dataset_folder import pictures
 from episodes import SIZES
 from PIL import Image
 from test_cli import pi0, refused
 
 from pi0.checkpoint.infer import to_config_json
+from pi0.cli.main import main
 from pi0.data import Recording, Schema, finish, write_shard
 from pi0.policy import Policy
 from pi0.train.log import read_log
+from pi0.train.processes import Processes
 from pi0.train.save import STATE_FILE, load_state
 
 ROBOT = """
@@ -120,6 +124,25 @@ def test_only_columns_that_are_used_matter(place: Path, tmp_path: Path, column: 
     assert done.returncode == (2 if column == "action" else 0), done.stderr
     assert f"frame 0: {column}: expected finite numbers" in done.stderr
     assert ("It is not used." in done.stderr) == (column == "aux.place")
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_first_process_speaks_for_all(
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Other(Processes):
+        first = False
+
+    second = contextlib.nullcontext(Other(0, 1, torch.device("cpu")))
+    monkeypatch.setattr("pi0.train.processes.join_processes", lambda device: second)
+    monkeypatch.setattr(sys, "argv", ["pi0", *map(str, words(place, tmp_path, "--steps", 1))])
+    with contextlib.suppress(SystemExit):
+        main()
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_sigterm_saves_and_resumes(place: Path, tmp_path: Path) -> None:

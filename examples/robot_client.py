@@ -30,21 +30,19 @@ def observe():
 
 address, chunks, real_time = sys.argv[1], int(sys.argv[2]), "--real-time" in sys.argv[3:]
 EXECUTED, DELAY = 25, 5  # ticks between two observations, and from one to its answer
-left = None  # of the last chunk, from the tick of the next observation on
+left = {}  # of the last chunk, from the tick of the next observation on
 while chunks:
     try:
         with connect(address, compression=None, max_size=None) as server:
             server.recv()  # the greeting says what the policy is
             while chunks:
-                seen = observe()
-                if real_time and left is not None:
-                    seen |= {"pi0/previous": left, "pi0/delay": DELAY}
-                server.send(msgpack.packb(seen, default=to_wire))  # and go on executing
-                answer = server.recv()
+                server.send(msgpack.packb({**observe(), **left}, default=to_wire))
+                answer = server.recv()  # the robot goes on meanwhile
                 if isinstance(answer, str):
                     sys.exit(answer)  # one sentence: what is wrong with the observation
                 actions = msgpack.unpackb(answer, object_hook=from_wire)["actions"]
-                left = actions[EXECUTED:]
+                if real_time:
+                    left = {"pi0/previous": actions[EXECUTED:], "pi0/delay": DELAY}
                 print(f"{len(actions)} actions, the first: {actions[0].round(3)}")  # execute them
                 chunks -= 1
     except (OSError, ConnectionClosed) as gone:

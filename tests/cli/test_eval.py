@@ -85,6 +85,7 @@ def test_table_json_and_films(
         (("--env", "pi0/Nothing-v0"), "expected one of pi0/Tabletop-v0, found 'pi0/Nothing-v0'"),
         ((*ENV, "--robot", "libero"), "in its observations for robot libero, found clock, image"),
         ((*ENV, "--tasks", "red,"), "tasks: expected different names"),
+        ((*ENV, "--tasks", "red, pink"), "expected one of the tasks red, blue, found 'pink'"),
         ((*ENV, "--prompt", "go", "--prompt-swap"), "Leave out --prompt or --prompt-swap"),
         ((*ENV, "--video", "x", "--video-format", "avi"), "expected one of mp4, gif"),
         ((*ENV, "--on-limit", "ignore"), "on_limit: expected one of error, clamp, warn"),

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
 from dataset_folder import pictures
 from episodes import SIZES
 from PIL import Image
 from test_cli import pi0, refused
 
 from pi0.checkpoint.infer import to_config_json
+from pi0.cli.main import main
 from pi0.data import Recording, Schema, finish, write_shard
 from pi0.policy import Policy
 from pi0.train.log import read_log
+from pi0.train.processes import Processes
 from pi0.train.save import STATE_FILE, load_state
 
 ROBOT = """
@@ -99,6 +106,43 @@ def test_from_pictures_to_actions(place: Path, tmp_path: Path) -> None:
     policy = Policy.from_checkpoint(out / "last", robot=place / "arm.toml")
     assert policy.n_action_steps == 2
     assert "expected a folder without a run" in refused(*words(place, out, *options))
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("column", ["aux.place", "action"])
+def test_only_columns_that_are_used_matter(place: Path, tmp_path: Path, column: str) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(place / "data", data)
+    (path,) = data.glob("data/*/*.parquet")
+    table = pq.read_table(path)
+    values = np.full(len(table) * len(COLUMNS[column]), np.nan, np.float32)
+    broken = pa.FixedSizeListArray.from_arrays(values, 2) if column == "action" else values
+    number = table.column_names.index(column)
+    pq.write_table(table.set_column(number, column, pa.array(broken)), path)
+    more = ("--data", data, "--steps", 1)
+    done = pi0(*words(place, tmp_path / "run", *more))
+    assert done.returncode == (2 if column == "action" else 0), done.stderr
+    assert f"frame 0: {column}: expected finite numbers" in done.stderr
+    assert ("It is not used." in done.stderr) == (column == "aux.place")
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_first_process_speaks_for_all(
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Other(Processes):
+        first = False
+
+    second = contextlib.nullcontext(Other(0, 1, torch.device("cpu")))
+    monkeypatch.setattr("pi0.train.processes.join_processes", lambda device: second)
+    monkeypatch.setattr(sys, "argv", ["pi0", *map(str, words(place, tmp_path, "--steps", 1))])
+    with contextlib.suppress(SystemExit):
+        main()
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_sigterm_saves_and_resumes(place: Path, tmp_path: Path) -> None:

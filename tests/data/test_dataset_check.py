@@ -168,6 +168,16 @@ def test_without_decoding(folder: Path) -> None:
     assert Dataset.open(folder).check(decode=False) == []
 
 
+def test_what_is_not_used_may_be_damaged(folder: Path) -> None:
+    for name in ("missing value", "nan", "no video"):
+        CASES[name][0](folder)
+    findings = Dataset.open(folder).check(False, ["observation.state", "action", BASE])
+    found = {(finding.severity, finding.sentence.endswith("not used.")) for finding in findings}
+    assert found == {("error", False), ("warning", True)}
+    (worst,) = (finding for finding in findings if finding.severity == "error")
+    assert "observation.state" in worst.sentence
+
+
 def test_several_faults_at_once(folder: Path) -> None:
     for name in ("nan", "frame_index", "too few", "no tasks"):
         CASES[name][0](folder)

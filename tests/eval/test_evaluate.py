@@ -25,7 +25,7 @@ from pi0.eval import (
     evaluate,
     wilson_interval,
 )
-from pi0.eval.film import _captioned
+from pi0.eval.film import _captioned, _write_gif
 from pi0.eval.results import Episode, summarise
 from pi0.policy import Camera, PolicyOptions
 
@@ -186,7 +186,7 @@ def test_swap_and_tasks_need_an_environment_that_knows_them(policy: DotPolicy) -
 
 
 def test_every_task_is_tried_before_the_work(policy: DotPolicy) -> None:
-    with pytest.raises(Pi0Error, match="expected reset to succeed, found KeyError: 'green'"):
+    with pytest.raises(ConfigError, match="expected one of the tasks red, blue, found 'green'"):
         evaluate(policy, replace(PLAN, tasks=("red", "green")), on_episode=pytest.fail)
 
 
@@ -245,6 +245,21 @@ def test_films(policy: DotPolicy, tmp_path: Path, form: str) -> None:
     with Image.open(film.folder / "contact-sheet.png") as sheet:
         colors = {color for _, color in sheet.getcolors(1 << 20)}
     assert (0x2F, 0x85, 0x5A) in colors  # the frame of a success
+
+
+@pytest.mark.parametrize("fps", [30.0, 60.0, 240.0])
+def test_a_gif_is_as_long_as_the_episode(tmp_path: Path, fps: float) -> None:
+    """In whole hundredths of a second, of which browsers want at least two for a picture."""
+    shades = np.linspace(0, 255, 240).astype(np.uint8)
+    pictures = [Image.fromarray(np.full((8, 8, 3), shade)) for shade in shades]
+    _write_gif(tmp_path / "film.gif", pictures, fps)
+    with Image.open(tmp_path / "film.gif") as film:
+        durations = []
+        for i in range(film.n_frames):
+            film.seek(i)
+            durations.append(film.info["duration"])
+    assert min(durations) >= 20
+    assert abs(sum(durations) - 240_000 / fps) <= 20
 
 
 def read_film(path: Path) -> list[np.ndarray]:

@@ -128,6 +128,33 @@ def test_other_pictures_do_not_fit_and_leave_the_dataset_sound(folder: Path) -> 
 COUNTED = ("episodes", "errors")
 
 
+def test_a_server_that_ends_does_not_yield(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Episodes under way are encoded by another thread, which the waiting one starts."""
+    encoders: list[str] = []
+    write = record._Writer.write
+
+    def watched(writer: Any, episode: Any) -> None:
+        encoders.append(threading.current_thread().name + str(threading.get_native_id()))
+        write(writer, episode)
+
+    monkeypatch.setattr(record._Writer, "write", watched)
+    yielding: list[str] = []
+    monkeypatch.setattr(
+        record,
+        "_yield_to_others",
+        lambda: yielding.append(threading.current_thread().name + str(threading.get_native_id())),
+    )
+    with recording(folder) as served, served.connect() as client:
+        ask(client, observation(0.5))
+        ask(client, observation(0.25, **{"pi0/reset": True}))
+        eventually(lambda: len(encoders) == 1)
+        served.stop()
+    assert encoders[0] in yielding
+    assert len(encoders) == 2
+    assert encoders[1] not in yielding
+    assert episodes(folder) == [[0.5], [0.25]]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="a thread has no priority of its own")
 def test_a_recording_thread_yields_to_others() -> None:
     found = []

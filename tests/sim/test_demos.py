@@ -85,6 +85,25 @@ def test_interrupted_recording_goes_on(tmp_path):
         np.testing.assert_array_equal(one.column(key), other.column(key))
 
 
+def test_damaged_and_missing_files_are_noticed(tmp_path):
+    """Deleting any file of a shard and running again records the same shard anew."""
+    plan = Plan(1, seed=7, tasks=("lift",), image_size=16)
+    record(plan, tmp_path, 1, lambda _: None)
+    before = Dataset.open(tmp_path).column("action")
+    for path in sorted(tmp_path.rglob("*/file-000.*")):
+        if "meta" in path.parts:
+            continue
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        remedy = rf"{path}: expected .* Delete it and run again, which records its episodes anew"
+        with pytest.raises(DataError, match=remedy):
+            record(plan, tmp_path, 1, lambda _: None)
+        path.unlink()
+        record(plan, tmp_path, 1, lambda _: None)
+        dataset = Dataset.open(tmp_path)
+        assert dataset.check() == []
+        np.testing.assert_array_equal(dataset.column("action"), before)
+
+
 def test_a_dataset_goes_on_with_the_options_it_began_with(tmp_path):
     """Said before anything is recorded; so are sizes that videos do not have."""
     first = Plan(1, seed=7, tasks=("lift",), image_size=16)

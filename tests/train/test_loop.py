@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +55,24 @@ def test_resuming_is_bit_for_bit(tmp_path: Path) -> None:
         a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True
     ):
         assert all(torch.equal(x[name], y[name]) for name in x)
+
+
+def test_a_run_may_be_extended(tmp_path: Path) -> None:
+    """Also one that is done; from there on it has the learning rates of the longer one."""
+    train(make_run(tmp_path, optimizer=FAST), tmp_path, {"steps": "6"}, SAVES)
+    longer = replace(FAST, steps=9)
+    rates: list[float] = []
+
+    def on_step(metrics: dict[str, float]) -> None:
+        rates.append(metrics["learning_rate"])
+
+    for again in (pytest.warns(UserWarning, match="that of a run of 9 steps"), nullcontext()):
+        run = make_run(tmp_path, optimizer=longer)
+        with again:
+            done = train(run, tmp_path, {"steps": "9"}, SAVES, True, on_step)
+        assert (done.step, done.checkpoint.name) == (9, "000009")
+    assert rates == [longer.rate(step) for step in (6, 7, 8)]
+    assert [entry["step"] for entry in read_log(tmp_path / LOG)][-1] == 9
 
 
 def test_a_run_resumes_only_as_itself(tmp_path: Path) -> None:
@@ -122,9 +141,9 @@ def test_options_are_compared_by_name() -> None:
     start, episodes = Start("sizes", SIZES), cast(Dataset, Episodes())
     options = TrainOptions(optimizer=FAST)
     before = settings_of(start, episodes, options)
-    longer = replace(options, optimizer=replace(FAST, steps=9))
-    with pytest.raises(ConfigError, match="--resume: steps: expected 6, with .* found 9. Resume"):
-        _require_same(before, settings_of(start, episodes, longer))
+    shorter = replace(options, optimizer=replace(FAST, steps=3))
+    with pytest.raises(ConfigError, match="--resume: steps: expected 6, with .* found 3. Resume"):
+        _require_same(before, settings_of(start, episodes, shorter))
     plain = replace(options, augmentation=None)
     with pytest.raises(ConfigError, match=r"--resume: crop: expected 0.95, .* found nothing."):
         _require_same(before, settings_of(start, episodes, plain))

@@ -46,6 +46,7 @@ def demos(
         pi0 demos --tasks lift,put,push,push --episodes 4000 --out demos --workers 8
     """
     from pi0.checkpoint.files import expand_user
+    from pi0.cli.options import parse_names
     from pi0.cli.show import print_line, step_progress
     from pi0.errors import ConfigError
     from pi0.sim import ENV_ID
@@ -57,7 +58,7 @@ def demos(
     from pi0.sim.record import Plan, record
     from pi0.sim.tasks import VERBS
 
-    names = tuple(tasks.split(",")) if tasks else VERBS
+    names = parse_names(tasks) if tasks else VERBS
     plan = Plan(episodes, seed, names, image_size, Disturbance(episodes=disturb))
     out = expand_user(out)
     with step_progress(f"recording {out.name}", episodes) as advance:

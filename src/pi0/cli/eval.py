@@ -171,7 +171,7 @@ def evaluate(
     film = video and FilmOptions(expand_user(video), video_format, video_episodes)
     plan = EvalPlan(
         EnvOptions(env, max_steps, prompt, prompt_swap, blank_cameras),
-        tuple(tasks.split(",")) if tasks is not None else None,
+        options.parse_names(tasks) if tasks is not None else None,
         episodes,
         seed_start,
         execute,

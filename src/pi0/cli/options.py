@@ -41,6 +41,11 @@ ENGINE_HELP = (
 )
 
 
+def parse_names(text: str) -> tuple[str, ...]:
+    """The names in "A, B"."""
+    return tuple(name.strip() for name in text.split(","))
+
+
 def check_engines(param: typer.CallbackParam, value: Any) -> Any:
     """The value of an option that takes engines.
 

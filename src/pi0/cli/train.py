@@ -240,7 +240,8 @@ def train(
     outcome = _run(
         found, data, out, wanted, LoopOptions(log_every, save_every, keep), device, resume
     )
-    _finish(outcome, out)
+    if outcome.signal is not None:
+        raise typer.Exit(128 + outcome.signal)
 
 
 def _run(
@@ -274,7 +275,10 @@ def _run(
             )
         settings = settings_of(start, dataset, wanted)
         with _display(wanted.optimizer.steps, run.trainer, processes.first) as shown:
-            return train(run, out, settings, loop, resume, *shown)
+            outcome = train(run, out, settings, loop, resume, *shown)
+        if processes.first:
+            _print_outcome(outcome)
+        return outcome
 
 
 @contextlib.contextmanager
@@ -362,8 +366,8 @@ def _print_estimate(start: Any, wanted: TrainOptions) -> None:
     )
 
 
-def _finish(outcome: Outcome, out: Path) -> None:
-    """Says where the checkpoint is; ends with the code of the signal that stopped the run."""
+def _print_outcome(outcome: Outcome) -> None:
+    """Says where the checkpoint is."""
     from pi0.cli.show import print_line
 
     if outcome.signal is None:
@@ -373,4 +377,3 @@ def _finish(outcome: Outcome, out: Path) -> None:
         f"stopped after step {outcome.step}; wrote {outcome.checkpoint}. Go on with the same "
         "command and --resume."
     )
-    raise typer.Exit(128 + outcome.signal)

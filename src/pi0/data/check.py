@@ -6,13 +6,14 @@ timestamps, task, pictures-missing, pictures-undecodable, picture-size, video-fp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pi0.data.pictures import TOLERANCE, ParquetPart, VideoPart, parts
-from pi0.data.schema import INFO, Array
+from pi0.data.schema import BOOKKEEPING, INFO, Array
 from pi0.data.video import VideoInfo
 from pi0.errors import DataError
 from pi0.findings import Finding, error, warning
@@ -20,18 +21,31 @@ from pi0.findings import Finding, error, warning
 if TYPE_CHECKING:
     from pi0.data.read import Dataset
 
+UNUSED = "It is not used."
 
-def check(dataset: Dataset, decode: bool) -> list[Finding]:
+
+def check(dataset: Dataset, decode: bool, used: Collection[str] | None) -> list[Finding]:
     """See `Dataset.check`."""
     if not dataset.num_frames:
         return [error("no-episodes", f"{dataset.root}: expected episodes, found none.")]
     findings = [*_totals(dataset), *_episodes(dataset)]
     for key in dataset.names:
-        findings += _column(dataset, key)
+        findings += _weighed(_column(dataset, key), key in BOOKKEEPING or _is_used(key, used))
     findings += [*_counters(dataset), *_tasks(dataset)]
     for key in dataset.cameras:
-        findings += _camera(dataset, key, decode)
+        findings += _weighed(_camera(dataset, key, decode), _is_used(key, used))
     return findings
+
+
+def _is_used(key: str, used: Collection[str] | None) -> bool:
+    return used is None or key in used
+
+
+def _weighed(findings: Iterator[Finding], used: bool) -> Iterator[Finding]:
+    """Findings on a column or camera, none of them an error where it is not used."""
+    for finding in findings:
+        sentence = f"{finding.sentence} {UNUSED}"
+        yield finding if used else replace(finding, severity="warning", sentence=sentence)
 
 
 def _totals(dataset: Dataset) -> Iterator[Finding]:

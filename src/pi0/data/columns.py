@@ -54,16 +54,16 @@ def column_names(file: Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def open_parquet(file: Path) -> Iterator[pq.ParquetFile]:
-    """A parquet file, whose damage is a DataError."""
+def open_parquet(
+    file: Path, remedy: str = "Copy or download it again."
+) -> Iterator[pq.ParquetFile]:
+    """A parquet file, whose damage is a DataError that ends with the remedy."""
     try:
         with pq.ParquetFile(file) as parquet:
             yield parquet
     except (pa.ArrowException, OSError, ValueError) as error:  # the last: a name is no UTF-8
         found = str(error).partition("\n")[0].rstrip(".")
-        raise DataError(
-            f"{file}: expected a parquet file, found: {found}. Copy or download it again."
-        ) from error
+        raise DataError(f"{file}: expected a parquet file, found: {found}. {remedy}") from error
 
 
 def read_table(file: Path, columns: Sequence[str]) -> pa.Table:

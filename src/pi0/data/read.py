@@ -7,7 +7,7 @@ asked for, so that `check` can speak of a damaged folder. Source of the format: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -201,13 +201,14 @@ class Dataset:
         """
         return open_frames(self, key, size, resize, cache, progress)
 
-    def check(self, decode: bool = True) -> list[Finding]:
+    def check(self, decode: bool = True, used: Collection[str] | None = None) -> list[Finding]:
         """Everything that is wrong with the data; each finding names episode and frame.
 
         Args:
             decode: also decode every picture, which takes as long as the first `frames`.
+            used: columns and cameras; what is wrong with others is a warning. None: all.
         """
-        return check(self, decode)
+        return check(self, decode, used)
 
     # For the modules that know pictures and faults.
 

@@ -36,7 +36,7 @@ from pi0.data.schema import (
     video_path,
 )
 from pi0.data.statistics import PixelStatistics
-from pi0.data.video import sync, write_video
+from pi0.data.video import inspect_video, sync, write_video
 from pi0.errors import ConfigError, DataError
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
 ]
 
 OPTIONS = "meta/recorded_with.json"
+RECORD_ANEW = "Delete it and run again, which records its episodes anew."
 SHARD = b"pi0.shard"  # in the parquet file's metadata: JSON, see `Shard`
 
 
@@ -93,21 +94,32 @@ def begin(root: Path, options: Mapping[str, Any]) -> None:
 
 
 def shard_episodes(root: Path, index: int) -> int:
-    """How many episodes a shard holds; 0: there is none, or what a stopped process left of one.
+    """How many episodes a shard holds; 0: there is none, or a part of one.
 
     Raises:
-        DataError: its file is damaged, or another's.
+        DataError: a file of it is damaged, or another's.
     """
     path = data_path(root, index)
     if not path.is_file():
         return 0
-    with open_parquet(path) as parquet:
-        return len(_described(path, parquet.schema_arrow)["lengths"])
+    with open_parquet(path, RECORD_ANEW) as parquet:
+        described, frames = _described(path, parquet.schema_arrow), len(parquet.read())
+    for key in described["pixels"]:
+        video = video_path(root, key, index)
+        if not video.is_file():
+            return 0
+        try:
+            found = len(inspect_video(video).times)
+        except DataError as error:
+            raise DataError(f"{error} {RECORD_ANEW}") from error
+        if found != frames:
+            raise DataError(f"{video}: expected {frames} frames, found {found}. {RECORD_ANEW}")
+    return len(described["lengths"])
 
 
 def remove_shard(root: Path, index: int) -> None:
-    """Removes a shard, so that another can be written in its place."""
-    data_path(root, index).unlink()
+    """Removes what there is of a shard, so that another can be written in its place."""
+    data_path(root, index).unlink(missing_ok=True)
 
 
 def next_place(root: Path, schema: Schema) -> tuple[int, int]:

@@ -203,7 +203,7 @@ class Engine(Closing):
         Calls from several threads are computed one after another.
 
         Args:
-            on_step: called once per denoising step.
+            on_step: called once per denoising step of the whole batch.
             guidance: changes the velocity of each step. It goes through `prefill` and `velocity`,
                 not through a faster way that the engine may have.
 

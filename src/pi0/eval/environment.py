@@ -99,14 +99,22 @@ class Environment:
             )
 
     def require_tasks(self, tasks: tuple[str, ...], seed: int) -> None:
-        """Refuses tasks, if it declares none or refuses one of them itself."""
+        """Refuses tasks, if it declares none or fails with one of them."""
         if tasks and not self.tasks:
             raise ConfigError(
                 f"environment {self.id}: expected one with tasks for --tasks, found that it "
                 "declares none. Leave the option out."
             )
         for task in tasks:
-            self._reset(seed, task, {})
+            try:
+                self._reset(seed, task, {})
+            except Pi0Error as error:
+                if task in self.tasks or isinstance(error, ConfigError):  # which names the tasks
+                    raise
+                raise ConfigError(
+                    f"environment {self.id}: expected one of the tasks {', '.join(self.tasks)}, "
+                    f"found {task!r}."
+                ) from error
 
     def require_fit(self, pipeline: Surface) -> None:
         """Compares its spaces with what a policy reads and hands out.

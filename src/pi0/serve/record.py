@@ -3,7 +3,8 @@
 Nothing of it delays an answer or ends the server. The computing thread leaves a frame in a bounded
 queue; one thread lays frames down in a file for each episode that is under way, which has no name
 and so vanishes with the process; another encodes episodes that are over. Both yield to everything
-else on the machine. What fails, such as a full disk, is logged and counted, and shown on the page.
+else on the machine, until the server ends and waits for them. What fails, such as a full disk, is
+logged and counted, and shown on the page.
 
     observation.images.NAME   pictures as they came; an odd last row or column is cut off
     observation.state         [D]
@@ -90,6 +91,13 @@ class Recorder:
         with self._condition:
             self._queue.append(client)
             self._condition.notify()
+
+    def hurry(self) -> None:
+        """Encodes episodes that end from now on with the priority of the caller, whose child the
+        new thread is: the old one cannot raise its own."""
+        with self._condition:
+            before, self._encoder = self._encoder, ThreadPoolExecutor(1, "pi0-encode")
+            self._encoder.submit(before.shutdown)
 
     def close(self) -> None:
         """Writes what is under way; takes as long as that takes."""
@@ -182,7 +190,8 @@ class Recorder:
                 )
             with self._condition:
                 self._unwritten += 1
-            self._encoder.submit(self._encode, episode).add_done_callback(self._written)
+                encoded = self._encoder.submit(self._encode, episode)
+            encoded.add_done_callback(self._written)
 
     def _written(self, _: Future[None]) -> None:
         with self._condition:

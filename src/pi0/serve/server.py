@@ -138,6 +138,8 @@ class PolicyServer:
                 on_ready(seconds)
             await stop.wait()
             await self._drain()
+            if self.recorder:
+                self.recorder.hurry()
         finally:
             self.metrics.ready.set(0)
             for task in tasks:

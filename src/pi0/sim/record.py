@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from pi0.data.schema import Recording
+from pi0.data.schema import Recording, data_path
 from pi0.data.write import begin, finish, remove_shard, shard_episodes, write_shard
 from pi0.errors import ConfigError, Pi0Error
 from pi0.sim import MAX_STEPS
@@ -81,9 +81,8 @@ def record(plan: Plan, out: Path, workers: int, advance: Callable[[int], None]) 
     missing = []
     for shard in range(plan.shards):
         found, wanted = shard_episodes(out, shard), len(plan.episodes_of(shard))
-        if 0 < found < wanted:  # the last one of a smaller dataset
-            remove_shard(out, shard)
         if found < wanted:
+            remove_shard(out, shard)  # the last one of a smaller dataset, or without a video
             missing.append(shard)
     advance(plan.episodes - sum(len(plan.episodes_of(shard)) for shard in missing))
     make = functools.partial(_recorder, plan, out)
@@ -96,7 +95,10 @@ def record(plan: Plan, out: Path, workers: int, advance: Callable[[int], None]) 
 
 def _require_no_more(plan: Plan, out: Path) -> None:
     last = plan.shards - 1
-    if shard_episodes(out, last) > len(plan.episodes_of(last)) or shard_episodes(out, last + 1):
+    if (
+        shard_episodes(out, last) > len(plan.episodes_of(last))
+        or data_path(out, last + 1).is_file()
+    ):
         raise ConfigError(
             f"{out}: expected a dataset of at most {plan.episodes} episodes, which is to be "
             "continued, found more. Ask for as many, or name another folder."

@@ -12,6 +12,7 @@ import contextlib
 import os
 import shutil
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,8 @@ def train(
     """Trains until the last step, SIGTERM or Ctrl-C, which are answered after the step at hand.
 
     Args:
-        settings: what the run was asked for, as plain data; a run resumes only as itself.
+        settings: what the run was asked for, as plain data; a run resumes only as itself, or with
+            more steps.
         on_step, on_log: called in the first process with what a step or an interval gave.
 
     Raises:
@@ -76,6 +78,15 @@ def train(
         state = load_state(out / STATE_FILE)
         _require_same(state["settings"], settings)
         trainer.restore(state)
+        before = int(state["settings"].get("steps", steps))
+        if before < steps and processes.first:
+            rate = trainer.optimizer_options.rate(trainer.done)
+            warnings.warn(
+                f"--resume: steps: expected {before}, with which the run began, found {steps}. "
+                f"From step {trainer.done} on the learning rate is that of a run of {steps} steps, "
+                f"{rate:.3g}.",
+                stacklevel=2,
+            )
     if processes.first:
         # At the least: weights, the optimizer's two moments, the moving average.
         kept = 4 if trainer.average else 3
@@ -153,7 +164,8 @@ def _link(path: Path, target: Path) -> None:
 
 def _require_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     for name in {**before, **now}:
-        if before.get(name) != now.get(name):
+        longer = name == "steps" and int(now.get(name, 0)) > int(before.get(name, 0))
+        if before.get(name) != now.get(name) and not longer:
             raise ConfigError(
                 f"--resume: {name}: expected {before.get(name, 'nothing')}, with which the run "
                 f"began, found {now.get(name, 'nothing')}. Resume with the same options, or begin "

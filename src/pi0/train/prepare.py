@@ -36,6 +36,8 @@ from pi0.train.loss import AuxiliaryHead, PointingHead
 from pi0.train.optimizer import OptimizerOptions
 from pi0.train.processes import Processes
 from pi0.train.samples import (
+    ACTION,
+    STATE,
     Chunks,
     SampleOptions,
     Samples,
@@ -132,8 +134,10 @@ def prepare_run(
         }
         for asked in (options.heads, options.points)
     )
-    enforce([*dataset.check(decode=False), *examine(dataset, robot, config, blocks | pointing)])
     cameras = match_cameras(dataset, robot)
+    used = {STATE, ACTION, *blocks, *pointing, *cameras.values()}
+    findings = dataset.check(decode=False, used=used)
+    enforce([*findings, *examine(dataset, robot, config, blocks | pointing)])
     tokenizer = _tokenizer(start, dataset, out, options, processes)
     pipeline = _pipeline(config, robot, tokenizer, layout.name, options.state_in_prompt)
     if options.execute and options.execute > config.horizon:

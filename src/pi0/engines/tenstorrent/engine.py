@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import warnings
 import weakref
@@ -179,6 +180,12 @@ class TtnnEngine(Engine):
             given = layout.uploads(inputs.rows(which), self.network.ops.precision)
             return given | {"x_t": layout.actions(noise[which])}
 
+        done = itertools.count(1)
+
+        def on_pass_step() -> None:
+            if next(done) % passes == 0:  # steps of the whole batch are told
+                on_step()
+
         def call(given: dict[str, Handle], on_step: Callable[[], None] = lambda: None) -> Handle:
             return self.network.sample(on, given, timesteps, on_step)
 
@@ -187,13 +194,13 @@ class TtnnEngine(Engine):
         actions = []
         if self._replay is None:
             for which in rows:
-                result = self.backend.get(call(self._put(uploads(which)), on_step))
+                result = self.backend.get(call(self._put(uploads(which)), on_pass_step))
                 actions.append(layout.chunks(result))
         else:
             for result in self._replay[1](map(uploads, rows)):
                 actions.append(layout.chunks(result))
                 for _ in range(steps):
-                    on_step()
+                    on_pass_step()
         return torch.cat(actions)[: inputs.batch_size]
 
     def _capture(

@@ -37,7 +37,7 @@ ROWS = (
     Row("no auxiliary loss at all", named=False, objects=False),
     Row("demonstrations without pushes", disturb=0.0),
     Row("one draw of noise and time", draws=1),
-    Row("84 pixels", image_size=84),
+    Row("42 pixels", image_size=42),
     Row("a tenth of the demonstrations", episodes=EPISODES // 10),
 )
 

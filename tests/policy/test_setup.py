@@ -455,7 +455,7 @@ def test_a_robot_with_the_checkpoints_cameras_in_another_order(lerobot: LerobotF
         assert "cameras-differ" not in codes(made(folder, robot=table(*keys)))
     for keys in (CAMERAS[::-1], (CAMERAS[1], front)):
         setup = made(folder, robot=table(*keys))
-        assert codes(setup)["cameras-differ"] == "warning"
+        assert codes(setup)["cameras-differ"] == "error"
         assert f"({', '.join(CAMERAS)}), found {CAMERAS[1]}, {CAMERAS[0]}" in (
             setup.findings[-1].sentence
         )

@@ -107,11 +107,12 @@ def camera_findings(
     if found == expected:
         return []
     return [
-        warning(
+        error(
             "cameras-differ",
             f"robot {robot.name}: expected its cameras in the order in which the checkpoint's "
             f"config.json has them ({', '.join(expected)}), found {', '.join(found)}: the model "
-            "would see them in each other's place. Leave out --robot, or change the table's order.",
+            "would see them in each other's place. Leave out --robot, or put the table's cameras "
+            "in this order.",
         )
     ]
 

@@ -47,7 +47,7 @@ from pi0.policy.statistics import (
     find_norm_stats,
     statistics_folder,
 )
-from pi0.policy.tokenizer import FILE_NAMES, load_tokenizer_of
+from pi0.policy.tokenizer import FILE_NAMES, load_tokenizer_of, own_tokenizers
 
 KEPT = ("mean", "std", "q01", "q99", "min", "max")
 ASSETS = "assets/lerobot"  # of statistics from LeRobot, which name no robot
@@ -327,8 +327,7 @@ def _without_statistics(checkpoint: Checkpoint) -> Finding:
 
 
 def _own_tokenizer(checkpoint: Checkpoint) -> Path | None:
-    folder = checkpoint.folder_of(*FILE_NAMES)
-    return next((folder / name for name in FILE_NAMES if (folder / name).is_file()), None)
+    return next(iter(own_tokenizers(checkpoint.folder_of(*FILE_NAMES))), None)
 
 
 def tokenizer_name(path: Path) -> str:

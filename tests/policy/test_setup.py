@@ -391,7 +391,7 @@ def test_settings_are_carried_out_or_refused(
 
 def test_max_tokens_that_contradict_the_tokenizer_step(lerobot: LerobotFolder) -> None:
     """Where config.json is silent, the step says it, and nothing is assumed."""
-    del lerobot.config["max_tokens"], lerobot.config["tokenizer_max_length"]
+    del lerobot.config["tokenizer_max_length"]
     folder = lerobot.write()
     for stated in (None, 48):
         setup = prepare(open_checkpoint(folder, max_tokens=stated), PolicyOptions())

@@ -63,7 +63,7 @@ class ModelInputs:
         _expect("token_mask", t["token_mask"], (batch, length), torch.bool)
         _expect("state", t["state"], (batch, config.state_dim), torch.float32)
         expect_finite("images", t["images"])
-        _expect_moderate("state", t["state"])
+        expect_moderate("state", t["state"])
         low, high = t["images"].aminmax()
         if low < -max_pixel or high > max_pixel:
             raise ObservationError(
@@ -179,7 +179,7 @@ def check_noise(config: Pi0Config, batch: int, noise: Tensor) -> Tensor:
         ObservationError: it is not.
     """
     _expect("noise", noise, (batch, config.horizon, config.action_dim), torch.float32)
-    _expect_moderate("noise", noise)
+    expect_moderate("noise", noise)
     return noise
 
 
@@ -208,7 +208,8 @@ def expect_finite(name: str, value: Tensor) -> None:
         )
 
 
-def _expect_moderate(name: str, value: Tensor) -> None:
+def expect_moderate(name: str, value: Tensor) -> None:
+    """Raises ObservationError if the tensor holds what overflows in the model."""
     expect_finite(name, value)
     if (value.abs() > OVERFLOW_SIGMA).any():
         raise ObservationError(

@@ -24,7 +24,10 @@ class ReferenceEngine(Engine):
 
     name = "reference"
     capabilities = Capabilities(
-        precisions=tuple(DTYPES), devices=("cpu", "cuda"), differentiable=True
+        precisions=tuple(DTYPES),
+        devices=("cpu", "cuda"),
+        differentiable=True,
+        whole_logits=True,
     )
     unrounded = MappingProxyType(dict.fromkeys(DTYPES, "reference:float32"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -65,6 +66,8 @@ class CompiledEngine(ReferenceEngine):
     """
 
     name = "compiled"
+    # 0.6 GB for a prefix of 4000 where the eager model takes 1.0: the softmax is fused.
+    capabilities = replace(ReferenceEngine.capabilities, whole_logits=False)
     unrounded = MappingProxyType(dict.fromkeys(DTYPES, "compiled:float32"))
 
     def __init__(self, checkpoint: Checkpoint, options: EngineOptions) -> None:

@@ -19,6 +19,8 @@ from pi0.config import Pi0Config
 from pi0.errors import ObservationError
 
 MAX_PIXEL = 1.001  # pixels are in [-1, 1], give or take rounding
+# Of noise and states, in standard deviations; beyond it float32 overflows inside the model.
+OVERFLOW_SIGMA = 1e12
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class ModelInputs:
         _expect("tokens", t["tokens"], (batch, length), torch.int64)
         _expect("token_mask", t["token_mask"], (batch, length), torch.bool)
         _expect("state", t["state"], (batch, config.state_dim), torch.float32)
-        for name in ("images", "state"):
-            expect_finite(name, t[name])
+        expect_finite("images", t["images"])
+        expect_moderate("state", t["state"])
         low, high = t["images"].aminmax()
         if low < -max_pixel or high > max_pixel:
             raise ObservationError(
@@ -171,13 +173,13 @@ def to_npz(inputs: ModelInputs, noise: Tensor) -> dict[str, NDArray[Any]]:
 
 
 def check_noise(config: Pi0Config, batch: int, noise: Tensor) -> Tensor:
-    """The noise itself, if it is finite float32 [batch, horizon, action_dim].
+    """The noise itself, if it is float32 [batch, horizon, action_dim] of at most OVERFLOW_SIGMA.
 
     Raises:
         ObservationError: it is not.
     """
     _expect("noise", noise, (batch, config.horizon, config.action_dim), torch.float32)
-    expect_finite("noise", noise)
+    expect_moderate("noise", noise)
     return noise
 
 
@@ -203,6 +205,16 @@ def expect_finite(name: str, value: Tensor) -> None:
         raise ObservationError(
             f"{name}: expected finite values, found {int(bad.sum())} NaN or infinite, the first at "
             f"index {bad.nonzero()[0].tolist()}."
+        )
+
+
+def expect_moderate(name: str, value: Tensor) -> None:
+    """Raises ObservationError if the tensor holds what overflows in the model."""
+    expect_finite(name, value)
+    if (value.abs() > OVERFLOW_SIGMA).any():
+        raise ObservationError(
+            f"{name}: expected values up to {OVERFLOW_SIGMA:g}, with which the model can compute, "
+            f"found {value.abs().max():.6g}."
         )
 
 

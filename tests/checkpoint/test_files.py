@@ -215,6 +215,12 @@ def test_links_stay_links(tmp_path: Path) -> None:
         assert target.read_text() == text
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_place_without_a_size_is_not_full() -> None:
+    with pytest.raises(Pi0Error, match=r"^/proc/x/out: expected a place where a file can be wri"):
+        require_writable(Path("/proc/x/out"), size=1000)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_devices_are_not_replaced() -> None:
     path = Path("/dev/full")

@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from pi0.checkpoint import memory
-from pi0.checkpoint.estimate import estimate, require_memory_for, required_bytes
+from pi0.checkpoint.estimate import estimate, required_bytes
 from pi0.checkpoint.load import load_model, open_checkpoint
 from pi0.config import PRESETS
+from pi0.engines.memory import require_memory
+from pi0.engines.registry import find_engine
+from pi0.engines.spec import EngineSpec
 from pi0.errors import ConfigError
 
 MEMINFO = "MemTotal: 9000 kB\nMemAvailable:    4000 kB\nSwapFree:  1000 kB\n"
@@ -82,41 +85,51 @@ def test_loading_is_refused(tiny_path: Path, system: Path) -> None:
 
 def test_work_is_refused(tiny_path: Path, system: Path) -> None:
     opened = open_checkpoint(tiny_path)
-    require_memory_for(opened, "reference", "float32", cameras=2, tokens=48)
+    require_memory(opened, EngineSpec("reference", "float32"), cameras=2, tokens=48)
     with pytest.raises(ConfigError, match=r"engine reference in float32 with 2 images of 28 px"):
-        require_memory_for(opened, "reference", "float32", cameras=2, tokens=5000)
+        require_memory(opened, EngineSpec("reference", "float32"), cameras=2, tokens=5000)
+    with pytest.raises(ConfigError, match="enough for 20 replicas of engine reference in float32"):
+        require_memory(
+            opened, EngineSpec("reference", "float32"), cameras=2, tokens=48, replicas=20
+        )
     # An engine that may never hold all logits at once is not refused for them.
-    require_memory_for(opened, "cpu", "float32", cameras=2, tokens=5000)
+    require_memory(opened, EngineSpec("cpu", "float32"), cameras=2, tokens=5000)
     with pytest.raises(ConfigError, match="image_size: expected at least one patch"):
-        require_memory_for(opened, "cpu", "float32", cameras=2, tokens=48, image_size=0)
+        require_memory(opened, EngineSpec("cpu", "float32"), cameras=2, tokens=48, image_size=0)
+
+
+def test_engines_say_whether_they_hold_whole_logits() -> None:
+    """The compiled model fuses the softmax, and takes half as much."""
+    names = ("reference", "compiled", "cpu", "cuda", "ttnn")
+    holding = [name for name in names if find_engine(name).capabilities.whole_logits]
+    assert holding == ["reference"]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_published_sizes(precision: str) -> None:
     """A bound below the full estimate, and not so far below that it would refuse nothing."""
     config, dtype = PRESETS["pi0_base"], getattr(torch, precision)
-    bound = required_bytes(config, "reference", precision, cameras=3, tokens=48)
+    bound = required_bytes(config, precision, cameras=3, tokens=48, whole_logits=True)
     assert 0.85 < bound / estimate(config, dtype, 3, 48).total < 1
-    assert required_bytes(config, "cpu", "int8", cameras=3, tokens=48) < 4e9
+    assert required_bytes(config, "int8", cameras=3, tokens=48) < 4e9
 
 
 def test_keys_and_values_count() -> None:
     """Of 3 million tokens, which no engine can do without: 18 layers of 2 · 256 numbers each."""
     config = PRESETS["pi0_base"]
     few, many = (
-        required_bytes(config, "cpu", "float32", cameras=2, tokens=tokens)
-        for tokens in (48, 3_000_000)
+        required_bytes(config, "float32", cameras=2, tokens=tokens) for tokens in (48, 3_000_000)
     )
     assert many - few > 18 * 2 * 256 * 4 * (3_000_000 - 48)
-    loaded = required_bytes(config, "cpu", "float32", cameras=2, tokens=48, loaded=True)
+    loaded = required_bytes(config, "float32", cameras=2, tokens=48, loaded=True)
     assert loaded < 1e8 < few
 
 
 def test_long_chunks_count() -> None:
     config = replace(PRESETS["tiny"], horizon=1_000_000)
     # The mask of the whole sequence, and logits of eight heads.
-    assert required_bytes(config, "reference", "float32", cameras=2, tokens=48) > 65e12
-    assert required_bytes(config, "cpu", "float32", cameras=2, tokens=48) > 128e6
+    assert required_bytes(config, "float32", cameras=2, tokens=48, whole_logits=True) > 65e12
+    assert required_bytes(config, "float32", cameras=2, tokens=48) > 128e6
 
 
 def test_linear_layers_of_adaptive_norms_may_stay_as_they_are_stored() -> None:
@@ -124,7 +137,7 @@ def test_linear_layers_of_adaptive_norms_may_stay_as_they_are_stored() -> None:
     norms = 37 * 3 * 1024 * (1024 + 1) * 2
     for precision, size in (("float32", 4), ("bfloat16", 2), ("int8", 1)):
         pi0, pi05 = (
-            required_bytes(PRESETS[name], "cpu", precision, cameras=3, tokens=48)
+            required_bytes(PRESETS[name], precision, cameras=3, tokens=48)
             for name in ("pi0_base", "pi05_base")
         )
         # In place of weights of norms, the projection of the state and half a matrix of time.
@@ -145,7 +158,8 @@ made = make_engine(f"{engine}:{precision}", checkpoint, image_size=size)
 inputs, noise = random_inputs(made.config, cameras, tokens, 0)
 made.prefill(inputs)
 print(
-    required_bytes(made.config, engine, precision, cameras, tokens),
+    required_bytes(
+        made.config, precision, cameras, tokens, whole_logits=made.capabilities.whole_logits),
     resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held)
 """
 

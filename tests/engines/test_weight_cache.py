@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import random
 import shutil
 import signal
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pi0 import Pi0Error, Policy, make_engine, open_checkpoint
@@ -201,6 +207,83 @@ def test_overwritten_block_is_replaced(folder: Path) -> None:
         file.write(os.urandom(4000))
     with pytest.warns(UserWarning, match="found a damaged tensor"):
         assert same(load(folder).state(), weights.state())
+
+
+def edit_header(file: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    edit(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+
+ODD = [
+    "[]",
+    "3",
+    "null",
+    '"x"',
+    "NaN",
+    "{}",
+    "{",
+    '{"actions:weight": []}',
+    "[" * 100_000,
+    "\ud800",
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
+@pytest.mark.parametrize("entry", [weight_cache.CHECKSUMS, weight_cache.MADE_FROM])
+def test_odd_metadata_are_replaced(folder: Path, entry: str, odd: str) -> None:
+    weights = load(folder)
+    edit_header(kept(folder), lambda header: header["__metadata__"].update({entry: odd}))
+    with pytest.warns(UserWarning, match="Packing anew."):
+        assert same(load(folder).state(), weights.state())
+    load(folder)  # without a warning
+
+
+@pytest.mark.parametrize("value", [[], 3, None, "x", {}, {"0": []}, {"0": "x"}])
+def test_odd_checksums_of_a_tensor_are_replaced(folder: Path, value: object) -> None:
+    def edit(header: dict[str, Any]) -> None:
+        checksums = json.loads(header["__metadata__"][weight_cache.CHECKSUMS])
+        checksums[next(iter(checksums))] = value
+        header["__metadata__"][weight_cache.CHECKSUMS] = json.dumps(checksums)
+
+    weights = load(folder)
+    edit_header(kept(folder), edit)
+    with pytest.warns(UserWarning, match="found a damaged .*Packing anew."):
+        assert same(load(folder).state(), weights.state())
+
+
+def test_a_file_without_one_tensor_is_replaced(folder: Path) -> None:
+    weights = load(folder)
+    with safe_open(kept(folder), framework="pt") as handle:
+        first, *rest = sorted(handle.keys())
+        tensors = {name: handle.get_tensor(name).clone() for name in rest}
+        metadata = handle.metadata()
+    save_file(tensors, kept(folder), metadata)
+    with pytest.warns(UserWarning, match=f"found a damaged tensor {first}. Packing anew."):
+        assert same(load(folder).state(), weights.state())
+
+
+def test_any_damaged_byte_of_the_header_is_noticed(folder: Path) -> None:
+    """Or it changes nothing that is read."""
+    load(folder)
+    data = kept(folder).read_bytes()
+    checkpoint = open_checkpoint(folder)
+    fresh = PackedWeights(checkpoint.config, INT8)
+    made_from = weight_cache._made_from(checkpoint.files, fresh, Int8Kernels())
+    state = weight_cache._read(kept(folder), made_from)
+    rng = random.Random(0)
+    end = 8 + int.from_bytes(data[:8], "little")
+    for _ in range(300):
+        damaged = bytearray(data)
+        for _ in range(rng.choice((1, 1, 4))):
+            damaged[rng.randrange(end)] = rng.choice((rng.randrange(256), *b'0[]{}":,'))
+        place = folder / "damaged.pi0"
+        place.write_bytes(damaged[: rng.choice((len(data), len(data), rng.randrange(end)))])
+        with contextlib.suppress(weight_cache.Stale):
+            assert same(weight_cache._read(place, made_from), state)
 
 
 def test_file_without_our_metadata_is_replaced(folder: Path) -> None:

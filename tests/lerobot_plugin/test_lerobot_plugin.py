@@ -183,6 +183,32 @@ def test_rows_that_are_computed_one_by_one_are_guided_too(
     close(ours.predict_action_chunk(batch, **given), together)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"inference_delay": -1}, "inference_delay: expected a number of ticks, .* found -1"),
+        ({"inference_delay": float("nan")}, "inference_delay: .* found nan"),
+        ({"inference_delay": 2.5}, "inference_delay: .* found 2.5"),
+        (
+            {"prev_chunk_left_over": torch.full((5, 7), torch.nan)},
+            "prev_chunk_left_over: expected finite values, found 35 NaN",
+        ),
+        ({"prev_chunk_left_over": torch.full((5, 7), 1e30)}, "prev_chunk_left_over: .* 1e\\+30"),
+    ],
+)
+def test_a_rest_that_cannot_be_continued(
+    ours: Pi0rtPolicy,
+    processors: Any,
+    changed: Batch,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ours.config, "rtc_config", RTCConfig())
+    given = {"inference_delay": 3, "prev_chunk_left_over": torch.zeros(5, 7), **changed}
+    with pytest.raises(ObservationError, match=message):
+        ours.predict_action_chunk(processors[0](raw(2)), **given)
+
+
 def test_rtc_is_offered_and_needs_chunks(ours: Pi0rtPolicy, processors: Any) -> None:
     assert supports_rtc_inference(ours)
     ours.config.rtc_config = RTCConfig()

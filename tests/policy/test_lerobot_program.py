@@ -257,13 +257,13 @@ REFUSED: dict[str, tuple[Edit, str, str]] = {
         "statistics-form",
         r"to be a vector, found shape \[3, 2, 2\]",
     ),
-    "one statistic per image": (
+    "two statistics per image": (
         each(
-            *(set_statistic(f"{CAMERAS[0]}.{name}", [1.0]) for name in ("mean", "std")),
+            *(set_statistic(f"{CAMERAS[0]}.{name}", [1.0, 1.0]) for name in ("mean", "std")),
             lambda f: f.set_modes(VISUAL),
         ),
         "statistics-form",
-        r"expected one value per channel \(3\), found 1",
+        r"expected one value per channel \(3\), found 2",
     ),
     "state is no feature": (
         set_step(NORMALIZE, features={}),
@@ -406,6 +406,37 @@ def test_statistics_decide_lengths(folder: LerobotFolder) -> None:
     assert f"{STATE} to be as long as its statistics (6), found 7" in sentences(program, "warning")
 
 
+@pytest.mark.parametrize("names", [("mean", "std"), ("std",)])
+def test_statistics_of_one_value_hold_for_all(
+    folder: LerobotFolder, names: tuple[str, ...]
+) -> None:
+    """As in LeRobot, which broadcasts them."""
+    folder.set_modes({"STATE": "MEAN_STD", "ACTION": "MEAN_STD", "VISUAL": "MEAN_STD"})
+    assert folder.statistics is not None
+    for key in (STATE, "action", *CAMERAS):
+        for name in names:
+            values = folder.statistics[f"{key}.{name}"]
+            folder.statistics[f"{key}.{name}"] = values.flatten()[:1].clone()
+    program = read(folder)
+    assert program.findings == ()
+    assert (program.state.width, program.action_dim) == (STATE_DIM, ACTION_DIM)
+    std = float(folder.statistics["action.std"][0])
+    moved = program.actions.unnormalize(np.ones(5)) - program.actions.unnormalize(np.zeros(5))
+    np.testing.assert_allclose(moved, [std] * 5, rtol=1e-6)
+    assert {len(images.scale) for images in program.images.values()} == {3}
+
+
+def test_unused_statistics_decide_nothing(folder: LerobotFolder) -> None:
+    folder.set_modes({"STATE": "IDENTITY", "ACTION": "IDENTITY"})
+    assert folder.statistics is not None
+    for key in (STATE, "action"):
+        folder.statistics[f"{key}.mean"] = torch.zeros(3)
+        folder.statistics[f"{key}.count"] = torch.zeros(9)
+    program = read(folder)
+    assert program.findings == ()
+    assert (program.state.width, program.action_dim) == (STATE_DIM, ACTION_DIM)
+
+
 def test_identity_needs_no_statistics(folder: LerobotFolder) -> None:
     folder.statistics = None
     folder.set_modes({"STATE": "IDENTITY", "ACTION": "IDENTITY"})
@@ -526,7 +557,7 @@ def test_callers_mode_and_statistics(folder: LerobotFolder) -> None:
     assert program.state.normalize(np.arange(6.0)).tolist() == list(range(6))
     folder.set_modes({"STATE": "IDENTITY", "ACTION": "MEAN_STD"})
     program = read(folder, statistics={"state": UNIT, "actions": UNIT})
-    assert codes(program) == ["statistics-unused", "feature-width", "feature-width"]
+    assert codes(program) == ["statistics-unused", "feature-width"]
     folder.set_modes({"STATE": "MEAN_STD"}, normalize_observation_keys=[CAMERAS[0]])
     for mode in (None, "mean_std"):
         program = read(folder, statistics={"state": UNIT, "actions": UNIT}, norm_mode=mode)

@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from pi0.errors import ObservationError, Pi0Error
 from pi0.policy.normalize import make_normalizer
-from pi0.policy.statistics import find_norm_stats, read_norm_stats
+from pi0.policy.statistics import find_norm_stats, list_norm_stats, read_norm_stats
 
 LOW, HIGH = np.array([1.0, -2.0, 0.5]), np.array([0.5, 3.0, 2.0])
 X = np.array([1.5, 0.0, -4.0])
@@ -124,6 +124,20 @@ def test_norm_stats_file(tmp_path: Path) -> None:
         Pi0Error, match=r"found 2 \(assets/droid, assets/physical-intelligence/libero\)"
     ):
         find_norm_stats(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["", "trossen/", "trossen/old/"])
+def test_two_norm_stats_files(tmp_path: Path, place: str) -> None:
+    one = {"mean": [0.0, 1.0], "std": [1.0, 2.0]}
+    path = write(tmp_path / "assets/mine/norm_stats.json", {"state": one, "actions": one})
+    write(tmp_path / place / "norm_stats.json", {"actions": one, "state": one})
+    assert find_norm_stats(tmp_path) == path
+    write(tmp_path / place / "norm_stats.json", {"state": one, "actions": {**one, "mean": [0, 2]}})
+    found = f"found assets/mine/norm_stats.json and {place}norm_stats.json, which differ.*--norm-s"
+    with pytest.raises(Pi0Error, match=found):
+        find_norm_stats(tmp_path)
+    with pytest.raises(Pi0Error, match=found):
+        list_norm_stats(tmp_path)
 
 
 def test_no_norm_stats(tmp_path: Path) -> None:

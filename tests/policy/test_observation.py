@@ -128,7 +128,11 @@ def test_forms_of_a_state(value: Any) -> None:
     ("value", "message"),
     [
         ("0.1,0.2,0.3", "state: expected numbers, found '0.1,0.2,0.3'"),
-        (["a", "b", "c"], "state: expected numbers, found could not convert"),
+        (["a", "b", "c"], "state: expected numbers, found the text 'a'"),
+        (["0.5"] * 3, "state: expected numbers, found the text '0.5'"),
+        (np.array([b"0.5"] * 3), "state: expected numbers, found the text"),
+        ([0.5, "0.5", np.float32(1)], "state: expected numbers, found the text"),
+        (np.array([0.5, "0.5", 1], object), "state: expected numbers, found the text '0.5'"),
         ({"joint": 1}, "state: expected numbers, found a dict"),
         ([[1, 2], [3]], "state: expected numbers"),
         (torch.empty(3, device="meta"), "meta device"),
@@ -194,6 +198,7 @@ def test_what_is_no_prompt(observation: dict, message: str) -> None:
         ),
         ({"images/base": None, "images": {"base": PIXELS}}, "expected one value for images/base"),
         ({"images": {"base": {"rgb": PIXELS}}}, "found also images/base/rgb"),
+        ({"images": {}, "state": STATE}, "expected values in images, found it empty. Robot"),
     ],
 )
 def test_what_is_no_observation(observation: Any, message: str) -> None:

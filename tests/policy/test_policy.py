@@ -170,6 +170,9 @@ def test_noise_as_an_argument(tiny_path: Path) -> None:
         np.testing.assert_array_equal(made.infer(given, noise=other)["actions"], first)
     with pytest.raises(ObservationError, match=r"noise: expected float32 \[1, 50, 32\]"):
         made.infer(given, noise=noise[:49])
+    with pytest.raises(ObservationError, match=r"noise: expected values up to 1e\+12, .* 1e\+30"):
+        made.infer(given, noise=noise * 1e30)
+    assert np.isfinite(made.infer(given, noise=noise * 9e11)["actions"]).all()
     masked = np.ma.masked_array(noise, noise > 0)
     for none in (torch.empty(50, 32, device="meta"), torch.zeros(50, 32).to_sparse(), masked):
         with pytest.raises(ObservationError, match="noise: expected an array of numbers, found a"):
@@ -197,6 +200,11 @@ def test_noise_as_an_argument(tiny_path: Path) -> None:
         ({"preprocessing": "ours"}, Pi0Error, "preprocessing: expected openpi or lerobot"),
         ({"dtype": "float16"}, Pi0Error, "float16: π0's activations"),
         ({"norm_mode": "z"}, Pi0Error, "norm_mode: expected one of mean_std, quantiles, min_max"),
+        (
+            {"norm_stats": "none", "norm_mode": "mean_std"},
+            ConfigError,
+            r"norm_mode \(--norm-mode\): expected none beside .*--norm-stats none.* found mean_std",
+        ),
         ({"norm_mode": "min_max"}, Pi0Error, "expected min and max for mode min_max, found no min"),
         ({"resize": "stretch"}, Pi0Error, "resize: expected openpi or lerobot"),
         ({"tokenizer": "nowhere"}, Pi0Error, "tokenizer nowhere: expected a file"),

@@ -21,6 +21,7 @@ from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
 from pi0.errors import Pi0Error
 from pi0.policy import ROBOTS, Camera, PolicyOptions, PolicySetup, Robot, prepare
+from pi0.policy.export import export_files
 
 Edit = Callable[[Path], object]
 
@@ -388,6 +389,25 @@ def test_settings_are_carried_out_or_refused(
         assert f"config.json {key}: expected" in setup.findings[-1].sentence
 
 
+def test_max_tokens_that_contradict_the_tokenizer_step(lerobot: LerobotFolder) -> None:
+    """Where config.json is silent, the step says it, and nothing is assumed."""
+    del lerobot.config["tokenizer_max_length"]
+    folder = lerobot.write()
+    for stated in (None, 48):
+        setup = prepare(open_checkpoint(folder, max_tokens=stated), PolicyOptions())
+        assert codes(setup) == {}
+        assert setup.describe()["max_tokens"] == 48
+        export = export_files(setup.checkpoint, "openpi", "float32")
+        assert "max-tokens-assumed" not in [finding.code for finding in export.findings]
+        assert json.loads(export.files["config.json"])["max_token_len"] == 48
+    opened = open_checkpoint(folder, max_tokens=47)
+    setup = prepare(opened, PolicyOptions())
+    assert codes(setup) == {"max-tokens-differs": "error"}
+    assert "--max-tokens): expected 48 as LeRobot's tokenizer step" in setup.findings[0].sentence
+    found = export_files(opened, "openpi", "float32").findings
+    assert "max-tokens-differs" in [finding.code for finding in found]
+
+
 def test_steps_under_two_names(lerobot: LerobotFolder) -> None:
     for steps, fits in ((3, True), (4, False)):
         lerobot.config |= {"num_inference_steps": 3, "num_steps": steps}
@@ -455,7 +475,7 @@ def test_a_robot_with_the_checkpoints_cameras_in_another_order(lerobot: LerobotF
         assert "cameras-differ" not in codes(made(folder, robot=table(*keys)))
     for keys in (CAMERAS[::-1], (CAMERAS[1], front)):
         setup = made(folder, robot=table(*keys))
-        assert codes(setup)["cameras-differ"] == "warning"
+        assert codes(setup)["cameras-differ"] == "error"
         assert f"({', '.join(CAMERAS)}), found {CAMERAS[1]}, {CAMERAS[0]}" in (
             setup.findings[-1].sentence
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from sentencepiece import SentencePieceTrainer
 
 from pi0.checkpoint.synth import byte_tokenizer
 from pi0.config import PALIGEMMA_VOCABULARY
@@ -98,8 +100,6 @@ def test_gemma_knows_the_words(gemma: Tokenizer) -> None:
 
 
 def test_sentencepiece(tmp_path: Path) -> None:
-    from sentencepiece import SentencePieceTrainer
-
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("pick up the red cube and put it in the blue bowl\n" * 50)
     SentencePieceTrainer.train(
@@ -123,6 +123,27 @@ def test_sentencepiece(tmp_path: Path) -> None:
     again, _ = tokenizer.tokenize("put it in", PromptFormat("openpi", 48))
     assert torch.equal(ids, again)
     assert 3 < int(mask.sum()) < 12
+
+
+def test_two_vocabularies_in_one_folder(bytes_: Tokenizer, tmp_path: Path) -> None:
+    """Of the same vocabulary they may lie side by side."""
+    folder = tmp_path / "ckpt"
+    folder.mkdir()
+    shutil.copy(bytes_.source, folder)
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["pick up the red cube"] * 50),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=280,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    with pytest.raises(Pi0Error, match=r"found tokenizer.model and tokenizer.json, .* --tokenizer"):
+        find_tokenizer(folder)
+    shutil.copy(folder / "tokenizer.model", folder / "paligemma_tokenizer.model")
+    (folder / "tokenizer.json").unlink()
+    assert find_tokenizer(folder) == folder / "tokenizer.model"
 
 
 def test_where_it_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ from serving import (
 from test_record import episodes
 from torch import Tensor
 
+from pi0.checkpoint import memory
 from pi0.checkpoint.locate import find_files
 from pi0.cli.main import main
 from pi0.data import Dataset
@@ -311,6 +312,30 @@ def test_the_policy_that_ships_is_found_by_its_name(monkeypatch: pytest.MonkeyPa
     with pytest.raises(SystemExit):
         main()
     assert find_files(found[0]).path == found[0]
+
+
+def test_memory_for_all_replicas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is compared before they start, if Ray was started here and so all are on this machine."""
+    (tmp_path / "meminfo").write_text("MemAvailable: 1000 kB\n")
+    monkeypatch.setattr(memory, "PROC", tmp_path)
+    left: list[bool] = []
+    ray, serve, exceptions = map(ModuleType, ("ray", "ray.serve", "ray.exceptions"))
+    fake: Any = ray, exceptions
+    fake[0].serve, fake[1].RayActorError = serve, ConnectionError
+    fake[0].shutdown = lambda: left.append(True)
+    for module in (ray, serve, exceptions):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr("pi0.serve.replicas.require_ray", lambda: None)
+    monkeypatch.setattr("pi0.serve.replicas.connect", lambda: True)
+    words = ["serve", "tabletop", "--port", "0", "--engine", "cpu", "--replicas", "3"]
+    monkeypatch.setattr(sys, "argv", ["pi0", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "memory: expected enough for 3 replicas of engine cpu" in capsys.readouterr().err
+    assert left == [True]
 
 
 def test_scale_and_missing_ray(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from pi0.checkpoint.infer import to_config_json
+from pi0.checkpoint.layouts import LAYOUTS
+from pi0.checkpoint.load import open_checkpoint
+from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
 from pi0.errors import CheckpointError, ConfigError
 from pi0.inputs import random_inputs
@@ -40,6 +44,16 @@ def test_sizes_in_toml(tmp_path: Path) -> None:
             lines += [f"[{name}]", *(f"{key} = {number}" for key, number in value.items())]
     (tmp_path / "sizes.toml").write_text("\n".join(lines))
     assert read_sizes(tmp_path / "sizes.toml") == PRESETS["tiny"]
+
+
+def test_a_state_of_pi05_that_is_wider_than_an_action(tmp_path: Path) -> None:
+    """What is trained from such sizes is read back: config.json says both widths."""
+    sizes = replace(PRESETS["pi05_tiny"], state_dim=40, action_dim=7)
+    (tmp_path / "sizes.json").write_text(json.dumps(to_config_json(sizes)))
+    assert read_sizes(tmp_path / "sizes.json") == sizes
+    for layout in ("openpi", "lerobot"):
+        synthesise(tmp_path / layout, sizes, LAYOUTS[layout], 0, torch.float32)
+        assert open_checkpoint(tmp_path / layout).config == sizes
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pi0.checkpoint.load import Checkpoint, empty_model
-from pi0.checkpoint.memory import require_memory
+from pi0.checkpoint.load import empty_model
 from pi0.config import Pi0Config
 
 ITEM_SIZE = {"float32": 4, "bfloat16": 2}  # bytes of a weight by precision; others: at least 1
@@ -19,7 +18,6 @@ ITEM_SIZE = {"float32": 4, "bfloat16": 2}  # bytes of a weight by precision; oth
 # layers of adaptive norms.
 STORED = re.compile(r"token_embedding\.|.*norm\d?\.dense\.")
 STORED_ITEM_SIZE = 2
-WHOLE_LOGITS = ("reference",)  # engines that hold a block's attention logits all at once
 
 
 @dataclass(frozen=True)
@@ -56,12 +54,12 @@ def estimate(config: Pi0Config, dtype: torch.dtype, cameras: int, tokens: int) -
 
 def required_bytes(
     config: Pi0Config,
-    engine: str,
     precision: str,
     cameras: int,
     tokens: int,
     batch: int = 1,
     loaded: bool = False,
+    whole_logits: bool = False,
 ) -> int:
     """A lower bound of the memory that an engine on the CPU needs, before its weights are loaded.
 
@@ -69,7 +67,9 @@ def required_bytes(
     activations that can share memory, and, unless it is known to hold them, attention logits.
 
     Args:
+        precision: one of the engine's, by its full name.
         loaded: its weights are in memory already.
+        whole_logits: see `Capabilities`.
     """
     size = ITEM_SIZE.get(precision, 1)
     last = f"vlm.blocks.{config.vlm.depth - 1}."
@@ -82,7 +82,7 @@ def required_bytes(
     vlm, expert = config.vlm, config.expert
     prefix, suffix = config.prefix_len(cameras, tokens), config.suffix_len
     vision, first, step = 0, prefix * vlm.width * size, suffix * expert.width * size
-    if engine in WHOLE_LOGITS:
+    if whole_logits:
         # The logits, and in float32 their softmax; in a step the mask of the whole sequence, too.
         logits = vlm.num_heads * (size + 4)
         patches = config.vision.num_patches
@@ -92,37 +92,6 @@ def required_bytes(
     cache = 2 * vlm.depth * prefix * vlm.num_kv_heads * vlm.head_dim * size
     working = max(vision, cache + first, cache + step)
     return (0 if loaded else weights) + batch * (images + working)
-
-
-def require_memory_for(
-    checkpoint: Checkpoint,
-    engine: str,
-    precision: str,
-    cameras: int,
-    tokens: int,
-    image_size: int | None = None,
-    batch: int = 1,
-    loaded: bool = False,
-) -> None:
-    """Refuses what an engine on the CPU cannot hold, before its weights are loaded.
-
-    Args:
-        precision: one of the engine's, by its full name.
-        image_size: pixels; None: the checkpoint's.
-        loaded: its weights are in memory already.
-
-    Raises:
-        ConfigError: less memory is free than is needed at least; an image size that cannot be.
-    """
-    config = checkpoint.config
-    if image_size is not None:
-        config = config.with_image_size(image_size)
-    pixels = config.vision.image_size
-    require_memory(
-        required_bytes(config, engine, precision, cameras, tokens, batch, loaded),
-        f"engine {engine} in {precision} with {cameras} images of {pixels} px and {tokens} tokens, "
-        f"chunks of {config.horizon} actions{f', {batch} at a time' * (batch > 1)}",
-    )
 
 
 def _logits(config: Pi0Config, cameras: int, tokens: int) -> int:

@@ -261,7 +261,8 @@ def _require_room(target: Path, size: int) -> Path:
     folder = next(parent for parent in target.parents if parent.exists())
     if not folder.is_dir():
         raise Pi0Error(f"{target}: expected {folder} to be a folder, found a file.")
-    if shutil.disk_usage(folder).free < size:
+    usage = shutil.disk_usage(folder)
+    if usage.free < size and usage.total:  # /proc and some mounts report no size at all
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -167,7 +168,9 @@ def serve(
         size = wishes.image_size
         spec = choose_engine(engine, opened.config, dtype, device, size)
         find_engine(spec.name).check_batch(batch)
+        sizes = len(pipeline.robot.cameras), pipeline.prompt.max_tokens
         if replicas is not None:
+            from pi0.engines.memory import require_memory
             from pi0.serve.cluster import Scale
             from pi0.serve.replicas import Recipe, start_replicas
 
@@ -175,11 +178,13 @@ def serve(
             recipe = Recipe(opened.path, wishes, spec.label, *given)
             name = f"pi0-{sock.getsockname()[1]}"
             scale = Scale(replicas, max_replicas, replica_cpus, gpus_of(spec), name)
-            with contextlib.closing(start_replicas(recipe, pipeline, scale, seed)) as many:
+            all_sizes = *sizes, size, batch, weight_cache, replicas
+            check_here = functools.partial(require_memory, opened, spec, *all_sizes)
+            started = start_replicas(recipe, pipeline, scale, seed, check_here)
+            with contextlib.closing(started) as many:
                 run(many, sock, settings)
             return
-        cameras, tokens = len(pipeline.robot.cameras), pipeline.prompt.max_tokens
-        made = load_engine(opened, spec, cameras, tokens, size, batch, weight_cache)
+        made = load_engine(opened, spec, *sizes, size, batch, weight_cache)
         with Policy(
             pipeline,
             made,

@@ -74,6 +74,7 @@ class Capabilities:
         feedable: what a tap returns replaces the tensor.
         differentiable: autograd follows `velocity` from an x_t that requires a gradient, with the
             cache of a `prefill` outside inference mode.
+        whole_logits: it holds a block's attention logits all at once, for estimates of memory.
         peer: another implementation of π0, with which ours are compared.
     """
 
@@ -84,6 +85,7 @@ class Capabilities:
     shows_stages: bool = True
     feedable: bool = True
     differentiable: bool = False
+    whole_logits: bool = False
     peer: bool = False
 
 

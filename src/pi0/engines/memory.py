@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pi0.checkpoint.estimate import require_memory_for
+from pi0.checkpoint import memory
+from pi0.checkpoint.estimate import required_bytes
 from pi0.checkpoint.load import Checkpoint
 from pi0.engines.registry import find_engine
 from pi0.engines.spec import EngineSpec
@@ -16,17 +17,28 @@ def require_memory(
     image_size: int | None = None,
     batch: int = 1,
     loaded: bool = False,
+    replicas: int = 1,
 ) -> None:
-    """Refuses what an engine that computes on the host cannot hold.
+    """Refuses what an engine that computes on the host cannot hold, before its weights are loaded.
 
     Args:
         image_size: pixels; None: the checkpoint's.
         loaded: its weights are in memory already, or mapped from a file.
+        replicas: how many engines of that kind, each in a process of its own.
 
     Raises:
-        ConfigError: it needs more memory than is free.
+        ConfigError: less memory is free than is needed at least; an image size that cannot be.
     """
-    device = spec.device or find_engine(spec.name).capabilities.devices[0]
-    if device == "cpu":
-        sizes = cameras, tokens, image_size, batch, loaded
-        require_memory_for(checkpoint, spec.name, spec.precision, *sizes)
+    can = find_engine(spec.name).capabilities
+    if (spec.device or can.devices[0]) != "cpu":
+        return
+    config = checkpoint.config
+    if image_size is not None:
+        config = config.with_image_size(image_size)
+    sizes = cameras, tokens, batch, loaded, can.whole_logits
+    memory.require_memory(
+        replicas * required_bytes(config, spec.precision, *sizes),
+        f"{f'{replicas} replicas of ' * (replicas > 1)}engine {spec.name} in {spec.precision} with "
+        f"{cameras} images of {config.vision.image_size} px and {tokens} tokens, chunks of "
+        f"{config.horizon} actions{f', {batch} at a time' * (batch > 1)}",
+    )

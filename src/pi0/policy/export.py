@@ -29,6 +29,7 @@ from pi0.checkpoint.load import CONFIG, Checkpoint
 from pi0.config import GEMMA_2B, GEMMA_300M, SO400M
 from pi0.errors import Pi0Error
 from pi0.findings import Finding, warning
+from pi0.policy.fit import length_findings
 from pi0.policy.lerobot import is_lerobot
 from pi0.policy.lerobot.statistics import NEEDED
 from pi0.policy.normalize import NEEDED as MODES
@@ -47,7 +48,7 @@ from pi0.policy.statistics import (
     find_norm_stats,
     statistics_folder,
 )
-from pi0.policy.tokenizer import FILE_NAMES, load_tokenizer_of
+from pi0.policy.tokenizer import FILE_NAMES, load_tokenizer_of, own_tokenizers
 
 KEPT = ("mean", "std", "q01", "q99", "min", "max")
 ASSETS = "assets/lerobot"  # of statistics from LeRobot, which name no robot
@@ -99,6 +100,9 @@ def export_files(
     _check_norm_mode(source, target, norm_mode)
     _check_values(source)
     export = Export(findings=list(checkpoint.findings))
+    if source.program and source.program.max_tokens:
+        export.findings = [f for f in export.findings if f.code != "max-tokens-assumed"]
+        export.findings += length_findings(checkpoint, source.program.max_tokens)
     if target == "lerobot":
         _lerobot(source, export, norm_mode)
     else:
@@ -199,7 +203,8 @@ def _openpi_config(source: Source, dtype: str) -> dict[str, Any]:
         settings["state_dim"] = config.state_dim
     names = {"horizon": "action_horizon", "max_tokens": "max_token_len"}
     for name in checkpoint.inferred.assumed:  # it would no longer be said that it is assumed
-        del settings[names[name]]
+        if name != "max_tokens" or not (source.program and source.program.max_tokens):
+            del settings[names[name]]
     for name in ("robot", "n_action_steps"):  # as `pi0 train` writes them
         if not source.is_lerobot and name in checkpoint.settings:
             settings[name] = checkpoint.settings[name]
@@ -327,8 +332,7 @@ def _without_statistics(checkpoint: Checkpoint) -> Finding:
 
 
 def _own_tokenizer(checkpoint: Checkpoint) -> Path | None:
-    folder = checkpoint.folder_of(*FILE_NAMES)
-    return next((folder / name for name in FILE_NAMES if (folder / name).is_file()), None)
+    return next(iter(own_tokenizers(checkpoint.folder_of(*FILE_NAMES))), None)
 
 
 def tokenizer_name(path: Path) -> str:

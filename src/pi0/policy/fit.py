@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pi0.checkpoint.infer import CONFIG_JSON
+from pi0.checkpoint.load import Checkpoint
 from pi0.config import Pi0Config
 from pi0.findings import Finding, error, warning
 from pi0.model.flow import MAX_PERIOD, MIN_PERIOD
@@ -55,6 +57,20 @@ def settings_findings(settings: Mapping[str, Any], config: Pi0Config) -> list[Fi
         error("setting-not-carried-out", f"config.json {key}: {expected}, found {value!r}.")
         for key, expected, value in found
     ]
+
+
+def length_findings(checkpoint: Checkpoint, step: int | None) -> list[Finding]:
+    """Whether the length of prompts that the caller states is that of LeRobot's tokenizer step."""
+    stated = checkpoint.config.max_tokens
+    declared = any(checkpoint.settings.get(name) for name in CONFIG_JSON["max_tokens"])
+    assumed = "max_tokens" in checkpoint.inferred.assumed
+    if step in (None, stated) or declared or assumed:
+        return []
+    sentence = (
+        f"max_tokens (--max-tokens): expected {step} as LeRobot's tokenizer step says, found "
+        f"{stated}. Leave it out."
+    )
+    return [error("max-tokens-differs", sentence)]
 
 
 def aloha_flags(settings: Mapping[str, Any]) -> list[str]:
@@ -107,11 +123,12 @@ def camera_findings(
     if found == expected:
         return []
     return [
-        warning(
+        error(
             "cameras-differ",
             f"robot {robot.name}: expected its cameras in the order in which the checkpoint's "
             f"config.json has them ({', '.join(expected)}), found {', '.join(found)}: the model "
-            "would see them in each other's place. Leave out --robot, or change the table's order.",
+            "would see them in each other's place. Leave out --robot, or put the table's cameras "
+            "in this order.",
         )
     ]
 

@@ -26,8 +26,6 @@ NEEDED = {
 }
 # Normalised values beyond this were not in anybody's training data.
 OUTLIER_SIGMA = 100.0
-# Beyond this float32 overflows inside the model; a joint without spread stays far below.
-OVERFLOW_SIGMA = 1e12
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,12 @@ def _refuse_unknown(observation: Observation, robot: Robot) -> None:
     known = {camera.key for camera in robot.cameras} | {key for key, _ in robot.state}
     known |= {*PROMPT_KEYS, *robot.ignored}
     unknown = sorted(key for key in {*keys} - known if not _is_bookkeeping(key))
+    empty = [key for key in unknown if isinstance(lookup(observation, key), Mapping)]
+    if empty:
+        raise ObservationError(
+            f"observation: expected values in {empty[0]}, found it empty. Robot {robot.name} has "
+            f"the cameras {camera_keys(robot)}."
+        )
     if unknown:
         raise ObservationError(
             f"observation: expected for robot {robot.name} the cameras {camera_keys(robot)}, "
@@ -226,6 +232,9 @@ def _vector(key: str, value: Any) -> Floats:
         given = _array(key, value)
         if given.dtype.kind in "cmMV":
             raise ObservationError(f"{key}: expected real numbers, found {given.dtype}.")
+        for item in given.flat if given.dtype.kind in "OSTU" else ():
+            if isinstance(item, (str, bytes)):  # which numpy would read as a number
+                raise ObservationError(f"{key}: expected numbers, found the text {str(item)!r}.")
         array = np.atleast_1d(given.astype(np.float64))
     except (TypeError, ValueError, OverflowError) as error:
         raise ObservationError(f"{key}: expected numbers, found {error}.") from error

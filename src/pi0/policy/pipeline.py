@@ -26,9 +26,9 @@ from torch import Tensor
 
 from pi0.config import Pi0Config
 from pi0.errors import ConfigError, ObservationError
-from pi0.inputs import MAX_PIXEL, ModelInputs
+from pi0.inputs import MAX_PIXEL, OVERFLOW_SIGMA, ModelInputs
 from pi0.policy import images
-from pi0.policy.normalize import OUTLIER_SIGMA, OVERFLOW_SIGMA, Normalizer
+from pi0.policy.normalize import OUTLIER_SIGMA, Normalizer
 from pi0.policy.observation import (
     Observation,
     camera_keys,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pi0.errors import ConfigError, EngineError, ObservationError
-from pi0.policy.normalize import OVERFLOW_SIGMA
+from pi0.inputs import OVERFLOW_SIGMA
 from pi0.policy.pipeline import Pipeline
 
 SCHEDULES = ("exponential", "linear", "ones", "zeros")

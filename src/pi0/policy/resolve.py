@@ -23,6 +23,7 @@ from pi0.policy.fit import (
     aloha_flags,
     camera_findings,
     image_findings,
+    length_findings,
     of_base,
     relative_findings,
     settings_findings,
@@ -152,6 +153,9 @@ def _program(
         stated = {"processors-assumed"} if options.preprocessing == "lerobot" else set()
         setup.findings += [f for f in program.findings if f.code not in stated]
         setup.findings += settings_findings(checkpoint.settings, checkpoint.config)
+        setup.findings += length_findings(checkpoint, program.max_tokens)
+        if program.max_tokens:  # then it is not assumed
+            setup.findings = [f for f in setup.findings if f.code != "max-tokens-assumed"]
         setup.n_action_steps = program.n_action_steps
         setup.steps = next(
             (n for key in STEPS_KEYS if isinstance(n := checkpoint.settings.get(key), int)), 10

@@ -49,11 +49,17 @@ class PolicyOptions:
     state_in_prompt: bool | None = None
 
     def __post_init__(self) -> None:
-        """Raises ConfigError if an option from Python is of another type than from the CLI."""
+        """Raises ConfigError if an option from Python is of another type than from the CLI, or if
+        two of them contradict each other."""
         for name in ("tokenizer", "norm_stats", "norm_mode", "preprocessing", "resize", "prompt"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, (str, Path)):
                 raise ConfigError(f"{name}: expected a text, found {value!r}.")
+        if self.norm_stats == "none" and str(self.norm_mode or "identity").lower() != "identity":
+            raise ConfigError(
+                "norm_mode (--norm-mode): expected none beside norm_stats none (--norm-stats "
+                f"none), which normalises nothing, found {self.norm_mode}. Leave out one of them."
+            )
 
 
 @dataclass

@@ -19,7 +19,7 @@ from pi0.policy.lerobot.statistics import read_statistics
 from pi0.policy.normalize import Statistics
 from pi0.policy.statistics import (
     FILE_NAME,
-    PLACES,
+    list_norm_stats,
     read_norm_stats,
     statistics_folder,
 )
@@ -122,7 +122,7 @@ def read_source(checkpoint: Checkpoint, norm_stats: Path | str | None) -> Source
 
 def _openpi_source(checkpoint: Checkpoint) -> Source:
     folder = statistics_folder(checkpoint)
-    found = next((hits for place in PLACES if (hits := sorted(folder.glob(place + FILE_NAME)))), [])
+    found = list_norm_stats(folder)
     files = {}
     for path in found:
         inner = path.relative_to(folder)

@@ -26,13 +26,31 @@ def statistics_folder(checkpoint: Checkpoint) -> Path:
     return checkpoint.folder_of(*(f"{place}{FILE_NAME}" for place in PLACES))
 
 
+def list_norm_stats(folder: Path) -> list[Path]:
+    """A checkpoint's files of statistics: under assets/, else at its root, else in <a>/<b>/.
+
+    Raises:
+        Pi0Error: there is one under assets/, and another in one of the other places.
+    """
+    places = [sorted(folder.glob(place + FILE_NAME)) for place in PLACES]
+    found: list[Path] = next(filter(None, places), [])
+    for other in {path: None for hits in places for path in hits if path not in found}:
+        if all(read_json(other) != read_json(path) for path in found):
+            one, two = (path.relative_to(folder) for path in (found[0], other))
+            raise Pi0Error(
+                f"statistics: expected one {FILE_NAME} in {folder}, found {one} and {two}, which "
+                "differ. Name the one that it was trained with, with --norm-stats."
+            )
+    return found
+
+
 def find_norm_stats(folder: Path) -> Path:
-    """The only norm_stats.json of a checkpoint: under assets/, else at its root, else in <a>/<b>/.
+    """The only norm_stats.json of a checkpoint.
 
     Raises:
         Pi0Error: there is none, or more than one.
     """
-    found = next((hits for place in PLACES if (hits := sorted(folder.glob(place + FILE_NAME)))), [])
+    found = list_norm_stats(folder)
     if len(found) == 1:
         return found[0]
     expected = f"statistics: expected one assets/<robot>/{FILE_NAME} in {folder}, found "

@@ -24,6 +24,7 @@ BINS = 256  # of a state in the prompt of π0.5
 FILE_NAMES = ("tokenizer.model", "paligemma_tokenizer.model", "tokenizer.json")
 BOS_PIECE = "<bos>"
 PALIGEMMA_BOS, PALIGEMMA_NEWLINE = 2, [108]
+PROBE = "Task: pick up the 2nd cup, State: 17 255;\nAction: "  # other vocabularies read other ids
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,9 @@ def find_tokenizer(folder: Path) -> Path:
     """The tokenizer file of a checkpoint: in its folder, else in the caches of openpi and the hub.
 
     Raises:
-        Pi0Error: there is none.
+        Pi0Error: there is none, or several in its folder, of different vocabularies.
     """
-    for path in _candidates(folder):
+    for path in own_tokenizers(folder) or _cached():
         if path.is_file():
             return path
     raise Pi0Error(
@@ -129,6 +130,26 @@ def find_tokenizer(folder: Path) -> Path:
         "paligemma-3b-pt-224) or openpi's paligemma_tokenizer.model there, or name it with "
         "--tokenizer."
     )
+
+
+def own_tokenizers(folder: Path) -> list[Path]:
+    """The tokenizer files in a folder, which are of one vocabulary.
+
+    Raises:
+        Pi0Error: they differ.
+    """
+    paths = [path for name in FILE_NAMES if (path := folder / name).is_file()]
+    if len(paths) < 2:
+        return paths
+    read = [(t.bos, t.encode(PROBE)) for t in map(load_tokenizer, paths)]
+    for path, ids in zip(paths, read, strict=True):
+        if ids != read[0]:
+            raise Pi0Error(
+                f"tokenizer: expected one vocabulary in {path.parent}, found {paths[0].name} and "
+                f"{path.name}, which read {PROBE!r} as other words. Name the one that it was "
+                "trained with, with --tokenizer."
+            )
+    return paths
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -176,8 +197,7 @@ def load_tokenizer_of(path: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _candidates(folder: Path) -> Iterator[Path]:
-    yield from (folder / name for name in FILE_NAMES)
+def _cached() -> Iterator[Path]:
     openpi = Path(os.environ.get("OPENPI_DATA_HOME", "~/.cache/openpi")).expanduser()
     yield openpi / "big_vision" / "paligemma_tokenizer.model"
     home = os.environ.get("HF_HOME", "~/.cache/huggingface")

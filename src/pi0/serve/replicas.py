@@ -258,13 +258,20 @@ class Replicas:
             self.on_frame(Frame(request.client, *told, extras.reset, request.arrived, len(asked)))
 
 
-def start_replicas(recipe: Recipe, pipeline: Pipeline, scale: Scale, seed: int = 0) -> Replicas:
+def start_replicas(
+    recipe: Recipe,
+    pipeline: Pipeline,
+    scale: Scale,
+    seed: int = 0,
+    check_here: Callable[[], None] = lambda: None,
+) -> Replicas:
     """Replicas that are warm, on the Ray cluster that RAY_ADDRESS names or that runs on this
     machine, else in a Ray that is started here and ended with them.
 
     Args:
         pipeline: of the same checkpoint.
         seed: of the noise.
+        check_here: called before they start, if all of them will be on this machine.
 
     Raises:
         Pi0Error: Ray is not installed, or the replicas cannot start.
@@ -287,6 +294,12 @@ def start_replicas(recipe: Recipe, pipeline: Pipeline, scale: Scale, seed: int =
             serve.shutdown()
         ray.shutdown()
 
+    if started:
+        try:
+            check_here()
+        except BaseException:
+            ray.shutdown()
+            raise
     require_room(ray.cluster_resources(), scale, ray.shutdown)
     serve.start(proxy_location="Disabled")  # robots speak to this server, not to Ray's
     deployment = serve.deployment(

@@ -130,11 +130,6 @@ def read_sizes(path: Path) -> Pi0Config:
     table.pop("discrete_state_input", None)
     values = {name: _build(path, f"{name}.", cls, table.get(name)) for name, cls in TOWERS.items()}
     built: Pi0Config = _build(path, "", Pi0Config, table | values)
-    if built.adaptive_norm and built.state_dim != built.action_dim:
-        raise ConfigError(
-            f"{path}: state_dim: expected {built.action_dim} as action_dim in a π0.5, whose files "
-            f"say only one of them, found {built.state_dim}."
-        )
     return built
 
 

@@ -28,7 +28,7 @@ from pi0.checkpoint.load import Checkpoint, open_checkpoint
 from pi0.engines.base import Engine, make_engine
 from pi0.engines.guidance import Guidance
 from pi0.errors import CheckpointError, ConfigError, ObservationError
-from pi0.inputs import MAX_PIXEL, ModelInputs, check_noise
+from pi0.inputs import MAX_PIXEL, ModelInputs, check_noise, expect_moderate
 from pi0.policy import RealTimeChunking, choose_engine
 from pi0.policy.images import SLACK, letterbox_lerobot
 from pi0.policy.realtime import Inpainting
@@ -250,6 +250,11 @@ class Pi0rtPolicy(PreTrainedPolicy):
                 "prev_chunk_left_over: expected the actions of one robot [n, D], found shape "
                 f"{list(previous.shape)}."
             )
+        expect_moderate("prev_chunk_left_over", previous)
+        if delay is not None and (not delay >= 0 or delay % 1):
+            raise ObservationError(
+                f"inference_delay: expected a number of ticks, 0 or more, found {delay!r}."
+            )
         settings = RealTimeChunking(
             max_guidance=config.max_guidance_weight,
             schedule=SCHEDULES[config.prefix_attention_schedule.value],
@@ -257,7 +262,7 @@ class Pi0rtPolicy(PreTrainedPolicy):
             jacobian=self.config.rtc_jacobian,
         )
         padded = F.pad(previous, (0, model.action_dim - previous.shape[-1]))[: model.horizon]
-        return Inpainting(settings, padded, delay or 0, model.horizon)
+        return Inpainting(settings, padded, int(delay or 0), model.horizon)
 
     def _sample(
         self, inputs: ModelInputs, noise: Tensor, steps: int, guidance: Guidance | None

@@ -18,7 +18,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -129,19 +129,29 @@ def _read(path: Path, made_from: dict[str, str]) -> dict[str, Tensor]:
             changed = [name for name, value in made_from.items() if found.get(name) != value]
             if changed:
                 raise Stale(f"those of another {', another '.join(changed)}")
-            checksums = json.loads(metadata.get(CHECKSUMS, "{}"))
+            checksums = _flat(json.loads(metadata.get(CHECKSUMS, "{}")))
             tensors = {name: handle.get_tensor(name) for name in handle.offset_keys()}
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, ValueError, RecursionError, OSError) as error:
         raise Stale(f"a damaged file ({error})") from error
     pieces = _pieces(tensors)
+    lost = sorted(checksums.keys() - {(piece.tensor, str(piece.start)) for piece in pieces})
+    if lost:
+        raise Stale(f"a damaged tensor {lost[0][0]}")
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for piece, checksum in zip(
             pieces, pool.map(partial(_file_checksum, path), pieces), strict=True
         ):
-            if checksums.get(piece.tensor, {}).get(str(piece.start)) != checksum:
+            if checksums.get((piece.tensor, str(piece.start))) != checksum:
                 pool.shutdown(cancel_futures=True)
                 raise Stale(f"a damaged tensor {piece.tensor}")
     return tensors
+
+
+def _flat(checksums: Any) -> dict[tuple[str, str], Any]:
+    """Checksums as they are in the file by tensor and first byte; ValueError for anything else."""
+    if not isinstance(checksums, dict) or not all(isinstance(v, dict) for v in checksums.values()):
+        raise ValueError("no table of checksums")
+    return {(name, start): c for name, table in checksums.items() for start, c in table.items()}
 
 
 class Piece(NamedTuple):

@@ -80,7 +80,12 @@ class Normalization:
         return self.mode(key, kind) == "IDENTITY" or key in (self.statistics or {})
 
     def normalizer(
-        self, what: str, key: str, kind: str, width: int, findings: list[Finding]
+        self,
+        what: str,
+        key: str,
+        kind: str,
+        widths: tuple[int | None, int],
+        findings: list[Finding],
     ) -> Normalizer:
         """The normaliser of a key.
 
@@ -88,9 +93,12 @@ class Normalization:
             what: for messages.
             key: of an observation, or "action".
             kind: STATE, VISUAL or ACTION.
-            width: of an identity where there are no statistics.
+            widths: as declared, for which statistics of one value hold, as in LeRobot, and which an
+                identity has; and that of an identity if neither this nor statistics say it.
             findings: what is found is appended. After an error the result is an identity.
         """
+        declared, padded = widths
+        width = declared or self.width(key) or padded
         mode = self.mode(key, kind)
         unused = mode == "IDENTITY" and self.given.mode != "IDENTITY"
         if unused and key in (self.given.statistics or {}):
@@ -100,7 +108,7 @@ class Normalization:
             problem = f"expected statistics of {key} to be used, found {where}"
             findings.append(warning("statistics-unused", f"{self.step}: {problem}. {remedy}"))
         if mode == "IDENTITY" or self.statistics is None:
-            return identity(what, self.width(key) or width)
+            return identity(what, width)
         if mode is None:
             problem = f"features: expected {key}, which its norm_map normalises, found none"
             findings.append(error("statistics-missing", f"{self.step} {problem}. {REMEDY}"))
@@ -110,7 +118,9 @@ class Normalization:
         else:
             eps = float(self.step.config["eps"])
             try:
-                return lerobot_normalizer(what, mode, eps, self.statistics[key])
+                of_file = key not in (self.given.statistics or {})
+                table = self.statistics[key]
+                return lerobot_normalizer(what, mode, eps, table, declared if of_file else None)
             except Pi0Error as problem_of_form:
                 sentence = f"{self.step}: {problem_of_form}"
                 findings.append(error("statistics-form", sentence))

@@ -134,8 +134,8 @@ def read_program(
     features = read_features(settings, robot_given, findings)
     before = _normalization(processors, NORMALIZE, PREPROCESSOR, given, findings)
     after = _normalization(processors, UNNORMALIZE, POSTPROCESSOR, given, findings)
-    state_dim = features.state_dim or features.max_state_dim
-    action_dim = features.action_dim or features.max_action_dim
+    action_dim = features.action_dim, features.max_action_dim
+    state_dim = features.state_dim, features.max_state_dim
     state = before.normalizer("state", STATE, "STATE", state_dim, findings)
     actions = after.normalizer("actions", ACTION, "ACTION", action_dim, findings)
     targets = None
@@ -201,7 +201,8 @@ def _images(
     images = {}
     for key in cameras:
         if before.mode(key, "VISUAL") != "IDENTITY":
-            images[key] = before.normalizer(f"image {key}", key, "VISUAL", CHANNELS, findings)
+            widths = CHANNELS, CHANNELS
+            images[key] = before.normalizer(f"image {key}", key, "VISUAL", widths, findings)
             if images[key].width != CHANNELS:
                 sentence = (
                     f"statistics of image {key}: expected one value per channel ({CHANNELS}), "

@@ -44,7 +44,7 @@ def read_statistics(path: Path) -> dict[str, dict[str, Floats]]:
 
 
 def lerobot_normalizer(
-    what: str, mode: str, eps: float, statistics: Mapping[str, Floats]
+    what: str, mode: str, eps: float, statistics: Mapping[str, Floats], width: int | None = None
 ) -> Normalizer:
     """A normaliser that computes what LeRobot does.
 
@@ -52,6 +52,7 @@ def lerobot_normalizer(
         what: for messages.
         mode: MEAN_STD, MIN_MAX, QUANTILES or QUANTILE10.
         statistics: by name, each [D], or [D, 1, 1] for images.
+        width: for which a statistic of one value holds; None: for one.
 
     Raises:
         Pi0Error: a statistic is missing, not a finite vector of the other's length, or without
@@ -64,7 +65,8 @@ def lerobot_normalizer(
             f"statistics of {what}: expected {' and '.join(names)} for mode {mode}, found no "
             f"{' and no '.join(missing)}."
         )
-    low, high = (_vector(what, name, statistics[name]) for name in names)
+    vectors = [_vector(what, name, statistics[name]) for name in names]
+    low, high = (np.broadcast_to(v, width) if width and len(v) == 1 else v for v in vectors)
     if low.shape != high.shape:
         raise Pi0Error(
             f"statistics of {what}: expected vectors of one length, found {names[0]} "

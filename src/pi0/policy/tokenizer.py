@@ -24,7 +24,7 @@ BINS = 256  # of a state in the prompt of π0.5
 FILE_NAMES = ("tokenizer.model", "paligemma_tokenizer.model", "tokenizer.json")
 BOS_PIECE = "<bos>"
 PALIGEMMA_BOS, PALIGEMMA_NEWLINE = 2, [108]
-PROBE = "Task: pick up the 2nd cup, State: 17 255;\nAction: "  # other vocabularies read other ids
+PROBE = "Task: pick up the 2nd cup, State: 17 255"  # other vocabularies read other ids
 
 
 @dataclass(frozen=True)

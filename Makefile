@@ -24,7 +24,7 @@ PYTHON_LEROBOT ?= $(call find,3.12)
 LOCKED := $(if $(filter $(TORCH_LOCKED),$(TORCH)),-c requirements/venv.txt)
 LOCKED_ROBOTS := $(LOCKED:venv.txt=inspect-robots.txt)
 
-.PHONY: demo help test aloha test-ttnn test-ray test-lerobot-plugin test-inspect-robots test-full lint tokenizer drawing parity lock clean
+.PHONY: demo help test browser aloha test-ttnn test-ray test-lerobot-plugin test-inspect-robots test-full lint tokenizer drawing parity lock clean
 
 demo: .venv/run drawing ## a robot that does what sentences say, simulated, in films (default)
 	@if $(BIN)/python -c 'import pi0.sim.render' 2>/dev/null; then \
@@ -54,7 +54,7 @@ help: ## this list
 	@echo
 	@echo "Targets install into .venv; the command is then $(BIN)/pi0."
 
-test: lint tokenizer drawing .venv-openpi/installed .venv-ttnn/installed ## lint, types, all fast tests
+test: lint tokenizer drawing browser .venv-openpi/installed .venv-ttnn/installed ## lint, types, all fast tests
 	$(BIN)/pytest -n auto
 	@$(MAKE) --no-print-directory test-ttnn
 
@@ -86,6 +86,13 @@ drawing: ## EGL or OSMesa, which the simulator draws with
 	  sudo=$$(command -v sudo || true); \
 	  $$sudo apt-get update -q && $$sudo apt-get install -qy libegl1 libgl1-mesa-dri; } \
 	  || echo "SKIPPED what the simulator draws: neither EGL nor OSMesa, and they cannot be installed"
+
+# Shows the server's page and verify's report to their tests.
+browser: ## Chromium, which some tests show pages to
+	@command -v chromium chromium-browser chrome >/dev/null || { \
+	  sudo=$$(command -v sudo || true); \
+	  $$sudo apt-get update -q && $$sudo apt-get install -qy --no-install-recommends chromium; } \
+	  || echo "SKIPPED pages in a browser: no chromium, and it cannot be installed"
 
 # Other people's π0 on the same weights; LeRobot wants Python 3.12 and a torch of its own.
 parity: .venv/test .venv-lerobot/installed ## against LeRobot and transformers, at full size too

@@ -94,7 +94,7 @@ def test_sizes_that_contradict_config_json(words: Any, option: str, tiny_path: P
 def test_an_option_that_takes_the_checkpoint(words: Any, takes: str) -> None:
     done = run(*words, "lerobot/pi0_base")
     assert isinstance(done.exception, EngineError), done.output
-    assert f"'lerobot/pi0_base' after {takes}. If it is the" in str(done.exception)
+    assert f"'lerobot/pi0_base'. It stands after {takes}: if it is the" in str(done.exception)
 
 
 def test_act_takes_the_checkpoints_steps(tmp_path: Path) -> None:

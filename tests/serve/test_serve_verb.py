@@ -142,7 +142,6 @@ def test_the_example_gets_actions_and_errors() -> None:
         (["--tls-cert", "none"], "--tls-cert, --tls-key: expected both or neither"),
         (["--host", "192.0.2.1"], "--host, --port: expected an address"),
         (["--batch-wait", "5"], "--batch-wait: expected --batch beside it, found none"),
-        (["--batch", "2", "--engine", "ttnn-host"], "Leave --batch out"),
         (["--batch", "1000000000", "--engine", "reference"], "1000000000 at a time: at least"),
         (["--on-limit", "no"], "on_limit: expected one of error, clamp, warn"),
         (["--robot", "aloha"], "state"),

@@ -107,7 +107,7 @@ def test_what_is_written(tmp_path: Path) -> None:
 def test_room_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk is found before the first step, not at the first checkpoint."""
     run = make_run(tmp_path / "run")
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000, total=10**9))
     with pytest.raises(Pi0Error, match=r"training_state.pt: expected room for .* MB, found: No sp"):
         train(run, tmp_path / "out", {}, SAVES)
     assert run.trainer.done == 0

@@ -263,7 +263,7 @@ PLANTS = [
     Plant("SigLIP scale of padded heads", VISION, padded_heads_scale),
     Plant("erf GELU in SigLIP", VISION, erf_gelu),
     Plant("Euler's t at the step's end", "sample", euler_at_the_steps_end(network)),
-    Plant("padded text seen", VLM, padded_text_seen(plan)),
+    Plant("padded text seen", f"{VLM}.keys", padded_text_seen(plan)),  # positions, too
     Plant(
         "down × 1.005", "expert_transformer.block.1", matrix_scaled("expert.blocks.1.down.0", 1.005)
     ),
@@ -289,12 +289,12 @@ OF_INT8 = [
     Plant("products in bfloat16 in int8", f"{VISION}.project", int8_sums_in_bfloat16),
     Plant(
         "scales of a matrix × 1.05",
-        "expert_transformer.block.1",
+        "expert_transformer.block.1.weight_step",
         change=int8_scales_of("expert.blocks.1.down.0", 1.05),
     ),
     Plant(
         "scales of queries, keys and values × 1.005",
-        f"{VLM}.keys",
+        f"{VLM}.weight_step",
         change=int8_scales_of("vlm.blocks.0.qkv", 1.005),
     ),
 ]

@@ -61,8 +61,8 @@ def check_engines(param: typer.CallbackParam, value: Any) -> Any:
         if re.split("[:@]", word)[0] not in (*names, "auto"):
             words = f"{param.nargs} engines" if param.nargs > 1 else "an engine"
             raise EngineError(
-                f"engine: expected one of {', '.join(names)}, found {word!r} after "
-                f"{param.opts[0]}, which takes {words}. If it is the checkpoint, name it first."
+                f"engine: expected one of {', '.join(names)}, found {word!r}. It stands after "
+                f"{param.opts[0]}, which takes {words}: if it is the checkpoint, name it first."
             )
     return value
 

@@ -7,6 +7,7 @@ error stays where it arises.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +71,8 @@ class EngineRun:
         chained, isolated: by case; isolated ones only if the engine was fed.
         samples: actions of the engine's own loop, by case.
         moved: actions less noise of the calls of `one_change_each`, by their names.
-        together: those of `together` in one call; None if the engine takes one observation.
+        together: those of `together` in one call; None if the engine takes one observation, or not
+            these together.
         operations: what `Engine.show_operations` showed, compared.
         hidden: why its taps do not see a stage, by stage.
         ms: milliseconds of `samples` of cases.
@@ -202,7 +204,9 @@ def _sample_changes(engine: Engine, case: Case, passes: Passes, run: EngineRun) 
         joined = [calls[name] for name in together(run.moved)]
         inputs = ModelInputs.joined([call.inputs for call in joined])
         noise = torch.cat([call.noise for call in joined])
-        run.together = engine.sample(inputs, noise, CHANGE_STEPS) - noise
+        # Some engines take no rows with different masks.
+        with contextlib.suppress(EngineError):
+            run.together = engine.sample(inputs, noise, CHANGE_STEPS) - noise
 
 
 def together(calls: Mapping[str, Any]) -> list[str]:

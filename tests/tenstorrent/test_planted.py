@@ -177,7 +177,8 @@ def stale_noise(patch: Patch) -> None:
     original = tt.TtnnEngine._sample
 
     def kept(self: Any, inputs: Any, noise: Tensor, *more: Any) -> Tensor:
-        return original(self, inputs, self.__dict__.setdefault("first_noise", noise), *more)
+        first = self.__dict__.setdefault(f"first_noise_of_{len(noise)}", noise)
+        return original(self, inputs, first, *more)
 
     patch.setattr(tt.TtnnEngine, "_sample", kept)
 
@@ -200,7 +201,7 @@ PLANTS = [
     Plant("SigLIP scale of padded heads", VISION, padded_heads_scale),
     Plant("erf GELU", VISION, erf_gelu),
     Plant("Euler's t at the step's end", "sample", euler_at_the_steps_end(tt)),
-    Plant("padded text seen", VLM, padded_text_seen(layout)),
+    Plant("padded text seen", f"{VLM}.keys", padded_text_seen(layout)),  # positions, too
     Plant("a matrix × 1.005", "expert_transformer.block.1", matrix_scaled(1.005)),
     Plant("sums in bfloat16", VISION, sums_in_bfloat16),
     Plant("loop a step too long", "sample", a_step_too_long),

@@ -188,8 +188,8 @@ def to_tensor(name: str, value: NDArray[Any] | Tensor) -> Tensor:
     try:
         if isinstance(value, np.ma.MaskedArray):
             raise TypeError("a MaskedArray")
-        if isinstance(value, np.ndarray):  # other byte orders and strides, and read-only ones
-            value = np.array(value, value.dtype.newbyteorder("="), order="C")
+        if isinstance(value, np.ndarray):  # copied if PyTorch cannot take it as it is
+            value = np.require(value, value.dtype.newbyteorder("="), ["C", "W"])
         tensor = torch.as_tensor(value)
         if tensor.is_meta or tensor.layout is not torch.strided:
             raise TypeError(f"a tensor of {tensor.layout} on the device {tensor.device}")

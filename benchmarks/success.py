@@ -50,6 +50,9 @@ TABLES = {
     ],
     "engines": rows("engine", ("reference", "reference:bfloat16", "cpu", "cpu:int8"), "cpu"),
     "steps": rows("steps", (1, 2, 4, 10), 10),
+    "midpoint": [
+        Row(f"midpoint, {n}", ("--sampler", "midpoint", "--steps", str(n))) for n in (1, 2, 5)
+    ],
     "execute": rows("execute", (1, 2, 4, 8), 2),
     "perturb": rows("perturb", (0, 0.03, 0.1, 0.2, 0.4, 0.8), 0),
 }

@@ -59,6 +59,7 @@ def test_table_json_and_films(
     monkeypatch.setattr("pi0.policy.policy._without_limits", set())  # said once in a process
     out, films = tmp_path / "new" / "results.json", tmp_path / "films"
     more = ["--episodes", "2", "--on-limit", "clamp", "--steps", "2", "--max-steps", "5"]
+    more += ["--sampler", "midpoint"]
     options = words(tiny_path, robot, *ENV, *more, "--out", out)
     code, stdout, stderr = run(
         *options, "--video", str(films), "--video-episodes", "1", "--video-format", "gif"
@@ -66,12 +67,13 @@ def test_table_json_and_films(
     assert code == 0, stderr
     assert "95 % interval" in stdout
     assert "0.0% to 65.8%" in stdout
-    assert "robot dots, 2 denoising steps, 50 actions executed of each chunk" in stdout
+    assert "robot dots, 2 denoising steps (midpoint), 50 actions executed of each chunk" in stdout
     assert stderr.count("robot dots states no limits") == 1
     assert len(list(films.iterdir())) == 3
     data = json.loads(out.read_text())
     assert list(data["tasks"]) == ["red", "blue"]
     assert data["episodes"] == 4
+    assert data["sampler"] == "midpoint"
     assert data["checkpoint"] == str(tiny_path)
     assert data["engine"]["name"] == "reference"
     assert [r["seed"] for r in data["rollouts"]] == [9_000_000, 9_000_001] * 2

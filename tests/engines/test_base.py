@@ -21,8 +21,9 @@ from pi0.engines.base import Engine, EngineOptions, make_engine
 from pi0.engines.fastest import fastest_engine
 from pi0.engines.reference import ReferenceEngine
 from pi0.engines.registry import find_engine
-from pi0.errors import EngineError
+from pi0.errors import ConfigError, EngineError
 from pi0.inputs import random_inputs
+from pi0.model.flow import integrate
 
 
 def test_a_device_that_is_not_there_is_said_before_the_work() -> None:
@@ -65,6 +66,23 @@ def test_close(tiny_path: Path, spec: str) -> None:
         engine.prefill(inputs)
     with pytest.raises(EngineError, match=sentence):
         engine.velocity(noise, torch.ones(1), cache)
+
+
+@pytest.mark.parametrize("spec", ["reference", "cpu", "cpu:int8"])
+@pytest.mark.filterwarnings("ignore:engine cpu. slower")
+def test_midpoint(tiny_path: Path, spec: str) -> None:
+    """Every engine takes the steps that the sampler takes with its velocities."""
+    with make(tiny_path, spec) as engine:
+        inputs, noise = random_inputs(engine.config, 1, 8, 0)
+        steps: list[int] = []
+        actions = engine.sample(inputs, noise, 3, lambda: steps.append(1), None, "midpoint")
+        cache = engine.prefill(inputs)
+        expected = integrate(lambda x, t: engine.velocity(x, t, cache), noise, 3, "midpoint")
+        assert torch.equal(actions, expected)
+        assert not torch.equal(actions, engine.sample(inputs, noise, 3))
+        assert len(steps) == 3
+        with pytest.raises(ConfigError, match="sampler: expected one of euler, midpoint"):
+            engine.sample(inputs, noise, 3, sampler="rk4")
 
 
 class OneAtATime(ReferenceEngine):

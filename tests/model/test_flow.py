@@ -1,4 +1,4 @@
-"""Time embedding and Euler's method, against values worked out by hand."""
+"""Time embedding and samplers, against values worked out by hand."""
 
 from __future__ import annotations
 
@@ -36,6 +36,35 @@ def test_euler_times_and_sign() -> None:
     out = integrate(velocity, torch.ones(2, 3, 4), steps=10)
     torch.testing.assert_close(out, torch.full((2, 3, 4), -1.0))
     assert times == [pytest.approx([1 - i / 10] * 2) for i in range(10)]
+
+
+def test_midpoint_by_hand() -> None:
+    """One step of dx/dt = x · t from t = 1: half way x is 1 - 1/2, the velocity there 1/4."""
+    times = []
+
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        times.append(t.tolist())
+        return x * t[:, None]
+
+    out = integrate(velocity, torch.ones(2, 1), steps=1, sampler="midpoint")
+    torch.testing.assert_close(out, torch.full((2, 1), 0.75))
+    assert times == [[1.0, 1.0], [0.5, 0.5]]
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("midpoint", 2)])
+def test_order_of_a_sampler(sampler: str, order: int) -> None:
+    """Twice the steps divide the error by 2 to the order. dx/dt = x · t has e^(t²/2)."""
+
+    def error(steps: int) -> float:
+        one = torch.ones(1, dtype=torch.float64)
+        return float((integrate(lambda x, t: x * t, one, steps, sampler) - math.exp(-0.5)).abs())
+
+    assert error(32) / error(64) == pytest.approx(2**order, rel=0.05)
+
+
+def test_no_such_sampler() -> None:
+    with pytest.raises(ConfigError, match="expected one of euler, midpoint, found 'heun'"):
+        integrate(lambda x, t: x, torch.ones(1, 1, 1), steps=1, sampler="heun")
 
 
 def test_no_steps_is_an_error() -> None:

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 
-from pi0.checkpoint.load import load_model, open_checkpoint
+from pi0.checkpoint.load import load_model, open_checkpoint, resize_positions
 from pi0.inputs import random_inputs
 from pi0.model import Pi0
-from pi0.model.siglip import resize_positions
 
 
 def test_same_grid_is_untouched() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pi0.checkpoint.buffers import read_buffers
@@ -38,7 +39,6 @@ from pi0.errors import CheckpointError, Pi0Error
 from pi0.findings import Finding, warning
 from pi0.model import Pi0
 from pi0.model.precision import set_dtype
-from pi0.model.siglip import resize_positions
 
 POSITION = "vision_tower.patch_embedding.position"
 LISTED = 20
@@ -349,3 +349,17 @@ def load_model(
             parameters[ours][rows].copy_(values)
         progress(values.nbytes)
     return model
+
+
+def resize_positions(table: Tensor, grid: int) -> Tensor:
+    """A position embedding [P, E] for another square grid, [grid², E] float32.
+
+    Bicubic, align_corners=False, no antialiasing: the interpolation that transformers applies to
+    SigLIP. Done once, when a checkpoint is loaded.
+    """
+    old = round(table.shape[0] ** 0.5)
+    if old == grid:
+        return table.float()
+    square = table.float().view(1, old, old, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
+    return resized.permute(0, 2, 3, 1).reshape(grid * grid, -1)

@@ -36,6 +36,7 @@ def act(
     ],
     wishes: options.PolicyOptions,
     steps: options.PolicySteps = None,
+    sampler: options.Sampler = "euler",
     seed: options.Seed = 0,
     out: Annotated[
         Path | None, typer.Option(help="Write the chunk as .npy.", show_default=False)
@@ -115,7 +116,13 @@ def act(
     made = load_engine(opened, spec, *sizes, weight_cache=weight_cache)
     steps = steps or setup.steps
     policy = Policy(
-        pipeline, made, steps=steps, seed=seed, on_limit=on_limit, metadata=setup.describe()
+        pipeline,
+        made,
+        steps=steps,
+        sampler=sampler,
+        seed=seed,
+        on_limit=on_limit,
+        metadata=setup.describe(),
     )
     noise = policy.draw_noise()
     with policy:

@@ -82,6 +82,7 @@ def evaluate(
         ),
     ] = None,
     steps: options.PolicySteps = None,
+    sampler: options.Sampler = "euler",
     max_steps: Annotated[
         int | None,
         typer.Option(min=1, help="Of an episode; default: the environment's.", show_default=False),
@@ -184,7 +185,11 @@ def evaluate(
     if server:
         changed = replace(wishes, robot=robot) != PolicyOptions()
         ours = (checkpoint, steps, horizon, max_tokens, base, device, dtype)
-        if changed or any(value is not None for value in ours) or engine != "auto":
+        if (
+            changed
+            or any(value is not None for value in ours)
+            or (engine, sampler) != ("auto", "euler")
+        ):
             raise ConfigError(
                 "--server: expected alone, found options of a policy in this process, too. The "
                 "server's policy is as it was started."
@@ -205,6 +210,7 @@ def evaluate(
         max_tokens,
         base,
         RealTimeChunking(jacobian=real_time) if real_time else None,
+        sampler=sampler,
     )
     _run(*_resolved(policy, plan, dtype, device), out, as_json)
 
@@ -301,8 +307,9 @@ def _print(results: Results) -> None:
     table(title, columns, [_row(name, summary) for name, summary in tasks.items()])
     engine, last = run["engine"], run["seed_start"] + run["episodes_per_task"] - 1
     print_line(
-        f"robot {run['robot']}, {run['steps']} denoising steps, {run['execute']} actions executed "
-        f"of each chunk, seeds {run['seed_start']} to {last} of each task"
+        f"robot {run['robot']}, {run['steps']} denoising steps ({run['sampler']}), "
+        f"{run['execute']} actions executed of each chunk, seeds {run['seed_start']} to {last} of "
+        "each task"
     )
     print_line(
         f"engine {engine['name']}:{engine['precision']}: {latency['median_ms']:.1f} ms an "

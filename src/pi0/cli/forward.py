@@ -88,6 +88,7 @@ def sample(
         typer.Option(metavar="OUT.npz", help="Written: actions (B,50,32).", show_default=False),
     ],
     steps: options.Steps = 10,
+    sampler: options.Sampler = "euler",
     engine: options.Engine = "reference",
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -123,7 +124,7 @@ def sample(
     with load_engine(opened, spec, cameras, length, size, batch, weight_cache) as made:
         model_inputs, noise = from_npz(made.config, arrays)
         with step_progress("denoising", steps) as on_step:
-            actions = made.sample(model_inputs, noise, steps, on_step).numpy()
+            actions = made.sample(model_inputs, noise, steps, on_step, None, sampler).numpy()
     with replacing(out) as temporary, open(temporary, "wb") as file:
         np.savez(file, actions=actions)
     print_line(f"{out}: actions {list(actions.shape)}, std {actions.std():.4f}")

@@ -111,6 +111,21 @@ PolicySteps = Annotated[
         show_default=False,
     ),
 ]
+
+
+def _check_sampler(name: str) -> str:
+    from pi0.model.flow import check_sampler  # needs torch
+
+    return check_sampler(name)
+
+
+Sampler = Annotated[
+    str,
+    typer.Option(
+        callback=_check_sampler,
+        help="How denoising steps are taken: euler, or midpoint, with two velocities in each.",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the noise.")]
 RealTime = Annotated[
     str | None,

@@ -102,6 +102,7 @@ def serve(
         str, typer.Option(help="Actions beyond the robot's limits: error, clamp or warn.")
     ] = "error",
     steps: options.PolicySteps = None,
+    sampler: options.Sampler = "euler",
     seed: options.Seed = 0,
     real_time: options.RealTime = None,
     default_prompt: Annotated[
@@ -174,8 +175,8 @@ def serve(
             from pi0.serve.cluster import Scale
             from pi0.serve.replicas import Recipe, start_replicas
 
-            given = steps, on_limit, horizon, max_tokens, base, rtc, weight_cache, limits, batch
-            recipe = Recipe(opened.path, wishes, spec.label, *given)
+            given = steps, on_limit, horizon, max_tokens, base, rtc, weight_cache, sampler
+            recipe = Recipe(opened.path, wishes, spec.label, *given, limits, batch)
             name = f"pi0-{sock.getsockname()[1]}"
             scale = Scale(replicas, max_replicas, replica_cpus, gpus_of(spec), name)
             all_sizes = *sizes, size, batch, weight_cache, replicas
@@ -189,6 +190,7 @@ def serve(
             pipeline,
             made,
             steps=steps or setup.steps,
+            sampler=sampler,
             seed=seed,
             n_action_steps=setup.n_action_steps,
             on_limit=on_limit,

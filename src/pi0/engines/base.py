@@ -12,6 +12,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from types import MappingProxyType
 from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
@@ -28,7 +29,7 @@ from pi0.engines.threshold import Threshold
 from pi0.errors import EngineError, Pi0Error
 from pi0.inputs import ModelInputs
 from pi0.model import Tap
-from pi0.model.flow import integrate
+from pi0.model.flow import SAMPLERS, check_sampler, integrate
 from pi0.model.pi0 import no_tap
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -199,6 +200,7 @@ class Engine(Closing):
         steps: int = 10,
         on_step: Callable[[], None] = lambda: None,
         guidance: Guidance | None = None,
+        sampler: str = "euler",
     ) -> Tensor:
         """Actions [B, horizon, action_dim] from noise of that shape.
 
@@ -206,17 +208,19 @@ class Engine(Closing):
 
         Args:
             on_step: called once per denoising step of the whole batch.
-            guidance: changes the velocity of each step. It goes through `prefill` and `velocity`,
-                not through a faster way that the engine may have.
+            guidance: changes each velocity.
+            sampler: see `integrate`. Another than Euler's, and guidance, go through `prefill` and
+                `velocity`, not through a faster way that the engine may have.
 
         Raises:
+            ConfigError: there is no such sampler.
             EngineError: the result is not finite, the engine is closed, or it cannot differentiate
                 what the guidance differentiates.
         """
-        if guidance is None:
+        if guidance is None and check_sampler(sampler) == "euler":
             actions = self._sample(inputs, noise, steps, on_step)
         else:
-            actions = self._guided_sample(inputs, noise, steps, on_step, guidance)
+            actions = self._integrate(inputs, noise, steps, on_step, guidance, sampler)
         if actions.shape != noise.shape:
             raise EngineError(
                 f"engine {self.name}: expected actions of shape {list(noise.shape)}, found "
@@ -227,35 +231,36 @@ class Engine(Closing):
     def _sample(
         self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: Callable[[], None]
     ) -> Tensor:
-        """What `sample` returns. An engine that has a faster way than this loop overrides it."""
-        cache = self.prefill(inputs)
-
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            v = self.velocity(x, t, cache)
-            on_step()
-            return v
-
-        return integrate(velocity, noise, steps)
+        """What `sample` returns by Euler's method, without guidance. An engine that has a faster
+        way than this overrides it."""
+        return self._integrate(inputs, noise, steps, on_step)
 
     @torch.inference_mode(False)  # of the caller: its tensors cannot be differentiated
-    def _guided_sample(
+    def _integrate(
         self,
         inputs: ModelInputs,
         noise: Tensor,
         steps: int,
         on_step: Callable[[], None],
-        guidance: Guidance,
+        guidance: Guidance | None = None,
+        sampler: str = "euler",
     ) -> Tensor:
-        """What `sample` returns with guidance."""
-        self.check_guidance(guidance.differentiates)
+        """What `sample` returns, by `prefill` and `velocity`."""
+        if guidance is not None:
+            self.check_guidance(guidance.differentiates)
         cache = self.prefill(inputs)
+        done = count(1)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            v = guidance(lambda x_t: self.velocity(x_t, t, cache), x, t)
-            on_step()
+            if guidance is None:
+                v = self.velocity(x, t, cache)
+            else:
+                v = guidance(lambda x_t: self.velocity(x_t, t, cache), x, t)
+            if next(done) % SAMPLERS[sampler] == 0:
+                on_step()
             return v
 
-        return integrate(velocity, noise.clone(), steps)
+        return integrate(velocity, noise.clone(), steps, sampler)
 
     @classmethod
     def check_guidance(cls, differentiates: bool) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from pi0.errors import ConfigError
 
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
+SAMPLERS = {"euler": 1, "midpoint": 2}  # velocities that a step takes
 
 
 def embed_time(t: Tensor, width: int) -> Tensor:
@@ -30,22 +31,40 @@ def embed_time(t: Tensor, width: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=-1).float()
 
 
-def integrate(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int) -> Tensor:
-    """Euler's method from noise at t = 1 to actions at t = 0, in the dtype of the noise.
+def integrate(
+    velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int, sampler: str = "euler"
+) -> Tensor:
+    """From noise at t = 1 to actions at t = 0, in the dtype of the noise.
 
     Args:
         velocity: (x [B, ...], t [B]) → dx/dt, shaped as x.
         noise: x at t = 1.
         steps: how many equal steps to take.
+        sampler: of `SAMPLERS`: "euler", as openpi does, with the velocity where a step begins; or
+            "midpoint", with the one half way of Euler's step, whose error falls as steps².
 
     Raises:
-        ConfigError: fewer than one step.
+        ConfigError: fewer than one step, or another sampler.
     """
+    check_sampler(sampler)
+
+    def dx_dt(x: Tensor, time: float) -> Tensor:
+        return velocity(x, torch.full((len(x),), time, dtype=torch.float32, device=x.device))
+
     x = noise
     for time in schedule(steps):
-        t = torch.full((len(x),), time, dtype=torch.float32, device=x.device)
-        x = x - velocity(x, t) / steps
+        v = dx_dt(x, time)
+        if sampler == "midpoint":
+            v = dx_dt(x - v / (2 * steps), time - 1 / (2 * steps))
+        x = x - v / steps
     return x
+
+
+def check_sampler(name: str) -> str:
+    """The name itself; ConfigError if there is no such sampler."""
+    if name not in SAMPLERS:
+        raise ConfigError(f"sampler: expected one of {', '.join(SAMPLERS)}, found {name!r}.")
+    return name
 
 
 def schedule(steps: int) -> list[float]:

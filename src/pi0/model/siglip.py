@@ -1,8 +1,8 @@
 """The SigLIP vision tower of π0: images in, one feature vector per patch out.
 
 Notable: patches are cut without padding, so pixels beyond the last whole patch are not read; the
-position embedding is learned, for one grid of patches (see `resize_positions`); every linear layer
-has a bias; no pooling head. Knows nothing of masks or cameras.
+position embedding is learned, for one grid of patches; every linear layer has a bias; no pooling
+head. Knows nothing of masks or cameras.
 
 Source: openpi `siglip.py` (So400m/14), after arXiv 2303.15343.
 """
@@ -76,17 +76,3 @@ class SiglipTower(nn.Module):
             x = tap(f"vision_tower.block.{i}", block(x))
         out: Tensor = self.norm(refuse_overflow(x))
         return out
-
-
-def resize_positions(table: Tensor, grid: int) -> Tensor:
-    """A position embedding [P, E] for another square grid, [grid², E] float32.
-
-    Bicubic, align_corners=False, no antialiasing: the interpolation that transformers applies to
-    SigLIP. Done once, when a checkpoint is loaded.
-    """
-    old = round(table.shape[0] ** 0.5)
-    if old == grid:
-        return table.float()
-    square = table.float().view(1, old, old, -1).permute(0, 3, 1, 2)
-    resized = F.interpolate(square, size=(grid, grid), mode="bicubic", align_corners=False)
-    return resized.permute(0, 2, 3, 1).reshape(grid * grid, -1)

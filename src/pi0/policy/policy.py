@@ -27,6 +27,7 @@ from pi0.engines.fastest import choose_engine
 from pi0.engines.guidance import Guidance
 from pi0.errors import ConfigError, EngineError
 from pi0.inputs import ModelInputs, check_noise, to_tensor
+from pi0.model.flow import check_sampler
 from pi0.policy.encoded import Encoded, Sampled
 from pi0.policy.limits import ON_LIMIT, apply_limits, as_data, summary
 from pi0.policy.observation import Observation
@@ -49,7 +50,7 @@ class Policy(Closing):
     Attributes:
         pipeline: pre- and post-processing.
         engine: computes actions from model inputs.
-        steps: denoising steps.
+        steps, sampler: denoising steps, and how they are taken: "euler" or "midpoint".
         n_action_steps: actions of a chunk that `select_action` hands out before it computes anew.
         on_limit: "error", "clamp" or "warn", for actions beyond the robot's limits.
         real_time: how `infer` continues a previous chunk; None: it does not.
@@ -62,6 +63,7 @@ class Policy(Closing):
         engine: Engine,
         *,
         steps: int = 10,
+        sampler: str = "euler",
         seed: int = 0,
         n_action_steps: int | None = None,
         on_limit: str = "error",
@@ -77,6 +79,7 @@ class Policy(Closing):
         self.pipeline = pipeline
         self.engine = engine
         self.steps = _count("steps", steps, 1, 2**31)
+        self.sampler = check_sampler(sampler)
         self.n_action_steps = _count(
             "n_action_steps", horizon if n_action_steps is None else n_action_steps, 1, horizon
         )
@@ -84,8 +87,7 @@ class Policy(Closing):
             raise ConfigError(
                 f"on_limit: expected one of {', '.join(ON_LIMIT)}, found {on_limit!r}."
             )
-        self.on_limit = on_limit
-        self.real_time = real_time
+        self.on_limit, self.real_time = on_limit, real_time
         if not isinstance(real_time, RealTimeChunking | None):
             raise ConfigError(f"real_time: expected RealTimeChunking(), found {real_time!r}.")
         if real_time is not None:
@@ -95,6 +97,7 @@ class Policy(Closing):
             **(metadata or {}),
             "engine": engine.info,
             "steps": self.steps,
+            "sampler": sampler,
             "n_action_steps": self.n_action_steps,
             "on_limit": on_limit,
             "real_time": asdict(real_time) if real_time else None,
@@ -128,6 +131,7 @@ class Policy(Closing):
         max_tokens: int | None = None,
         base: Path | str | None = None,
         steps: int | None = None,
+        sampler: str = "euler",
         seed: int = 0,
         n_action_steps: int | None = None,
         on_limit: str = "error",
@@ -150,7 +154,7 @@ class Policy(Closing):
             base: the full model of an adapter; None: the one that the adapter names.
             steps: denoising steps; None: what a LeRobot checkpoint says, else 10.
             seed: of the noise.
-            n_action_steps, on_limit, real_time: see the attributes.
+            sampler, n_action_steps, on_limit, real_time: see the attributes.
             weight_cache: keep packed weights in a file beside the checkpoint, for the next start.
             progress: called with bytes of weights read.
 
@@ -186,6 +190,7 @@ class Policy(Closing):
             pipeline,
             engine,
             steps=setup.steps if steps is None else steps,
+            sampler=sampler,
             seed=seed,
             n_action_steps=setup.n_action_steps if n_action_steps is None else n_action_steps,
             on_limit=on_limit,
@@ -261,7 +266,8 @@ class Policy(Closing):
         inputs = ModelInputs.joined([row.inputs for row in batch])
         noise = torch.cat([row.noise for row in batch])
         start = time.perf_counter()
-        actions = self.engine.sample(inputs, noise, self.steps, on_step, batch[0].guidance)
+        how = self.steps, on_step, batch[0].guidance, self.sampler
+        actions = self.engine.sample(inputs, noise, *how)
         seconds = time.perf_counter() - start
         return [Sampled(row.numpy(), seconds) for row in actions]
 
@@ -378,11 +384,8 @@ class Policy(Closing):
 
 
 def _count(name: str, value: Any, low: int, high: int) -> int:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, np.integer))
-        or not low <= value <= high
-    ):
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not (whole and low <= value <= high):
         raise ConfigError(f"{name}: expected a whole number from {low} to {high}, found {value!r}.")
     return int(value)
 

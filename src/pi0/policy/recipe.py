@@ -18,7 +18,8 @@ class PolicyRecipe:
         checkpoint: a path as `Policy.from_checkpoint` takes it.
         options: pre- and post-processing; the robot's table reads the observation.
         engine: ENGINE[:PRECISION][@DEVICE], or "auto".
-        steps: Euler steps of a sampling; None: what a LeRobot checkpoint says, else 10.
+        steps: denoising steps; None: what a LeRobot checkpoint says, else 10.
+        sampler: "euler" or "midpoint".
         on_limit: "error", "clamp" or "warn", for actions beyond the robot's limits.
         horizon, max_tokens, base, weight_cache: see `Policy.from_checkpoint`.
         real_time: how a chunk continues what is left of the previous one; None: it does not.
@@ -34,6 +35,7 @@ class PolicyRecipe:
     base: Path | str | None = None
     real_time: RealTimeChunking | None = None
     weight_cache: bool = False
+    sampler: str = "euler"
 
     def make(self) -> Policy:
         """Loads the checkpoint.
@@ -46,6 +48,7 @@ class PolicyRecipe:
             **vars(self.options),
             engine=self.engine,
             steps=self.steps,
+            sampler=self.sampler,
             on_limit=self.on_limit,
             horizon=self.horizon,
             max_tokens=self.max_tokens,

@@ -35,7 +35,7 @@ SHOWN_CHARACTERS = 1000  # of an error
 # What clients may know of a policy: nothing that tells where files lie.
 PUBLIC_METADATA = (
     *("layout", "horizon", "robot", "resize", "prompt", "state_in_prompt", "default_prompt"),
-    *("engine", "steps", "n_action_steps", "on_limit", "real_time"),
+    *("engine", "steps", "sampler", "n_action_steps", "on_limit", "real_time"),
 )
 # What becomes of an observation, by the error that ended it.
 OUTCOMES = {ObservationError: "observation", LimitError: "limit", EngineError: "engine"}

@@ -15,11 +15,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pi0.checkpoint.load import POSITION, Checkpoint, Progress, check, empty_model
+from pi0.checkpoint.load import (
+    POSITION,
+    Checkpoint,
+    Progress,
+    check,
+    empty_model,
+    resize_positions,
+)
 from pi0.config import GemmaConfig, Pi0Config
 from pi0.engines.folded_actions import fold_actions
 from pi0.errors import CheckpointError
-from pi0.model.siglip import resize_positions
 
 BLOCK = re.compile(r"(vision_tower|vlm|expert)\.blocks\.(\d+)\.(\w+)\.(weight|bias)")
 EMBEDDING = "token_embedding.weight"

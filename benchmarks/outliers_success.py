@@ -104,7 +104,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder, out = Path(temporary) / "outliers", Path(temporary) / "results.json"
         rewrite(source, folder)
-        print(f"float32, before and after: {errors(source, folder)} of what the model moves")
+        print(f"rewritten, in float32: {errors(source, folder)} of what the model moves")
         print("| engine | evened out | lift | put | push | wrong |\n|---|---|---|---|---|---|")
         for engine, evened_out in (("cpu", True), ("cpu:int8", True), ("cpu:int8", False)):
             cells = succeed(folder, engine, evened_out, args.episodes, out)

@@ -301,13 +301,13 @@ def test_a_failure_says_which_limit_and_both_numbers(checkpoint: Checkpoint) -> 
     failure = run(checkpoint, plant).first_failure
     assert failure is not None
     assert failure.exceeded[-2:] == [
-        "relative L2 5.00e-01 (limit: at most 1e-06)",
-        "gain off by +5.00e-01 (limit: at most 1e-06)",
+        "relative L2 5.00e-01 (limit: at most 1.00e-06)",
+        "gain off by +5.00e-01 (limit: at most 1.00e-06)",
     ]
     rough = replace(failure, comparison=Comparison(0.5, 0.5, 0.1, 1.0, None))
     assert rough.exceeded == [
         "PCC 0.5 (limit: at least 0.999999)",
-        "relative L2 1.00e-01 (limit: at most 1e-06)",
+        "relative L2 1.00e-01 (limit: at most 1.00e-06)",
     ]
     lost = replace(failure, comparison=Comparison(0, 0, 0, 0, "candidate has 1 NaN"))
     assert lost.exceeded == ["candidate has 1 NaN"]

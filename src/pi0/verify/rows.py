@@ -81,10 +81,10 @@ class Row:
         if not c.pcc >= limit.min_pcc:
             exceeded.append(f"PCC {c.pcc:.7g} (limit: at least {limit.min_pcc:g})")
         if not c.rel_l2 <= limit.max_rel_l2:
-            exceeded.append(f"relative L2 {c.rel_l2:.2e} (limit: at most {limit.max_rel_l2:.0e})")
+            exceeded.append(f"relative L2 {c.rel_l2:.2e} (limit: at most {limit.max_rel_l2:.2e})")
         if not abs(c.gain_error) <= limit.max_gain_error:
             exceeded.append(
-                f"gain off by {c.gain_error:+.2e} (limit: at most {limit.max_gain_error:.0e})"
+                f"gain off by {c.gain_error:+.2e} (limit: at most {limit.max_gain_error:.2e})"
             )
         return exceeded
 

@@ -137,6 +137,33 @@ def positions_of_the_first_row(patch: Patch) -> None:
     patch.setattr(cpu, "make_token_plan", plan)
 
 
+def rows_alike(least: int) -> Any:
+    """Values of the first row in a batch of so many whose rows need no mask."""
+
+    def change(k: Tensor, v: Tensor, valid: Any) -> tuple[Tensor, Tensor, Any]:
+        return k, first(v) if valid is None and len(v) >= least else v, valid
+
+    return attended(change)
+
+
+def state_of_zeros(patch: Patch) -> None:
+    """Taken for none."""
+    embed = Network._embed_suffix
+
+    def changed(self: Network, x: Tensor, time: Tensor, state: Tensor | None) -> Tensor:
+        missing = state is not None and not state.any()
+        return embed(self, x, time, torch.ones_like(state) if missing else state)
+
+    patch.setattr(Network, "_embed_suffix", changed)
+
+
+def time_at_least(least: float) -> Any:
+    embed = network.embed_time
+    return lambda patch: patch.setattr(
+        network, "embed_time", lambda t, width: embed(t.clamp(min=least), width)
+    )
+
+
 def loop(step: Callable[[Tensor, Tensor, int], Tensor], only: str = "") -> Any:
     """Another step than Euler's: (x, v, steps) → x; perhaps in one precision alone."""
 
@@ -203,6 +230,18 @@ def stale_tile(matrix: Matrix) -> None:
     matrix.weight[0] = matrix.weight[1]
 
 
+def bias_dropped(matrix: Matrix) -> None:
+    assert matrix.bias is not None
+    matrix.bias = torch.zeros_like(matrix.bias)
+
+
+def norm_scaled(engine: Engine) -> None:
+    """In the candidate alone."""
+    assert isinstance(engine, cpu.CpuEngine)
+    tensors = engine.network.weights.tensors
+    tensors[NORM] = tensors[NORM] * 1.001
+
+
 def quantised(limit: int, round_: Callable[[Tensor], Tensor]) -> Any:
     """Weights to so many steps."""
 
@@ -235,6 +274,10 @@ CALLS = [
     Plant("noise of the first row", TOGETHER, noise_of_the_first_row),
     Plant("state of the first row", TOGETHER, state_of_the_first_row),
     Plant("positions of the first row", TOGETHER, positions_of_the_first_row),
+    Plant("values of the first row, of rows alike", "sample.alike", rows_alike(2)),
+    Plant("values of the first row, of three", "sample.alike", rows_alike(3)),
+    Plant("state of zeros taken for none", "sample.zero_state", state_of_zeros),
+    Plant("time of 1e-3 at least", "velocity.end", time_at_least(1e-3)),
     Plant("sign of the step", "sample", loop(lambda x, v, n: x + v / n)),
     Plant("a step more in the size", "sample", loop(lambda x, v, n: x - v / (n + 1))),
     Plant("x in bfloat16", "sample", loop(lambda x, v, n: (x - v / n).bfloat16().float())),
@@ -246,7 +289,11 @@ QUICK = (
     "only the last camera looked at",
     "prefixes share their place",
     "mask of a batch ignored",
+    "values of the first row, of rows alike",
+    "state of zeros taken for none",
+    "time of 1e-3 at least",
 )
+NORM = "vision_tower.blocks.0.norm2.weight"
 DOWN, STEP, WEIGHT = "vlm.blocks.0.down.0", f"{VLM}.weight_step", f"{VLM}.weight"
 OF_INT8 = [
     Plant("scales of neighbours", STEP, change=packed(DOWN, neighbours_scale)),
@@ -254,6 +301,8 @@ OF_INT8 = [
     Plant("scales of one matrix × 1.005", STEP, change=packed(DOWN, scaled(slice(None), 1.005))),
     Plant("one weight off", WEIGHT, change=packed("vlm.blocks.0.qkv", one_byte)),
     Plant("one tile of another", WEIGHT, change=packed("vlm.blocks.0.o_proj", stale_tile)),
+    Plant("bias", f"{VISION}.bias", change=packed("vision_tower.blocks.0.fc2", bias_dropped)),
+    Plant("norm × 1.001", f"{VISION}.parameters", change=norm_scaled),
     Plant("six bits", f"{VISION}.weight_step", quantised(31, torch.round)),
     Plant("weights cut off", f"{VISION}.weight", quantised(127, torch.trunc)),
     Plant("step of the loop × 1.004", "loop", loop(lambda x, v, n: x - 1.004 * v / n, only="int8")),

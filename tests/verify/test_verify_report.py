@@ -172,9 +172,9 @@ def test_a_failure_says_which_limit_fell_with_both_numbers() -> None:
         "nan": "FAILS",
         "gain": "FAILS gain",
     }
-    assert fallen["gain"].exceeded == ["gain off by +4.00e-03 (limit: at most 1e-03)"]
+    assert fallen["gain"].exceeded == ["gain off by +4.00e-03 (limit: at most 1.00e-03)"]
     assert fallen["low PCC"].exceeded == ["PCC 0.9912 (limit: at least 0.999)"]
-    assert fallen["large L2"].exceeded == ["relative L2 5.60e-02 (limit: at most 3e-02)"]
+    assert fallen["large L2"].exceeded == ["relative L2 5.60e-02 (limit: at most 3.00e-02)"]
     assert len(fallen["both"].exceeded) == 2
     assert fallen["nan"].exceeded == ["candidate has 1 NaN or infinite values"]
 

@@ -53,7 +53,7 @@ def one_change_each(config: Pi0Config, case: Case) -> list[Case]:
     calls = [replace(case, name="first")]
     for name, change in CHANGES.items():
         last = calls[-1]
-        if name == "state" and not config.state_tokens:
+        if name.endswith("state") and not config.state_tokens:
             continue  # π0.5 reads it from the prompt
         changed = change(config, last)
         seen = changed.inputs.image_mask.any(1) | changed.inputs.token_mask.any(1)
@@ -97,6 +97,11 @@ def _state(_: Pi0Config, case: Case) -> Case:
     return replace(case, inputs=replace(case.inputs, state=1 - case.inputs.state))
 
 
+def _zero_state(_: Pi0Config, case: Case) -> Case:
+    """A state as any other."""
+    return replace(case, inputs=replace(case.inputs, state=torch.zeros_like(case.inputs.state)))
+
+
 def _noise(_: Pi0Config, case: Case) -> Case:
     return replace(case, noise=case.noise.flip(1))
 
@@ -126,6 +131,7 @@ CHANGES: dict[str, Change] = {
     "token": _token(_last),
     "first_token": _token(_first),
     "state": _state,
+    "zero_state": _zero_state,
     "noise": _noise,
     "token_mask": _token_mask,
     "other_token_mask": _other_token_mask,

@@ -33,6 +33,7 @@ STEADY = 3.0
 DRAWS = 4  # of noise, for one that is steady
 NUDGE = 1e-3  # change of the noise by which that is found
 FIRST, AGAIN = "first", "again"  # calls on the same inputs; see `one_change_each`
+TOGETHER = "together", "alike"
 ENDS = (".keys", ".values")
 
 
@@ -71,8 +72,8 @@ class EngineRun:
         chained, isolated: by case; isolated ones only if the engine was fed.
         samples: actions of the engine's own loop, by case.
         moved: actions less noise of the calls of `one_change_each`, by their names.
-        together: those of `together` in one call; None if the engine takes one observation, or not
-            these together.
+        together: several of `moved` in one call, by the names of `TOGETHER`; none if the engine
+            takes one observation, and not those that it refuses.
         operations: what `Engine.show_operations` showed, compared.
         hidden: why its taps do not see a stage, by stage.
         ms: milliseconds of `samples` of cases.
@@ -87,7 +88,7 @@ class EngineRun:
     isolated: dict[str, Recording] = field(default_factory=dict)
     samples: dict[str, Tensor] = field(default_factory=dict)
     moved: dict[str, Tensor] = field(default_factory=dict)
-    together: Tensor | None = None
+    together: dict[str, Tensor] = field(default_factory=dict)
     operations: list[tuple[str, Comparison]] = field(default_factory=list)
     hidden: dict[str, str] = field(default_factory=dict)
     notes: Sequence[str] = ()
@@ -200,20 +201,21 @@ def _sample_changes(engine: Engine, case: Case, passes: Passes, run: EngineRun) 
         name: engine.sample(call.inputs, call.noise, CHANGE_STEPS) - call.noise
         for name, call in calls.items()
     }
-    if passes.together and engine.capabilities.batch:
-        joined = [calls[name] for name in together(run.moved)]
+    for name in TOGETHER if passes.together and engine.capabilities.batch else ():
+        joined = [calls[of] for of in together(name, run.moved)]
         inputs = ModelInputs.joined([call.inputs for call in joined])
         noise = torch.cat([call.noise for call in joined])
         # Some engines take no rows with different masks.
         with contextlib.suppress(EngineError):
-            run.together = engine.sample(inputs, noise, CHANGE_STEPS) - noise
+            run.together[name] = engine.sample(inputs, noise, CHANGE_STEPS) - noise
 
 
-def together(calls: Mapping[str, Any]) -> list[str]:
-    """Two calls, of `one_change_each`, that differ in everything: the one that has been changed
-    most, whose masks leave it fewer tokens, and the first."""
+def together(name: str, calls: Mapping[str, Any]) -> list[str]:
+    """Calls of `one_change_each` that are made in one. `together`: two that differ in everything,
+    the one that has been changed most, whose masks leave it fewer tokens, and the first. `alike`:
+    three with equal masks, for which engines need none."""
     *_, most, _ = calls
-    return [most, FIRST]
+    return [most, FIRST] if name == "together" else ["noise", FIRST, "token"]
 
 
 def record(engine: Engine, case: Case, steps: int, feed: Recording | None = None) -> Recording:

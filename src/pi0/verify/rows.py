@@ -34,13 +34,13 @@ class Row:
     """One comparison.
 
     `name` is a stage, a block (`stage.block.7`), its keys or values, a step's velocity
-    (`velocity.3`), the actions of these velocities (`actions`), those of the candidate's own loop
-    (`sample`), after one input has changed (`sample.state`) and how they responded to that
-    (`response.state`), the first call made again (`sample.again`), two observations at once
-    (`sample.together`), an engine's own loop beside its own velocities (`loop`), an engine compared
-    with itself (`masked_content.candidate`, `velocity.kept`), an operation (`projector.project`),
-    or the third engine's velocities and actions (`oracle.velocity.3`). `part` is one of this
-    module's parts.
+    (`velocity.3`) or that at t = 0 (`velocity.end`), the actions of these velocities (`actions`),
+    those of the candidate's own loop (`sample`), after one input has changed (`sample.state`) and
+    how they responded to that (`response.state`), the first call made again (`sample.again`),
+    several observations at once (`sample.together`, `sample.alike`), an engine's own loop beside
+    its own velocities (`loop`), an engine compared with itself (`masked_content.candidate`,
+    `velocity.kept`), an operation (`projector.project`), or the third engine's velocities and
+    actions (`oracle.velocity.3`). `part` is one of this module's parts.
     """
 
     case: str
@@ -81,10 +81,10 @@ class Row:
         if not c.pcc >= limit.min_pcc:
             exceeded.append(f"PCC {c.pcc:.7g} (limit: at least {limit.min_pcc:g})")
         if not c.rel_l2 <= limit.max_rel_l2:
-            exceeded.append(f"relative L2 {c.rel_l2:.2e} (limit: at most {limit.max_rel_l2:.0e})")
+            exceeded.append(f"relative L2 {c.rel_l2:.2e} (limit: at most {limit.max_rel_l2:.2e})")
         if not abs(c.gain_error) <= limit.max_gain_error:
             exceeded.append(
-                f"gain off by {c.gain_error:+.2e} (limit: at most {limit.max_gain_error:.0e})"
+                f"gain off by {c.gain_error:+.2e} (limit: at most {limit.max_gain_error:.2e})"
             )
         return exceeded
 
@@ -209,9 +209,12 @@ def _block_input(name: str, a: Recording) -> Tensor | None:
 
 def _step_rows(case: Case, a: Recording, b: Recording, limits: Limits, part: str) -> list[Row]:
     limit = threshold("velocity", limits, part)
+    pairs: list[tuple[int | str, Tensor, Tensor]] = [
+        (i, x, y) for i, ((_, x), (_, y)) in enumerate(zip(a.steps, b.steps, strict=True))
+    ]
+    pairs.append(("end", a.still, b.still))
     return [
-        Row(case.name, f"velocity.{i}", compare(x, y), limit, part=part)
-        for i, ((_, x), (_, y)) in enumerate(zip(a.steps, b.steps, strict=True))
+        Row(case.name, f"velocity.{name}", compare(x, y), limit, part=part) for name, x, y in pairs
     ]
 
 
@@ -231,10 +234,9 @@ def _sample_rows(
         else:
             row = Row(cases[0].name, f"sample.{name}", compare(a.moved[name], moved), limit)
         rows.append(replace(row, part=part))
-    if b.together is not None:
-        alone = torch.cat([a.moved[name] for name in together(a.moved)])
-        c = compare(alone, b.together)
-        rows.append(Row(cases[0].name, "sample.together", c, limit, part=part))
+    for name, moved in b.together.items():
+        alone = torch.cat([a.moved[of] for of in together(name, a.moved)])
+        rows.append(Row(cases[0].name, f"sample.{name}", compare(alone, moved), limit, part=part))
     return rows
 
 

@@ -181,12 +181,37 @@ def pack(
     check(checkpoint)
     native = checkpoint.config
     config = native if image_size is None else native.with_image_size(image_size)
-    weights = PackedWeights(config, scheme)
-    shapes = {name: p.shape for name, p in empty_model(config, scheme.dtype).named_parameters()}
+    weights = allocated(checkpoint, PackedWeights(config, scheme))
+    fill(weights, checkpoint, progress, scales)
+    for name, matrix in weights.matrices.items():
+        # A NaN would pass for a number; in float32 it shows in the actions.
+        if matrix.scale is not None and not torch.isfinite(matrix.scale).all():
+            raise CheckpointError(
+                f"{checkpoint.path}: expected finite weights, found NaN or infinite ones in "
+                f"{name}. The file is damaged: copy or download it again."
+            )
+    return weights
+
+
+def allocated(checkpoint: Checkpoint, weights: PackedWeights) -> PackedWeights:
+    """With room for a checkpoint's."""
+    model = empty_model(weights.config, weights.scheme.dtype)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
     _allocate(weights, shapes)
     dtypes = checkpoint.dtypes
     for name in [EMBEDDING, *(name for name in shapes if MODULATION in name)]:
         weights.tensors[name] = torch.empty(shapes[name], dtype=dtypes[name])
+    return weights
+
+
+def fill(
+    weights: PackedWeights,
+    checkpoint: Checkpoint,
+    progress: Progress = lambda _: None,
+    scales: Mapping[str, Tensor] = NOTHING,
+) -> None:
+    """Brings a checkpoint's parameters to their places; see `pack`."""
+    config, native = weights.config, checkpoint.config
     for ours, rows, values in checkpoint.stream():
         read = values.nbytes
         if ours == POSITION and config.vision.grid != native.vision.grid:
@@ -196,13 +221,6 @@ def pack(
         else:
             put(weights, ours, rows, values, scales)
         progress(read)
-    for name, matrix in weights.matrices.items():
-        # A NaN would pass for a number; in float32 it shows in the actions.
-        if matrix.scale is not None and not torch.isfinite(matrix.scale).all():
-            raise CheckpointError(
-                f"{checkpoint.path}: expected finite weights, found NaN or infinite ones in "
-                f"{name}. The file is damaged: copy or download it again."
-            )
     _fold(weights)
     for norm, scale in scales.items():
         affine = [f"{norm}.{kind}" for kind in ("weight", "bias")]
@@ -210,7 +228,6 @@ def pack(
             weights.tensors[name] /= scale
         if f"{norm}.weight" not in weights.tensors:
             weights.tensors[f"{norm}.{EQUALISER}"] = scale
-    return weights
 
 
 def put(

@@ -10,6 +10,7 @@ values are exact, and shown as they are.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,14 @@ from pi0.engines.base import SeeOperation
 from pi0.engines.fast.cpu.int8 import Int8Kernels, Quantised
 from pi0.engines.fast.equalise import find_equalisers
 from pi0.engines.fast.kernels import Kernels, Norm, Rotation
-from pi0.engines.fast.weights import INT8_MAX, Matrix, PackedWeights, put
+from pi0.engines.fast.weights import (
+    EMBEDDING,
+    INT8_MAX,
+    Matrix,
+    PackedWeights,
+    allocated,
+    fill,
+)
 
 STAGES = {"vlm": "vlm_transformer", "expert": "expert_transformer"}
 PLAIN = Kernels()
@@ -109,23 +117,37 @@ class CheckedMatrix(Matrix):
             ("weight_step", step_of(values), step),
             ("weight", values, less_half_a_step(values, found, step)),
         ):
-            if not torch.equal(a, b) or (a != a.flatten()[0]).any():  # not of one value throughout
-                self.see(f"{self.place}.{name}", a, b)
+            show_weight(self.see, f"{self.place}.{name}", a, b)
 
 
+@torch.inference_mode()
 def show_weights(
     checkpoint: Checkpoint, weights: PackedWeights, kernels: Int8Kernels, see: SeeOperation
 ) -> None:
-    """Shows quantised matrices beside the checkpoint's parameters."""
+    """Shows matrices, biases and all else but the tokens' table, which is a stage of its own,
+    beside the checkpoint's parameters."""
     scales = {
         norm: found.scale for norm, found in find_equalisers(checkpoint, weights.scheme).items()
     }
-    shown = PackedWeights(weights.config, weights.scheme)
+    shown = allocated(checkpoint, PackedWeights(weights.config, weights.scheme))
     for name, matrix in weights.matrices.items():
-        shown.matrices[name] = CheckedMatrix(name, matrix, kernels, see)
-    for ours, rows, values in checkpoint.stream(check_finite=False):
-        if ours.endswith(".weight"):
-            put(shown, ours, rows, values, scales)
+        bias = shown.matrices[name].bias
+        shown.matrices[name] = CheckedMatrix(name, replace(matrix, bias=bias), kernels, see)
+    del shown.tensors[EMBEDDING]
+    fill(shown, checkpoint, scales=scales)
+    for name, matrix in weights.matrices.items():
+        bias = shown.matrices[name].bias
+        if bias is not None:
+            found = torch.zeros_like(bias) if matrix.bias is None else matrix.bias
+            show_weight(see, f"{place_of(name)}.bias", bias, found)
+    for name, expected in shown.tensors.items():
+        show_weight(see, f"{place_of(name)}.parameters", expected, weights[name])
+
+
+def show_weight(see: SeeOperation, name: str, expected: Tensor, found: Tensor) -> None:
+    """Shows two tensors, unless both are the same of one value throughout."""
+    if not torch.equal(expected, found) or (expected != expected.flatten()[0]).any():
+        see(name, expected, found)
 
 
 def step_of(rows: Tensor) -> Tensor:
@@ -140,7 +162,7 @@ def less_half_a_step(expected: Tensor, found: Tensor, step: Tensor) -> Tensor:
 
 
 def place_of(matrix: str) -> str:
-    """Stage and block of a matrix, by its name among packed weights."""
+    """Stage and block of a matrix, or of another tensor, by its name among packed weights."""
     tower, *rest = matrix.split(".")
     stage = STAGES.get(tower, tower)
-    return f"{stage}.block.{rest[1]}" if len(rest) > 1 else stage
+    return f"{stage}.block.{rest[1]}" if rest[:1] == ["blocks"] else stage

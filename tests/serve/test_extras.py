@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from websockets.sync.server import ServerConnection, serve
 
 from pi0 import ActionBuffer, Policy, RealTimeChunking
 from pi0.errors import ConfigError, EngineError, ObservationError, Pi0Error
+from pi0.policy import ROBOTS, ActionLimits
 from pi0.serve.client import ServerPolicy
 from pi0.serve.extras import Extras, add_extras, split_extras
 from pi0.serve.options import ServeOptions
@@ -68,6 +70,21 @@ def test_the_buffer_inpaints_through_a_server(policy: Policy) -> None:
     assert all(np.isfinite(action).all() for action in actions)
     assert set(outcomes) == {"ok"}
     assert outcomes["ok"] >= 2
+
+
+def test_limits_hold_at_the_border_of_a_servers_chunks(tiny_path: Path) -> None:
+    none = (None,) * 32
+    limits = ActionLimits(none, none, (0.01,) * 32, none)
+    robot = replace(ROBOTS["generic"], action_dim=32, limits=limits)
+    made = Policy.from_checkpoint(
+        tiny_path, robot=robot, engine="reference", steps=1, on_limit="clamp"
+    )
+    with running(made) as served, ServerPolicy(f"ws://{served.address}") as client:
+        assert client.limits == made.robot.limits
+        with ActionBuffer(client, execution_horizon=5) as buffer:
+            actions = np.array([buffer.step(SEEN) for _ in range(100)])
+        assert served.server.metrics.outcomes["ok"] >= 2
+    assert np.abs(np.diff(actions, axis=0)).max() < 0.01 + 1e-6
 
 
 CHUNK = np.zeros((3, 14), np.float32)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pi0.closing import Closing
 from pi0.errors import ConfigError, EngineError
-from pi0.policy.limits import apply_limits
+from pi0.policy.limits import ActionLimits, apply_limits
 from pi0.policy.observation import Observation
 from pi0.policy.policy import Policy
 
@@ -132,8 +132,9 @@ class ActionBuffer(Closing):
     ) -> None:
         """
         Args:
-            policy: computes chunks. The actions handed out obey a `Policy`'s limits at the borders
-                of chunks as well, as its `on_limit` says; the limits of others are their own.
+            policy: computes chunks. The actions handed out obey its robot's limits at the borders
+                of chunks as well, as its `on_limit` says: a `Policy`'s, or those that a server's
+                greeting states.
             execution_horizon: ticks from the observation of one chunk to that of the next, s in
                 arXiv 2506.07339; more if computing takes longer.
             overlap: how a new chunk and the rest of the old plan become one; see `merge`.
@@ -282,11 +283,13 @@ class ActionBuffer(Closing):
     def _within_limits(self, action: Floats) -> Floats:
         """The action as the robot may execute it after the last one: a chunk's own limits were
         applied without knowing what would be executed before it."""
-        policy = self.policy
-        if not isinstance(policy, Policy) or policy.robot.limits is None:
+        policy: Any = self.policy
+        robot = policy.robot if isinstance(policy, Policy) else policy
+        limits: ActionLimits | None = getattr(robot, "limits", None)
+        if limits is None:
             return action
-        limits = replace(policy.robot.limits, state=(None,) * len(action))
-        names, none = policy.robot.action_names, np.empty(0)
+        limits = replace(limits, state=(None,) * len(action))
+        names, none = robot.action_names, np.empty(0)
         guarded, _ = apply_limits(limits, action[None], none, policy.on_limit, names, self._last)
         executed: Floats = guarded[0]
         return executed

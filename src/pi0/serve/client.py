@@ -18,6 +18,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from pi0.closing import Closing
 from pi0.errors import ConfigError, ObservationError, Pi0Error
+from pi0.policy import ActionLimits
 from pi0.policy.chunking import read_actions
 from pi0.policy.observation import Observation
 from pi0.serve.extras import Extras, add_extras
@@ -32,6 +33,7 @@ class ServerPolicy(Closing):
     Attributes:
         metadata: the server's greeting; {} if it says nothing.
         real_time: how the server continues chunks; None: it does not say that it can.
+        limits, action_names, on_limit: of its robot, and what it does with actions beyond them.
     """
 
     def __init__(self, address: str, api_key: str | None = None, timeout: float = 60) -> None:
@@ -80,6 +82,12 @@ class ServerPolicy(Closing):
             self._hang_up()
             raise
         self.metadata: dict[str, Any] = greeting if isinstance(greeting, dict) else {}
+        ours = self.metadata if str(self.metadata.get("server")).startswith("pi0 ") else {}
+        robot = ours.get("robot") or {}
+        limits = {name: tuple(column) for name, column in (robot.get("limits") or {}).items()}
+        self.limits = ActionLimits(**limits) if limits else None
+        self.action_names = tuple(robot.get("action_names", ()))
+        self.on_limit: str = ours.get("on_limit", "error")
         self.real_time: Any = self.metadata.get("real_time")
 
     def infer(

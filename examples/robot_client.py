@@ -47,4 +47,5 @@ while chunks:
                 chunks -= 1
     except (OSError, ConnectionClosed) as gone:
         print(f"no server ({gone}): again in a second", file=sys.stderr)
+        left = {}  # by then it is over
         time.sleep(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -205,6 +206,67 @@ def test_a_policy_that_cannot_inpaint() -> None:
         ActionBuffer(made, execution_horizon=4, overlap="inpaint")
     identity = policy(ROBOTS["generic"], ANSWER, real_time=RealTimeChunking(jacobian="identity"))
     ActionBuffer(identity, execution_horizon=4, overlap="inpaint").close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"actions": np.full((8, 1), np.nan)}, "expected finite values, found NaN or infinite"),
+        ({"actions": np.full((8, 1), 1e300)}, "expected finite values"),
+        ({"actions": np.zeros(8)}, r"expected numbers \[n, D\], found float64 of shape \[8\]"),
+        ({"actions": np.zeros((0, 1))}, r"expected numbers \[n, D\]"),
+        ({"actions": [["left"]]}, r"expected numbers \[n, D\], found <U4"),
+        ({"actions": np.zeros((8, 2))}, "expected 1 values each, as in the chunks before, found 2"),
+        ({"action": np.zeros((8, 1))}, "expected an answer that has them, found action"),
+        ([], r"expected an answer that has them, found \[\]"),
+    ],
+)
+@pytest.mark.parametrize("overlap", ["replace", "ensemble"])
+def test_what_is_no_chunk_is_not_executed(answer: Any, message: str, overlap: str) -> None:
+    """As a server of others may send it, or one with another checkpoint than before."""
+
+    class Broken(Counting):
+        def infer(self, observation: Any, /, **inpainting: Any) -> dict[str, Any]:
+            result = super().infer(observation, **inpainting)
+            return answer if observation == 4 else result
+
+    background = Ticks(1)
+    buffer = ActionBuffer(Broken(), executor=background, execution_horizon=4, overlap=overlap)
+    for k in range(5):
+        assert buffer.step(k) == [k]
+        background.tick()
+    with pytest.raises(EngineError, match=f"actions: {message}"):
+        buffer.step(5)
+    assert buffer.step(6) == [6]
+
+
+def test_a_client_of_a_server_that_cannot_inpaint() -> None:
+    client = Counting()
+    client.real_time = None
+    with pytest.raises(
+        ConfigError, match="or a server started with --real-time, found one without"
+    ):
+        ActionBuffer(client, execution_horizon=4, overlap="inpaint")
+
+
+def test_reset_begins_an_episode_of_the_policy() -> None:
+    client = Counting()
+    resets = []
+    client.reset = lambda: resets.append(len(client.calls))
+    buffer = ActionBuffer(client, executor=Ticks(1), execution_horizon=4)
+    buffer.step(0)
+    buffer.reset()
+    assert resets == [1]
+
+
+def test_the_executor_of_several_robots_outlives_one() -> None:
+    with ThreadPoolExecutor(1) as shared:
+        one, other = (
+            ActionBuffer(Counting(), executor=shared, execution_horizon=4) for _ in range(2)
+        )
+        with one:
+            one.step(0)
+        assert other.step(0) == [0]
 
 
 def limited(step: float) -> Robot:

@@ -3,18 +3,30 @@ of our own that sends them."""
 
 from __future__ import annotations
 
+import contextlib
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from serving import IMAGE, StateEngine, ask, eventually, make_policy, observation, running
+from websockets.sync.server import ServerConnection, serve
 
 from pi0 import ActionBuffer, Policy, RealTimeChunking
-from pi0.errors import ObservationError, Pi0Error
+from pi0.errors import ConfigError, EngineError, ObservationError, Pi0Error
+from pi0.policy import ROBOTS, ActionLimits
 from pi0.serve.client import ServerPolicy
 from pi0.serve.extras import Extras, add_extras, split_extras
 from pi0.serve.options import ServeOptions
+from pi0.serve.wire import MessageLimits, pack, unpack
 
 SEEN = {"images": {"base": IMAGE}, "state": np.linspace(-0.5, 0.5, 32), "prompt": "go"}
 
@@ -58,6 +70,21 @@ def test_the_buffer_inpaints_through_a_server(policy: Policy) -> None:
     assert all(np.isfinite(action).all() for action in actions)
     assert set(outcomes) == {"ok"}
     assert outcomes["ok"] >= 2
+
+
+def test_limits_hold_at_the_border_of_a_servers_chunks(tiny_path: Path) -> None:
+    none = (None,) * 32
+    limits = ActionLimits(none, none, (0.01,) * 32, none)
+    robot = replace(ROBOTS["generic"], action_dim=32, limits=limits)
+    made = Policy.from_checkpoint(
+        tiny_path, robot=robot, engine="reference", steps=1, on_limit="clamp"
+    )
+    with running(made) as served, ServerPolicy(f"ws://{served.address}") as client:
+        assert client.limits == made.robot.limits
+        with ActionBuffer(client, execution_horizon=5) as buffer:
+            actions = np.array([buffer.step(SEEN) for _ in range(100)])
+        assert served.server.metrics.outcomes["ok"] >= 2
+    assert np.abs(np.diff(actions, axis=0)).max() < 0.01 + 1e-6
 
 
 CHUNK = np.zeros((3, 14), np.float32)
@@ -144,3 +171,120 @@ def test_no_answer_in_time() -> None:
         engine.gate.set()
         with pytest.raises(Pi0Error, match="found that it has ended"):  # and no late answer
             client.infer(observation(2))
+
+
+@contextlib.contextmanager
+def foreign(talk: Callable[[ServerConnection], None]) -> Iterator[str]:
+    """The address of a server that is not ours, such as openpi's."""
+
+    def handle(connection: ServerConnection) -> None:
+        connection.send(pack({}))
+        talk(connection)
+
+    with serve(handle, "127.0.0.1", 0, compression=None) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+
+
+def test_actions_of_others_are_looked_at() -> None:
+    def talk(connection: ServerConnection) -> None:
+        for actions in (np.full((50, 14), np.nan), np.zeros(14), np.zeros((50, 14))):
+            connection.recv()
+            connection.send(pack({"actions": actions}))
+
+    with foreign(talk) as address, ServerPolicy(address) as client:
+        with pytest.raises(EngineError, match="actions: expected finite values, found NaN"):
+            client.infer(SEEN)
+        with pytest.raises(EngineError, match=r"actions: expected numbers \[n, D\]"):
+            client.infer(SEEN)
+        assert client.infer(SEEN)["actions"].shape == (50, 14)
+
+
+def test_a_server_that_would_not_continue_a_chunk() -> None:
+    """openpi's ignores keys that it does not know: the robot would jump at each border."""
+    with foreign(lambda connection: connection.recv()) as address, ServerPolicy(address) as client:
+        with pytest.raises(ConfigError, match="server started with --real-time, found one without"):
+            ActionBuffer(client, execution_horizon=4, overlap="inpaint")
+        with pytest.raises(ConfigError, match="to continue chunks, found that it does not say so"):
+            client.infer(SEEN, previous=CHUNK)
+
+
+@pytest.mark.parametrize("side", [32, 4000])
+def test_a_server_that_hangs(side: int) -> None:
+    """It does not answer, or does not even read what is too much for the buffers between."""
+    hangs = threading.Event()
+
+    def talk(connection: ServerConnection) -> None:
+        connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        with connection.protocol_mutex:  # which reading needs
+            hangs.wait(60)
+
+    with foreign(talk) as address, ServerPolicy(address, timeout=0.5) as client:
+        time.sleep(0.2)
+        start = time.monotonic()
+        with pytest.raises(Pi0Error, match=r"expected an answer within 0\.5 s, found none"):
+            client.infer({"image": np.zeros((side, side, 3), np.uint8)})
+        assert time.monotonic() - start < 5
+        hangs.set()
+
+
+def test_threads_get_their_own_answers() -> None:
+    """A chunk that a reset has forgotten may still be computed when the next one is asked for."""
+    with (
+        running(make_policy(StateEngine(0.002))) as served,
+        ServerPolicy(f"ws://{served.address}") as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        chunks = pool.map(lambda i: client.infer(observation(i)), range(40))
+        assert [round(float(c["actions"][0, 0])) for c in chunks] == list(range(40))
+
+
+def test_interrupted_between_question_and_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        running(make_policy(StateEngine())) as served,
+        ServerPolicy(f"ws://{served.address}") as client,
+    ):
+        send = client._connection.send
+
+        def interrupted(frame: bytes) -> None:
+            send(frame)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(client._connection, "send", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            client.infer(observation(1))
+        monkeypatch.undo()
+        with pytest.raises(Pi0Error, match="found that it has ended"):
+            client.infer(observation(2))
+
+
+def test_the_example_continues_no_chunk_across_a_restart() -> None:
+    """By the time that it is connected again, the rest of its chunk is over."""
+    told = []
+
+    def talk(connection: ServerConnection) -> None:
+        for _ in range(2):
+            told.append("pi0/previous" in unpack(connection.recv(), MessageLimits()))
+            connection.send(pack({"actions": np.zeros((50, 7), np.float32)}))
+
+    example = Path(__file__).parents[2] / "examples" / "robot_client.py"
+    with foreign(talk) as address:
+        words = [sys.executable, example, address, "4", "--real-time"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert told == [False, True] * 2
+
+
+def test_an_episode_begins_with_what_is_answered() -> None:
+    told = []
+
+    def talk(connection: ServerConnection) -> None:
+        for answer in ("camera base: expected an image, found none.", {"actions": CHUNK}):
+            told.append(unpack(connection.recv(), MessageLimits()).get("pi0/reset", False))
+            connection.send(answer if isinstance(answer, str) else pack(answer))
+
+    with foreign(talk) as address, ServerPolicy(address) as client:
+        with pytest.raises(ObservationError, match="camera base"):
+            client.infer(SEEN)
+        client.infer(SEEN)
+    assert told == [True, True]

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pi0.closing import Closing
 from pi0.errors import ConfigError, EngineError
-from pi0.policy.limits import apply_limits
+from pi0.policy.limits import ActionLimits, apply_limits
 from pi0.policy.observation import Observation
 from pi0.policy.policy import Policy
 
@@ -33,9 +33,30 @@ Floats = NDArray[np.float64]
 
 class ChunkPolicy(Protocol):
     """What computes chunks: a `Policy`, or a client of one elsewhere. `infer` returns "actions"
-    [horizon, D] in the robot's units; to inpaint it takes `previous` and `delay`, too."""
+    [horizon, D] in the robot's units; to inpaint it takes `previous` and `delay`, too. Where
+    `real_time` is there and None, it cannot. `reset`, where it is there, begins an episode."""
 
     def infer(self, observation: Observation, /, **inpainting: Any) -> Mapping[str, Any]: ...
+
+
+def read_actions(answer: Any) -> Floats:
+    """The actions [n, D] of what `infer` returned, whoever computed it.
+
+    Raises:
+        EngineError: they are none that a robot can execute.
+    """
+    if not isinstance(answer, Mapping) or "actions" not in answer:
+        found = ", ".join(map(str, answer)) if isinstance(answer, Mapping) else f"{answer!r:.80}"
+        raise EngineError(f"actions: expected an answer that has them, found {found or 'nothing'}.")
+    given = np.asarray(answer["actions"])
+    if given.dtype.kind not in "iuf" or given.ndim != 2 or not given.size:
+        raise EngineError(
+            f"actions: expected numbers [n, D], found {given.dtype} of shape {list(given.shape)}."
+        )
+    with np.errstate(over="ignore"):
+        if not np.isfinite(given.astype(np.float32)).all():
+            raise EngineError("actions: expected finite values, found NaN or infinite ones.")
+    return given.astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -111,8 +132,9 @@ class ActionBuffer(Closing):
     ) -> None:
         """
         Args:
-            policy: computes chunks. The actions handed out obey a `Policy`'s limits at the borders
-                of chunks as well, as its `on_limit` says; the limits of others are their own.
+            policy: computes chunks. The actions handed out obey its robot's limits at the borders
+                of chunks as well, as its `on_limit` says: a `Policy`'s, or those that a server's
+                greeting states.
             execution_horizon: ticks from the observation of one chunk to that of the next, s in
                 arXiv 2506.07339; more if computing takes longer.
             overlap: how a new chunk and the rest of the old plan become one; see `merge`.
@@ -121,7 +143,8 @@ class ActionBuffer(Closing):
                 chunk (the robot's time stands still), "hold": repeat the last action, which keeps a
                 robot in its place only where actions are positions, or "error".
             decay: of an ensemble's weights; larger: old chunks count more, below 0: new ones.
-            executor: where `policy.infer` runs; None: a thread of its own.
+            executor: where `policy.infer` runs, which `close` leaves open; None: a thread of its
+                own.
 
         Raises:
             ConfigError: a setting that does not exist, or a policy that cannot inpaint.
@@ -138,21 +161,27 @@ class ActionBuffer(Closing):
             )
         if math.isnan(decay):
             raise ConfigError("decay: expected a number, found NaN.")
-        if overlap == "inpaint" and isinstance(policy, Policy) and policy.real_time is None:
+        if overlap == "inpaint" and getattr(policy, "real_time", True) is None:
             raise ConfigError(
-                "overlap inpaint: expected a policy made with real_time=RealTimeChunking(), found "
-                "one without."
+                "overlap inpaint: expected a policy made with real_time=RealTimeChunking(), or a "
+                "server started with --real-time, found one without."
             )
         self.policy = policy
         self.execution_horizon = execution_horizon
         self.overlap, self.when_dry, self.decay = overlap, when_dry, decay
         self.delays: deque[int] = deque(maxlen=DELAYS_KEPT)
         self.held = 0
+        self._own = executor is None
         self._executor = executor or ThreadPoolExecutor(1, "pi0-chunks")
-        self.reset()
+        self._forget()
 
     def reset(self) -> None:
-        """Forgets the plan, and the chunk that is being computed: a new episode begins."""
+        """Forgets the plan, and the chunk that is being computed: a new episode begins, for the
+        policy, too."""
+        self._forget()
+        getattr(self.policy, "reset", lambda: None)()
+
+    def _forget(self) -> None:
         self._tick = 0
         self._observed = 0  # the tick of the newest chunk's observation
         self._plan: Plan | None = None
@@ -178,8 +207,9 @@ class ActionBuffer(Closing):
             self._tick += 1  # the tick has passed, with an action or without
 
     def close(self) -> None:
-        """Waits for the chunk that is being computed, and ends the thread."""
-        self._executor.shutdown()
+        """Waits for the chunk that is being computed, and ends the thread, if it is its own."""
+        if self._own:
+            self._executor.shutdown()
 
     def _next(self, observation: Observation) -> Floats:
         waits = self._last is None or self.when_dry == "wait"
@@ -221,7 +251,12 @@ class ActionBuffer(Closing):
         assert self._pending is not None
         start, future = self._pending
         self._pending = None
-        actions = np.array(future.result()["actions"], np.float64)
+        actions = read_actions(future.result())
+        if self._last is not None and actions.shape[1] != len(self._last):
+            raise EngineError(
+                f"actions: expected {len(self._last)} values each, as in the chunks before, found "
+                f"{actions.shape[1]}. Call reset() if another policy goes on."
+            )
         delay = self._tick - start
         if delay >= len(actions):
             raise EngineError(
@@ -248,11 +283,13 @@ class ActionBuffer(Closing):
     def _within_limits(self, action: Floats) -> Floats:
         """The action as the robot may execute it after the last one: a chunk's own limits were
         applied without knowing what would be executed before it."""
-        policy = self.policy
-        if not isinstance(policy, Policy) or policy.robot.limits is None:
+        policy: Any = self.policy
+        robot = policy.robot if isinstance(policy, Policy) else policy
+        limits: ActionLimits | None = getattr(robot, "limits", None)
+        if limits is None:
             return action
-        limits = replace(policy.robot.limits, state=(None,) * len(action))
-        names, none = policy.robot.action_names, np.empty(0)
+        limits = replace(limits, state=(None,) * len(action))
+        names, none = robot.action_names, np.empty(0)
         guarded, _ = apply_limits(limits, action[None], none, policy.on_limit, names, self._last)
         executed: Floats = guarded[0]
         return executed

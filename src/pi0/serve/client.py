@@ -5,7 +5,10 @@ Robots need nothing of it: openpi's client, or forty lines (`examples/robot_clie
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import contextlib
+import socket
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,9 @@ from websockets.exceptions import InvalidStatus, InvalidURI, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
 from pi0.closing import Closing
-from pi0.errors import ObservationError, Pi0Error
+from pi0.errors import ConfigError, ObservationError, Pi0Error
+from pi0.policy import ActionLimits
+from pi0.policy.chunking import read_actions
 from pi0.policy.observation import Observation
 from pi0.serve.extras import Extras, add_extras
 from pi0.serve.wire import MessageLimits, pack, unpack
@@ -27,6 +32,8 @@ class ServerPolicy(Closing):
 
     Attributes:
         metadata: the server's greeting; {} if it says nothing.
+        real_time: how the server continues chunks; None: it does not say that it can.
+        limits, action_names, on_limit: of its robot, and what it does with actions beyond them.
     """
 
     def __init__(self, address: str, api_key: str | None = None, timeout: float = 60) -> None:
@@ -34,15 +41,16 @@ class ServerPolicy(Closing):
         Args:
             address: ws://HOST:PORT, or wss:// with TLS.
             api_key: what the server wants to be shown.
-            timeout: seconds until the connection stands, and until an answer is there.
+            timeout: seconds until the connection stands, and from an observation to its answer.
 
         Raises:
             Pi0Error: there is no server, or it refuses.
         """
         self._address, self._timeout = address, timeout
         self._reset = True
+        self._turn = threading.Lock()
         headers = {} if api_key is None else {"Authorization": f"Api-Key {api_key}"}
-        self._open = ExitStack()
+        self._open = contextlib.ExitStack()
         try:
             self._connection: ClientConnection = self._open.enter_context(
                 connect(
@@ -69,11 +77,18 @@ class ServerPolicy(Closing):
                 "`pi0 serve`."
             ) from error
         try:
-            greeting = self._receive()
+            greeting = self._exchange(None)
         except BaseException:
-            self.close()
+            self._hang_up()
             raise
         self.metadata: dict[str, Any] = greeting if isinstance(greeting, dict) else {}
+        ours = self.metadata if str(self.metadata.get("server")).startswith("pi0 ") else {}
+        robot = ours.get("robot") or {}
+        limits = {name: tuple(column) for name, column in (robot.get("limits") or {}).items()}
+        self.limits = ActionLimits(**limits) if limits else None
+        self.action_names = tuple(robot.get("action_names", ()))
+        self.on_limit: str = ours.get("on_limit", "error")
+        self.real_time: Any = self.metadata.get("real_time")
 
     def infer(
         self,
@@ -85,23 +100,33 @@ class ServerPolicy(Closing):
     ) -> dict[str, Any]:
         """The server's answer to an observation; arguments as of `Policy.infer`.
 
+        Calls from several threads are answered one after another.
+
         Returns:
             "actions" [horizon, D] float32 and what docs/serving.md lists.
 
         Raises:
             ObservationError: what the server says is wrong with the observation, or why else it
                 has no actions.
+            ConfigError: `previous` is given, and the server does not say that it continues chunks.
+            EngineError: the server's actions are none that a robot can execute.
             Pi0Error: the connection has ended, or there was no answer in time, which ends it: what
                 came later would be taken for the answer to another observation.
         """
-        extras = Extras(previous, delay, noise, self._reset)
-        frame = pack(add_extras(observation, extras))
-        try:
-            self._connection.send(frame)
-        except (OSError, WebSocketException) as error:
-            raise self._gone(error) from error
-        self._reset = False
-        answer: dict[str, Any] = self._receive()
+        if previous is not None and not self.metadata.get("real_time"):
+            raise ConfigError(
+                f"previous: expected server {self._address} to continue chunks, found that it does "
+                "not say so. Start it with --real-time."
+            )
+        with self._turn:
+            reset, self._reset = self._reset, False
+            try:
+                extras = Extras(previous, delay, noise, reset)
+                answer: dict[str, Any] = self._exchange(pack(add_extras(observation, extras)))
+                read_actions(answer)
+            except BaseException:
+                self._reset = self._reset or reset  # with the next one that is answered
+                raise
         return answer
 
     def reset(self) -> None:
@@ -112,24 +137,46 @@ class ServerPolicy(Closing):
         """Ends the connection."""
         self._open.close()
 
-    def _receive(self) -> Any:
+    def _exchange(self, frame: bytes | None) -> Any:
+        """What the server answers to a frame, or says by itself."""
+        end = time.monotonic() + self._timeout
         try:
-            frame = self._connection.recv(timeout=self._timeout)
+            if frame is not None:
+                self._send(frame)
+            answer = self._connection.recv(timeout=max(0.0, end - time.monotonic()))
         except BaseException as error:  # Ctrl-C, too: this answer must not be taken for the next
-            self.close()
-            if isinstance(error, TimeoutError):
-                raise Pi0Error(
-                    f"server {self._address}: expected an answer within {self._timeout:g} s, found "
-                    "none, and ended the connection."
-                ) from error
+            late = time.monotonic() >= end
+            self._hang_up()
             if isinstance(error, (OSError, WebSocketException)):
-                raise self._gone(error) from error
+                if late:
+                    raise Pi0Error(
+                        f"server {self._address}: expected an answer within {self._timeout:g} s, "
+                        "found none, and ended the connection."
+                    ) from error
+                raise Pi0Error(
+                    f"server {self._address}: expected a connection, found that it has ended: "
+                    f"{error}."
+                ) from error
             raise
-        if isinstance(frame, str):
-            raise ObservationError(frame)
-        return unpack(frame, LIMITS)
+        if isinstance(answer, str):
+            raise ObservationError(answer)
+        return unpack(answer, LIMITS)
 
-    def _gone(self, error: Exception) -> Pi0Error:
-        return Pi0Error(
-            f"server {self._address}: expected a connection, found that it has ended: {error}."
-        )
+    def _send(self, frame: bytes) -> None:
+        """Sends a frame; a server that does not read it in time is given up, as `send` has no limit
+        of its own."""
+        guard = threading.Timer(self._timeout, self._cut)
+        guard.start()
+        try:
+            self._connection.send(frame)
+        finally:
+            guard.cancel()
+
+    def _cut(self) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.socket.shutdown(socket.SHUT_RDWR)
+
+    def _hang_up(self) -> None:
+        """Ends the connection without waiting for a server that may be gone to agree."""
+        self._cut()
+        self.close()

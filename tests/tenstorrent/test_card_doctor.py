@@ -22,6 +22,8 @@ SOUND = {
     "sys/class/tenstorrent/tenstorrent!0/tt_card_type": "p150a",
     "sys/class/tenstorrent/tenstorrent!0/tt_fw_bundle_ver": "19.5.0.0",
     HUGEPAGES: "1",
+    "proc/mounts": "hugetlbfs /dev/hugepages-1G hugetlbfs rw,relatime,mode=777,pagesize=1024M 0 0",
+    "proc/driver/tenstorrent/0/pids": "",
 }
 
 
@@ -88,10 +90,21 @@ def test_wormhole_takes_older_firmware(root: Path) -> None:
     assert look(root)["firmware 0"].status == "ok"
 
 
-def test_an_iommu_replaces_hugepages(root: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "status"), [("DMA", "ok"), ("DMA-FQ", "ok"), ("identity", "error"), ("", "error")]
+)
+def test_an_iommu_that_translates_replaces_hugepages(root: Path, kind: str, status: str) -> None:
+    """One that lets addresses pass is there as well, and does not."""
     write(root, HUGEPAGES, "0")
     (root / "sys/class/iommu/dmar0").mkdir(parents=True)
-    assert look(root)["hugepages"].status == "ok"
+    write(root, "sys/class/tenstorrent/tenstorrent!0/device/iommu_group/type", kind)
+    assert look(root)["hugepages"].status == status
+
+
+def test_hugepages_nobody_can_reach(root: Path) -> None:
+    write(root, "proc/mounts", "tmpfs /tmp tmpfs rw 0 0")
+    found = look(root)["hugepages"]
+    assert (found.status, found.found) == ("error", "1 of 1 GB, not mounted at /dev/hugepages-1G")
 
 
 def test_no_driver_and_no_card(root: Path) -> None:
@@ -124,6 +137,24 @@ def test_a_card_that_may_not_be_opened(root: Path, monkeypatch: pytest.MonkeyPat
     found = look(root)["card 0"]
     assert found.status == "error"
     assert f"chmod a+rw {root}/dev/tenstorrent/0" in found.remedy
+
+
+def test_a_card_that_another_process_has_is_not_waited_for(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TTNN would, for ever and without a word; cards that it may not see do not matter."""
+    monkeypatch.delenv(ttnn_import.VISIBLE, raising=False)
+    opened = [Check("grid", "ok", "")]
+    monkeypatch.setattr(card_doctor, "_device", lambda root: opened)
+    write(root, "proc/driver/tenstorrent/0/pids", f"4711\n4711\n{os.getpid()}")
+    found = examine(root)[-1]
+    assert (found.name, found.status) == ("device", "warning")
+    assert found.found.endswith("have a card open: 4711")
+    assert "TT_VISIBLE_DEVICES" in found.remedy
+    monkeypatch.setenv(ttnn_import.VISIBLE, "1")
+    assert examine(root)[-1].name == "grid"
+    write(root, "proc/driver/tenstorrent/1/pids", "12")
+    assert examine(root)[-1].found.endswith("have a card open: 12")
 
 
 class OpenDevice:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from pi0.engines.tenstorrent import engine, ttnn_import
 from pi0.engines.tenstorrent.backend import Grid, Upload
 from pi0.engines.tenstorrent.device import CAPTURE_REGION, DeviceBackend
 from pi0.engines.tenstorrent.ttnn_import import MOCK
@@ -82,6 +83,19 @@ def test_errors_are_one_sentence(
 def test_a_device_that_does_not_open() -> None:
     with pytest.raises(EngineError, match="a device 3 that can be opened, found: Out of Memory"):
         DeviceBackend(Library(open_device=fatal), 3)
+
+
+def test_waiting_for_another_process_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TTNN says so in its log only, and has no end to it."""
+
+    class Opening:
+        pass
+
+    monkeypatch.setattr(ttnn_import, "holders", lambda: [4711])
+    monkeypatch.setattr(ttnn_import, "log_warnings", lambda: None)
+    monkeypatch.setattr(ttnn_import, "load", lambda environment: Library(close_device=fatal))
+    with pytest.warns(UserWarning, match="other processes have a card open.*: 4711. End them"):
+        engine.TtnnEngine._open(Opening(), "0")  # type: ignore[arg-type]
 
 
 def test_a_device_that_does_not_close_hides_nothing() -> None:

@@ -26,6 +26,7 @@ ELEVEN_COLUMNS = (19, 5, 0)  # from here on a p150 has 11 × 10 cores, before 13
 # Of a chip as TTNN opens it: on an n300, Ethernet cores dispatch.
 GRIDS = {"n150": (8, 8), "n300": (8, 8), "p150": (11, 10)}
 LEAST_DRAM = 7e9  # bytes, for the published sizes in accurate
+MOUNT = "/dev/hugepages-1G"  # where libtt-umd looks for them
 HUGEPAGES = "sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages"
 INSTALLER = "https://github.com/tenstorrent/tt-installer"
 
@@ -61,6 +62,8 @@ def examine(root: Path = Path("/"), open_device: bool = True) -> list[Check]:
     ]
     if not open_device or any(check.status == "error" for check in checks):
         return [*checks, Check("device", "skipped", "not opened: see above")]
+    if pids := ttnn_import.holders(root):
+        return [*checks, _held(pids)]
     return [*checks, *_device(root)]
 
 
@@ -91,7 +94,7 @@ def _card(root: Path) -> Iterator[Check]:
         return
     for number in cards:
         yield from _one_card(root, number)
-    yield _hugepages(root, len(cards))
+    yield _hugepages(root, cards)
 
 
 def _one_card(root: Path, number: int) -> Iterator[Check]:
@@ -128,19 +131,25 @@ def _one_card(root: Path, number: int) -> Iterator[Check]:
         yield Check(name, "ok", text)
 
 
-def _hugepages(root: Path, cards: int) -> Check:
-    """Pages of 1 GB, one for each card, which no card needs behind an IOMMU."""
+def _hugepages(root: Path, cards: list[int]) -> Check:
+    """Pages of 1 GB, one for each card, which no card needs whose IOMMU translates: one that lets
+    addresses pass (iommu=pt, type identity) does not."""
     pages = int(_read(root / HUGEPAGES) or 0)
-    iommu = (root / "sys/class/iommu").is_dir() and any((root / "sys/class/iommu").iterdir())
-    found = f"{pages} of 1 GB" + (", IOMMU active" if iommu else "")
-    if pages >= cards or iommu:
+    types = [_attribute(root, card, "device/iommu_group/type") for card in cards]
+    iommu = all(each.startswith("DMA") for each in types)
+    mounted = f" {MOUNT} hugetlbfs " in _read(root / "proc/mounts")
+    found = f"{pages} of 1 GB" + ("" if mounted or not pages else f", not mounted at {MOUNT}")
+    if any(types):
+        found += ", IOMMU active" if iommu else ", an IOMMU that does not translate"
+    if iommu or (pages >= len(cards) and mounted):
         return Check("hugepages", "ok", found)
     return Check(
         "hugepages",
         "error",
         found,
-        f"Expected {cards} at least: install tenstorrent-tools ({INSTALLER}), then `sudo systemctl "
-        "enable --now tenstorrent-hugepages.service 'dev-hugepages\\x2d1G.mount'` and reboot.",
+        f"Expected {len(cards)} at least: install tenstorrent-tools ({INSTALLER}), then `sudo "
+        "systemctl enable --now tenstorrent-hugepages.service 'dev-hugepages\\x2d1G.mount'` and "
+        "reboot.",
     )
 
 
@@ -150,6 +159,17 @@ def _compiler() -> Check:
     except EngineError:
         return Check("compiler", "skipped", "the library says which one it wants")
     return _try("compiler", f"sfpi {release}", ttnn_import.require_compiler)
+
+
+def _held(pids: list[int]) -> Check:
+    return Check(
+        "device",
+        "warning",
+        "not opened: TTNN may wait for processes that have a card open: "
+        f"{', '.join(map(str, pids))}",
+        f"End them, or set {ttnn_import.VISIBLE} to the number of a card that is free, which is "
+        "card 0 then.",
+    )
 
 
 def _device(root: Path) -> Iterator[Check]:

@@ -233,6 +233,13 @@ class TtnnEngine(Engine):
         if ttnn_import.EMULATOR in os.environ:  # it needs to know which board it is
             environment[ttnn_import.MOCK] = os.environ.get(ttnn_import.MOCK) or describe("n150")
         ttnn_import.log_warnings()
+        if pids := ttnn_import.holders():
+            warnings.warn(
+                "engine ttnn: other processes have a card open, for which TTNN may wait: "
+                f"{', '.join(map(str, pids))}. End them, or set {ttnn_import.VISIBLE} to the "
+                "number of a card that is free, which is card 0 then.",
+                stacklevel=2,
+            )
         backend = DeviceBackend(ttnn_import.load(environment), int(device or "0"))
         self.notes = (f"TTNN's own warnings are in {ttnn_import.log_file()}.",)
         self._close_device = weakref.finalize(self, backend.close)

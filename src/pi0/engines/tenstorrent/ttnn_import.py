@@ -6,6 +6,7 @@ for one of three things: a card (or Tenstorrent's simulator), a mock device, or 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import subprocess
@@ -23,6 +24,8 @@ EMULATOR = "TT_METAL_EMULE_MODE"
 DRIVER = Path("/dev/tenstorrent")  # a file for each card
 SFPI = Path("/opt/tenstorrent/sfpi")  # where Tenstorrent's packages put the compiler
 LOG = "ttnn.log"
+VISIBLE = "TT_VISIBLE_DEVICES"
+HOLDERS = "proc/driver/tenstorrent"  # of each card: who has it open, as the driver says
 
 
 def cache_folder() -> Path:
@@ -55,6 +58,20 @@ def package_folder() -> Path:
 def has_device() -> bool:
     """Whether there is a card, a simulator or the kernel emulator."""
     return DRIVER.exists() or SIMULATOR in os.environ or EMULATOR in os.environ
+
+
+def holders(root: Path = Path("/")) -> list[int]:
+    """Other processes that have a card open, of all cards that this one may see.
+
+    TTNN opens them all, and waits for a process that uses one, without an end or a word.
+    """
+    visible = os.environ.get(VISIBLE, "").split(",")
+    pids = set()
+    for path in (root / HOLDERS).glob("*/pids"):
+        if visible == [""] or path.parent.name in visible:
+            with contextlib.suppress(OSError):
+                pids |= {int(pid) for pid in path.read_text(encoding="utf-8").split()}
+    return sorted(pids - {os.getpid()})
 
 
 def sfpi_wanted() -> str:

@@ -322,11 +322,16 @@ def test_a_default_prompt_that_is_none(folder: Path, prompt: Any) -> None:
         ("assets/mine", "robot-assumed"),
     ],
 )
-def test_a_known_robot_anywhere_in_the_path(folder: Path, asset: str, code: str) -> None:
+def test_a_known_robot_anywhere_in_the_path(
+    folder: Path, asset: str, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.rmtree(folder / "assets")
     path = write_stats(folder / asset / "norm_stats.json", 14, 14)
     assert code in codes(made(folder, preprocessing="openpi"))
     assert code in codes(made(folder, preprocessing="openpi", norm_stats=path))
+    monkeypatch.chdir(path.parent)
+    for relative in (".", "norm_stats.json"):
+        assert code in codes(made(folder, preprocessing="openpi", norm_stats=Path(relative)))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

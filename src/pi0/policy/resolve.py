@@ -7,6 +7,7 @@ would move a robot wrongly. `Policy` and `pi0 inspect` read the same findings.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -309,7 +310,8 @@ def _state_in_prompt(
 ) -> bool:
     stated = options.state_in_prompt
     if setup.checkpoint.config.state_tokens:
-        if stated or (program and program.state_in_prompt):
+        declared = setup.checkpoint.settings.get("discrete_state_input")
+        if (declared if stated is None else stated) or (program and program.state_in_prompt):
             raise Pi0Error(
                 "state_in_prompt: expected a π0.5, whose prompt holds the state, found the weights "
                 "of a π0, which has a token of the state."
@@ -392,5 +394,6 @@ def _assets(folder: Path, options: PolicyOptions) -> str | None:
         path = Path(options.norm_stats) if options.norm_stats else find_norm_stats(folder)
     except Pi0Error:  # said where the statistics are read
         return None
-    places = path.parts[-4:] if options.norm_stats else path.relative_to(folder).parts
+    named = Path(os.path.abspath(path.expanduser())).parts[-4:]  # also of `.` and bare names
+    places = named if options.norm_stats else path.relative_to(folder).parts
     return next((part for part in places if robot_of_assets(part)), None)

@@ -65,6 +65,9 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
     if options.image_size is not None:
         config = config.with_image_size(options.image_size)
     program = _program(checkpoint, options, setup)
+    settings = checkpoint.settings  # of transformers' config.json, too
+    setup.findings += settings_findings(settings, checkpoint.config)
+    setup.steps = next((n for key in STEPS_KEYS if isinstance(n := settings.get(key), int)), 10)
     if any(finding.severity == "error" for finding in setup.findings):
         _examine_the_rest(checkpoint, options, config, setup)
         return setup
@@ -153,14 +156,10 @@ def _program(
             setup.findings.append(of_base("processors", folder))
         stated = {"processors-assumed"} if options.preprocessing == "lerobot" else set()
         setup.findings += [f for f in program.findings if f.code not in stated]
-        setup.findings += settings_findings(checkpoint.settings, checkpoint.config)
         setup.findings += length_findings(checkpoint, program.max_tokens)
         if program.max_tokens:  # then it is not assumed
             setup.findings = [f for f in setup.findings if f.code != "max-tokens-assumed"]
         setup.n_action_steps = program.n_action_steps
-        setup.steps = next(
-            (n for key in STEPS_KEYS if isinstance(n := checkpoint.settings.get(key), int)), 10
-        )
     return program
 
 

@@ -226,7 +226,7 @@ def test_a_statistic_that_the_target_needs(tmp_path: Path) -> None:
         assert "statistics-missing" in [f.code for f in export.findings]
 
 
-def test_several_statistics(tmp_path: Path) -> None:
+def test_several_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in openpi's base models: those of many robots."""
     source = copy_oracle("jax_pi0", tmp_path / "source")
     shutil.copytree(source / "assets" / "tiny_robot", source / "assets" / "trossen")
@@ -237,6 +237,10 @@ def test_several_statistics(tmp_path: Path) -> None:
         export_files(checkpoint, "lerobot", "float32")
     one = source / "assets" / "trossen" / "norm_stats.json"
     export_files(checkpoint, "lerobot", "float32", norm_stats=one)
+    monkeypatch.chdir(one.parent)  # whose robot they are is kept
+    for path in (".", "norm_stats.json"):
+        export = export_files(checkpoint, "openpi", "float32", norm_stats=path)
+        assert "assets/trossen/norm_stats.json" in export.files
 
 
 def edited(source: Path, edit: Callable[[dict[str, Any], dict[str, Any]], object]) -> Checkpoint:

@@ -92,6 +92,17 @@ def test_params_themselves(folder: Path) -> None:
     assert same(checkpoint, open_checkpoint(folder))
 
 
+@pytest.mark.parametrize("place", [".", "d/..", "../latest"])
+def test_params_by_other_names(folder: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies beside them counts: config.json, statistics, tokenizer."""
+    (folder / "latest").symlink_to(folder / "params", target_is_directory=True)
+    (folder / "params" / "d").mkdir(exist_ok=True)
+    monkeypatch.chdir(folder / "params")
+    checkpoint = open_checkpoint(place)
+    assert checkpoint.path == folder.resolve()
+    assert checkpoint.settings == open_checkpoint(folder).settings
+
+
 def test_dtypes_are_those_of_the_leaves(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(copy_oracle("jax_pi05", tmp_path / "jax"))
     assert {info.dtype for info in checkpoint.tensors.values()} == {"BF16"}

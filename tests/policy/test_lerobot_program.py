@@ -426,6 +426,24 @@ def test_statistics_of_one_value_hold_for_all(
     assert {len(images.scale) for images in program.images.values()} == {3}
 
 
+@pytest.mark.parametrize("names", [("mean", "std"), ("std",)])
+def test_statistics_of_one_value_without_declared_widths(
+    folder: LerobotFolder, names: tuple[str, ...]
+) -> None:
+    """They are as wide as others, and else as the model."""
+    folder.config["input_features"].pop(STATE)
+    folder.config["output_features"] = {}
+    assert folder.statistics is not None
+    for key in (STATE, "action"):
+        for name in names:
+            values = folder.statistics[f"{key}.{name}"]
+            folder.statistics[f"{key}.{name}"] = values[:1].clone()
+    program = read(folder)
+    assert program.findings == ()
+    expected = (32, 32) if len(names) == 2 else (STATE_DIM, ACTION_DIM)
+    assert (program.state.width, program.action_dim) == expected
+
+
 def test_unused_statistics_decide_nothing(folder: LerobotFolder) -> None:
     folder.set_modes({"STATE": "IDENTITY", "ACTION": "IDENTITY"})
     assert folder.statistics is not None

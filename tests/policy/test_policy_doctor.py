@@ -112,6 +112,25 @@ def test_processors_of_two_checkpoints(like_lerobot: Path) -> None:
     assert "processors-differ" in codes(like_lerobot)
 
 
+@pytest.mark.parametrize("steps", [51, 0, "5", True])
+def test_more_actions_than_a_chunk_has(folder: Path, steps: object) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"n_action_steps": steps}))
+    assert "expected 1 to 50 actions" in codes(folder)["action-steps"]
+    path.write_text(json.dumps(config | {"n_action_steps": 50}))
+    assert "action-steps" not in codes(folder)
+
+
+def test_length_of_prompts_in_two_files(like_lerobot: Path) -> None:
+    """The tokenizer step counts, as in LeRobot, and it is said."""
+    assert "max-tokens-declared" not in codes(like_lerobot)
+    path = like_lerobot / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"tokenizer_max_length": 72}))
+    assert "expected 48 as LeRobot's" in codes(like_lerobot)["max-tokens-declared"]
+
+
 def test_two_origins(like_lerobot: Path, folder: Path) -> None:
     assert "two-origins" not in codes(like_lerobot)
     shutil.copytree(folder / "assets", like_lerobot / "assets")

@@ -322,11 +322,16 @@ def test_a_default_prompt_that_is_none(folder: Path, prompt: Any) -> None:
         ("assets/mine", "robot-assumed"),
     ],
 )
-def test_a_known_robot_anywhere_in_the_path(folder: Path, asset: str, code: str) -> None:
+def test_a_known_robot_anywhere_in_the_path(
+    folder: Path, asset: str, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.rmtree(folder / "assets")
     path = write_stats(folder / asset / "norm_stats.json", 14, 14)
     assert code in codes(made(folder, preprocessing="openpi"))
     assert code in codes(made(folder, preprocessing="openpi", norm_stats=path))
+    monkeypatch.chdir(path.parent)
+    for relative in (".", "norm_stats.json"):
+        assert code in codes(made(folder, preprocessing="openpi", norm_stats=Path(relative)))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -387,6 +392,23 @@ def test_settings_are_carried_out_or_refused(
         assert setup.steps == 3
     elif not fits:
         assert f"config.json {key}: expected" in setup.findings[-1].sentence
+
+
+def test_what_transformers_says_counts(tmp_path: Path) -> None:
+    """Its config.json has LeRobot's words for denoising steps and the periods of time."""
+    synthesise(tmp_path, PRESETS["tiny"], LAYOUTS["transformers"], 0, torch.float32)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"num_inference_steps": 3, "min_period": 4e-3}))
+    setup = made(tmp_path, robot="generic")
+    assert (setup.steps, "setting-not-carried-out" in codes(setup)) == (3, False)
+    export = export_files(setup.checkpoint, "lerobot", "float32", norm_stats="none")
+    assert json.loads(export.files["config.json"])["num_inference_steps"] == 3
+    path.write_text(json.dumps(config | {"min_period": 0.1}))
+    setup = made(tmp_path, robot="generic")
+    assert codes(setup)["setting-not-carried-out"] == "error"
+    with pytest.raises(Pi0Error, match=r"min_period: expected 0.004, .* found 0.1"):
+        export_files(setup.checkpoint, "lerobot", "float32", norm_stats="none")
 
 
 def test_max_tokens_that_contradict_the_tokenizer_step(lerobot: LerobotFolder) -> None:

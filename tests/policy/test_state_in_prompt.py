@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -240,3 +241,15 @@ def test_processors_without_the_step_of_the_state(tmp_path: Path) -> None:
         setup = prepare(open_checkpoint(tmp_path), PolicyOptions(state_in_prompt=stated))
         assert not setup.findings
         assert setup.require().prompt.state is stated
+
+
+@pytest.mark.parametrize("stated", [None, False])
+def test_a_config_json_that_asks_for_the_state_in_a_pi0s_prompt(
+    tiny_path: Path, tmp_path: Path, stated: bool | None
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_path, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"discrete_state_input": True}))
+    codes = {f.code: f.severity for f in made(folder, state_in_prompt=stated).findings}
+    assert codes.get("prompt-unknown") == ("error" if stated is None else None)

@@ -198,7 +198,8 @@ def _find(path: Path) -> Sources:
     if (path / PARAMS).is_dir():
         return Sources(path, [], params=path / PARAMS)
     if any((path / name).exists() for name in JAX_FILES):
-        return Sources(path.parent if path.name == PARAMS else path, [], params=path)
+        whole = path if path.name == PARAMS else path.resolve()  # `.` or a link
+        return Sources(whole.parent if whole.name == PARAMS else path, [], params=path)
     if (path / PRETRAINED).is_dir():
         return _find(path / PRETRAINED)
     raise CheckpointError(

@@ -6,14 +6,16 @@ same: files that belong to another model, robot or author.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 
 from pi0.checkpoint.lerobot import EMPTY_CAMERA, POSTPROCESSOR, PREPROCESSOR, complete_features
 from pi0.checkpoint.load import Checkpoint
-from pi0.findings import Finding, warning
+from pi0.findings import Finding, error, warning
 from pi0.policy import lerobot
+from pi0.policy.lerobot.fields import is_count, show
 from pi0.policy.normalize import OPENPI_EPS, Normalizer
 from pi0.policy.pipeline import Pipeline
 from pi0.policy.robot import Robot
@@ -26,15 +28,32 @@ def examine(setup: PolicySetup) -> list[Finding]:
     """The findings of a set-up, and what else does not fit together; reads small files only."""
     checkpoint, pipeline, robot = setup.checkpoint, setup.pipeline, setup.robot
     found = [*setup.findings, *_two_origins(checkpoint)]
+    if not any(finding.code == "action-steps" for finding in found):
+        found += _action_steps(setup)
     if robot and setup.sources.get("robot") == "named":
         found += _cameras(checkpoint, robot)
         found += _another_robot(setup.sources.get("statistics", ""), robot)
     if pipeline:
         found += _processors_differ(pipeline)
+        found += _lengths_differ(checkpoint, pipeline)
     if pipeline and setup.sources["statistics"].partition(":")[0] != "none":
         found += _placeholders("state", pipeline.state_stats)
         found += _placeholders("actions", pipeline.action_stats)
     return found
+
+
+def _action_steps(setup: PolicySetup) -> list[Finding]:
+    """Whether a chunk has the actions that config.json wants to be carried out."""
+    steps, horizon = setup.n_action_steps, setup.checkpoint.config.horizon
+    if steps is None or (is_count(steps) and steps <= horizon):
+        return []
+    return [
+        error(
+            "action-steps",
+            f"config.json n_action_steps: expected 1 to {horizon} actions of a chunk, found "
+            f"{show(steps)}.",
+        )
+    ]
 
 
 def _two_origins(checkpoint: Checkpoint) -> list[Finding]:
@@ -81,7 +100,8 @@ def _cameras(checkpoint: Checkpoint, robot: Robot) -> list[Finding]:
 
 def _another_robot(source: str, robot: Robot) -> list[Finding]:
     """Whether statistics lie under the name of another robot than the named one."""
-    folders = [part for part in Path(source).parts[-4:] if robot_of_assets(part)]
+    parts = Path(os.path.abspath(source)).parts[-4:]
+    folders = [part for part in parts if robot_of_assets(part)]
     expected = robot_of_assets(folders[-1]) if folders else None
     if not expected or robot.name not in ROBOTS or robot.name == "generic":
         return []
@@ -112,6 +132,20 @@ def _processors_differ(pipeline: Pipeline) -> list[Finding]:
             "statistics of actions: expected the same in both of LeRobot's processors, found "
             "others in the preprocessor, which training uses. Those of the postprocessor move the "
             "robot. Copy all files of one checkpoint.",
+        )
+    ]
+
+
+def _lengths_differ(checkpoint: Checkpoint, pipeline: Pipeline) -> list[Finding]:
+    """Whether config.json declares another length of prompts than LeRobot's tokenizer step."""
+    declared, counts = checkpoint.settings.get("tokenizer_max_length"), pipeline.prompt.max_tokens
+    if declared in (None, counts):
+        return []
+    return [
+        warning(
+            "max-tokens-declared",
+            f"config.json tokenizer_max_length: expected {counts} as LeRobot's tokenizer step "
+            f"says, which counts, found {declared}. Copy all files of one checkpoint.",
         )
     ]
 

@@ -29,7 +29,7 @@ from pi0.checkpoint.load import CONFIG, Checkpoint
 from pi0.config import GEMMA_2B, GEMMA_300M, SO400M
 from pi0.errors import Pi0Error
 from pi0.findings import Finding, warning
-from pi0.policy.fit import length_findings
+from pi0.policy.fit import length_findings, settings_findings
 from pi0.policy.lerobot import is_lerobot
 from pi0.policy.lerobot.statistics import NEEDED
 from pi0.policy.normalize import NEEDED as MODES
@@ -99,6 +99,9 @@ def export_files(
     source = read_source(checkpoint, norm_stats)
     _check_norm_mode(source, target, norm_mode)
     _check_values(source)
+    if not (target == "lerobot" and source.is_lerobot):  # which says them itself
+        for finding in settings_findings(checkpoint.settings, checkpoint.config):
+            raise Pi0Error(finding.sentence)
     export = Export(findings=list(checkpoint.findings))
     if source.program and source.program.max_tokens:
         export.findings = [f for f in export.findings if f.code != "max-tokens-assumed"]
@@ -225,8 +228,9 @@ def _lerobot(source: Source, export: Export, norm_mode: str | None) -> None:
         settings["normalization_mapping"] |= dict.fromkeys(("STATE", "ACTION"), norm_mode.upper())
     if source.is_lerobot:
         settings |= dict(checkpoint.settings) | (MERGED if checkpoint.adapter else {})
-    elif "n_action_steps" in checkpoint.settings:
-        settings["n_action_steps"] = checkpoint.settings["n_action_steps"]
+    else:
+        kept = ("n_action_steps", "num_inference_steps")
+        settings |= {k: checkpoint.settings[k] for k in kept if k in checkpoint.settings}
     if source.processors:
         export.files[CONFIG] = _json(settings)
         _copy_processors(source.processors, export)

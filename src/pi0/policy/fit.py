@@ -29,7 +29,8 @@ def of_base(what: str, folder: Path) -> Finding:
 
 
 def settings_findings(settings: Mapping[str, Any], config: Pi0Config) -> list[Finding]:
-    """Fields of LeRobot's config.json that would change the result and are not carried out."""
+    """Fields of LeRobot's or transformers' config.json that would change the result and are not
+    carried out."""
     side = config.vision.image_size
     only: dict[str, tuple[Any, ...]] = {
         "n_obs_steps": (1,),

@@ -7,6 +7,7 @@ would move a robot wrongly. `Policy` and `pi0 inspect` read the same findings.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -64,6 +65,9 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
     if options.image_size is not None:
         config = config.with_image_size(options.image_size)
     program = _program(checkpoint, options, setup)
+    settings = checkpoint.settings  # of transformers' config.json, too
+    setup.findings += settings_findings(settings, checkpoint.config)
+    setup.steps = next((n for key in STEPS_KEYS if isinstance(n := settings.get(key), int)), 10)
     if any(finding.severity == "error" for finding in setup.findings):
         _examine_the_rest(checkpoint, options, config, setup)
         return setup
@@ -152,14 +156,10 @@ def _program(
             setup.findings.append(of_base("processors", folder))
         stated = {"processors-assumed"} if options.preprocessing == "lerobot" else set()
         setup.findings += [f for f in program.findings if f.code not in stated]
-        setup.findings += settings_findings(checkpoint.settings, checkpoint.config)
         setup.findings += length_findings(checkpoint, program.max_tokens)
         if program.max_tokens:  # then it is not assumed
             setup.findings = [f for f in setup.findings if f.code != "max-tokens-assumed"]
         setup.n_action_steps = program.n_action_steps
-        setup.steps = next(
-            (n for key in STEPS_KEYS if isinstance(n := checkpoint.settings.get(key), int)), 10
-        )
     return program
 
 
@@ -309,7 +309,8 @@ def _state_in_prompt(
 ) -> bool:
     stated = options.state_in_prompt
     if setup.checkpoint.config.state_tokens:
-        if stated or (program and program.state_in_prompt):
+        declared = setup.checkpoint.settings.get("discrete_state_input")
+        if (declared if stated is None else stated) or (program and program.state_in_prompt):
             raise Pi0Error(
                 "state_in_prompt: expected a π0.5, whose prompt holds the state, found the weights "
                 "of a π0, which has a token of the state."
@@ -392,5 +393,6 @@ def _assets(folder: Path, options: PolicyOptions) -> str | None:
         path = Path(options.norm_stats) if options.norm_stats else find_norm_stats(folder)
     except Pi0Error:  # said where the statistics are read
         return None
-    places = path.parts[-4:] if options.norm_stats else path.relative_to(folder).parts
+    named = Path(os.path.abspath(path.expanduser())).parts[-4:]  # also of `.` and bare names
+    places = named if options.norm_stats else path.relative_to(folder).parts
     return next((part for part in places if robot_of_assets(part)), None)

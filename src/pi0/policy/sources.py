@@ -106,7 +106,8 @@ def read_source(checkpoint: Checkpoint, norm_stats: Path | str | None) -> Source
         path = Path(norm_stats).expanduser()
         path = path / FILE_NAME if path.is_dir() else path
         tables = read_norm_stats(path)
-        return Source(checkpoint, {f"assets/{path.parent.name}/{FILE_NAME}": path}, None, tables)
+        name = path.absolute().parent.name  # also of `.` and bare names
+        return Source(checkpoint, {f"assets/{name}/{FILE_NAME}": path}, None, tables)
     folder = checkpoint.folder_of(PREPROCESSOR, POSTPROCESSOR)
     if has_processors(folder):
         return Source(checkpoint, {}, folder, _processor_tables(folder))

@@ -168,7 +168,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
             pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
         found = LFS_HINT if pointer else f"a file that cannot be read as one ({error})."
         raise Pi0Error(
-            f"tokenizer {path}: expected a SentencePiece model or a tokenizer.json, found {found}"
+            f"tokenizer {path}: expected a SentencePiece model or a tokenizer.json, found {found} "
+            "Copy the file again, or name another with --tokenizer."
         ) from error
     if bos is None or bos < 0:
         raise Pi0Error(f"tokenizer {path}: expected a {BOS_PIECE} piece, found none.")

@@ -93,8 +93,8 @@ class Normalization:
             what: for messages.
             key: of an observation, or "action".
             kind: STATE, VISUAL or ACTION.
-            widths: as declared, for which statistics of one value hold, as in LeRobot, and which an
-                identity has; and that of an identity if neither this nor statistics say it.
+            widths: as declared, and as padded; the first that is known is the width of statistics
+                of one value, as in LeRobot, and of an identity without statistics.
             findings: what is found is appended. After an error the result is an identity.
         """
         declared, padded = widths
@@ -120,7 +120,8 @@ class Normalization:
             try:
                 of_file = key not in (self.given.statistics or {})
                 table = self.statistics[key]
-                return lerobot_normalizer(what, mode, eps, table, declared if of_file else None)
+                full = declared or padded
+                return lerobot_normalizer(what, mode, eps, table, full if of_file else None)
             except Pi0Error as problem_of_form:
                 sentence = f"{self.step}: {problem_of_form}"
                 findings.append(error("statistics-form", sentence))

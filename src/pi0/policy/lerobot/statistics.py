@@ -52,7 +52,7 @@ def lerobot_normalizer(
         what: for messages.
         mode: MEAN_STD, MIN_MAX, QUANTILES or QUANTILE10.
         statistics: by name, each [D], or [D, 1, 1] for images.
-        width: for which a statistic of one value holds; None: for one.
+        width: for which statistics of one value hold, unless another is longer; None: for one.
 
     Raises:
         Pi0Error: a statistic is missing, not a finite vector of the other's length, or without
@@ -66,7 +66,11 @@ def lerobot_normalizer(
             f"{' and no '.join(missing)}."
         )
     vectors = [_vector(what, name, statistics[name]) for name in names]
-    low, high = (np.broadcast_to(v, width) if width and len(v) == 1 else v for v in vectors)
+    if width:
+        longest = max(map(len, vectors))
+        width = width if longest == 1 else longest
+        vectors = [np.broadcast_to(v, width) if len(v) == 1 else v for v in vectors]
+    low, high = vectors
     if low.shape != high.shape:
         raise Pi0Error(
             f"statistics of {what}: expected vectors of one length, found {names[0]} "

@@ -112,6 +112,18 @@ def test_rows_of_a_batch_are_their_own(either_path: Path) -> None:
     assert engine.backend.ttnn.captured == 2
 
 
+def test_a_batch_by_another_sampler(either_path: Path) -> None:
+    """It goes through `prefill`, which takes one observation."""
+    engine = Engine(open_checkpoint(either_path), EngineOptions("fast"))
+    inputs, noise = batch(engine.config, 2)
+    steps: list[int] = []
+    together = engine.sample(inputs, noise, 1, lambda: steps.append(1), None, "midpoint")
+    assert len(steps) == 1
+    for i, row in enumerate(together):
+        alone = engine.sample(inputs.row(i), noise[i : i + 1], 1, sampler="midpoint")
+        assert torch.equal(alone[0], row)
+
+
 def test_batches_are_served() -> None:
     """What `pi0 serve --batch` and a policy ask."""
     for engine in (TtnnEngine, TtnnHostEngine):

@@ -147,6 +147,20 @@ def raised(error: Exception) -> None:
     raise error
 
 
+def test_a_device_without_events_is_a_warning(
+    either_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(open_checkpoint(either_path), EngineOptions("fast"))
+    inputs, noise = random_inputs(engine.config, 2, 10, 0)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("TT_THROW @ system.cpp:7\ninfo:\nno events\nbacktrace:\n 0x1")
+
+    monkeypatch.setattr(engine.backend.ttnn, "record_event", fail)
+    with pytest.warns(UserWarning, match="found: no events. Calls run uncaptured"):
+        assert engine.sample(inputs, noise, 1).shape == noise.shape
+
+
 def test_no_room_for_a_capture_is_a_warning_once(either_path: Path) -> None:
     engine = Cramped(open_checkpoint(either_path), EngineOptions("accurate"))
     inputs, noise = random_inputs(engine.config, 2, 10, 0)

@@ -71,11 +71,12 @@ class Replay:
             self._capture = backend.ttnn.begin_trace_capture(backend.device, cq_id=COMPUTE)
         try:
             self._result = self._record(call)
+            with translate_errors("capture: expected a device that can mark a queue's progress"):
+                self._moved = backend.ttnn.record_event(backend.device, COMPUTE)
         except EngineError as error:
             with contextlib.suppress(EngineError):  # it may hold nothing
                 self.release()
             raise CaptureError(str(error)) from error
-        self._moved = backend.ttnn.record_event(backend.device, COMPUTE)
 
     def _record(self, call: Callable[[dict[str, Handle]], Handle]) -> Handle:
         backend, ttnn = self._backend, self._backend.ttnn

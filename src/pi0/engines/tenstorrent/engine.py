@@ -226,8 +226,8 @@ class TtnnEngine(Engine):
         except CaptureError as error:
             self.captures = False
             warnings.warn(
-                f"engine ttnn: {error} Calls run uncaptured from now on, which gives the same "
-                "actions, more slowly.",
+                f"engine ttnn: {str(error).rstrip('.')}. Calls run uncaptured from now on, which "
+                "gives the same actions, more slowly.",
                 stacklevel=2,
             )
 

@@ -145,6 +145,7 @@ def test_the_fastest_engine_with_a_gpu(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's of itself
+@pytest.mark.filterwarnings("ignore:Guards may run slower")  # on Python 3.13.0 alone
 @pytest.mark.skipif(
     not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler"
 )

@@ -290,9 +290,11 @@ def test_previous_actions_in_the_units_of_the_new_state(name: str) -> None:
     seen: list[Inpainting] = []
     sample = made.engine.sample
 
-    def watch(inputs: Any, noise: Any, steps: int, on_step: Any, guidance: Any) -> Tensor:
+    def watch(
+        inputs: Any, noise: Any, steps: int, on_step: Any, guidance: Any, *how: str
+    ) -> Tensor:
         seen.append(guidance)
-        return sample(inputs, noise, steps, on_step, guidance)
+        return sample(inputs, noise, steps, on_step, guidance, *how)
 
     made.engine.sample = watch
     made.infer(moved, previous=previous, delay=3)

@@ -208,7 +208,7 @@ def test_two_verdicts() -> None:
     assert computation.startswith("same computation: not tested apart from rounding, because")
     assert rounding == (
         "rounding of cpu:int8: FAILS first at prefix (c): relative L2 5.60e-02 (limit: at most "
-        "3e-02)"
+        "3.00e-02)"
     )
 
 

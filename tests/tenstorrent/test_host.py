@@ -77,7 +77,7 @@ def test_agrees_with_the_reference(checkpoint: Checkpoint, mode: str, precision:
     assert result.first_failure is None
     names = [row.name for row in result.rows if row.case == "masked"]
     condition = checkpoint.config.adaptive_norm
-    wanted = 11 + condition + 6 + 2 * 4 + 2 + 2 + 1 + 2 + (mode == "chained")  # loop, kept
+    wanted = 11 + condition + 6 + 2 * 4 + 2 + 2 + 1 + 3 + (mode == "chained")  # end, loop, kept
     assert len(names) == wanted, "every stage and block is compared"
 
 

@@ -104,3 +104,8 @@ def test_adapter_that_changes_nothing(tmp_path: Path) -> None:
 
     rewrite_adapter(adapter, reset)
     assert list(found(adapter)) == ["adapter-untrained"]
+
+
+def test_the_policy_that_ships_is_healthy() -> None:
+    """Norms that no action depends on are as they were before training."""
+    assert weight_findings(open_checkpoint("tabletop")) == []

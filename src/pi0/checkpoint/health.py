@@ -52,7 +52,13 @@ def weight_findings(checkpoint: Checkpoint, progress: Progress = lambda _: None)
                 "file is damaged or its training diverged: copy it again, or take an earlier step.",
             )
         )
-    constant = [name for name, c in contents.items() if c.constant and c.shape != (1,)]
+    # No action depends on these, so that training leaves them as they began.
+    unread = "vlm.norm.weight", f"vlm.blocks.{checkpoint.config.vlm.depth - 1}.norm2.weight"
+    constant = [
+        name
+        for name, c in contents.items()
+        if c.constant and c.shape != (1,) and name not in unread
+    ]
     if constant:
         named = [f"{name} (all {contents[name].mean:g})" for name in constant]
         found.append(

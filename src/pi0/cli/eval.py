@@ -183,13 +183,9 @@ def evaluate(
         latency,
     )
     if server:
-        changed = replace(wishes, robot=robot) != PolicyOptions()
+        given = replace(wishes, robot=robot), engine, sampler
         ours = (checkpoint, steps, horizon, max_tokens, base, device, dtype)
-        if (
-            changed
-            or any(value is not None for value in ours)
-            or (engine, sampler) != ("auto", "euler")
-        ):
+        if given != (PolicyOptions(), "auto", "euler") or any(value is not None for value in ours):
             raise ConfigError(
                 "--server: expected alone, found options of a policy in this process, too. The "
                 "server's policy is as it was started."

@@ -49,6 +49,7 @@ TABLES = {
         Row("black cameras", ("--blank-cameras",)),
     ],
     "engines": rows("engine", ("reference", "reference:bfloat16", "cpu", "cpu:int8"), "cpu"),
+    "cuda": rows("engine", ("cuda:float32", "cuda:bfloat16", "cuda:fp8"), None),
     "steps": rows("steps", (1, 2, 4, 10), 10),
     "midpoint": [
         Row(f"midpoint, {n}", ("--sampler", "midpoint", "--steps", str(n))) for n in (1, 2, 5)
@@ -109,7 +110,8 @@ def print_table(found: Sequence[tuple[Row, dict[str, Any]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", nargs="?", default="tabletop")
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    without_gpu = [name for name in TABLES if name != "cuda"]
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=without_gpu)
     add_options(parser, 200, "out/success")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

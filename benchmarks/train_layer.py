@@ -1,10 +1,11 @@
 """Memory and time of training one layer of each tower at full width, beside what is estimated.
 
-    python benchmarks/train_layer.py [--batch 1] [--lora 16] [--bfloat16] [--recompute]
+    python benchmarks/train_layer.py [--whole] [--batch 1] [--lora 16] [--bfloat16] [--recompute]
 
-The towers of π0 with one layer each and a small vocabulary, three cameras of 224 px, 48 tokens:
-steps are timed, and the peak of memory is compared with `pi0 train --estimate`. On a CPU the peak
-is that of the resident set, less what it was before there was a model.
+The towers of π0 with one layer each and a small vocabulary, or with --whole all of it; three
+cameras of 224 px, 48 tokens: steps are timed, and the peak of memory is compared with
+`pi0 train --estimate`. On a CPU the peak is that of the resident set, less what it was before there
+was a model.
 """
 
 from __future__ import annotations
@@ -58,13 +59,15 @@ def peak_bytes(device: torch.device) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--whole", action="store_true", help="every layer")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--lora", type=int, metavar="RANK", help="train an adapter alone")
     parser.add_argument("--bfloat16", action="store_true")
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    config, device = one_layer(), torch.device(arguments.device)
+    config = PRESETS["pi0_base"] if arguments.whole else one_layer()
+    device = torch.device(arguments.device)
     options = TrainerOptions(bfloat16=arguments.bfloat16, recompute=arguments.recompute)
 
     def prepare(model: Pi0) -> None:
@@ -73,7 +76,7 @@ def main() -> None:
 
     expected = estimate(config, prepare, options, arguments.batch, CAMERAS, TOKENS, 1, ema=False)
     libraries = peak_bytes(device)
-    model = Start("one layer", config).model(0, device)
+    model = Start("pi0_base", config).model(0, device)
     prepare(model)
     if options.bfloat16:
         keep_float32(model, device.type)

@@ -200,8 +200,9 @@ def to_tensor(name: str, value: NDArray[Any] | Tensor) -> Tensor:
 
 def expect_finite(name: str, value: Tensor) -> None:
     """Raises ObservationError if the tensor holds a NaN or an infinity, naming the first place."""
-    bad = ~torch.isfinite(value)
-    if bad.any():
+    # NaN and infinity are among the extremes, which take a tenth of the time to find.
+    if value.numel() and not torch.stack(value.aminmax()).isfinite().all():
+        bad = ~torch.isfinite(value)
         raise ObservationError(
             f"{name}: expected finite values, found {int(bad.sum())} NaN or infinite, the first at "
             f"index {bad.nonzero()[0].tolist()}."

@@ -104,6 +104,19 @@ def noise_of_the_first_row(patch: Patch) -> None:
     patch.setattr(Network, "denoise", lambda self, noise, *more: denoise(self, first(noise), *more))
 
 
+def noise_of_one_row(patch: Patch) -> None:
+    """In int8, × 1.05."""
+    denoise = Network.denoise
+
+    def changed(self: Network, noise: Tensor, *more: Any) -> Tensor:
+        coarse = any(matrix.scale is not None for matrix in self.weights.matrices.values())
+        factor = torch.ones(len(noise), 1, 1)
+        factor[1:2] += 0.05 * coarse
+        return denoise(self, noise * factor, *more)
+
+    patch.setattr(Network, "denoise", changed)
+
+
 def state_of_the_first_row(patch: Patch) -> None:
     embed = Network._embed_suffix
     patch.setattr(
@@ -306,6 +319,7 @@ OF_INT8 = [
     Plant("six bits", f"{VISION}.weight_step", quantised(31, torch.round)),
     Plant("weights cut off", f"{VISION}.weight", quantised(127, torch.trunc)),
     Plant("step of the loop × 1.004", "loop", loop(lambda x, v, n: x - 1.004 * v / n, only="int8")),
+    Plant("noise of one row × 1.05", "loop.together", noise_of_one_row),
 ]
 
 

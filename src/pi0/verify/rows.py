@@ -159,14 +159,17 @@ def sample_rows(cases: Sequence[Case], a: EngineRun, b: EngineRun, limits: Limit
 
 
 def loop_rows(cases: Sequence[Case], b: EngineRun, limits: Limits) -> list[Row]:
-    """The candidate's own loop beside Euler's method over its own velocities: what rounding does to
-    these is the same in both."""
+    """The candidate's own loop beside Euler's method over its own velocities, and several
+    observations at once beside each alone: what rounding does is the same in both."""
     limit = threshold(LOOP, limits)
     rows = []
     for case in cases:
         if case.name in b.samples:
             moved = (x - case.noise for x in (b.chained[case.name].actions, b.samples[case.name]))
             rows.append(Row(case.name, LOOP, compare(*moved), limit))
+    for name, joined in b.together.items():
+        alone = torch.cat([b.moved[of] for of in together(name, b.moved)])
+        rows.append(Row(cases[0].name, f"{LOOP}.{name}", compare(alone, joined), limit))
     return rows
 
 

@@ -25,19 +25,29 @@ class NativeKernels(Int8Kernels):
     def __init__(self, native: Native) -> None:
         self.native = native
 
+    @torch.inference_mode()
     def prepare(self, weights: PackedWeights) -> None:
-        for matrix in weights.matrices.values():
-            n, k = matrix.weight.shape
-            if n % BLOCK or k % 4:
-                continue
+        """Packs matrices in place, since fresh memory costs more than the copy."""
+        matrices = [
+            matrix
+            for matrix in weights.matrices.values()
+            if matrix.weight.shape[0] % BLOCK == 0 and matrix.weight.shape[1] % 4 == 0
+        ]
+        largest = max((matrix.weight.nbytes for matrix in matrices), default=0)
+        spare = torch.empty(largest, dtype=torch.uint8)
+        for matrix in matrices:
+            weight = matrix.weight
+            n, k = weight.shape
+            packed = spare[: weight.nbytes].view(weight.dtype)
             if matrix.scale is None:
-                packed = torch.empty(n // BLOCK, k, BLOCK)
-                self.native("pack_float", n, k, matrix.weight, packed)
+                shape: tuple[int, ...] = (n // BLOCK, k, BLOCK)
+                self.native("pack_float", n, k, weight, packed)
             else:
-                packed = torch.empty(n // BLOCK, k // 4, BLOCK, 4, dtype=torch.int8)
+                shape = (n // BLOCK, k // 4, BLOCK, 4)
                 matrix.offset = torch.empty(n, dtype=torch.int32)
-                self.native("pack", n, k, matrix.weight, packed, matrix.offset)
-            matrix.weight = packed
+                self.native("pack", n, k, weight, packed, matrix.offset)
+            matrix.weight = weight.view(shape)
+            matrix.weight.copy_(packed.view(shape))
 
     def dequantised(self, a: Any) -> Tensor:
         if isinstance(a, Quantised) and a.values.dtype == torch.uint8:

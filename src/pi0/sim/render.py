@@ -2,7 +2,7 @@
 
 MuJoCo reads from MUJOCO_GL how to draw when it is imported; where the user has not set it, it is
 chosen here. The other modules take MuJoCo from here. Mesa draws in the calling thread: a process
-that is forked later, as Gymnasium's AsyncVectorEnv does, would wait for ever for Mesa's own threads,
+that is forked later, as by Gymnasium's AsyncVectorEnv, would wait for ever for Mesa's own threads,
 which it does not have.
 """
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +58,55 @@ def test_what_the_caller_raises_ends_the_processes() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run_in_processes(squaring, range(4), 2, interrupt)
+
+
+@contextlib.contextmanager
+def sleeping(file: Path) -> Iterator[Callable[[int], None]]:
+    """Says who it is in a file, and sleeps for as many seconds as it is given."""
+
+    def work(job: int) -> None:
+        file.write_text(f"{os.getpid()}\n")
+        time.sleep(job)
+
+    yield work
+
+
+def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    """They had gone on, and written where a new run of the parent did."""
+    file = tmp_path / "pid"
+    script = (
+        "import functools, pathlib\n"
+        "from pi0.workers import run_in_processes\n"
+        "from test_workers import sleeping\n"
+        "if __name__ == '__main__':\n"
+        f"    make = functools.partial(sleeping, pathlib.Path({str(file)!r}))\n"
+        "    run_in_processes(make, [60], 1, print)\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}
+    )
+    try:
+        _wait_until(lambda: file.is_file() and file.read_text().endswith("\n"))
+        worker = int(file.read_text())
+        parent.kill()
+        _wait_until(lambda: not _is_running(worker))
+    finally:
+        parent.kill()
+        parent.wait()
+
+
+def _wait_until(true: Callable[[], bool]) -> None:
+    for _ in range(1200):
+        if true():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it took more than a minute")
+
+
+def _is_running(pid: int) -> bool:
+    """Whether a process computes; one that ended may be there until its parent has looked."""
+    status = Path(f"/proc/{pid}/stat")
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return status.read_text().rpartition(")")[2].split()[0] != "Z"
+    return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -128,6 +129,7 @@ def _serve(connection: Connection, make: Make[Any, Any]) -> None:
     """A worker's life: jobs until its process is terminated or the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all: the parent ends its workers
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half-written stays
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         with make() as work:
             while True:
@@ -136,6 +138,15 @@ def _serve(connection: Connection, make: Make[Any, Any]) -> None:
         connection.send(Failure(type(error), str(error)))
     except (EOFError, BrokenPipeError):
         return  # the parent is gone
+
+
+def _end_with_parent() -> None:
+    """Terminates this process when the parent dies: what would go on with a job would write where
+    a new run of the parent does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager

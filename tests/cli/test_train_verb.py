@@ -179,8 +179,20 @@ def test_sigterm_saves_and_resumes(place: Path, tmp_path: Path) -> None:
         (["--lora", "4"], "--lora: expected the checkpoint of a full model"),
         (["--resume"], "expected a run to resume, found no training_state.pt"),
         (["--freeze", "eyes"], "--freeze eyes: expected a pattern"),
+        (["--seed", str(2**63)], f"--seed: expected 0 to {2**63 - 1}, found {2**63}"),
+        (["--aux-weight", "-1"], "--aux-weight: expected 0 or more, found -1"),
+        (["--lora-alpha", "3"], "expected --lora RANK beside them, found none"),
+        (["--lora", "3", "--lora-alpha", "nan"], "--lora-alpha: expected more than 0, found nan"),
+        (["--shard"], "--shard: expected several processes, found one"),
     ],
 )
 def test_refused(more: list[str], message: str, place: Path, tmp_path: Path) -> None:
     assert message in refused(*words(place, tmp_path / "out", *more))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_at_its_first_step_leaves_nothing(place: Path, tmp_path: Path) -> None:
+    done = pi0(*words(place, tmp_path / "out", "--aux", "aux.place", "--aux-weight", "1e300"))
+    assert done.returncode == 2
+    assert "step 0: total: expected a finite number, found inf" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -326,6 +327,31 @@ def test_older_files_of_tasks(folder: Path) -> None:
     table = pq.read_table(path)
     pq.write_table(table.rename_columns(["task_index", "__index_level_0__"]), path)
     assert Dataset.open(folder).tasks[0] == table["task"][0].as_py()
+
+
+@pytest.mark.parametrize("name", ["task", "sentence"])
+def test_tasks_with_more_columns(folder: Path, name: str) -> None:
+    """The sentences are the index, whatever stands beside them."""
+    path = folder / "meta/tasks.parquet"
+    table = pq.read_table(path)
+    first = table["task"][0].as_py()
+    more = {name: table["task"], "task_index": table["task_index"], "kind": ["other"] * len(table)}
+    index = json.dumps({"index_columns": [name], "columns": [], "column_indexes": []})
+    metadata = {} if name == "task" else {"pandas": index}
+    pq.write_table(pa.table(more).replace_schema_metadata(metadata), path)
+    assert Dataset.open(folder).tasks[0] == first
+
+
+def test_numbers_that_float32_does_not_hold(folder: Path) -> None:
+    path = folder / DATA.format(1)
+    table = pq.read_table(path)
+    values = np.array(table["action"].to_pylist(), np.float64)
+    values[3, 1] = 1e300
+    place = table.column_names.index("action")
+    pq.write_table(table.set_column(place, "action", pa.array(list(values))), path)
+    (finding,) = Dataset.open(folder).check()
+    assert (finding.code, finding.severity) == ("not-finite", "error")
+    assert finding.sentence.startswith("episode 2, frame 3: action: expected finite numbers")
 
 
 @settings(max_examples=40)

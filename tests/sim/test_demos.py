@@ -3,10 +3,13 @@
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pi0.data.read import Dataset
-from pi0.errors import ConfigError, DataError
+from pi0.data.write import begin
+from pi0.errors import ConfigError, DataError, Pi0Error
 from pi0.sim.demos import OBJECTS, Disturbance, record_episode
 from pi0.sim.env import TabletopEnv
 from pi0.sim.experts import SHUT
@@ -76,9 +79,12 @@ def test_interrupted_recording_goes_on(tmp_path):
     (again / "data/chunk-000/file-001.parquet").unlink()
     for path in (again / "meta").rglob("*.json"):
         path.unlink()
+    left = again / "videos/observation.images.wrist/chunk-000/.file-001.mp4.12345.part"
+    left.write_bytes(b"of a process that was killed")
     done.clear()
     record(plan, again, 1, done.append)
     assert done == [20, 2]
+    assert not left.exists()
     one, other = Dataset.open(tmp_path / "whole"), Dataset.open(again)
     assert one.num_episodes == other.num_episodes == 22
     for key in ("observation.state", "action", "aux.target_point"):
@@ -105,15 +111,32 @@ def test_damaged_and_missing_files_are_noticed(tmp_path):
 
 
 def test_a_dataset_goes_on_with_the_options_it_began_with(tmp_path):
-    """Said before anything is recorded; so are sizes that videos do not have."""
+    """Said before anything is recorded; so are sizes that videos or the simulator do not have."""
     first = Plan(1, seed=7, tasks=("lift",), image_size=16)
     record(first, tmp_path, 1, lambda _: None)
     for name, value in {"seed": 8, "tasks": ("put",), "image_size": 32}.items():
         with pytest.raises(ConfigError, match=rf"{name}: expected .* found .*another folder"):
             record(replace(first, **{name: value}), tmp_path, 1, lambda _: None)
-    with pytest.raises(DataError, match="expected an even height and width"):
-        record(replace(first, image_size=33), tmp_path / "odd", 1, lambda _: None)
+    for size, fault in {33: "an even height and width", 1000: "1 to 960 pixels"}.items():
+        with pytest.raises(Pi0Error, match=f"expected {fault}"):
+            record(replace(first, image_size=size), tmp_path / "odd", 1, lambda _: None)
     assert not (tmp_path / "odd").exists()
+
+
+def test_a_place_where_nothing_was_recorded_takes_any_options(tmp_path):
+    """The note of a run that failed before its first shard had refused all others."""
+    begin(tmp_path, {"seed": 8})
+    record(Plan(1, seed=7, tasks=("lift",), image_size=16), tmp_path, 1, lambda _: None)
+    assert Dataset.open(tmp_path).num_episodes == 1
+
+
+def test_other_peoples_datasets_are_left_alone(tmp_path):
+    path = tmp_path / "data/chunk-000/file-000.parquet"
+    path.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"episode_index": [0]}), path)
+    with pytest.raises(DataError, match="expected a shard written by pi0"):
+        record(Plan(1, image_size=16), tmp_path, 1, lambda _: None)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
 
 
 def test_more_episodes_are_added_to_a_dataset(tmp_path):

@@ -87,6 +87,40 @@ def test_a_run_resumes_only_as_itself(tmp_path: Path) -> None:
         require_folder(tmp_path, resume=False)
 
 
+def test_killed_while_it_saved(tmp_path: Path) -> None:
+    """What was half-written goes, and a checkpoint without the state to go on from, which is of
+    other learning rates if the run is extended."""
+    train(make_run(tmp_path, optimizer=FAST), tmp_path, {"steps": "6"}, SAVES)
+    (tmp_path / STATE_FILE).rename(tmp_path / "later")
+    with pytest.raises(ConfigError, match="found no training_state.pt. Begin another run in anot"):
+        require_folder(tmp_path, resume=True)
+    with pytest.raises(ConfigError, match="found one. It was killed while it saved: delete it"):
+        require_folder(tmp_path, resume=False)
+
+    run = make_run(tmp_path, optimizer=FAST)
+    for _ in range(3):
+        run.trainer.step()
+    save_state(tmp_path / STATE_FILE, {**run.trainer.state(), "settings": {"steps": "6"}})
+    short = weights_of(tmp_path / LAST)
+    part = tmp_path / "checkpoints/.000009.12345.part"
+    part.mkdir()
+    (part / "model.safetensors").write_bytes(b"half")
+    longer = make_run(tmp_path, optimizer=replace(FAST, steps=9))
+    with pytest.warns(UserWarning, match="that of a run of 9 steps"):
+        train(longer, tmp_path, {"steps": "9"}, SAVES, resume=True)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["000003", "000006", "000009"]
+    long = weights_of(tmp_path / "checkpoints/000006")
+    assert not all(torch.equal(short[name], value) for name, value in long.items())
+
+
+def test_killed_before_it_had_saved(tmp_path: Path) -> None:
+    """The run is begun anew."""
+    part = tmp_path / "checkpoints/.000003.12345.part/assets"
+    part.mkdir(parents=True)
+    train(make_run(tmp_path), tmp_path, {}, SAVES)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["000003", "000006"]
+
+
 def test_what_is_written(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     logged: list[dict[str, float]] = []

@@ -14,6 +14,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from pi0.checkpoint.damage import describe_json, describe_safetensors
 from pi0.errors import CheckpointError, Pi0Error, human_bytes
 
 SLAB_BYTES = 64 << 20
+TEMPORARY = re.compile(r"\..+\.\d+\.part")  # what `_temporary` makes
 CACHE_LINE = 64  # bytes of a processor's cache line, where vectors are read fastest
 # Of safetensors' dtypes; the model reads only those in TORCH_DTYPES.
 BITS = {"F64": 64, "I64": 64, "U64": 64, "F16": 16, "BF16": 16, "I16": 16, "U16": 16, "I8": 8,
@@ -294,6 +296,15 @@ def _target(path: Path) -> Path:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name[:40]}.{os.getpid()}.part")
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what killed processes left half-written under a folder, where nobody writes now."""
+    for path in [p for p in folder.rglob(".*.part") if TEMPORARY.fullmatch(p.name)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)  # it may lie in one that is gone
 
 
 @contextlib.contextmanager

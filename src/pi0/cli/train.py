@@ -200,6 +200,10 @@ def train(
     from pi0.train.start import find_start, require_weights, set_threads
     from pi0.train.trainer import TrainerOptions
 
+    if lora is None and (lora_alpha, lora_targets) != (None, None):
+        raise ConfigError(
+            "--lora-alpha, --lora-targets: expected --lora RANK beside them, found none."
+        )
     augmentation = Augmentation(crop, rotate, colour)
     wanted = TrainOptions(
         robot=robot or "generic",
@@ -261,10 +265,11 @@ def _run(
     from pi0.train.processes import join_processes
 
     out = expand_user(out)
-    with join_processes(device) as processes:
+    with join_processes(device) as processes, contextlib.ExitStack() as stack:
         require_folder(out, resume)
         dataset = Dataset.open(data)
-        with _decoding() as decoded, _nothing_left(out, processes.first):
+        stack.enter_context(_nothing_left(out, processes.first))
+        with _decoding() as decoded:
             run = prepare_run(start, dataset, out, wanted, processes, decoded)
         if processes.first:
             trained = sum(p.numel() for p in run.trainer.parameters.values())
@@ -283,12 +288,15 @@ def _run(
 
 @contextlib.contextmanager
 def _nothing_left(out: Path, first: bool) -> Iterator[None]:
-    """Removes a folder that the block made if it fails; the first process does."""
+    """Removes a folder that the block made if it fails before there is a checkpoint; the first
+    process does."""
+    from pi0.train.loop import LAST
+
     made = not out.exists()
     try:
         yield
     except BaseException:
-        if made and first:
+        if made and first and not (out / LAST).exists():
             shutil.rmtree(out, ignore_errors=True)
         raise
 

@@ -87,7 +87,8 @@ def _column(dataset: Dataset, key: str) -> Iterator[Finding]:
             f"column {key}: expected a name for each of its {width} values, found {len(names)}.",
         )
     if values.dtype.kind == "f":
-        finite = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+        with np.errstate(over="ignore"):  # training computes in float32
+            finite = np.isfinite(values.reshape(len(values), -1).astype(np.float32)).all(axis=1)
         yield from _first(dataset, ~finite, "not-finite", f"{key}: expected finite numbers", values)
 
 

@@ -53,6 +53,14 @@ def column_names(file: Path) -> list[str]:
         return names
 
 
+def index_columns(file: Path) -> list[str]:
+    """The columns that are the index of a table which pandas has written."""
+    with open_parquet(file) as parquet:
+        schema = parquet.schema_arrow
+        described: Any = (schema.pandas_metadata or {}).get("index_columns")
+        return [name for name in schema.names if name in (described or ())]
+
+
 @contextlib.contextmanager
 def open_parquet(
     file: Path, remedy: str = "Copy or download it again."

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from pi0.checkpoint.files import expand_user, read_json
 from pi0.data.check import check
-from pi0.data.columns import RowError, column_names, read_column, read_table
+from pi0.data.columns import RowError, column_names, index_columns, read_column, read_table
 from pi0.data.frames import FrameStore, open_frames
 from pi0.data.schema import INFO, TASKS, VERSION, VIDEO, Array
 from pi0.errors import CheckpointError, DataError
@@ -142,11 +142,14 @@ class Dataset:
         path = self.root / TASKS
         if not path.is_file():
             raise DataError(f"{path}: expected the dataset's tasks, found no file.")
-        # The sentences are the index of a pandas table, which may have any name.
+        # The sentences are the index of a pandas table, which may have any name and is its last
+        # column; tables that others wrote may have more.
         names = [name for name in column_names(path) if name != "task_index"]
-        table = read_table(path, ["task_index", *names[-1:]])
+        known = [name for name in (*index_columns(path), "task") if name in names]
+        chosen = known[:1] or names[-1:]
+        table = read_table(path, ["task_index", *chosen])
         try:
-            texts = table[names[-1]].to_pylist() if names else []
+            texts = table[chosen[0]].to_pylist() if chosen else []
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: expected texts in UTF-8, found {error}.") from error
         return {

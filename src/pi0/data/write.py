@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pi0.checkpoint.files import read_json, replacing
+from pi0.checkpoint.files import read_json, remove_temporaries, replacing
 from pi0.data.columns import open_parquet
 from pi0.data.meta import write_meta
 from pi0.data.schema import (
@@ -74,7 +74,8 @@ class Shard:
 
 
 def begin(root: Path, options: Mapping[str, Any]) -> None:
-    """Notes what a dataset is recorded with, as plain data, for those that go on with it.
+    """Notes what a dataset is recorded with, as plain data, for those that go on with it, and
+    removes what a process that was killed left half-written.
 
     Raises:
         ConfigError: it was begun with others.
@@ -82,13 +83,15 @@ def begin(root: Path, options: Mapping[str, Any]) -> None:
     """
     path = root / OPTIONS
     now = json.loads(json.dumps(options))  # lists for tuples
-    before = read_json(path) if path.is_file() else now
+    begun = path.is_file() and any(root.glob("data/*/*.parquet"))
+    before = read_json(path) if begun else now
     for name, value in now.items():
         if before.get(name) != value:
             raise ConfigError(
                 f"{root}: {name}: expected {before.get(name)}, with which its episodes were "
                 f"recorded, found {value}. Go on with the same options, or name another folder."
             )
+    remove_temporaries(root)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(now, indent=4), encoding="utf-8")
 

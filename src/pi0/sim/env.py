@@ -51,11 +51,13 @@ class TabletopEnv(gymnasium.Env[Observation, NDArray[np.float32]]):
     tasks = VERBS
 
     def __init__(self, image_size: int = IMAGE_SIZE, render_mode: str | None = None) -> None:
-        if image_size < 1:
-            raise ConfigError(f"image_size: expected at least 1 pixel, found {image_size}.")
+        self.scene = Scene()
+        if not 1 <= image_size <= self.scene.most_pixels:
+            raise ConfigError(
+                f"image_size: expected 1 to {self.scene.most_pixels} pixels, found {image_size}."
+            )
         self.render_mode = render_mode
         self.image_size = image_size
-        self.scene = Scene()
         picture = Box(0, 255, (image_size, image_size, 3), np.uint8)
         low = np.array([*REACH[0], 0, 0], np.float32)
         high = np.array([*REACH[1], 1, 1.1 * WIDTH], np.float32)

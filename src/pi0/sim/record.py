@@ -75,13 +75,14 @@ def record(plan: Plan, out: Path, workers: int, advance: Callable[[int], None]) 
     Raises:
         Pi0Error: a shard could not be recorded or written, or there are more episodes already.
     """
-    form = schema(plan.image_size)  # which refuses some sizes
+    form = schema(plan.image_size)  # which refuses some sizes, as the environment does
+    TabletopEnv(plan.image_size).close()
+    found = [shard_episodes(out, shard) for shard in range(plan.shards)]
     begin(out, {name: value for name, value in asdict(plan).items() if name != "episodes"})
     _require_no_more(plan, out)
     missing = []
     for shard in range(plan.shards):
-        found, wanted = shard_episodes(out, shard), len(plan.episodes_of(shard))
-        if found < wanted:
+        if found[shard] < len(plan.episodes_of(shard)):
             remove_shard(out, shard)  # the last one of a smaller dataset, or without a video
             missing.append(shard)
     advance(plan.episodes - sum(len(plan.episodes_of(shard)) for shard in missing))

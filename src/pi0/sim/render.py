@@ -1,7 +1,9 @@
 """MuJoCo, drawing without a screen: through EGL, else OSMesa.
 
 MuJoCo reads from MUJOCO_GL how to draw when it is imported; where the user has not set it, it is
-chosen here. The other modules take MuJoCo from here.
+chosen here. The other modules take MuJoCo from here. Mesa draws in the calling thread: a process
+that is forked later, as by Gymnasium's AsyncVectorEnv, would wait for ever for Mesa's own threads,
+which it does not have.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ def _has_egl_device() -> bool:
     return bool(query(0, None, ctypes.byref(count))) and count.value > 0
 
 
+os.environ.setdefault("LP_NUM_THREADS", "0")  # of Mesa's llvmpipe
 choose_backend()
 with contextlib.suppress(ImportError):
     # Mesa and Triton each bring an LLVM: the process ends if Mesa's is loaded first, and PyTorch

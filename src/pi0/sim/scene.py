@@ -100,6 +100,12 @@ class Scene:
             mujoco.mj_step(self.model, self.data)
 
     @property
+    def most_pixels(self) -> int:
+        """The greatest side of a square picture."""
+        screen = self.model.vis.global_
+        return int(min(screen.offwidth, screen.offheight))
+
+    @property
     def state(self) -> NDArray[np.float32]:
         """[5]: commanded fingertips in metres, commanded opening, measured width in metres."""
         width = self.data.qpos[JOINTS : JOINTS + 2].sum()

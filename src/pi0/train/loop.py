@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pi0.checkpoint.files import require_writable
+from pi0.checkpoint.files import remove_temporaries, require_writable
 from pi0.errors import ConfigError
 from pi0.train.log import Entry, TrainingLog
 from pi0.train.prepare import Run
@@ -73,11 +73,15 @@ def train(
     """
     require_folder(out, resume)
     trainer, processes = run.trainer, run.trainer.processes
+    if processes.first:
+        remove_temporaries(out)
     steps = trainer.optimizer_options.steps
     if resume:
         state = load_state(out / STATE_FILE)
         _require_same(state["settings"], settings)
         trainer.restore(state)
+        if processes.first:
+            _drop_later(out, trainer.done)
         before = int(state["settings"].get("steps", steps))
         if before < steps and processes.first:
             rate = trainer.optimizer_options.rate(trainer.done)
@@ -122,15 +126,24 @@ def train(
 def require_folder(out: Path, resume: bool) -> None:
     """Raises ConfigError if a new run would write into another's folder, or there is none to
     resume."""
-    if not resume and any((out / name).exists() for name in (CHECKPOINTS, STATE_FILE)):
+    state, written = (out / STATE_FILE).is_file(), bool(_checkpoints(out))
+    if resume and not state:
         raise ConfigError(
-            f"{out}: expected a folder without a run, found one. Go on with --resume, or name "
-            "another folder."
+            f"{out}: expected a run to resume, found no {STATE_FILE}. "
+            + ("Begin another run in another folder." if written else "Leave out --resume.")
         )
-    if resume and not (out / STATE_FILE).is_file():
+    if not resume and (state or written):
+        remedy = "Go on with --resume" if state else "It was killed while it saved: delete it"
         raise ConfigError(
-            f"{out}: expected a run to resume, found no {STATE_FILE}. Leave out --resume."
+            f"{out}: expected a folder without a run, found one. {remedy}, or name another folder."
         )
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    """The checkpoints of a run, by step."""
+    folder = out / CHECKPOINTS
+    found = [p for p in folder.iterdir() if p.name.isdecimal()] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def save(run: Run, out: Path, settings: dict[str, Any], keep: int = 0) -> None:
@@ -139,12 +152,10 @@ def save(run: Run, out: Path, settings: dict[str, Any], keep: int = 0) -> None:
     weights, state = trainer.exported(), trainer.state()
     if trainer.processes.first:
         folder = checkpoint_path(out, trainer.done)
-        if not folder.exists():  # else the same step of this run, before it was interrupted
-            run.export.write(folder, weights)
+        run.export.write(folder, weights)
         _link(out / LAST, folder)
         save_state(out / STATE_FILE, {**state, "settings": settings})
-        steps = [p for p in (out / CHECKPOINTS).iterdir() if p.name.isdecimal()]
-        for old in sorted(steps, key=lambda path: int(path.name))[:-keep] if keep else []:
+        for old in _checkpoints(out)[:-keep] if keep else []:
             shutil.rmtree(old)
     trainer.processes.wait()
 
@@ -152,6 +163,16 @@ def save(run: Run, out: Path, settings: dict[str, Any], keep: int = 0) -> None:
 def checkpoint_path(out: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return out / CHECKPOINTS / f"{step:06d}"
+
+
+def _drop_later(out: Path, done: int) -> None:
+    """Removes checkpoints that were written without the state to go on from: the run may go on with
+    other learning rates."""
+    later = [path for path in _checkpoints(out) if int(path.name) > done]
+    if later:
+        _link(out / LAST, checkpoint_path(out, done))
+    for path in later:
+        shutil.rmtree(path)
 
 
 def _link(path: Path, target: Path) -> None:

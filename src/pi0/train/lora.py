@@ -37,11 +37,18 @@ class LoraOptions:
         rank: of the factors.
         alpha: their product counts alpha / rank; None: the rank.
         targets: regular expression of whole names of linear layers.
+
+    Raises:
+        ConfigError: an alpha that has no meaning.
     """
 
     rank: int
     alpha: float | None = None
     targets: str = TARGETS
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale_alpha < float("inf"):
+            raise ConfigError(f"--lora-alpha: expected more than 0, found {self.alpha:g}.")
 
     @property
     def scale_alpha(self) -> float:

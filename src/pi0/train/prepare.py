@@ -77,6 +77,9 @@ class TrainOptions:
         freeze: patterns of parameters that stay as they are.
         lora: train an adapter of a checkpoint; None: the model.
         seed: of random weights, of the order of frames, noise and augmentation.
+
+    Raises:
+        ConfigError: a value that has no meaning.
     """
 
     robot: str | Path | Robot = "generic"
@@ -97,6 +100,12 @@ class TrainOptions:
     augmentation: Augmentation | None = field(default_factory=Augmentation)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     trainer: TrainerOptions = field(default_factory=TrainerOptions)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"--seed: expected 0 to {2**63 - 1}, found {self.seed}.")
+        if not 0 <= self.head_weight < float("inf"):
+            raise ConfigError(f"--aux-weight: expected 0 or more, found {self.head_weight:g}.")
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,22 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from pi0.errors import ConfigError
 from pi0.train.loss import TrainingModel
 from pi0.train.processes import Processes
 
 
 def shard(module: TrainingModel, processes: Processes) -> None:
-    """Cuts the weights of a model, in place; its parameters are other objects afterwards."""
+    """Cuts the weights of a model, in place; its parameters are other objects afterwards.
+
+    Raises:
+        ConfigError: there is one process.
+    """
+    if processes.count == 1:
+        raise ConfigError(
+            "--shard: expected several processes, found one. Start them with torchrun, or leave "
+            "out --shard."
+        )
     mesh = init_device_mesh(processes.device.type, (processes.count,))
     model = module.model
     for block in model.vision_tower.blocks:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from dots import ROBOT, DotPolicy
@@ -14,6 +15,8 @@ from dots import ROBOT, DotPolicy
 from pi0.errors import ConfigError, Pi0Error
 from pi0.eval import CheckpointPolicy, EnvOptions, EvalPlan, ServedPolicy, evaluate
 from pi0.policy import PolicyOptions, RealTimeChunking
+from pi0.serve.answer import Answerer
+from pi0.serve.wire import MessageLimits, pack, unpack
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "serve"))
 
@@ -91,6 +94,41 @@ def test_what_a_server_must_be(tiny_path: Path) -> None:
             evaluate(there, PLAN)
         with pytest.raises(ConfigError, match="perturb: expected a policy in this process"):
             evaluate(replace(there, real_time=None), replace(PLAN, perturb=0.1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampler": None}, None),  # a server of before there was a choice
+        ({"n_action_steps": None}, "of `pi0 serve`, found one without n_action_steps"),
+        ({"steps": None}, "of `pi0 serve`, found one without steps"),
+        ({"robot": {"name": "dots"}}, "whose table of the robot cannot be read .KeyError: 'cam"),
+        ({"robot": "dots"}, "a robot's table, found one that cannot be read"),
+        ({"robot": {"limits": {"new": [1]}}}, "a robot's table, found one that cannot be read"),
+    ],
+)
+def test_other_greetings(
+    tiny_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    message: str | None,
+) -> None:
+    """Of an older server, which does not say everything, and of what is none."""
+    greet = Answerer.metadata
+
+    def greet_otherwise(answerer: Answerer) -> bytes:
+        greeting = {**unpack(greet(answerer), MessageLimits()), **changes}
+        return pack({key: value for key, value in greeting.items() if value is not None})
+
+    monkeypatch.setattr(Answerer, "metadata", greet_otherwise)
+    plan = replace(PLAN, tasks=("red",), episodes=1)
+    with random_policy(tiny_path, None)() as policy, running(policy) as served:
+        there = ServedPolicy(f"ws://{served.address}")
+        if message is None:
+            assert evaluate(there, plan).run["sampler"] == "euler"
+            return
+        with pytest.raises(Pi0Error, match=message):
+            evaluate(there, plan)
 
 
 @pytest.mark.skipif(find_spec("mujoco") is None, reason="needs mujoco ([sim])")

@@ -99,6 +99,30 @@ def test_what_begins_an_episode(folder: Path) -> None:
     assert found == [[1, 2], [3], [4], [11, 12], [21]]
 
 
+def test_a_client_that_leaves_before_its_answer_leaves_no_episode(folder: Path) -> None:
+    """It is gone when its chunk is finished: nobody got it, and nobody would end its episode."""
+    policy, finished, left = make_policy(StateEngine()), threading.Event(), threading.Event()
+    decode = policy.decode
+
+    def decode_late(*given: Any) -> Any:
+        finished.set()
+        assert left.wait(SOON)
+        return decode(*given)
+
+    with running(policy, ServeOptions(record=folder)) as served:
+        policy.decode = decode_late  # type: ignore[method-assign]
+        with served.connect() as client:
+            client.send(pack(observation(1)))
+            assert finished.wait(SOON)
+        eventually(lambda: not served.server.sessions)
+        left.set()
+        with served.connect() as other:
+            ask(other, observation(2))
+        eventually(lambda: served.server.metrics.recording["episodes"] == 1)
+        assert not served.server.recorder._open
+    assert episodes(folder) == [[2]]
+
+
 def test_a_later_server_goes_on_with_the_dataset(folder: Path) -> None:
     for value in (1, 2):
         with recording(folder) as served, served.connect() as client:

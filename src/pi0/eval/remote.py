@@ -10,6 +10,8 @@ from pi0.errors import ConfigError
 from pi0.policy import Camera, Robot
 from pi0.serve.client import ServerPolicy
 
+NEEDED = ("robot", "noise_shape", "engine", "steps", "n_action_steps")  # of a greeting
+
 if TYPE_CHECKING:
     from pi0.eval.plan import ServedPolicy
 
@@ -42,7 +44,7 @@ class RemotePolicy(ServerPolicy):
         super().__init__(options.address, options.api_key)
         try:
             greeting = self.metadata
-            found = [key for key in ("robot", "noise_shape", "engine") if not greeting.get(key)]
+            found = [key for key in NEEDED if not greeting.get(key)]
             if found:
                 raise ConfigError(
                     f"server {options.address}: expected the greeting of `pi0 serve`, found one "
@@ -54,29 +56,36 @@ class RemotePolicy(ServerPolicy):
                     f"server {options.address}: expected one started with --real-time "
                     f"{options.real_time}, found {running or 'none'}."
                 )
+            robot = _robot(options.address, greeting["robot"])
         except BaseException:
             self.close()
             raise
-        robot = _robot(greeting["robot"])
         self.pipeline = RemoteSurface(robot, greeting["robot"]["action_dim"])
         self.noise_shape: tuple[int, int] = tuple(greeting["noise_shape"])
         self.n_action_steps: int = greeting["n_action_steps"]
         self.on_limit = options.on_limit
         self.real_time = options.real_time
-        self.metadata = {**greeting, "checkpoint": options.address}
+        # A server of before there was a choice says no sampler: it was Euler's.
+        self.metadata = {"sampler": "euler", **greeting, "checkpoint": options.address}
 
 
-def _robot(table: Mapping[str, Any]) -> Robot:
+def _robot(address: str, table: Mapping[str, Any]) -> Robot:
     """The robot that a greeting describes, as far as a client needs it."""
-    return Robot(
-        name=table["name"],
-        cameras=tuple(
-            Camera(camera["key"], tuple(camera["names"]), camera["required"])
-            for camera in table["cameras"]
-        ),
-        state=tuple(table["state"].items()),
-        action_dim=table["action_dim"],
-        action_names=tuple(table["action_names"]),
-        action_units=tuple(table["action_units"]),
-        control_hz=table["control_hz"],
-    )
+    try:
+        return Robot(
+            name=table["name"],
+            cameras=tuple(
+                Camera(camera["key"], tuple(camera["names"]), camera["required"])
+                for camera in table["cameras"]
+            ),
+            state=tuple(table["state"].items()),
+            action_dim=table["action_dim"],
+            action_names=tuple(table["action_names"]),
+            action_units=tuple(table["action_units"]),
+            control_hz=table["control_hz"],
+        )
+    except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise ConfigError(
+            f"server {address}: expected the greeting of `pi0 serve`, found one whose table of "
+            f"the robot cannot be read ({type(error).__name__}: {error})."
+        ) from error

@@ -111,6 +111,7 @@ class Answer:
         warnings: how many were raised.
         batch: how many observations were computed together, this one among them; 0: it was not.
         state: [D] float32, that the actions begin from; None: there are no actions.
+        recorded: what a recording keeps once the client has it; None: nothing.
     """
 
     frame: bytes | str
@@ -119,6 +120,7 @@ class Answer:
     warnings: int = 0
     batch: int = 0
     state: NDArray[np.float32] | None = None
+    recorded: Frame | None = None
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ class Answerer:
         policy: computes.
         limits: of messages.
         last: the last observation and its actions; None: there was none yet.
-        on_frame: is given each observation with its actions, for a recording; None: nobody is.
+        recording: answers say what is to be recorded of them.
     """
 
     at_once = 1  # calls of `answer`
@@ -202,7 +204,7 @@ class Answerer:
         policy.engine.check_batch(batch)
         self.policy = policy
         self.limits = limits
-        self.on_frame: Callable[[Frame], None] | None = None
+        self.recording = False
         self.last: Chunk | None = None
         self._batch = batch
         self._shape = (policy.engine.config.horizon, policy.pipeline.action_dim)
@@ -319,9 +321,6 @@ class Answerer:
             task.stages[stage] = result["policy_timing"][f"{stage}_ms"] / 1e3
         check_actions(result["actions"], self._shape)
         self.last = Chunk(next(self._numbers), task.observation, result["actions"])
-        if self.on_frame:
-            told = (task.observation, result["state"], result["actions"], task.reset)
-            self.on_frame(Frame(request.client, *told, request.arrived, len(request.frame)))
         return result
 
     def _answer(self, task: _Task, result: dict[str, Any]) -> Answer:
@@ -344,7 +343,12 @@ class Answerer:
             answer["limits"] = result["limits"]
         if task.said:
             answer["warnings"] = task.said
-        return Answer(pack(answer), "ok", stages, len(task.said), task.batch, result["state"])
+        recorded = None
+        if self.recording:
+            told = (task.observation, result["state"], result["actions"], task.reset)
+            recorded = Frame(request.client, *told, request.arrived, len(request.frame))
+        counts = len(task.said), task.batch
+        return Answer(pack(answer), "ok", stages, *counts, result["state"], recorded)
 
 
 def check_actions(actions: Any, shape: tuple[int, int]) -> None:

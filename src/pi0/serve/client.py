@@ -83,10 +83,17 @@ class ServerPolicy(Closing):
             raise
         self.metadata: dict[str, Any] = greeting if isinstance(greeting, dict) else {}
         ours = self.metadata if str(self.metadata.get("server")).startswith("pi0 ") else {}
-        robot = ours.get("robot") or {}
-        limits = {name: tuple(column) for name, column in (robot.get("limits") or {}).items()}
-        self.limits = ActionLimits(**limits) if limits else None
-        self.action_names = tuple(robot.get("action_names", ()))
+        try:
+            robot = ours.get("robot") or {}
+            limits = {name: tuple(column) for name, column in (robot.get("limits") or {}).items()}
+            self.limits = ActionLimits(**limits) if limits else None
+            self.action_names = tuple(robot.get("action_names", ()))
+        except (AttributeError, TypeError, ConfigError) as error:
+            self._hang_up()
+            raise Pi0Error(
+                f"server {address}: expected a greeting with a robot's table, found one that "
+                f"cannot be read ({error}). Use the same version of pi0 on both sides."
+            ) from error
         self.on_limit: str = ours.get("on_limit", "error")
         self.real_time: Any = self.metadata.get("real_time")
 

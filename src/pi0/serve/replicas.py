@@ -138,7 +138,7 @@ class Replicas:
         policy: what all of them are.
         limits: of messages.
         at_once: how many replicas may be asked at the same time.
-        on_frame: is given each observation with its actions; see `Answerer`.
+        recording: answers say what is to be recorded of them.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class Replicas:
         self.policy = Described(pipeline, description["metadata"])
         self.limits = limits
         self.at_once = at_once
-        self.on_frame: Callable[[Frame], None] | None = None
+        self.recording = False
         self._ask, self._lost, self._stop = ask, lost, stop
         self._greeting: bytes = description["greeting"]
         self._seconds: float = description["seconds"]
@@ -208,9 +208,7 @@ class Replicas:
                     said = reason(error).partition(". ")[0]  # of several with addresses
                     logger.warning("a replica was lost while it computed (%s)", said)
                 else:
-                    for request, answer in zip(requests, answers, strict=True):
-                        self._remember(request, answer)
-                    return answers
+                    return list(map(self._remember, requests, answers))
             return [Answer(LOST, "lost", own) for own in stages]
         except Exception as error:  # of any kind: clients wait, and others come after them
             return [
@@ -247,15 +245,18 @@ class Replicas:
                     response.cancel()
                     raise
 
-    def _remember(self, request: Request, answer: Answer) -> None:
+    def _remember(self, request: Request, answer: Answer) -> Answer:
+        """The answer, with what is to be recorded of it."""
         asked, answered = request.frame, answer.frame
         if answer.state is None or isinstance(asked, str) or isinstance(answered, str):
-            return
+            return answer
         self._last = next(self._numbers), asked, answered
-        if self.on_frame:
-            observation, extras = split_extras(unpack(asked, self.limits))
-            told = (observation, answer.state, unpack(answered, self.limits)["actions"])
-            self.on_frame(Frame(request.client, *told, extras.reset, request.arrived, len(asked)))
+        if not self.recording:
+            return answer
+        observation, extras = split_extras(unpack(asked, self.limits))
+        told = (observation, answer.state, unpack(answered, self.limits)["actions"])
+        frame = Frame(request.client, *told, extras.reset, request.arrived, len(asked))
+        return replace(answer, recorded=frame)
 
 
 def start_replicas(

@@ -60,7 +60,7 @@ class PolicyServer:
             waiting=lambda: sum(session.waiting for session in self.sessions),
         )
         self.recorder = self._make_recorder()
-        self.answerer.on_frame = self.recorder.put if self.recorder else None
+        self.answerer.recording = self.recorder is not None
         self._ready = asyncio.Event()
         self._stopping = threading.Event()  # the computing thread looks at it, too
         self._turns = Turns(
@@ -165,7 +165,7 @@ class PolicyServer:
             logger.warning("stopping: %d observations stay unanswered.", unanswered)
 
     async def _client(self, connection: ServerConnection) -> None:
-        session = Session(connection, self._turns, self.metrics.answered, self.options)
+        session = Session(connection, self._turns, self._answered, self.options)
         self.sessions.add(session)
         logger.info("client %s: connected, %d in all", session.name, len(self.sessions))
         try:
@@ -176,6 +176,11 @@ class PolicyServer:
             if self.recorder:
                 self.recorder.end(session.name)
             logger.info("client %s: gone after %d answers", session.name, session.answers)
+
+    def _answered(self, answer: Answer, total: float) -> None:
+        self.metrics.answered(answer, total)
+        if self.recorder and answer.recorded:
+            self.recorder.put(answer.recorded)
 
     async def _compute(self, requests: Sequence[Request]) -> Sequence[Answer]:
         return await self._in_thread(self.answerer.answer, requests)

@@ -239,8 +239,9 @@ class Pi0rtPolicy(PreTrainedPolicy):
 
     def _guidance(
         self, previous: Tensor, delay: int | None, execution_horizon: int | None
-    ) -> Guidance:
-        """As LeRobot guides: all dimensions, those that the robot does not have to zero."""
+    ) -> Guidance | None:
+        """As LeRobot guides: all dimensions, those that the robot does not have to zero; not at all
+        where none of the rest counts."""
         config, model = self.config.rtc_config, self.engine.config
         previous = previous.float().cpu()
         if previous.ndim == 3 and len(previous) == 1:
@@ -251,14 +252,18 @@ class Pi0rtPolicy(PreTrainedPolicy):
                 f"{list(previous.shape)}."
             )
         expect_moderate("prev_chunk_left_over", previous)
-        if delay is not None and (not delay >= 0 or delay % 1):
-            raise ObservationError(
-                f"inference_delay: expected a number of ticks, 0 or more, found {delay!r}."
-            )
+        counts = config.execution_horizon if execution_horizon is None else execution_horizon
+        for name, value in (("inference_delay", delay), ("execution_horizon", counts)):
+            if value is not None and (not value >= 0 or value % 1):
+                raise ObservationError(
+                    f"{name}: expected a number of ticks, 0 or more, found {value!r}."
+                )
+        if not counts:
+            return None
         settings = RealTimeChunking(
             max_guidance=config.max_guidance_weight,
             schedule=SCHEDULES[config.prefix_attention_schedule.value],
-            overlap=config.execution_horizon if execution_horizon is None else execution_horizon,
+            overlap=int(counts),
             jacobian=self.config.rtc_jacobian,
         )
         padded = F.pad(previous, (0, model.action_dim - previous.shape[-1]))[: model.horizon]

@@ -19,6 +19,7 @@ import torch
 from pi0.checkpoint.infer import to_config_json
 from pi0.checkpoint.lerobot import (
     ACTION,
+    OLD_FIELDS,
     POSTPROCESSOR,
     PREPROCESSOR,
     STATE,
@@ -39,6 +40,7 @@ from pi0.policy.sources import (
     OPENPI_MODES,
     Source,
     Tables,
+    find_aloha_loss,
     find_losses,
     read_source,
     read_steps,
@@ -99,7 +101,8 @@ def export_files(
     source = read_source(checkpoint, norm_stats)
     _check_norm_mode(source, target, norm_mode)
     _check_values(source)
-    if not (target == "lerobot" and source.is_lerobot):  # which says them itself
+    copied = target == "lerobot" and source.is_lerobot  # whose fields say them themselves
+    if not copied or checkpoint.settings.keys() & OLD_FIELDS:
         for finding in settings_findings(checkpoint.settings, checkpoint.config):
             raise Pi0Error(finding.sentence)
     export = Export(findings=list(checkpoint.findings))
@@ -227,10 +230,15 @@ def _lerobot(source: Source, export: Export, norm_mode: str | None) -> None:
     if norm_mode:
         settings["normalization_mapping"] |= dict.fromkeys(("STATE", "ACTION"), norm_mode.upper())
     if source.is_lerobot:
-        settings |= dict(checkpoint.settings) | (MERGED if checkpoint.adapter else {})
+        fields = {k: v for k, v in checkpoint.settings.items() if k not in OLD_FIELDS}
+        settings |= fields | (MERGED if checkpoint.adapter else {})
+        if "num_steps" in checkpoint.settings:
+            settings["num_inference_steps"] = checkpoint.steps
+        export.findings += find_aloha_loss(source, "LeRobot")
     else:
-        kept = ("n_action_steps", "num_inference_steps")
-        settings |= {k: checkpoint.settings[k] for k in kept if k in checkpoint.settings}
+        settings |= {"num_inference_steps": checkpoint.steps}
+        if "n_action_steps" in checkpoint.settings:
+            settings["n_action_steps"] = checkpoint.settings["n_action_steps"]
     if source.processors:
         export.files[CONFIG] = _json(settings)
         _copy_processors(source.processors, export)

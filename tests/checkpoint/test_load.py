@@ -244,7 +244,7 @@ WIDE = Pi0Config(
 MEASURE = """
 import resource, sys, torch
 from pi0.checkpoint import files
-from pi0.checkpoint.load import check, load_model, open_checkpoint
+from pi0.checkpoint.load import load_model, open_checkpoint
 files.SLAB_BYTES = 8 << 20  # as the full-size model's 64 MiB are to its 6.5 GB
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 checkpoint = open_checkpoint(sys.argv[1])

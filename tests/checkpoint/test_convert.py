@@ -345,8 +345,9 @@ def test_steps_of_transformers_are_said(tmp_path: Path) -> None:
     settings = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(settings | {"num_inference_steps": 3}))
     for target in ("openpi", "jax"):
-        found = export_files(open_checkpoint(source), target, "float32").findings
-        assert [finding.code for finding in found] == ["steps-lost"]
+        export = export_files(open_checkpoint(source), target, "float32")
+        assert [finding.code for finding in export.findings] == ["steps-lost"]
+        assert json.loads(export.files["config.json"])["num_inference_steps"] == 3
 
 
 def test_fields_of_older_lerobot(tmp_path: Path) -> None:

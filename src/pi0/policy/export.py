@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from pi0.checkpoint.infer import to_config_json
+from pi0.checkpoint.infer import DEFAULT_STEPS, to_config_json
 from pi0.checkpoint.lerobot import (
     ACTION,
     OLD_FIELDS,
@@ -212,8 +212,10 @@ def _openpi_config(source: Source, dtype: str) -> dict[str, Any]:
         if name != "max_tokens" or not (source.program and source.program.max_tokens):
             del settings[names[name]]
     for name in ("robot", "n_action_steps"):  # as `pi0 train` writes them
-        if not source.is_lerobot and name in checkpoint.settings:
+        if checkpoint.settings.get(name) is not None:
             settings[name] = checkpoint.settings[name]
+    if checkpoint.steps != DEFAULT_STEPS:
+        settings["num_inference_steps"] = checkpoint.steps
     stated = checkpoint.settings.get("discrete_state_input")
     if stated is None and config.adaptive_norm and source.has_processors:
         steps = read_steps(source.folder, PREPROCESSOR)

@@ -43,7 +43,7 @@ REMEDIES = {
     "norm-mode": "--norm-mode",
     "newline": "nothing does, so that prompts end otherwise",
     "eps": "nothing does, so that values with a small spread become others",
-    "steps": "--steps, or n_action_steps= for the actions of a chunk that are executed",
+    "steps": "num_steps of openpi's sample_actions; `pi0` finds all of it in config.json",
     "aloha": "--robot aloha or aloha_sim",
 }
 
@@ -169,8 +169,6 @@ def find_losses(source: Source) -> list[Finding]:
     checkpoint, settings = source.checkpoint, source.checkpoint.settings
     steps = {name: settings.get(name) for name in (*STEPS_KEYS, "n_action_steps")}
     usual = dict.fromkeys(STEPS_KEYS, DEFAULT_STEPS) | {"n_action_steps": checkpoint.config.horizon}
-    if not source.is_lerobot:  # whose config.json is copied
-        del usual["n_action_steps"]
     stated = {name: steps[name] for name in usual if steps[name] not in (None, usual[name])}
     lost = {"steps": (f"states {stated}", bool(stated))}
     if source.program:

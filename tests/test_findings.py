@@ -19,6 +19,8 @@ MADE = {
     "{what}-statistics-wide": ("state-statistics-wide", "actions-statistics-wide"),
     "{what}-too-wide": ("state-too-wide", "actions-too-wide"),
     "{code}-lost": (
+        "eps-lost",
+        "newline-lost",
         "preprocessing-lost",
         "relative-actions-lost",
         "renames-lost",

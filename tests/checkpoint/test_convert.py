@@ -274,8 +274,26 @@ LOST = {
     ),
     "renames-lost": set_step("rename_observations_processor", rename_map={"front": "top"}),
     "steps-lost": lambda settings, _: settings.update(num_inference_steps=3),
+    "newline-lost": lambda _, steps: steps["pi0_new_line_processor"].update(
+        registry_name="to_batch_processor"
+    ),
+    "eps-lost": set_step("normalizer_processor", eps=1e-3),
     "aloha-lost": lambda settings, _: settings.update(adapt_to_pi_aloha=True),
 }
+
+
+OTHERWISE = {
+    "steps-lost": lambda settings, _: settings.update(
+        num_steps=settings.pop("num_inference_steps") - 7
+    ),
+    "norm-mode-lost": set_step("normalizer_processor", normalize_observation_keys=["environment"]),
+}
+
+
+@pytest.mark.parametrize("code", OTHERWISE)
+def test_what_openpi_cannot_say_in_other_words(tmp_path: Path, code: str) -> None:
+    found = export_files(edited(tmp_path / "source", OTHERWISE[code]), "jax", "bfloat16").findings
+    assert {f.code for f in found} == {"preprocessing-lost", code}
 
 
 @pytest.mark.parametrize("norm_stats", [None, "none"])
@@ -319,6 +337,33 @@ def test_statistics_of_processors_that_nobody_can_use(tmp_path: Path) -> None:
     for target in ("openpi", "lerobot"):
         with pytest.raises(Pi0Error, match="finite values of std, found nan"):
             export_files(open_checkpoint(source), target, "float32")
+
+
+def test_steps_of_transformers_are_said(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    synthesise(source, PRESETS["tiny"], LAYOUTS["transformers"], 0, torch.float32)
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(settings | {"num_inference_steps": 3}))
+    for target in ("openpi", "jax"):
+        export = export_files(open_checkpoint(source), target, "float32")
+        assert [finding.code for finding in export.findings] == ["steps-lost"]
+        assert json.loads(export.files["config.json"])["num_inference_steps"] == 3
+
+
+def test_fields_of_older_lerobot(tmp_path: Path) -> None:
+    """LeRobot 0.6.1 refuses to load a config.json with fields that it does not know."""
+    source = tmp_path / "source"
+    old = {"proj_width": 1024, "use_cache": True, "adapt_to_pi_aloha": True, "num_steps": 3}
+
+    def edit(settings: dict[str, Any], _: dict[str, Any]) -> None:
+        settings.update(old)
+        del settings["num_inference_steps"]
+
+    export = export_files(edited(source, edit), "lerobot", "float32")
+    settings = json.loads(export.files["config.json"])
+    assert not settings.keys() & old.keys()
+    assert settings["num_inference_steps"] == 3
+    assert [finding.code for finding in export.findings] == ["aloha-lost"]
 
 
 def test_the_length_of_prompts_is_the_processors(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from weights_file import rewrite
 from pi0.checkpoint import files
 from pi0.checkpoint.convert import convert
 from pi0.checkpoint.layouts import LAYOUTS
-from pi0.checkpoint.load import load_model, open_checkpoint
+from pi0.checkpoint.load import check, load_model, open_checkpoint
 from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS, GemmaConfig, Pi0Config, SiglipConfig
 from pi0.engines.base import make_engine
@@ -143,6 +143,16 @@ def test_all_problems_in_one_error(folder: Path) -> None:
     assert f"shape: {K_PROJ}: expected [16, 32], found [15, 32]" in text
     assert "unexpected: extra.weight [3]" in text
     assert "dtype: action_in_proj.bias: expected BF16, F32 or F16, found F64" in text
+
+
+@pytest.mark.parametrize(("preset", "model"), [("tiny", "π0"), ("pi05_tiny", "π0.5")])
+def test_the_model_is_called_what_it_is(tmp_path: Path, preset: str, model: str) -> None:
+    synthesise(tmp_path, PRESETS[preset], LAYOUTS["openpi"], 0, torch.bfloat16)
+    rewrite(tmp_path, lambda t: t.update(extra=torch.ones(1)))
+    with pytest.raises(
+        CheckpointError, match=rf"tensors of this {model} in layout openpi, found 1"
+    ):
+        check(open_checkpoint(tmp_path))
 
 
 def test_long_lists_are_cut(folder: Path) -> None:

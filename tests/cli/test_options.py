@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -19,6 +20,7 @@ from pi0.bench import worker
 from pi0.bench.run import BenchPlan
 from pi0.bench.task import WorkerTask, Workload
 from pi0.checkpoint.layouts import LAYOUTS
+from pi0.checkpoint.load import open_checkpoint
 from pi0.checkpoint.synth import synthesise
 from pi0.cli import options
 from pi0.cli.act import act
@@ -31,6 +33,7 @@ from pi0.cli.serve import serve
 from pi0.config import PRESETS
 from pi0.engines.spec import EngineSpec
 from pi0.errors import ConfigError, EngineError
+from pi0.inputs import random_inputs, to_npz
 from pi0.policy import PolicyOptions
 
 FLAGS = {f"--{name.replace('_', '-')}" for name in options.POLICY}
@@ -108,6 +111,41 @@ def test_act_takes_the_checkpoints_steps(tmp_path: Path) -> None:
     for given, steps in ((), 3), (("--steps", 2), 2):
         done = run(*words, *given)
         assert json.loads(done.stdout)["policy"]["steps"] == steps
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("trace",), ("verify",), ("bench", "--engines", "reference"), ("sample", "--out", "out.npz")],
+)
+def test_the_model_alone_takes_the_checkpoints_sampling(
+    tmp_path: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `act` does: periods of time that the model does not have are refused."""
+    monkeypatch.chdir(tmp_path)
+    synthesise(tmp_path, PRESETS["tiny"], LAYOUTS["transformers"], 0, torch.float32)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    config = open_checkpoint(tmp_path).config
+    np.savez("in.npz", **to_npz(*random_inputs(config, 1, 4, 0)))
+    inputs = () if words[0] in ("trace", "verify", "bench") else ("--inputs", "in.npz")
+    for key, value in (("max_period", 1.0), ("num_inference_steps", "x")):
+        (tmp_path / "config.json").write_text(json.dumps(settings | {key: value}))
+        done = run(words[0], tmp_path, *words[1:], *inputs)
+        assert isinstance(done.exception, ConfigError), done.output
+        assert f"config.json {key}: expected" in str(done.exception)
+    assert not (tmp_path / "out.npz").exists()
+
+
+def test_sample_takes_the_checkpoints_steps(tmp_path: Path) -> None:
+    synthesise(tmp_path, PRESETS["tiny"], LAYOUTS["transformers"], 0, torch.float32)
+    settings = json.loads((tmp_path / "config.json").read_text()) | {"num_inference_steps": 3}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    np.savez(tmp_path / "in.npz", **to_npz(*random_inputs(PRESETS["tiny"], 1, 4, 0)))
+    out = []
+    for steps in ((), ("--steps", 3)):
+        words = ("sample", tmp_path, "--inputs", tmp_path / "in.npz", "--out", tmp_path / "o.npz")
+        assert run(*words, *steps).exit_code == 0
+        out.append(np.load(tmp_path / "o.npz")["actions"])
+    np.testing.assert_array_equal(*out)
 
 
 def test_sizes_of_a_preset_are_known() -> None:

@@ -92,6 +92,12 @@ def newline_too_late(folder: LerobotFolder) -> None:
     folder.before.append(step)
 
 
+def state_too_late(folder: LerobotFolder) -> None:
+    """The step of π0.5 has no effect after the tokenizer, on the line break either."""
+    name = "pi05_prepare_state_tokenizer_processor_step"
+    folder.before.append({"registry_name": name, "config": {}})
+
+
 def relative_after(folder: LerobotFolder) -> None:
     """Disabled relative actions may stand anywhere."""
     step = folder.step("relative_actions_processor")
@@ -110,6 +116,7 @@ EDITS: dict[str, Edit] = {
     "rename": rename,
     "padding": padding,
     "newline too late": newline_too_late,
+    "state too late": state_too_late,
     "relative after": relative_after,
     "all relative": lambda folder: folder.set_relative(exclude_joints=[], action_names=None),
     "no names": lambda folder: folder.set_relative(exclude_joints=["gripper"], action_names=None),

@@ -270,6 +270,16 @@ REFUSED: dict[str, tuple[Edit, str, str]] = {
         "statistics-missing",
         f"{NORMALIZE} features: expected {STATE}, which its norm_map normalises, found none",
     ),
+    "actions are an image": (
+        set_step(UNNORMALIZE, features={"action": {"type": "VISUAL", "shape": [5]}}),
+        "field-value",
+        f"{UNNORMALIZE} features: expected action to be of type ACTION, found VISUAL",
+    ),
+    "the state twice in the prompt": (
+        lambda f: f.before.extend([{"registry_name": ADD_STATE}] * 2),
+        "step-repeated",
+        f"one step {ADD_STATE}, found several",
+    ),
     "no spread and no eps": (
         each(
             set_statistic(f"{STATE}.std", [0.0] * 6), *(set_step(name, eps=0) for name in BOTH)

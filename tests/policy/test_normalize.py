@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from pi0.checkpoint.load import open_checkpoint
 from pi0.errors import ObservationError, Pi0Error
 from pi0.policy.normalize import make_normalizer
-from pi0.policy.statistics import find_norm_stats, list_norm_stats, read_norm_stats
+from pi0.policy.statistics import (
+    find_norm_stats,
+    find_origin,
+    list_norm_stats,
+    read_norm_stats,
+)
 
 LOW, HIGH = np.array([1.0, -2.0, 0.5]), np.array([0.5, 3.0, 2.0])
 X = np.array([1.5, 0.0, -4.0])
@@ -154,3 +161,24 @@ def test_no_norm_stats(tmp_path: Path) -> None:
 def test_bad_norm_stats(tmp_path: Path, value: object) -> None:
     with pytest.raises(Pi0Error, match="norm_stats.json: "):
         read_norm_stats(write(tmp_path / "norm_stats.json", value))
+
+
+@pytest.mark.parametrize("odd", ["1.0", True, None, [1.0], {}, 10**400])
+def test_statistics_that_are_no_numbers(tmp_path: Path, odd: object) -> None:
+    """numpy would read most of them as one."""
+    table = {"mean": [0.0, odd], "std": [1.0, 1.0]}
+    path = write(tmp_path / "norm_stats.json", {"state": table, "actions": table})
+    with pytest.raises(Pi0Error, match=r"state.mean: expected a list of numbers, .* found "):
+        read_norm_stats(path)
+
+
+def test_the_nearest_folder_tells_whose_statistics_they_are(
+    tiny_path: Path, tmp_path: Path
+) -> None:
+    checkpoint = replace(open_checkpoint(tiny_path), path=tmp_path / "droid")
+    path = write(tmp_path / "droid/assets/trossen/libero/norm_stats.json", {})
+    for named in (None, path, path.parent):
+        assert find_origin(checkpoint, named) == "libero"
+    path.parents[1].rename(tmp_path / "droid/assets/mine")
+    path.parents[2].joinpath("mine", "libero").rename(tmp_path / "droid/assets/mine/seed_0")
+    assert find_origin(checkpoint, None) is None

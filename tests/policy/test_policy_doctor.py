@@ -68,6 +68,15 @@ def test_statistics_of_another_robot(folder: Path) -> None:
         assert not codes(folder, robot=robot)
 
 
+def test_where_one_works_tells_nothing_of_statistics(
+    like_lerobot: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "droid").mkdir()
+    monkeypatch.chdir(folder / "droid")
+    assert "statistics-of-another-robot" not in codes(like_lerobot, robot="libero")
+    assert "statistics-of-another-robot" not in codes(folder, robot="libero", norm_stats="none")
+
+
 def test_statistics_missing_flat_or_narrow(folder: Path) -> None:
     write_statistics(folder, "synthetic", 32, std=0)
     assert "state-statistics-flat" in codes(folder, robot="generic")

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from pi0.checkpoint.files import get_nested
 from pi0.config import GEMMA_2B, GEMMA_300M, SO400M, GemmaConfig, Pi0Config, SiglipConfig
 from pi0.errors import CheckpointError, ConfigError
+from pi0.model.flow import MAX_PERIOD, MIN_PERIOD
 
 T = TypeVar("T")
 Shapes = Mapping[str, tuple[int, ...]]  # by our names
@@ -56,6 +57,10 @@ PUBLISHED: dict[str, SiglipConfig | GemmaConfig] = {
 }
 MODEL_TYPES = {"pi0": False, "pi05": True}  # → adaptive_norm
 MAX_COUNT = 10_000_000  # more is a damaged file, and overflows later
+# What LeRobot's and transformers' config.json say of flow matching.
+STEPS_KEYS = ("num_inference_steps", "num_steps")  # newest first
+PERIODS = {"min_period": MIN_PERIOD, "max_period": MAX_PERIOD}
+DEFAULT_STEPS, MAX_STEPS = 10, 10_000
 DEFAULT_HORIZON = 50
 DEFAULT_MAX_TOKENS = {False: 48, True: 200}  # by adaptive_norm
 
@@ -120,6 +125,33 @@ def infer_config(
     defaults = {"horizon": DEFAULT_HORIZON, "max_tokens": DEFAULT_MAX_TOKENS[adaptive]}
     assumed = [name for name in defaults if name not in values]
     return Inferred(_build(defaults | values), assumed)
+
+
+def stated_steps(settings: Mapping[str, Any]) -> int:
+    """The denoising steps that a config.json states, else 10."""
+    stated = (n for key in STEPS_KEYS if isinstance(n := settings.get(key), int))
+    return next(stated, DEFAULT_STEPS)
+
+
+def unfit_flow(settings: Mapping[str, Any]) -> list[str]:
+    """A sentence for each field of a config.json that would change how actions are sampled and is
+    not carried out."""
+    found = [
+        (key, f"expected {value}, as this model has it", settings[key])
+        for key, value in PERIODS.items()
+        if settings.get(key) not in (None, value)
+    ]
+    steps = {key: settings[key] for key in STEPS_KEYS if settings.get(key) is not None}
+    found += [
+        (key, "expected a count of denoising steps", value)
+        for key, value in steps.items()
+        if not (_is_count(value) and value <= MAX_STEPS)
+    ]
+    if len(set(map(repr, steps.values()))) > 1:
+        found.append((" and ".join(steps), "expected one number", list(steps.values())))
+    return [
+        f"config.json {key}: {expected}, found {_short(value)}." for key, expected, value in found
+    ]
 
 
 def to_config_json(config: Pi0Config) -> dict[str, Any]:

@@ -30,6 +30,10 @@ NORM_MAPS = {"pi0": NORM_MAP, "pi05": NORM_MAP | {"STATE": "QUANTILES", "ACTION"
 MAX_DIM = 32  # LeRobot's default of max_state_dim and max_action_dim
 MAX_LENGTHS = {"pi0": 48, "pi05": 200}  # and of tokenizer_max_length
 EPS = 1e-8
+# Fields of config.json before LeRobot 0.4, with which 0.6.1 refuses to load it.
+OLD_FIELDS = {"adapt_to_pi_aloha", "use_delta_joint_actions_aloha", "resize_imgs_with_padding",
+              "num_steps", "proj_width", "use_cache", "attention_implementation",
+              "train_state_proj"}  # fmt: skip
 TOKENIZER_NAME = "google/paligemma-3b-pt-224"
 # Statistics under which every mode of normalisation leaves values as they are.
 UNIT_STATISTICS = {"mean": 0.0, "std": 1.0, "min": -1.0, "max": 1.0,

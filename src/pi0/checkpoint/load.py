@@ -27,7 +27,13 @@ from pi0.checkpoint.files import (
     require_finite,
     stream,
 )
-from pi0.checkpoint.infer import Inferred, MissingTensorError, infer_config
+from pi0.checkpoint.infer import (
+    Inferred,
+    MissingTensorError,
+    infer_config,
+    stated_steps,
+    unfit_flow,
+)
 from pi0.checkpoint.jax import JaxParams, open_params
 from pi0.checkpoint.layouts import LAYOUTS, UNMERGED, NameMap, map_names, their_names
 from pi0.checkpoint.locate import PARAMS, find_files, has_adapter
@@ -35,7 +41,7 @@ from pi0.checkpoint.lora import Adapter, open_adapter
 from pi0.checkpoint.memory import require_memory
 from pi0.checkpoint.orbax import MANIFEST
 from pi0.config import Pi0Config
-from pi0.errors import CheckpointError, Pi0Error
+from pi0.errors import CheckpointError, ConfigError, Pi0Error
 from pi0.findings import Finding, warning
 from pi0.model import Pi0
 from pi0.model.precision import set_dtype
@@ -79,6 +85,11 @@ class Checkpoint:
     @property
     def config(self) -> Pi0Config:
         return self.inferred.config
+
+    @property
+    def steps(self) -> int:
+        """The denoising steps that config.json states, else 10."""
+        return stated_steps(self.settings)
 
     @property
     def folder(self) -> Path:
@@ -305,11 +316,19 @@ def check(checkpoint: Checkpoint) -> None:
         more = [f"... and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
         if any("lora_" in name for name in names.unexpected):
             more.append(UNMERGED)
+        model = "π0.5" if checkpoint.config.adaptive_norm else "π0"
         raise CheckpointError(
-            f"{checkpoint.path}: expected the {len(expected)} tensors of this π0 model in layout "
+            f"{checkpoint.path}: expected the {len(expected)} tensors of this {model} in layout "
             f"{names.layout}, found {len(problems)} that do not fit:\n  "
             + "\n  ".join(problems[:LISTED] + more)
         )
+
+
+def require_flow(checkpoint: Checkpoint) -> None:
+    """Raises ConfigError if config.json asks for another way of sampling than the model's, of which
+    tensors say nothing."""
+    for sentence in unfit_flow(checkpoint.settings):
+        raise ConfigError(f"{checkpoint.path}: {sentence}")
 
 
 def load_model(

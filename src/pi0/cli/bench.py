@@ -47,7 +47,7 @@ def bench(
             min=0, help="How many of the text tokens are valid, from the first.", show_default="all"
         ),
     ] = None,
-    steps: options.Steps = 10,
+    steps: options.PolicySteps = None,
     repeat: Annotated[int, typer.Option(min=1, help="Timed calls of each engine.")] = 7,
     rounds: Annotated[int, typer.Option(min=1, help="Visits to each engine, in turn.")] = 2,
     seeds: Annotated[int, typer.Option(min=1, help="Seeds of noise for accuracy.")] = 10,
@@ -121,7 +121,7 @@ def bench(
     from pi0.bench.run import BenchPlan
     from pi0.bench.task import Workload
     from pi0.checkpoint.files import require_writable
-    from pi0.checkpoint.load import check, open_checkpoint
+    from pi0.checkpoint.load import check, open_checkpoint, require_flow
     from pi0.cli.plot import require_matplotlib
     from pi0.engines.spec import EngineSpec
     from pi0.errors import ConfigError
@@ -137,6 +137,7 @@ def bench(
     specs = [EngineSpec.parse(text) for text in [*engines, *against]]
     opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
     check(opened)
+    require_flow(opened)
     if serve:
         from pi0.cli.bench_serve import bench_serve, print_rows
 
@@ -146,7 +147,9 @@ def bench(
         print_rows(bench_serve(opened, engines, words, *given), as_json, out)
         return
     tokens = tokens or opened.config.max_tokens
-    point = Workload(cameras, masked, tokens, tokens if valid is None else valid, steps)
+    point = Workload(
+        cameras, masked, tokens, tokens if valid is None else valid, steps or opened.steps
+    )
     measured = len(against), point, repeat, rounds, seeds, seed, scaling
     plan = BenchPlan(checkpoint, specs, *measured, base, horizon, max_tokens)
     _run(plan, opened.config, out, plot, as_json)

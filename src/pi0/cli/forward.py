@@ -87,7 +87,7 @@ def sample(
         Path,
         typer.Option(metavar="OUT.npz", help="Written: actions (B,50,32).", show_default=False),
     ],
-    steps: options.Steps = 10,
+    steps: options.PolicySteps = None,
     sampler: options.Sampler = "euler",
     engine: options.Engine = "reference",
     device: options.Device = None,
@@ -121,6 +121,7 @@ def sample(
     spec = EngineSpec.parse(engine, dtype, device)
     batch, cameras, length = array_sizes(arrays) or (1, 1, 1)
     size = image_side(arrays)
+    steps = steps or opened.steps
     with load_engine(opened, spec, cameras, length, size, batch, weight_cache) as made:
         model_inputs, noise = from_npz(made.config, arrays)
         with step_progress("denoising", steps) as on_step:

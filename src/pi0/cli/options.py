@@ -107,7 +107,7 @@ PolicySteps = Annotated[
     typer.Option(
         "--steps",
         min=1,
-        help="Denoising steps; default: what a LeRobot checkpoint says, else 10.",
+        help="Denoising steps; default: what config.json says, else 10.",
         show_default=False,
     ),
 ]

@@ -49,7 +49,7 @@ def verify(
     image_size: options.ImageSize = None,
     cameras: options.Cameras = 3,
     tokens: options.Tokens = None,
-    steps: options.Steps = 10,
+    steps: options.PolicySteps = None,
     min_pcc: Annotated[
         float | None,
         typer.Option(help="Require this PCC of every stage, too.", show_default=False),
@@ -105,6 +105,7 @@ def verify(
     a, b = (EngineSpec.parse(text) for text in engines)
     arrays = read_npz(inputs) if inputs else None
     opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
+    steps = steps or opened.steps
     size = image_side(arrays) or image_size or opened.config.vision.image_size
     config = opened.config.with_image_size(size)
     asked = 1, cameras, tokens or config.max_tokens

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from pi0.checkpoint.load import Checkpoint, Progress
+from pi0.checkpoint.load import Checkpoint, Progress, require_flow
 from pi0.closing import Closing
 from pi0.config import Pi0Config
 from pi0.engines.guidance import Guidance
@@ -376,11 +376,12 @@ def make_engine(
     Raises:
         EngineError: no such engine, precision or device; one that keeps no packed weights, or no
             room to write, if these are to be kept; a plug-in that fails.
-        CheckpointError, ConfigError: see `load_model`.
+        CheckpointError, ConfigError: see `load_model` and `require_flow`.
     """
     spec = EngineSpec.parse(spec) if isinstance(spec, str) else spec
     options = EngineOptions(spec.precision, spec.device, image_size, weight_cache, progress)
     engine = find_engine(spec.name)
+    require_flow(checkpoint)
     try:
         return engine.from_checkpoint(checkpoint, options)
     except Exception as error:

@@ -6,9 +6,6 @@ same: files that belong to another model, robot or author.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import numpy as np
 
 from pi0.checkpoint.lerobot import EMPTY_CAMERA, POSTPROCESSOR, PREPROCESSOR, complete_features
@@ -32,7 +29,7 @@ def examine(setup: PolicySetup) -> list[Finding]:
         found += _action_steps(setup)
     if robot and setup.sources.get("robot") == "named":
         found += _cameras(checkpoint, robot)
-        found += _another_robot(setup.sources.get("statistics", ""), robot)
+        found += _another_robot(setup.origin, robot)
     if pipeline:
         found += _processors_differ(pipeline)
         found += _lengths_differ(checkpoint, pipeline)
@@ -98,11 +95,9 @@ def _cameras(checkpoint: Checkpoint, robot: Robot) -> list[Finding]:
     ]
 
 
-def _another_robot(source: str, robot: Robot) -> list[Finding]:
+def _another_robot(origin: str | None, robot: Robot) -> list[Finding]:
     """Whether statistics lie under the name of another robot than the named one."""
-    parts = Path(os.path.abspath(source)).parts[-4:]
-    folders = [part for part in parts if robot_of_assets(part)]
-    expected = robot_of_assets(folders[-1]) if folders else None
+    expected = robot_of_assets(origin) if origin else None
     if not expected or robot.name not in ROBOTS or robot.name == "generic":
         return []
     # aloha_sim is an aloha, pi05_libero a libero.
@@ -111,7 +106,7 @@ def _another_robot(source: str, robot: Robot) -> list[Finding]:
     return [
         warning(
             "statistics-of-another-robot",
-            f"statistics: expected those of robot {robot.name}, found those of {folders[-1]}. Name "
+            f"statistics: expected those of robot {robot.name}, found those of {origin}. Name "
             f"the robot, --robot {expected}, or the right statistics with --norm-stats.",
         )
     ]

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from pi0.checkpoint.infer import to_config_json
+from pi0.checkpoint.infer import DEFAULT_STEPS, to_config_json
 from pi0.checkpoint.lerobot import (
     ACTION,
+    OLD_FIELDS,
     POSTPROCESSOR,
     PREPROCESSOR,
     STATE,
@@ -39,6 +40,7 @@ from pi0.policy.sources import (
     OPENPI_MODES,
     Source,
     Tables,
+    find_aloha_loss,
     find_losses,
     read_source,
     read_steps,
@@ -99,7 +101,8 @@ def export_files(
     source = read_source(checkpoint, norm_stats)
     _check_norm_mode(source, target, norm_mode)
     _check_values(source)
-    if not (target == "lerobot" and source.is_lerobot):  # which says them itself
+    copied = target == "lerobot" and source.is_lerobot  # whose fields say them themselves
+    if not copied or checkpoint.settings.keys() & OLD_FIELDS:
         for finding in settings_findings(checkpoint.settings, checkpoint.config):
             raise Pi0Error(finding.sentence)
     export = Export(findings=list(checkpoint.findings))
@@ -209,8 +212,10 @@ def _openpi_config(source: Source, dtype: str) -> dict[str, Any]:
         if name != "max_tokens" or not (source.program and source.program.max_tokens):
             del settings[names[name]]
     for name in ("robot", "n_action_steps"):  # as `pi0 train` writes them
-        if not source.is_lerobot and name in checkpoint.settings:
+        if checkpoint.settings.get(name) is not None:
             settings[name] = checkpoint.settings[name]
+    if checkpoint.steps != DEFAULT_STEPS:
+        settings["num_inference_steps"] = checkpoint.steps
     stated = checkpoint.settings.get("discrete_state_input")
     if stated is None and config.adaptive_norm and source.has_processors:
         steps = read_steps(source.folder, PREPROCESSOR)
@@ -227,10 +232,15 @@ def _lerobot(source: Source, export: Export, norm_mode: str | None) -> None:
     if norm_mode:
         settings["normalization_mapping"] |= dict.fromkeys(("STATE", "ACTION"), norm_mode.upper())
     if source.is_lerobot:
-        settings |= dict(checkpoint.settings) | (MERGED if checkpoint.adapter else {})
+        fields = {k: v for k, v in checkpoint.settings.items() if k not in OLD_FIELDS}
+        settings |= fields | (MERGED if checkpoint.adapter else {})
+        if "num_steps" in checkpoint.settings:
+            settings["num_inference_steps"] = checkpoint.steps
+        export.findings += find_aloha_loss(source, "LeRobot")
     else:
-        kept = ("n_action_steps", "num_inference_steps")
-        settings |= {k: checkpoint.settings[k] for k in kept if k in checkpoint.settings}
+        settings |= {"num_inference_steps": checkpoint.steps}
+        if "n_action_steps" in checkpoint.settings:
+            settings["n_action_steps"] = checkpoint.settings["n_action_steps"]
     if source.processors:
         export.files[CONFIG] = _json(settings)
         _copy_processors(source.processors, export)

@@ -6,17 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pi0.checkpoint.infer import CONFIG_JSON
+from pi0.checkpoint.infer import CONFIG_JSON, unfit_flow
 from pi0.checkpoint.load import Checkpoint
 from pi0.config import Pi0Config
 from pi0.findings import Finding, error, warning
-from pi0.model.flow import MAX_PERIOD, MIN_PERIOD
 from pi0.policy.normalize import Normalizer
 from pi0.policy.robot import Robot
 
 # Of LeRobot before 0.4: transforms that were part of the policy.
 ADAPT, RELATIVE_JOINTS = "adapt_to_pi_aloha", "use_delta_joint_actions_aloha"
-STEPS_KEYS = ("num_inference_steps", "num_steps")  # of LeRobot's config.json, newest first
 
 
 def of_base(what: str, folder: Path) -> Finding:
@@ -32,32 +30,17 @@ def settings_findings(settings: Mapping[str, Any], config: Pi0Config) -> list[Fi
     """Fields of LeRobot's or transformers' config.json that would change the result and are not
     carried out."""
     side = config.vision.image_size
-    only: dict[str, tuple[Any, ...]] = {
-        "n_obs_steps": (1,),
-        "min_period": (MIN_PERIOD,),
-        "max_period": (MAX_PERIOD,),
-        "image_resolution": ([side, side],),
-        "resize_imgs_with_padding": ([side, side],),
+    only: dict[str, Any] = {
+        "n_obs_steps": 1,
+        "image_resolution": [side, side],
+        "resize_imgs_with_padding": [side, side],
     }
     found = [
-        (key, f"expected {values[0]}, as this model has it", settings[key])
-        for key, values in only.items()
-        if settings.get(key) is not None and settings[key] not in values
+        f"config.json {key}: expected {value}, as this model has it, found {settings[key]!r}."
+        for key, value in only.items()
+        if settings.get(key) not in (None, value)
     ]
-    found += [
-        (key, "expected a count of denoising steps", settings[key])
-        for key in STEPS_KEYS
-        if settings.get(key) is not None
-        and (type(settings[key]) is not int or not 1 <= settings[key] <= 10_000)
-    ]
-    steps = {key: settings[key] for key in STEPS_KEYS if settings.get(key) is not None}
-    if len(set(map(repr, steps.values()))) > 1:
-        both = " and ".join(steps)
-        found.append((both, "expected one number", list(steps.values())))
-    return [
-        error("setting-not-carried-out", f"config.json {key}: {expected}, found {value!r}.")
-        for key, expected, value in found
-    ]
+    return [error("setting-not-carried-out", s) for s in (*found, *unfit_flow(settings))]
 
 
 def length_findings(checkpoint: Checkpoint, step: int | None) -> list[Finding]:

@@ -152,7 +152,7 @@ class Policy(Closing):
             device, dtype: complete the name of the engine.
             horizon, max_tokens: of a checkpoint whose files do not say.
             base: the full model of an adapter; None: the one that the adapter names.
-            steps: denoising steps; None: what a LeRobot checkpoint says, else 10.
+            steps: denoising steps; None: what config.json says, else 10.
             seed: of the noise.
             sampler, n_action_steps, on_limit, real_time: see the attributes.
             weight_cache: keep packed weights in a file beside the checkpoint, for the next start.

@@ -18,7 +18,7 @@ class PolicyRecipe:
         checkpoint: a path as `Policy.from_checkpoint` takes it.
         options: pre- and post-processing; the robot's table reads the observation.
         engine: ENGINE[:PRECISION][@DEVICE], or "auto".
-        steps: denoising steps; None: what a LeRobot checkpoint says, else 10.
+        steps: denoising steps; None: what config.json says, else 10.
         sampler: "euler" or "midpoint".
         on_limit: "error", "clamp" or "warn", for actions beyond the robot's limits.
         horizon, max_tokens, base, weight_cache: see `Policy.from_checkpoint`.

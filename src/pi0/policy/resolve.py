@@ -7,7 +7,6 @@ would move a robot wrongly. `Policy` and `pi0 inspect` read the same findings.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -19,7 +18,6 @@ from pi0.errors import Pi0Error
 from pi0.findings import warning
 from pi0.policy import lerobot
 from pi0.policy.fit import (
-    STEPS_KEYS,
     aloha_findings,
     aloha_flags,
     camera_findings,
@@ -45,7 +43,12 @@ from pi0.policy.pipeline import Pipeline
 from pi0.policy.robot import Robot
 from pi0.policy.robots import PI05, ROBOTS, find_robot, robot_of_assets
 from pi0.policy.setup import PolicyOptions, PolicySetup
-from pi0.policy.statistics import find_norm_stats, read_norm_stats, statistics_folder
+from pi0.policy.statistics import (
+    find_norm_stats,
+    find_origin,
+    read_norm_stats,
+    statistics_folder,
+)
 from pi0.policy.tokenizer import (
     FILE_NAMES,
     PromptFormat,
@@ -67,10 +70,12 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
     program = _program(checkpoint, options, setup)
     settings = checkpoint.settings  # of transformers' config.json, too
     setup.findings += settings_findings(settings, checkpoint.config)
-    setup.steps = next((n for key in STEPS_KEYS if isinstance(n := settings.get(key), int)), 10)
+    setup.steps = checkpoint.steps
     if any(finding.severity == "error" for finding in setup.findings):
         _examine_the_rest(checkpoint, options, config, setup)
         return setup
+    if options.norm_stats or not program:
+        setup.origin = find_origin(checkpoint, options.norm_stats)
     conventions = setup.attempt(
         "preprocessing-unknown", lambda: _conventions(checkpoint, options, program, setup)
     )
@@ -246,11 +251,11 @@ def _robot(
     if program:
         setup.sources["robot"] = "config.json and LeRobot's processors"
         return lerobot.robot_of(program, checkpoint.settings)
-    assets = _assets(statistics_folder(checkpoint), options)
-    if assets is not None:
+    if setup.origin is not None:
         raise Pi0Error(
-            f"robot: the statistics are those of {assets}, whose actions are not joint targets as "
-            f"they leave the model. Name the robot: --robot {robot_of_assets(assets)}, or --robot "
+            f"robot: the statistics are those of {setup.origin}, whose actions are not joint "
+            "targets as they leave the model. Name the robot: --robot "
+            f"{robot_of_assets(setup.origin)}, or --robot "
             "generic for the model's own actions."
         )
     setup.sources["robot"] = "assumed"
@@ -383,16 +388,3 @@ def _renames(program: LerobotProgram, checkpoint: Checkpoint, robot: Robot) -> d
 
 def _has_openpi_files(folder: Path) -> bool:
     return any(folder.glob("assets/**/norm_stats.json"))
-
-
-def _assets(folder: Path, options: PolicyOptions) -> str | None:
-    """The name of a folder above the statistics that names a known robot."""
-    if options.norm_stats == "none":
-        return None
-    try:
-        path = Path(options.norm_stats) if options.norm_stats else find_norm_stats(folder)
-    except Pi0Error:  # said where the statistics are read
-        return None
-    named = Path(os.path.abspath(path.expanduser())).parts[-4:]  # also of `.` and bare names
-    places = named if options.norm_stats else path.relative_to(folder).parts
-    return next((part for part in places if robot_of_assets(part)), None)

@@ -70,6 +70,7 @@ class PolicySetup:
         robot: None if it is unknown.
         pipeline: None if one of the findings is an error.
         statistics: normalisers of the state, of actions out, and of actions in; None if unknown.
+        origin: the name of a folder above openpi's statistics that names a known robot.
         sources: where robot, statistics, tokenizer and preprocessing come from, in words.
         n_action_steps: how many actions of a chunk are executed by default; None: all.
         steps: denoising steps by default.
@@ -80,6 +81,7 @@ class PolicySetup:
     pipeline: Pipeline | None = None
     statistics: tuple[Normalizer, Normalizer, Normalizer] | None = None
     findings: list[Finding] = field(default_factory=list)
+    origin: str | None = None
     sources: dict[str, str] = field(default_factory=dict)
     n_action_steps: int | None = None
     steps: int = 10

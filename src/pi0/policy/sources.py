@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pi0.checkpoint.files import read_json
+from pi0.checkpoint.infer import DEFAULT_STEPS, STEPS_KEYS
 from pi0.checkpoint.lerobot import ACTION, NORM_MAPS, POSTPROCESSOR, PREPROCESSOR, STATE
 from pi0.checkpoint.load import Checkpoint
 from pi0.errors import Pi0Error
@@ -16,9 +17,10 @@ from pi0.findings import Finding, warning
 from pi0.policy.fit import aloha_flags
 from pi0.policy.lerobot import LerobotProgram, has_processors, is_lerobot, read_program
 from pi0.policy.lerobot.statistics import read_statistics
-from pi0.policy.normalize import Statistics
+from pi0.policy.normalize import OPENPI_EPS, Statistics
 from pi0.policy.statistics import (
     FILE_NAME,
+    find_origin,
     list_norm_stats,
     read_norm_stats,
     statistics_folder,
@@ -39,7 +41,9 @@ REMEDIES = {
     "renames": "--robot with the robot's own keys",
     "image-statistics": "nothing does, so that the result is of no use",
     "norm-mode": "--norm-mode",
-    "steps": "--steps",
+    "newline": "nothing does, so that prompts end otherwise",
+    "eps": "nothing does, so that values with a small spread become others",
+    "steps": "num_steps of openpi's sample_actions; `pi0` finds all of it in config.json",
     "aloha": "--robot aloha or aloha_sim",
 }
 
@@ -72,21 +76,23 @@ class Source:
     def is_lerobot(self) -> bool:
         return is_lerobot(self.checkpoint)
 
-    def mode(self, kind: str) -> str | None:
-        """LeRobot's mode of normalisation for STATE or ACTION; None: the source is openpi's."""
-        if not self.is_lerobot:
-            return None
+    def step(self, kind: str) -> dict[str, Any]:
+        """The fields of LeRobot's step that normalises STATE or ACTION; empty: there is none."""
+        file, name = NORMALIZERS[kind]
+        steps = read_steps(self.folder, file)
+        found = (step.get("config") for step in steps if step.get("registry_name") == name)
+        return next(filter(None, found), {})
+
+    def mode(self, kind: str) -> str:
+        """LeRobot's mode of normalisation for STATE or ACTION."""
         settings = self.checkpoint.settings
         model = "pi05" if self.checkpoint.config.adaptive_norm else "pi0"
         norm_map = settings.get("normalization_mapping") or NORM_MAPS[model]
         if self.has_processors:  # they decide, as in LeRobot
-            file, name = NORMALIZERS[kind]
-            maps = [
-                step.get("config", {}).get("norm_map")
-                for step in read_steps(self.folder, file)
-                if step.get("registry_name") == name
-            ]
-            norm_map = next((found for found in maps if isinstance(found, Mapping)), {})
+            step = self.step(kind)
+            norm_map, keys = step.get("norm_map") or {}, step.get("normalize_observation_keys")
+            if kind == "STATE" and keys is not None and STATE not in keys:
+                return "IDENTITY"
         return str(norm_map.get(kind, "IDENTITY"))
 
     @cached_property
@@ -106,8 +112,10 @@ def read_source(checkpoint: Checkpoint, norm_stats: Path | str | None) -> Source
         path = Path(norm_stats).expanduser()
         path = path / FILE_NAME if path.is_dir() else path
         tables = read_norm_stats(path)
-        name = path.absolute().parent.name  # also of `.` and bare names
-        return Source(checkpoint, {f"assets/{name}/{FILE_NAME}": path}, None, tables)
+        name = find_origin(checkpoint, path) or path.absolute().parent.name
+        return Source(
+            checkpoint, {f"assets/{name.removesuffix('.json')}/{FILE_NAME}": path}, None, tables
+        )
     folder = checkpoint.folder_of(PREPROCESSOR, POSTPROCESSOR)
     if has_processors(folder):
         return Source(checkpoint, {}, folder, _processor_tables(folder))
@@ -153,40 +161,49 @@ def read_steps(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def find_losses(source: Source) -> list[Finding]:
-    """What LeRobot's files say and openpi's cannot.
+    """What the files beside the weights say and openpi's cannot.
 
     Raises:
         Pi0Error: a step or a field is one that nobody here knows, so that its loss would be unsaid.
     """
-    checkpoint, program = source.checkpoint, source.program
-    if program is None:
-        return []
+    checkpoint, settings = source.checkpoint, source.checkpoint.settings
+    steps = {name: settings.get(name) for name in (*STEPS_KEYS, "n_action_steps")}
+    usual = dict.fromkeys(STEPS_KEYS, DEFAULT_STEPS) | {"n_action_steps": checkpoint.config.horizon}
+    stated = {name: steps[name] for name in usual if steps[name] not in (None, usual[name])}
+    lost = {"steps": (f"states {stated}", bool(stated))}
+    if source.program:
+        lost |= _lerobot_losses(source, source.program)
+    found = [_loss(source, code, what, "openpi") for code, (what, lost) in lost.items() if lost]
+    return [*found, *find_aloha_loss(source, "openpi")]
+
+
+def find_aloha_loss(source: Source, target: str) -> list[Finding]:
+    """That older LeRobot files ask for ALOHA's conventions, which no target can say."""
+    flags = aloha_flags(source.checkpoint.settings) if source.is_lerobot else []
+    return [_loss(source, "aloha", f"sets {' and '.join(flags)}", target)] if flags else []
+
+
+def _loss(source: Source, code: str, what: str, target: str) -> Finding:
+    return warning(
+        f"{code}-lost",
+        f"{source.checkpoint.path}: it {what}, which {target}'s files cannot say. Say it where the "
+        f"result is used: {REMEDIES[code]}.",
+    )
+
+
+def _lerobot_losses(source: Source, program: LerobotProgram) -> dict[str, tuple[str, bool]]:
     unknown = [f.sentence for f in program.findings if f.code in UNKNOWN]
     if unknown:
         raise Pi0Error(unknown[0])
-    mode = OPENPI_MODES[checkpoint.config.adaptive_norm]
-    settings = checkpoint.settings
-    steps = {k: settings.get(k) for k in ("num_inference_steps", "n_action_steps")}
-    usual = {"num_inference_steps": (None, 10), "n_action_steps": (None, checkpoint.config.horizon)}
-    modes = {kind: source.mode(kind) for kind in ("STATE", "ACTION")}
-    lost = {
+    adaptive = source.checkpoint.config.adaptive_norm
+    modes = {kind: source.mode(kind) for kind in NORMALIZERS}
+    eps = max(source.step(kind).get("eps", 0) for kind in NORMALIZERS)
+    return {
         "preprocessing": ("resizes images and cleans prompts in LeRobot's way", True),
+        "newline": ("ends prompts without a line break", not (program.newline or adaptive)),
         "relative-actions": ("has actions relative to the state", any(program.relative or ())),
         "renames": (f"renames {dict(program.rename)}", bool(program.rename)),
         "image-statistics": ("normalises images", bool(program.images)),
-        "norm-mode": (f"normalises with {modes}", set(modes.values()) != {mode}),
-        "steps": (f"states {steps}", any(steps[k] not in usual[k] for k in steps)),
-        "aloha": (
-            "sets flags of ALOHA's conventions",
-            bool(aloha_flags(settings)),
-        ),
+        "norm-mode": (f"normalises with {modes}", set(modes.values()) != {OPENPI_MODES[adaptive]}),
+        "eps": (f"adds {eps} to spreads", eps > OPENPI_EPS),
     }
-    return [
-        warning(
-            f"{code}-lost",
-            f"{checkpoint.path}: it {what}, which openpi's files cannot say. Say it where the "
-            f"result is used: {REMEDIES[code]}.",
-        )
-        for code, (what, is_lost) in lost.items()
-        if is_lost
-    ]

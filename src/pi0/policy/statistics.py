@@ -7,6 +7,8 @@ assets/<robot>/norm_stats.json. Accepted are also files without the outer key, w
 
 from __future__ import annotations
 
+import os
+import reprlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from pi0.checkpoint.files import read_json
 from pi0.checkpoint.load import Checkpoint
 from pi0.errors import Pi0Error
 from pi0.policy.normalize import Statistics
+from pi0.policy.robots import robot_of_assets
 
 FILE_NAME = "norm_stats.json"
 PLACES = ("assets/**/", "", "*/", "*/*/")  # in a checkpoint's folder, in this order
@@ -24,6 +27,24 @@ NAMES = {"state": ("state", "observation.state"), "actions": ("actions", "action
 def statistics_folder(checkpoint: Checkpoint) -> Path:
     """The folder whose norm_stats.json counts: an adapter's, or its base's if that has none."""
     return checkpoint.folder_of(*(f"{place}{FILE_NAME}" for place in PLACES))
+
+
+def find_origin(checkpoint: Checkpoint, named: Path | str | None) -> str | None:
+    """The nearest folder above statistics that names a known robot; None: none does.
+
+    Args:
+        named: a file or folder, or "none"; None: the checkpoint's, whose own name tells nothing.
+    """
+    if named == "none":
+        return None
+    folder = statistics_folder(checkpoint)
+    try:
+        path = Path(named).expanduser() if named else find_norm_stats(folder)
+    except Pi0Error:  # said where the statistics are read
+        return None
+    whole = Path(os.path.abspath(path))  # also of `.` and bare names
+    parts = whole.parts[-4:] if named else path.relative_to(folder).parts
+    return next((part for part in reversed(parts) if robot_of_assets(part)), None)
 
 
 def list_norm_stats(folder: Path) -> list[Path]:
@@ -116,16 +137,17 @@ def _vectors(path: Path, what: str, table: dict[str, object]) -> Statistics:
     for name, values in table.items():
         if values is None:
             continue
-        try:
-            vector = np.asarray(values, np.float64)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise Pi0Error(
-                f"statistics {path}: {what}.{name}: expected a list of numbers, found {error}."
-            ) from error
-        if vector.ndim != 1 or not vector.size:
+        odd = [v for v in values if not _is_number(v)] if isinstance(values, list) else []
+        if odd or not isinstance(values, list) or not values:
             raise Pi0Error(
                 f"statistics {path}: {what}.{name}: expected a list of numbers, one for each "
-                f"dimension, found shape {list(vector.shape)}."
+                f"dimension, found {reprlib.repr(odd[0] if odd else values)}. Compute them again, "
+                "or copy the file again."
             )
-        vectors[name] = vector
+        vectors[name] = np.array(values, np.float64)
     return vectors
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value of a JSON file is a number; numpy would read "1.0" and true, too."""
+    return type(value) is float or (type(value) is int and abs(value) < 1e300)

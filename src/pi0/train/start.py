@@ -21,7 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from pi0.checkpoint.files import expand_user
-from pi0.checkpoint.load import Checkpoint, empty_model, load_model, open_checkpoint
+from pi0.checkpoint.load import (
+    Checkpoint,
+    empty_model,
+    load_model,
+    open_checkpoint,
+    require_flow,
+)
 from pi0.checkpoint.synth import RESIDUAL_ENDS
 from pi0.config import PRESETS, SO400M, GemmaConfig, Pi0Config, SiglipConfig
 from pi0.errors import ConfigError
@@ -90,6 +96,7 @@ def find_start(name: str, base: Path | None = None, **changes: int | None) -> St
                 config = replace(config, **{field: value})  # type: ignore[arg-type]
     else:
         checkpoint = open_checkpoint(path, changes.get("horizon"), changes.get("max_tokens"), base)
+        require_flow(checkpoint)
         config = checkpoint.config
     return Start(name, config if size is None else config.with_image_size(size), checkpoint)
 

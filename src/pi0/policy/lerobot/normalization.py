@@ -109,7 +109,11 @@ class Normalization:
             findings.append(warning("statistics-unused", f"{self.step}: {problem}. {remedy}"))
         if mode == "IDENTITY" or self.statistics is None:
             return identity(what, width)
-        if mode is None:
+        own = (self.step.config["features"] or {}).get(key, {}).get("type")
+        if own == "VISUAL" != kind:  # LeRobot would take the statistics for those of channels
+            problem = f"features: expected {key} to be of type {kind}, found {own}"
+            findings.append(error("field-value", f"{self.step} {problem}. {REMEDY}"))
+        elif mode is None:
             problem = f"features: expected {key}, which its norm_map normalises, found none"
             findings.append(error("statistics-missing", f"{self.step} {problem}. {REMEDY}"))
         elif key not in self.statistics:

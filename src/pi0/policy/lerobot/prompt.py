@@ -64,12 +64,14 @@ def read_prompt(
                 "the tokenizer that the checkpoint was trained with, with --tokenizer.",
             )
         )
-    newline, add_state = processors.find(NEWLINE), processors.find(ADD_STATE)
-    # The state's step strips the task, so that a line break before it has no effect.
-    first = add_state.index if add_state else -1
+    newline, add_state = (
+        step if step and step.index < tokenizer.index else None  # later it has no effect
+        for step in (processors.find(NEWLINE), processors.find(ADD_STATE))
+    )
     return Prompt(
-        state_in_prompt=add_state is not None and add_state.index < tokenizer.index,
-        newline=newline is not None and first < newline.index < tokenizer.index,
+        state_in_prompt=add_state is not None,
+        # The state's step strips the task, so that a line break before it has no effect, either.
+        newline=newline is not None and (add_state is None or add_state.index < newline.index),
         max_tokens=tokenizer.config["max_length"],
         padding_side=tokenizer.config["padding_side"],
         truncation=tokenizer.config["truncation"] not in (False, "do_not_truncate"),

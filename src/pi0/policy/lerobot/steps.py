@@ -23,7 +23,8 @@ from pi0.policy.lerobot.fields import (
 
 KNOWN_STEPS = {**PREPROCESSOR_STEPS, **POSTPROCESSOR_STEPS}
 ONCE = ("tokenizer_processor", "relative_actions_processor", "absolute_actions_processor",
-        "normalizer_processor", "unnormalizer_processor")  # fmt: skip
+        "normalizer_processor", "unnormalizer_processor",
+        "pi05_prepare_state_tokenizer_processor_step")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def matrices(n: int, k: int, bias: bool = False, int8: bool = True) -> tuple[Mat
     plain = Matrix(torch.randn(n, k), torch.randn(n) if bias else None)
     if int8:
         plain.weight, plain.scale = quantise_rows(plain.weight, torch.int8)
-    packed = replace(plain)
+    packed = replace(plain, weight=plain.weight.clone())  # which is packed in place
     prepare(packed)
     return plain, packed
 

@@ -50,6 +50,23 @@ def test_inputs_are_those_of_the_policy(tmp_path: Path, config: Pi0Config, layou
         assert torch.equal(ours.state, inputs.state)
 
 
+def test_whether_the_prompt_holds_the_state(tmp_path: Path) -> None:
+    """As asked, else as the robot's π0.5 was trained; LeRobot's always does."""
+    without = replace(ROBOT, state_in_prompt=False)
+    for number, (changes, expected) in enumerate([
+        ({}, True),
+        ({"robot": without}, False),
+        ({"robot": without, "layout": "lerobot"}, True),
+        ({"robot": without, "state_in_prompt": True}, True),
+        ({"state_in_prompt": False}, False),
+    ]):  # fmt: skip
+        made = samples(tmp_path / str(number), config=PI05_SIZES, **changes)
+        assert made.pipeline.prompt.state == expected
+        assert made.pipeline.prompt.newline != expected
+    with pytest.raises(Pi0Error, match="expected a π0.5, whose prompt holds the state"):
+        samples(tmp_path / "pi0", state_in_prompt=True)
+
+
 def test_states_may_have_several_axes(tmp_path: Path) -> None:
     episodes, plain = Episodes(), Episodes()
     episodes.columns["action"] = plain.columns["action"][:, None]

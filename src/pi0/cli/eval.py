@@ -52,7 +52,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    episodes: Annotated[int, typer.Option(min=1, help="Episodes of each task.")] = 50,
+    episodes: Annotated[int, typer.Option(min=1, help="Episodes of each task.")] = 100,
     seed_start: Annotated[
         int, typer.Option(min=0, help="Seed of each task's first episode; the others follow.")
     ] = 9_000_000,

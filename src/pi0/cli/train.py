@@ -211,7 +211,7 @@ def train(
         dtype=dtype,
         tokenizer=tokenizer,
         norm_stats=norm_stats,
-        state_in_prompt=state_in_prompt is not False,
+        state_in_prompt=state_in_prompt,
         execute=execute,
         heads=tuple(map(parse_head, aux or ())),
         head_weight=aux_weight,

@@ -69,7 +69,7 @@ class TrainOptions:
         dtype: of written weights, "float32" or "bfloat16".
         tokenizer: a file; None: the checkpoint's, or a vocabulary of the dataset's sentences.
         norm_stats: a norm_stats.json; None: measured on the dataset.
-        state_in_prompt: of a π0.5.
+        state_in_prompt: of a π0.5; None: as the files of the checkpoint or the robot say, else yes.
         execute: actions of a chunk that a policy carries out by default; None: all.
         heads: (column, block) of auxiliary heads; a block of None: the last but one.
         head_weight: of their losses.
@@ -87,7 +87,7 @@ class TrainOptions:
     dtype: str = "float32"
     tokenizer: Path | None = None
     norm_stats: Path | None = None
-    state_in_prompt: bool = True
+    state_in_prompt: bool | None = None
     execute: int | None = None
     heads: tuple[tuple[str, int | None], ...] = ()
     head_weight: float = 1.0
@@ -148,7 +148,8 @@ def prepare_run(
     findings = dataset.check(decode=False, used=used)
     enforce([*findings, *examine(dataset, robot, config, blocks | pointing)])
     tokenizer = _tokenizer(start, dataset, out, options, processes)
-    pipeline = _pipeline(config, robot, tokenizer, layout.name, options.state_in_prompt)
+    state = _state_in_prompt(start, robot, layout.name, options.state_in_prompt)
+    pipeline = _pipeline(config, robot, tokenizer, layout.name, state)
     if options.execute and options.execute > config.horizon:
         raise ConfigError(
             f"--execute: expected at most the {config.horizon} actions of a chunk, found "
@@ -258,17 +259,31 @@ def with_statistics(pipeline: Pipeline, statistics: Mapping[str, Statistics]) ->
     return replace(pipeline, state_stats=state, action_stats=actions, target_stats=actions)
 
 
+def _state_in_prompt(start: Start, robot: Robot, convention: str, stated: bool | None) -> bool:
+    if start.config.state_tokens:
+        if stated:
+            raise ConfigError(
+                "--state-in-prompt: expected a π0.5, whose prompt holds the state, found "
+                f"{start.name}, a π0, which has a token of the state."
+            )
+        return False
+    settings = start.checkpoint.settings if start.checkpoint else {}
+    declared = settings.get("discrete_state_input")
+    trained = robot.state_in_prompt if convention == "openpi" else None
+    known = (value for value in (stated, declared, trained) if value is not None)
+    return next(known, True)
+
+
 def _pipeline(
-    config: Pi0Config, robot: Robot, tokenizer: Tokenizer, convention: str, state_in_prompt: bool
+    config: Pi0Config, robot: Robot, tokenizer: Tokenizer, convention: str, state: bool
 ) -> Pipeline:
-    """A pipeline without statistics."""
+    """A pipeline without statistics; `state`: whether the prompt holds the state."""
     if convention == "lerobot" and (robot.encode_state or robot.encode_actions or robot.delta):
         raise ConfigError(
             "--layout lerobot: expected a robot whose actions are absolute and without conventions "
             f"of its own, found {robot.name}, which LeRobot's files cannot say. Use --layout "
             "openpi."
         )
-    state = config.adaptive_norm and state_in_prompt
     nothing = identity("state", config.state_dim), identity("actions", config.action_dim)
     return Pipeline(
         config=config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -191,8 +192,13 @@ def test_a_thread_of_its_own() -> None:
     [
         ({"overlap": "blend"}, "overlap: expected one of replace, ensemble, average, inpaint"),
         ({"when_dry": "stop"}, "when_dry: expected one of wait, hold, error, found 'stop'"),
-        ({"execution_horizon": 0}, "execution_horizon: expected at least 1 tick, found 0"),
-        ({"decay": float("nan")}, "decay: expected a number, found NaN"),
+        ({"execution_horizon": 0}, "execution_horizon: .* ticks, at least 1, found 0"),
+        ({"execution_horizon": 2.5}, "execution_horizon: .* ticks, at least 1, found 2.5"),
+        ({"execution_horizon": math.nan}, "execution_horizon: .* ticks, at least 1, found nan"),
+        ({"execution_horizon": True}, "execution_horizon: .* ticks, at least 1, found True"),
+        ({"execution_horizon": "3"}, "execution_horizon: .* ticks, at least 1, found '3'"),
+        ({"decay": "x"}, "decay: expected a number, found 'x'"),
+        ({"decay": math.nan}, "decay: expected a number, found nan"),
     ],
 )
 def test_settings(options: dict[str, Any], message: str) -> None:

@@ -155,12 +155,14 @@ class ActionBuffer(Closing):
         ):
             if value not in allowed:
                 raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}.")
-        if execution_horizon < 1:
+        ticks = isinstance(execution_horizon, (int, np.integer)) and execution_horizon is not True
+        if not ticks or execution_horizon < 1:
             raise ConfigError(
-                f"execution_horizon: expected at least 1 tick, found {execution_horizon}."
+                "execution_horizon: expected a whole number of ticks, at least 1, found "
+                f"{execution_horizon!r}."
             )
-        if math.isnan(decay):
-            raise ConfigError("decay: expected a number, found NaN.")
+        if not isinstance(decay, (int, float, np.floating)) or math.isnan(decay):
+            raise ConfigError(f"decay: expected a number, found {decay!r}.")
         if overlap == "inpaint" and getattr(policy, "real_time", True) is None:
             raise ConfigError(
                 "overlap inpaint: expected a policy made with real_time=RealTimeChunking(), or a "

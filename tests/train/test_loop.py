@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from episodes import FAST, PI05_SIZES, ROBOT, SIZES, Episodes, make_run
+from episodes import ALONE, FAST, PI05_SIZES, ROBOT, SIZES, Episodes, make_run
 
 from pi0.checkpoint.load import load_model, open_checkpoint
 from pi0.config import Pi0Config
@@ -23,9 +23,9 @@ from pi0.errors import ConfigError, Pi0Error
 from pi0.policy import Policy, PolicyOptions, prepare
 from pi0.train.log import LOG, PLOT, read_log
 from pi0.train.loop import LAST, LoopOptions, _require_same, require_folder, save, train
-from pi0.train.prepare import VOCABULARY, TrainOptions, settings_of
+from pi0.train.prepare import VOCABULARY, TrainOptions, prepare_run, settings_of
 from pi0.train.save import STATE_FILE, load_state, save_state
-from pi0.train.start import Start
+from pi0.train.start import Start, find_start
 
 SAVES = LoopOptions(log_every=2, save_every=3)
 
@@ -292,3 +292,28 @@ def test_files_of_an_openpi_checkpoint(tmp_path: Path) -> None:
     assert len(stats["state"]["mean"]) == 5
     stored = {info.dtype for info in open_checkpoint(tmp_path / "made").tensors.values()}
     assert stored == {"BF16"}
+
+
+@pytest.mark.parametrize("layout", ["openpi", "lerobot"])
+def test_a_checkpoints_own_steps_are_kept(tmp_path: Path, layout: str) -> None:
+    """How many actions are carried out, and denoising steps: what training goes on from says."""
+    first = make_run(tmp_path, layout=layout)
+    first.export.write(tmp_path / "made", first.trainer.exported())
+    file = tmp_path / "made" / "config.json"
+    settings = json.loads(file.read_text()) | {"num_inference_steps": 4}
+
+    def tuned(number: object, **changes: Any) -> tuple[int | None, int]:
+        file.write_text(json.dumps(settings | {"n_action_steps": number}))
+        start = find_start(str(file.parent))
+        options = TrainOptions(robot=ROBOT, augmentation=None, optimizer=FAST, **changes)
+        run = prepare_run(start, cast(Dataset, Episodes()), tmp_path / "tuned", options, ALONE)
+        folder = tmp_path / f"tuned-{number}-{len(changes)}"
+        run.export.write(folder, run.trainer.exported())
+        setup = prepare(open_checkpoint(folder), PolicyOptions(robot=ROBOT))
+        return setup.n_action_steps, setup.checkpoint.steps
+
+    assert tuned(2) == (2, 4)
+    assert tuned(2, execute=3) == (3, 4)
+    with pytest.raises(ConfigError, match="config.json n_action_steps: expected 1 to 6 actions"):
+        tuned(99)
+    assert tuned(99, execute=3) == (3, 4)

@@ -14,9 +14,10 @@ from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import open_checkpoint
 from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
-from pi0.errors import CheckpointError, ConfigError
+from pi0.errors import CheckpointError, ConfigError, Pi0Error
 from pi0.inputs import random_inputs
-from pi0.train.start import find_start, read_sizes
+from pi0.policy.robots import ROBOTS
+from pi0.train.start import Start, find_start, read_sizes
 
 CPU = torch.device("cpu")
 
@@ -33,6 +34,21 @@ def test_presets_files_and_checkpoints(tmp_path: Path, tiny_path: Path) -> None:
     assert start.model(0, CPU).config == start.config
     with pytest.raises(CheckpointError):
         find_start(str(tmp_path / "nothing"))
+
+
+def test_the_robot_of_the_checkpoint(tiny_path: Path) -> None:
+    """As named, else as config.json says, as for every other verb; one that is unknown is said."""
+
+    def start(**settings: str) -> Start:
+        checkpoint = replace(open_checkpoint(tiny_path), settings=settings)
+        return Start("tuned", checkpoint.config, checkpoint)
+
+    assert start().robot(None) == ROBOTS["generic"]
+    assert start(robot="tabletop").robot(None) == ROBOTS["tabletop"]
+    assert start(robot="tabletop").robot("libero") == ROBOTS["libero"]
+    with pytest.raises(Pi0Error, match="tuned: config.json: robot: expected one of .* found 'arm'"):
+        start(robot="arm").robot(None)
+    assert start(robot="arm").robot("generic") == ROBOTS["generic"]
 
 
 def test_sizes_in_toml(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ RobotName = Annotated[
         "--robot",
         metavar="NAME|FILE.toml",
         help="generic, aloha, aloha_sim, libero, pi05_libero, droid, an installed one, or a file; "
-        "default: what a LeRobot checkpoint says, else generic.",
+        "default: what the checkpoint's files say, else generic.",
         show_default=False,
     ),
 ]

@@ -34,7 +34,15 @@ def train(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the run.", show_default=False)
     ] = None,
-    robot: options.RobotName = None,
+    robot: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE.toml",
+            help="Whose the data are, as for pi0 act; default: what config.json of the checkpoint "
+            "names, else generic.",
+            show_default=False,
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the run.")] = 30_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 32,
     draws: Annotated[int, typer.Option(min=1, help="Draws of noise and time for each sample.")] = 1,
@@ -134,7 +142,7 @@ def train(
         typer.Option(
             min=1,
             help="Actions of a chunk that the policy carries out by default, of which its files "
-            "then tell; default: all.",
+            "then tell; default: as the checkpoint says, else all.",
             show_default=False,
         ),
     ] = None,
@@ -206,7 +214,7 @@ def train(
         )
     augmentation = Augmentation(crop, rotate, colour)
     wanted = TrainOptions(
-        robot=robot or "generic",
+        robot=robot,
         layout=layout,
         dtype=dtype,
         tokenizer=tokenizer,
@@ -344,12 +352,11 @@ def _display(
 def _print_estimate(start: Any, wanted: TrainOptions) -> None:
     """What one process on one device needs, with full prompts from all of the robot's cameras."""
     from pi0.cli.show import human_bytes, print_line, table
-    from pi0.policy.robots import find_robot
     from pi0.train.estimate import estimate
     from pi0.train.prepare import change_model
 
     config, options = start.config, wanted.trainer
-    robot = find_robot(wanted.robot, config.adaptive_norm)
+    robot = start.robot(wanted.robot)
     size = min(options.micro_batch or wanted.batch_size, wanted.batch_size)
     memory = estimate(
         config,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pi0.checkpoint.infer import DEFAULT_STEPS
 from pi0.checkpoint.layouts import LEROBOT, OPENPI
 from pi0.config import PALIGEMMA_VOCABULARY, Pi0Config
 from pi0.data.statistics import OPENPI as OPENPI_STATISTICS
@@ -17,10 +18,10 @@ from pi0.errors import ConfigError, Pi0Error
 from pi0.findings import enforce
 from pi0.model import Pi0
 from pi0.model.precision import parse_dtype
+from pi0.policy.lerobot.fields import is_count
 from pi0.policy.normalize import Statistics, identity, make_normalizer
 from pi0.policy.pipeline import Pipeline
 from pi0.policy.robot import Robot
-from pi0.policy.robots import find_robot
 from pi0.policy.statistics import read_norm_stats
 from pi0.policy.tokenizer import (
     FILE_NAMES,
@@ -45,7 +46,7 @@ from pi0.train.samples import (
     normalised_columns,
     points_of,
 )
-from pi0.train.save import STATE_FILE, Export
+from pi0.train.save import ACTION_STEPS, STATE_FILE, Export
 from pi0.train.start import Start
 from pi0.train.trainer import Trainer, TrainerOptions, freeze
 from pi0.train.vocabulary import write_vocabulary
@@ -63,14 +64,15 @@ class TrainOptions:
     """What a user may say about a run, besides the dataset and what it starts from.
 
     Attributes:
-        robot: a name, a `Robot`, or the path of a TOML file.
+        robot: a name, a `Robot`, or the path of a TOML file; None: `Start.robot`.
         layout: "openpi" or "lerobot", whose files and preprocessing; None: as the checkpoint that
             training starts from, else openpi's.
         dtype: of written weights, "float32" or "bfloat16".
         tokenizer: a file; None: the checkpoint's, or a vocabulary of the dataset's sentences.
         norm_stats: a norm_stats.json; None: measured on the dataset.
         state_in_prompt: of a π0.5; None: as the files of the checkpoint or the robot say, else yes.
-        execute: actions of a chunk that a policy carries out by default; None: all.
+        execute: actions of a chunk that a policy carries out by default; None: as the checkpoint
+            that training starts from, else all.
         heads: (column, block) of auxiliary heads; a block of None: the last but one.
         head_weight: of their losses.
         points: as `heads`, of pointing heads.
@@ -82,7 +84,7 @@ class TrainOptions:
         ConfigError: a value that has no meaning.
     """
 
-    robot: str | Path | Robot = "generic"
+    robot: str | Path | Robot | None = None
     layout: str | None = None
     dtype: str = "float32"
     tokenizer: Path | None = None
@@ -134,7 +136,7 @@ def prepare_run(
         raise ConfigError(
             f"--lora: expected the checkpoint of a full model to start from, found {start.name}."
         )
-    robot = find_robot(options.robot, config.adaptive_norm)
+    robot = start.robot(options.robot)
     layout = LAYOUTS[_layout(start, options)]
     blocks, pointing = (
         {
@@ -150,11 +152,7 @@ def prepare_run(
     tokenizer = _tokenizer(start, dataset, out, options, processes)
     state = _state_in_prompt(start, robot, layout.name, options.state_in_prompt)
     pipeline = _pipeline(config, robot, tokenizer, layout.name, state)
-    if options.execute and options.execute > config.horizon:
-        raise ConfigError(
-            f"--execute: expected at most the {config.horizon} actions of a chunk, found "
-            f"{options.execute}."
-        )
+    execute = _execute(start, options.execute)
     chunks = Chunks(dataset, config.horizon)
     statistics = _statistics(chunks, pipeline, options)
     pipeline = with_statistics(pipeline, statistics)
@@ -197,7 +195,8 @@ def prepare_run(
         pipeline,
         names,
         statistics,
-        options.execute,
+        execute,
+        start.checkpoint.steps if start.checkpoint else DEFAULT_STEPS,
         options.lora,
         start.checkpoint.path if start.checkpoint else None,
     )
@@ -229,7 +228,7 @@ def change_model(model: Pi0, options: TrainOptions, read_blocks: list[int]) -> N
 def settings_of(start: Start, dataset: Dataset, options: TrainOptions) -> dict[str, str]:
     """What a run was asked for, as plain data: a run resumes only as itself."""
     named = dict(_by_name(options))
-    robot = options.robot
+    robot = options.robot or start.declared_robot or "generic"
     return named | {
         "robot": robot.name if isinstance(robot, Robot) else str(robot),
         "start": start.name,
@@ -257,6 +256,25 @@ def with_statistics(pipeline: Pipeline, statistics: Mapping[str, Statistics]) ->
         for what in ("state", "actions")
     )
     return replace(pipeline, state_stats=state, action_stats=actions, target_stats=actions)
+
+
+def _execute(start: Start, stated: int | None) -> int | None:
+    horizon = start.config.horizon
+    if stated is not None:
+        if stated > horizon:
+            raise ConfigError(
+                f"--execute: expected at most the {horizon} actions of a chunk, found {stated}."
+            )
+        return stated
+    declared = start.checkpoint.settings.get(ACTION_STEPS) if start.checkpoint else None
+    if declared is None:
+        return None
+    if not (is_count(declared) and declared <= horizon):
+        raise ConfigError(
+            f"{start.name}: config.json {ACTION_STEPS}: expected 1 to {horizon} actions of a "
+            f"chunk, found {declared!r}. Say how many with --execute."
+        )
+    return int(declared)
 
 
 def _state_in_prompt(start: Start, robot: Robot, convention: str, stated: bool | None) -> bool:

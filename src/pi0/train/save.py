@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pi0.checkpoint.files import DTYPE_NAMES, TensorInfo, new_folder, replacing, write
-from pi0.checkpoint.infer import to_config_json
+from pi0.checkpoint.infer import DEFAULT_STEPS, STEPS_KEYS, to_config_json
 from pi0.checkpoint.layouts import Layout
 from pi0.checkpoint.lerobot import (
     ACTION,
@@ -33,6 +33,7 @@ from pi0.policy.statistics import FILE_NAME
 from pi0.train.lora import LoraOptions, adapter_tensors, write_adapter_config
 
 CONFIG = "config.json"
+ACTION_STEPS = "n_action_steps"
 STATE_FILE = "training_state.pt"
 
 
@@ -47,6 +48,7 @@ class Export:
             declares them.
         statistics: of "state" and "actions".
         execute: actions of a chunk that a policy carries out by default; None: all.
+        steps: of denoising, by default.
         lora, base: the adapter that is trained, and the checkpoint that it changes; None: whole
             models are written.
     """
@@ -57,6 +59,7 @@ class Export:
     cameras: tuple[str, ...]
     statistics: Mapping[str, Statistics]
     execute: int | None = None
+    steps: int = DEFAULT_STEPS
     lora: LoraOptions | None = None
     base: Path | None = None
 
@@ -99,7 +102,9 @@ class Export:
             return self._lerobot_files()
         settings = {**to_config_json(config), "robot": robot.name}
         if self.execute:
-            settings["n_action_steps"] = self.execute
+            settings[ACTION_STEPS] = self.execute
+        if self.steps != DEFAULT_STEPS:
+            settings[STEPS_KEYS[0]] = self.steps
         if config.adaptive_norm:
             settings["discrete_state_input"] = self.pipeline.prompt.state
         return {
@@ -108,9 +113,9 @@ class Export:
         }
 
     def _lerobot_files(self) -> dict[str, bytes]:
-        settings = make_config_json(self.pipeline.config)
+        settings = make_config_json(self.pipeline.config) | {STEPS_KEYS[0]: self.steps}
         if self.execute:
-            settings["n_action_steps"] = self.execute
+            settings[ACTION_STEPS] = self.execute
         size = self.pipeline.config.vision.image_size
         settings["input_features"] = {
             **{IMAGES + n: {"type": "VISUAL", "shape": [3, size, size]} for n in self.cameras},

@@ -30,8 +30,10 @@ from pi0.checkpoint.load import (
 )
 from pi0.checkpoint.synth import RESIDUAL_ENDS
 from pi0.config import PRESETS, SO400M, GemmaConfig, Pi0Config, SiglipConfig
-from pi0.errors import ConfigError
+from pi0.errors import ConfigError, Pi0Error
 from pi0.model import Pi0
+from pi0.policy.robot import Robot
+from pi0.policy.robots import find_robot
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -57,6 +59,24 @@ class Start:
     name: str
     config: Pi0Config
     checkpoint: Checkpoint | None = None
+
+    @property
+    def declared_robot(self) -> str | None:
+        """The robot that the checkpoint's config.json names, as `pi0 train` writes it."""
+        declared = self.checkpoint.settings.get("robot") if self.checkpoint else None
+        return declared if isinstance(declared, str) and declared else None
+
+    def robot(self, named: str | Path | Robot | None) -> Robot:
+        """The robot that is named, else the declared one, else generic.
+
+        Raises:
+            Pi0Error: there is none of that name, or its file is damaged.
+        """
+        try:
+            named_or_declared = named or self.declared_robot or "generic"
+            return find_robot(named_or_declared, self.config.adaptive_norm)
+        except Pi0Error as error:
+            raise error if named else Pi0Error(f"{self.name}: config.json: {error}") from error
 
     def model(self, seed: int, device: torch.device) -> Pi0:
         """The model in float32, ready for gradients.

@@ -156,7 +156,7 @@ def test_through_a_server(
         for more in (("--steps", "3"), ("--norm-stats", "none"), (str(tiny_path),)):
             code, _, stderr = run(*server, *ENV, *more)
             assert code == 2
-            assert "--server: expected alone, found options of a policy" in stderr
+            assert "--server: expected alone, found a checkpoint or options of a policy" in stderr
         code, _, stderr = run(*server, *ENV, "--real-time", "exact")
         assert code == 2
         assert "started with --real-time exact, found identity" in stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -61,9 +62,10 @@ def test_options_contradict_the_text(options: tuple[str | None, ...], sentence: 
         "cpu@cpu@1",
         "cpu int8",
         " cpu",
+        None,
     ],
 )
-def test_refuses_other_forms(text: str) -> None:
+def test_refuses_other_forms(text: Any) -> None:
     with pytest.raises(EngineError, match=r"expected ENGINE\[:PRECISION\]\[@DEVICE\]") as error:
         parse(text)
     assert f"found {text!r}." in str(error.value)

@@ -97,6 +97,7 @@ def test_rounding_beyond_the_range_is_clipped() -> None:
         (torch.nested.nested_tensor([PIXELS[0] + 0.0], layout=torch.jagged), "a nested tensor"),
         ("photo.png", "expected an array of pixels, found 'photo.png'"),
         ({"a": 1}, "expected an array of pixels, found a dict"),
+        (np.array(["a"]), r"expected an array of pixels, found an array of <U1 \[1\]"),
         ([[1, 2], [3]], "expected an array of pixels"),
     ],
 )
@@ -174,7 +175,8 @@ def test_default_prompt() -> None:
         ({"prompt": ""}, "expected a sentence, found ''"),
         ({"prompt": "  \n"}, "expected a sentence"),
         ({"prompt": 3}, "prompt: expected a sentence, found a int"),
-        ({"prompt": ["a", "b"]}, "found a list"),
+        ({"prompt": ["a", "b"]}, "found a list of 2"),
+        ({"prompt": np.array(["a", "b"])}, r"found an array of <U1 \[2\]"),
         ({"prompt": "go", "task": "stop"}, "one sentence, found 'go' under prompt and 'stop'"),
         ({"prompt": "caf\ud83d"}, r"written as UTF-8, found '\\ud83d' at position 3"),
     ],

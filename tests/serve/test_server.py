@@ -63,6 +63,7 @@ def test_the_greeting_tells_no_paths() -> None:
         (pack([1, 2]), "observation: expected a mapping"),
         (pack(observation(1, prompt=None)), "prompt: expected a sentence"),
         (pack(observation(1, state=None)), "expected 'state', found 'images', 'prompt'"),
+        (pack({**observation(1), "state": None}), "expected 'state', found 'images', 'prompt'"),
         (pack(observation(1, state=np.zeros(3))), r"state: expected 14 values.*found shape \[3\]"),
         (pack(observation(1, state=np.full(14, np.nan))), "expected finite values, found nan"),
         (pack(observation(1, images={"base": IMAGE[0]})), r"\[H, W, 3\] or \[3, H, W\], found"),

@@ -187,8 +187,8 @@ def evaluate(
         ours = (checkpoint, steps, horizon, max_tokens, base, device, dtype)
         if given != (PolicyOptions(), "auto", "euler") or any(value is not None for value in ours):
             raise ConfigError(
-                "--server: expected alone, found options of a policy in this process, too. The "
-                "server's policy is as it was started."
+                "--server: expected alone, found a checkpoint or options of a policy in this "
+                "process, too. Leave them out: the server's policy is as it was started."
             )
         key = read_api_key(expand_user(api_key_file)) if api_key_file else None
         served = ServedPolicy(server, on_limit, real_time, key)

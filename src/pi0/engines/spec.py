@@ -38,7 +38,7 @@ class EngineSpec:
             EngineError: not of this form, no such engine, or not one of its precisions.
             ConfigError: the text and an option contradict each other; float16.
         """
-        matched = GRAMMAR.fullmatch(text)
+        matched = GRAMMAR.fullmatch(text) if isinstance(text, str) else None
         if matched is None:
             raise EngineError(
                 "engine: expected ENGINE[:PRECISION][@DEVICE], as in cpu:int8 or "

@@ -110,9 +110,10 @@ def read_state(observation: Observation, robot: Robot, widths: range) -> Floats:
     for key, length in robot.state:
         value = lookup(observation, key)
         if value is None:
+            present = [repr(name) for name, value in observation.items() if value is not None]
             raise ObservationError(
                 f"observation of robot {robot.name}: expected {key!r}, found "
-                f"{', '.join(map(repr, observation)) or 'nothing'}."
+                f"{', '.join(present) or 'nothing'}."
             )
         part = _vector(key, value)
         allowed = range(length, length + 1) if length else widths
@@ -274,4 +275,9 @@ def _from_torch(key: str, tensor: Tensor) -> NDArray[np.generic]:
 
 
 def _kind(value: Any) -> str:
-    return f"a {type(value).__name__}" if not isinstance(value, str) else repr(value)
+    if isinstance(value, str):
+        return repr(value)
+    if type(value) is np.ndarray:
+        return f"an array of {value.dtype} {list(value.shape)}"
+    of = f" of {len(value)}" if isinstance(value, (list, tuple)) else ""
+    return f"a {type(value).__name__}{of}"

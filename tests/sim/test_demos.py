@@ -64,7 +64,9 @@ def test_slips_show_how_to_recover():
 
 @pytest.mark.parametrize(("episodes", "seed"), [(1, -1), (30, 8_999_999), (0, 0)])
 def test_reserved_seeds_are_refused(episodes, seed):
-    with pytest.raises(ConfigError, match=r"seed: expected 0 to 8999999 for all tries|at least one episode"):
+    with pytest.raises(
+        ConfigError, match=r"seed: expected 0 to 8999999 for all tries|at least one episode"
+    ):
         Plan(episodes, seed)
 
 

@@ -51,8 +51,8 @@ class Plan:
         last = self.seed + self.shards * SHARD_EPISODES * SEEDS_EACH
         if self.seed < 0 or last > FIRST_RESERVED_SEED:
             raise ConfigError(
-                f"seed: expected 0 to {FIRST_RESERVED_SEED - 1} for all tries, since later ones are "
-                f"kept for evaluation, found {self.seed} to {last - 1}."
+                f"seed: expected 0 to {FIRST_RESERVED_SEED - 1} for all tries, since later ones "
+                f"are kept for evaluation, found {self.seed} to {last - 1}."
             )
 
     @property

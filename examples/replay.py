@@ -8,6 +8,7 @@ right (cameras, state, statistics), not whether it succeeds. Needs the extras [s
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from pi0 import Policy
 from pi0.data import Dataset
+from pi0.errors import Pi0Error
 from pi0.train.checks import match_cameras
 
 
@@ -49,6 +51,11 @@ def main() -> None:
                 for row in rows
             ]
         )
+    if sampled.shape != recorded.shape:
+        raise Pi0Error(
+            f"{arguments.dataset}: expected {sampled.shape[1]} values in an action, as robot "
+            f"{policy.robot.name} has them, found {recorded.shape[1]}. Name the robot with --robot."
+        )
     names = policy.robot.action_names or [str(n) for n in range(recorded.shape[1])]
     figure, axes = plt.subplots(len(names), sharex=True, figsize=(7, 1.5 * len(names)))
     for name, axis, ours, theirs in zip(names, axes, sampled.T, recorded.T, strict=True):
@@ -67,4 +74,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Pi0Error as error:
+        sys.exit(str(error))

@@ -28,6 +28,8 @@ def observe():
     return {**views, "observation/state": np.zeros(8), "prompt": "pick up the red cube"}
 
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 address, chunks, real_time = sys.argv[1], int(sys.argv[2]), "--real-time" in sys.argv[3:]
 EXECUTED, DELAY = 25, 5  # ticks between two observations, and from one to its answer
 left = {}  # of the last chunk, from the tick of the next observation on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import struct
 import threading
@@ -81,6 +82,16 @@ def test_an_error_is_a_text_and_the_next_observation_is_answered(
         with pytest.raises(ObservationError, match=message):
             raise ObservationError(read(client))
         np.testing.assert_allclose(ask(client, observation(2))["actions"], 2, rtol=1e-5)
+
+
+def test_latency_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    options = ServeOptions(log_interval=0.2)
+    with running(make_policy(StateEngine()), options) as served, served.connect() as client:
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            ask(client, observation(1))
+    assert re.search(r"last 0 s: \d+ chunks, p50 \d+ ms, p99 \d+ ms, 0 errors, 1 c", caplog.text)
 
 
 def test_an_internal_error_stays_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -228,7 +228,7 @@ def change_model(model: Pi0, options: TrainOptions, read_blocks: list[int]) -> N
 def settings_of(start: Start, dataset: Dataset, options: TrainOptions) -> dict[str, str]:
     """What a run was asked for, as plain data: a run resumes only as itself."""
     named = dict(_by_name(options))
-    robot = options.robot or start.declared_robot or "generic"
+    robot = start.robot_name(options.robot)
     return named | {
         "robot": robot.name if isinstance(robot, Robot) else str(robot),
         "start": start.name,

@@ -60,21 +60,20 @@ class Start:
     config: Pi0Config
     checkpoint: Checkpoint | None = None
 
-    @property
-    def declared_robot(self) -> str | None:
-        """The robot that the checkpoint's config.json names, as `pi0 train` writes it."""
+    def robot_name(self, named: str | Path | Robot | None) -> str | Path | Robot:
+        """What is named, else what the checkpoint's config.json names, as `pi0 train` writes it,
+        else generic."""
         declared = self.checkpoint.settings.get("robot") if self.checkpoint else None
-        return declared if isinstance(declared, str) and declared else None
+        return named or (declared if isinstance(declared, str) else "") or "generic"
 
     def robot(self, named: str | Path | Robot | None) -> Robot:
-        """The robot that is named, else the declared one, else generic.
+        """The robot of `robot_name`.
 
         Raises:
             Pi0Error: there is none of that name, or its file is damaged.
         """
         try:
-            named_or_declared = named or self.declared_robot or "generic"
-            return find_robot(named_or_declared, self.config.adaptive_norm)
+            return find_robot(self.robot_name(named), self.config.adaptive_norm)
         except Pi0Error as error:
             raise error if named else Pi0Error(f"{self.name}: config.json: {error}") from error
 

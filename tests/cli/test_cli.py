@@ -301,7 +301,7 @@ def test_interrupt(tmp_path: Path) -> None:
     while not list(folder.glob(".model*")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "Traceback" not in err
     assert not list(folder.glob("*model*"))

@@ -17,7 +17,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from serving import IMAGE, StateEngine, ask, eventually, make_policy, observation, running
+from serving import (
+    IMAGE,
+    SOON,
+    StateEngine,
+    ask,
+    eventually,
+    make_policy,
+    observation,
+    running,
+)
 from websockets.sync.server import ServerConnection, serve
 
 from pi0 import ActionBuffer, Policy, RealTimeChunking
@@ -163,10 +172,10 @@ def test_no_answer_in_time() -> None:
     engine = StateEngine()
     with (
         running(make_policy(engine)) as served,
-        ServerPolicy(f"ws://{served.address}", timeout=0.2) as client,
+        ServerPolicy(f"ws://{served.address}", timeout=2.0) as client,
     ):
         engine.gate.clear()
-        with pytest.raises(Pi0Error, match=r"expected an answer within 0\.2 s, found none"):
+        with pytest.raises(Pi0Error, match=r"expected an answer within 2 s, found none"):
             client.infer(observation(1))
         engine.gate.set()
         with pytest.raises(Pi0Error, match="found that it has ended"):  # and no late answer
@@ -219,12 +228,12 @@ def test_a_server_that_hangs(side: int) -> None:
         with connection.protocol_mutex:  # which reading needs
             hangs.wait(60)
 
-    with foreign(talk) as address, ServerPolicy(address, timeout=0.5) as client:
+    with foreign(talk) as address, ServerPolicy(address, timeout=2.0) as client:
         time.sleep(0.2)
         start = time.monotonic()
-        with pytest.raises(Pi0Error, match=r"expected an answer within 0\.5 s, found none"):
+        with pytest.raises(Pi0Error, match=r"expected an answer within 2 s, found none"):
             client.infer({"image": np.zeros((side, side, 3), np.uint8)})
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < SOON
         hangs.set()
 
 

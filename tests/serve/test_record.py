@@ -267,18 +267,24 @@ def test_a_fault_of_its_own_is_logged(
 
 def test_a_slow_disk_delays_no_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Frames beyond the queue are dropped and counted, and answers come all the while."""
-    slow, frame = threading.Event(), pack(observation(1))
+    writing, slow, frame = threading.Event(), threading.Event(), pack(observation(1))
     add = record._Episode.add
+
+    def add_late(*given: Any) -> None:
+        writing.set()
+        assert slow.wait(SOON)
+        add(*given)
+
     monkeypatch.setattr(record, "QUEUE_BYTES", 3 * len(frame))
-    monkeypatch.setattr(record._Episode, "add", lambda *a: (slow.wait(SOON), add(*a)))
+    monkeypatch.setattr(record._Episode, "add", add_late)
     with recording(folder) as served, served.connect() as client:
         client.send(frame)
         read(client)
-        eventually(lambda: not served.server.recorder._queue)  # the first is being written
+        assert writing.wait(SOON)  # of the first one
         for _ in range(6):
             client.send(frame)
             assert "actions" in read(client)
-        assert served.server.metrics.recording["dropped"] == 3
+        eventually(lambda: served.server.metrics.recording["dropped"] == 3)
         slow.set()
     assert episodes(folder) == [[1] * 4]
 

@@ -281,11 +281,11 @@ def outcome(replica: PolicyReplica, fields: dict[str, Any]) -> str:
 
 
 def test_age_counts_as_time_in_the_queue() -> None:
-    fields = {"frame": pack(observation(1)), "timeout": 1.0, "previous": None, "noise": None}
+    fields = {"frame": pack(observation(1)), "timeout": 100.0, "previous": None, "noise": None}
     replica = replica_of(make_policy(StateEngine()))
-    (answer,) = asyncio.run(replica.answer([fields], [0.5]))
-    assert 0.5 <= answer.stages["queue"] < 1.0
-    (late,) = asyncio.run(replica.answer([fields], [1.5]))
+    (answer,) = asyncio.run(replica.answer([fields], [50.0]))
+    assert 50 <= answer.stages["queue"] < 100
+    (late,) = asyncio.run(replica.answer([fields], [150.0]))
     assert late.outcome == "timeout"
 
 

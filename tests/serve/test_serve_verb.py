@@ -123,7 +123,7 @@ def test_the_example_gets_actions_and_errors() -> None:
                 [sys.executable, example, f"ws://{server.address}", "2", "--real-time"],
                 capture_output=True,
                 text=True,
-                timeout=60,
+                timeout=300,
             )
         assert done.returncode == code, done.stderr
         if code:

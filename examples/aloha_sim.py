@@ -16,6 +16,7 @@ os.environ.setdefault("MUJOCO_GL", "egl")  # before the simulator: it draws with
 import gym_aloha  # noqa: F401 - registers its environments
 import gymnasium
 import numpy as np
+from dm_control.rl.control import PhysicsError
 from openpi_client import action_chunk_broker, image_tools, websocket_client_policy
 
 TASKS = {
@@ -53,7 +54,11 @@ def main():
     frames, best, over = [seen["pixels"]["top"]], 0.0, False
     while not over:
         action = policy.infer(observe(seen, TASKS[args.env]))["actions"]
-        seen, reward, terminated, truncated, _ = env.step(action)
+        try:
+            seen, reward, terminated, truncated, _ = env.step(action)
+        except PhysicsError:  # what the actions of random weights may come to
+            print("the simulation became unstable and ended: the actions are too far apart")
+            break
         frames.append(seen["pixels"]["top"])
         best, over = max(best, float(reward)), terminated or truncated
     env.close()

@@ -32,7 +32,7 @@ def test_broken_frames_are_answered_and_harm_nobody() -> None:
 def test_broken_frames_in_batches_harm_nobody() -> None:
     """Those of three clients and the observations of two robots, computed together."""
     engine = StateEngine(seconds=0.01)
-    options = ServeOptions(batch=5, batch_wait=0.02)
+    options = ServeOptions(batch=5, batch_wait=1.0)
     done = threading.Event()
 
     def drive(value: float) -> int:

@@ -169,7 +169,7 @@ def test_a_client_that_left_is_not_waited_for() -> None:
         engine.gate.clear()
         with served.connect() as client:
             client.send(pack(observation(1)))
-            eventually(lambda: len(cluster.asked) == 1)
+            eventually(lambda: len(cluster.responses) == 1)
         eventually(lambda: cluster.responses[0].cancelled)
         engine.gate.set()
 

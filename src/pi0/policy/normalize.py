@@ -24,6 +24,7 @@ NEEDED = {
     "quantiles": ("q01", "q99"),
     "min_max": ("min", "max"),
 }
+GREATEST = 1e30  # of a statistic: no robot has such units, and normalised values leave float32
 # Normalised values beyond this were not in anybody's training data.
 OUTLIER_SIGMA = 100.0
 
@@ -102,11 +103,12 @@ def make_normalizer(what: str, mode: str, convention: str, stats: Statistics) ->
             f"{list(low.shape)} and {NEEDED[mode][1]} {list(high.shape)}."
         )
     for name, values in zip(NEEDED[mode], (low, high), strict=True):
-        bad = np.flatnonzero(~np.isfinite(values))
+        bad = np.flatnonzero(~(np.abs(values) < GREATEST))
         if bad.size:
             raise Pi0Error(
-                f"statistics of {what}: expected finite values of {name}, found {values[bad[0]]} "
-                f"in dimension {bad[0]}. Compute them again, or copy the file again."
+                f"statistics of {what}: expected finite values of {name} below {GREATEST:g}, "
+                f"found {values[bad[0]]:g} in dimension {bad[0]}. Compute them "
+                "again, or copy the file again."
             )
     spread = high if mode == "mean_std" else high - low
     require_spread(what, NEEDED[mode], spread)
@@ -123,7 +125,7 @@ def make_normalizer(what: str, mode: str, convention: str, stats: Statistics) ->
 
 def require_spread(what: str, names: tuple[str, ...], spread: Floats) -> None:
     """Raises Pi0Error if a standard deviation or a range is negative or absurdly large."""
-    bad = np.flatnonzero((spread < 0) | (spread > 1e30))
+    bad = np.flatnonzero((spread < 0) | (spread > GREATEST))
     if bad.size:
         raise Pi0Error(
             f"statistics of {what}: expected {' and '.join(names)} with a spread of 0 or more, "

@@ -103,13 +103,7 @@ def make_normalizer(what: str, mode: str, convention: str, stats: Statistics) ->
             f"{list(low.shape)} and {NEEDED[mode][1]} {list(high.shape)}."
         )
     for name, values in zip(NEEDED[mode], (low, high), strict=True):
-        bad = np.flatnonzero(~(np.abs(values) < GREATEST))
-        if bad.size:
-            raise Pi0Error(
-                f"statistics of {what}: expected finite values of {name} below {GREATEST:g}, "
-                f"found {values[bad[0]]:g} in dimension {bad[0]}. Compute them "
-                "again, or copy the file again."
-            )
+        require_finite(what, name, values)
     spread = high if mode == "mean_std" else high - low
     require_spread(what, NEEDED[mode], spread)
     if mode == "mean_std":
@@ -121,6 +115,17 @@ def make_normalizer(what: str, mode: str, convention: str, stats: Statistics) ->
     else:
         spread = np.where(spread == 0, LEROBOT_EPS, spread)
     return Normalizer(what, low, spread / 2, spread / 2, shift=1.0)
+
+
+def require_finite(what: str, name: str, values: Floats) -> None:
+    """Raises Pi0Error if a statistic [D] is not finite or beyond any robot's units."""
+    bad = np.flatnonzero(~(np.abs(values) < GREATEST))
+    if bad.size:
+        raise Pi0Error(
+            f"statistics of {what}: expected finite values of {name} below {GREATEST:g}, "
+            f"found {values[bad[0]]:g} in dimension {bad[0]}. Compute them again, or copy the file "
+            "again."
+        )
 
 
 def require_spread(what: str, names: tuple[str, ...], spread: Floats) -> None:

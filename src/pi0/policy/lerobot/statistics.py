@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from pi0.checkpoint.files import read_headers
 from pi0.errors import Pi0Error
-from pi0.policy.normalize import Normalizer, require_spread
+from pi0.policy.normalize import Normalizer, require_finite, require_spread
 
 Floats = NDArray[np.float64]
 
@@ -105,6 +105,6 @@ def _vector(what: str, name: str, values: Floats) -> Floats:
             f"statistics of {what}: expected {name} to be a vector, found shape "
             f"{list(values.shape)}."
         )
-    if not np.isfinite(values).all():
-        raise Pi0Error(f"statistics of {what}: expected finite values of {name}, found others.")
-    return values.reshape(-1)
+    values = values.reshape(-1)
+    require_finite(what, name, values)
+    return values

@@ -96,6 +96,7 @@ def test_config_json(folder: Path) -> None:
         (b"null", "expected a JSON object, found a NoneType"),
         ('{"type": "pi0"}'.encode("utf-16"), "expected JSON, found"),
         (b'{"horizon": ' + b"9" * 5000 + b"}", "expected JSON, found"),
+        (b'{"vlm": {"depth": 2, "depth": 3}}', "expected JSON, found the key 'depth' twice"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b'{"horizon": NaN}', "config.json horizon: expected a count, found nan"),
         (b'{"horizon": Infinity}', "config.json horizon: expected a count, found inf"),

@@ -329,18 +329,27 @@ def read_json(path: Path) -> dict[str, object]:
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique)
     except OSError as error:
         raise CheckpointError(
             f"{path}: expected a JSON file, found: {error.strerror or error}."
         ) from error
     except RecursionError as error:
         raise CheckpointError(f"{path}: expected JSON, found lists nested too deeply.") from error
-    except ValueError as error:  # no JSON, no UTF-8, or a number of thousands of digits
+    except ValueError as error:  # no JSON, no UTF-8, a key twice, a number of thousands of digits
         found = describe_json(path, error)
         raise CheckpointError(f"{path}: expected JSON, found {found}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found a {type(value).__name__}.")
+    return value
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """The object; ValueError where a key has two values, of which one would silently win."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {twice!r} twice in one object")
     return value
 
 

@@ -362,10 +362,13 @@ def test_the_fastest_exact_engine_by_default(
 
 
 def test_a_closed_policy(tiny_path: Path) -> None:
+    given = {**GIVEN, "state": np.zeros(8)}
     with Policy.from_checkpoint(tiny_path, robot="generic", steps=1) as made:
-        made.infer({**GIVEN, "state": np.zeros(8)})
-    with pytest.raises(EngineError, match="expected an open engine, found it closed"):
-        made.infer({**GIVEN, "state": np.zeros(8)})
+        made.infer(given)
+        made.select_action(given)
+    for ask in (made.infer, made.select_action):
+        with pytest.raises(EngineError, match="expected an open engine, found it closed"):
+            ask(given)
 
 
 @pytest.mark.parametrize("engine", ["reference", "cpu", "cpu:int8"])

@@ -268,7 +268,8 @@ class Engine(Closing):
         if differentiates and not cls.capabilities.differentiable:
             raise EngineError(
                 f"engine {cls.name}: expected one whose velocity autograd can follow, found one "
-                'that computes without it. Use jacobian="identity", or engine reference.'
+                'that computes without it. Use jacobian="identity" (--real-time identity), or '
+                "engine reference."
             )
 
     @classmethod

@@ -308,10 +308,8 @@ class Policy(Closing):
         }
 
     def select_action(self, observation: Observation) -> NDArray[np.float32]:
-        """The next action [D]; a new chunk is computed after every `n_action_steps` of them.
-
-        One robot's loop at a time: the queue is the policy's. `reset` empties it.
-        """
+        """The next action [D]; a new chunk is computed after every `n_action_steps` of them. The
+        queue is the policy's, so for one robot's loop at a time; `reset` empties it."""
         with self._queue_lock:
             if not self._queue:
                 encoded = self.encode(observation)
@@ -333,7 +331,8 @@ class Policy(Closing):
         return self.pipeline.robot
 
     def close(self) -> None:
-        """Frees the engine; the policy cannot be used afterwards."""
+        """Frees the engine and forgets actions; the policy cannot be used afterwards."""
+        self.reset()
         self.engine.close()
 
     def draw_noise(self) -> Tensor:

@@ -327,7 +327,9 @@ def test_infer_refuses() -> None:
 
 
 def test_an_engine_without_gradients_is_refused_when_the_policy_is_made() -> None:
-    with pytest.raises(EngineError, match='Use jacobian="identity" .--real-time identity., or engine reference'):
+    with pytest.raises(
+        EngineError, match='Use jacobian="identity" .--real-time identity., or engine reference'
+    ):
         policy(ROBOTS["libero"], ANSWER, real_time=RealTimeChunking())
 
 

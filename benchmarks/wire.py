@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -112,6 +113,7 @@ def main() -> None:
     add_options(parser, 50, "out/wire")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of servers, as of eval's workers: threads split sums
     results: dict[Cell, dict[str, Any]] = {}
     for way in arguments.ways:
         cells = [Cell(way, ms, rtc) for ms in arguments.latencies for rtc in (False, True)]

@@ -76,8 +76,8 @@ def evaluate(
         typer.Option(
             min=1,
             metavar="K",
-            help="Actions of a chunk that are executed before the next; default: what a LeRobot "
-            "checkpoint says, else all.",
+            help="Actions of a chunk that are executed before the next; default: what "
+            "config.json says, else all.",
             show_default=False,
         ),
     ] = None,
@@ -312,13 +312,13 @@ def _print(results: Results) -> None:
         f"inference (median), {latency['p99_ms']:.1f} ms (99th percentile), "
         f"{latency['inferences']} inferences"
     )
-    jump, delay = results.border_jump, run["delay"]
+    jump, guided = results.border_jump, (run["real_time"] or {}).get("jacobian", "no")
     if jump["borders"]:
         print_line(
-            f"chunks are {delay} ticks late ({run['injected_latency']:g} ms) and jump at their "
-            f"borders by {jump['rms']:.4g} (root mean square), {jump['max']:.4g} at most, in the "
-            f"robot's units, {jump['borders']} borders; "
-            + ("real-time chunking" if run["real_time"] else "no real-time chunking")
+            f"{guided} real-time chunking, latency of {run['delay']} ticks "
+            f"({run['injected_latency']:g} ms) added; jump from chunk to chunk: {jump['rms']:.4g} "
+            f"(root mean square), {jump['max']:.4g} at most, in the robot's units, "
+            f"{jump['borders']} borders"
         )
     if results.total.outside:
         print_line(

@@ -52,6 +52,7 @@ Every verb has examples: `pi0 act --help`. A first round:
     pi0 trace demo                  # the eleven stages, one by one
     pi0 act demo --image base=base.png \\
         --prompt "pick up the cube" --state "0,0,0,0,0,0,0,0"
+    pi0 eval tabletop               # a trained policy, in simulation
 
 Tab completion: `pi0 --install-completion`.""",
 )

@@ -21,7 +21,8 @@ Checkpoint = Annotated[
     Path,
     typer.Argument(
         metavar="CKPT",
-        help="Checkpoint folder (JAX's, too), .safetensors file, shard index or adapter folder.",
+        help="Checkpoint folder (JAX's, too), .safetensors file, shard index, adapter folder, or "
+        "`tabletop`, which comes with pi0.",
         show_default=False,
     ),
 ]
@@ -174,8 +175,8 @@ RobotName = Annotated[
     typer.Option(
         "--robot",
         metavar="NAME|FILE.toml",
-        help="generic, aloha, aloha_sim, libero, pi05_libero, droid, an installed one, or a file; "
-        "default: what the checkpoint's files say, else generic.",
+        help="generic, aloha, aloha_sim, libero, pi05_libero, droid, tabletop, an installed one, "
+        "or a file; default: what the checkpoint's files say, else generic.",
         show_default=False,
     ),
 ]

@@ -270,7 +270,7 @@ def _run(
         def on_episode(episode: Episode) -> None:
             nonlocal successes
             successes += episode.success
-            advance(text=f"evaluating, {successes} successes")
+            advance(text=f"evaluating, successes: {successes}")
 
         results = run(policy, plan, on_episode)
     data = results.to_data()

@@ -141,8 +141,8 @@ def train(
         int | None,
         typer.Option(
             min=1,
-            help="Actions of a chunk that the policy carries out by default, of which its files "
-            "then tell; default: as the checkpoint says, else all.",
+            help="Actions of a chunk that are executed by default, n_action_steps of config.json; "
+            "default: as the checkpoint says, else all.",
             show_default=False,
         ),
     ] = None,
@@ -166,7 +166,11 @@ def train(
     ] = False,
     micro_batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Samples computed at once; default: all.", show_default=False),
+        typer.Option(
+            min=1,
+            help="Samples computed at once, with gradients accumulated; default: all.",
+            show_default=False,
+        ),
     ] = None,
     shard: Annotated[
         bool,

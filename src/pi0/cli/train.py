@@ -104,7 +104,7 @@ def train(
         list[str] | None,
         typer.Option(
             metavar="COLUMN[@BLOCK]",
-            help="Also say which patch of the first camera's picture holds a column's points, "
+            help="Also predict which patch of the first camera's picture holds a column's points, "
             "(u, v) in [0, 1]; block as in --aux.",
             show_default=False,
         ),

@@ -55,6 +55,7 @@ def test_table_json_and_films(
     tiny_path: Path, robot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pi0.policy.policy._without_limits", set())  # said once in a process
+    monkeypatch.setenv("MUJOCO_GL", "egl")
     out, films = tmp_path / "new" / "results.json", tmp_path / "films"
     more = ["--episodes", "2", "--on-limit", "clamp", "--steps", "2", "--max-steps", "5"]
     more += ["--sampler", "midpoint"]
@@ -71,6 +72,8 @@ def test_table_json_and_films(
     data = json.loads(out.read_text())
     assert list(data["tasks"]) == ["red", "blue"]
     assert data["episodes"] == 4
+    assert data["mujoco_gl"] == "egl"
+    assert "of each task, MuJoCo draws with egl\n" in stdout
     assert data["sampler"] == "midpoint"
     assert data["checkpoint"] == str(tiny_path)
     assert data["engine"]["name"] == "reference"
@@ -150,7 +153,7 @@ def test_through_a_server(
         code, stdout, stderr = run(*server, *common)
         assert code == 0, stderr
         table = run(*server, *common[:-1])[1]
-        assert "identity real-time chunking, latency of 2 ticks (300 ms) added; jump" in table
+        assert "identity real-time chunking, 300 ms of latency added (2 ticks)\nactions" in table
         for more in (("--steps", "3"), ("--norm-stats", "none"), (str(tiny_path),)):
             code, _, stderr = run(*server, *ENV, *more)
             assert code == 2

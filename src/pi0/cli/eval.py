@@ -305,7 +305,7 @@ def _print(results: Results) -> None:
     print_line(
         f"robot {run['robot']}, {run['steps']} denoising steps ({run['sampler']}), "
         f"{run['execute']} actions executed of each chunk, seeds {run['seed_start']} to {last} of "
-        "each task"
+        "each task" + (f", MuJoCo draws with {run['mujoco_gl']}" if run["mujoco_gl"] else "")
     )
     print_line(
         f"engine {engine['name']}:{engine['precision']}: {latency['median_ms']:.1f} ms an "
@@ -315,10 +315,12 @@ def _print(results: Results) -> None:
     jump, guided = results.border_jump, (run["real_time"] or {}).get("jacobian", "no")
     if jump["borders"]:
         print_line(
-            f"{guided} real-time chunking, latency of {run['delay']} ticks "
-            f"({run['injected_latency']:g} ms) added; jump from chunk to chunk: {jump['rms']:.4g} "
-            f"(root mean square), {jump['max']:.4g} at most, in the robot's units, "
-            f"{jump['borders']} borders"
+            f"{guided} real-time chunking, {run['injected_latency']:g} ms of latency added "
+            f"({run['delay']} ticks)"
+        )
+        print_line(
+            f"actions jump from chunk to chunk by {jump['rms']:.4g} (root mean square of "
+            f"{jump['borders']} borders), {jump['max']:.4g} at most, in the robot's units"
         )
     if results.total.outside:
         print_line(

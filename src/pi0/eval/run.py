@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator
@@ -119,6 +120,7 @@ def describe(plan: EvalPlan) -> dict[str, Any]:
         **env,
         **{name: value for name, value in options.items() if name not in ("tasks", "episodes")},
         "episodes_per_task": plan.episodes,
+        "mujoco_gl": os.environ.get("MUJOCO_GL"),  # how MuJoCo draws: other pixels, other episodes
         "versions": {
             "pi0": pi0.__version__,
             "python": platform.python_version(),

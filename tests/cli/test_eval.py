@@ -58,7 +58,7 @@ def test_table_json_and_films(
     monkeypatch.setenv("MUJOCO_GL", "egl")
     out, films = tmp_path / "new" / "results.json", tmp_path / "films"
     more = ["--episodes", "2", "--on-limit", "clamp", "--steps", "2", "--max-steps", "5"]
-    more += ["--sampler", "midpoint"]
+    more += ["--sampler", "midpoint", "--env-arg", "render_mode=rgb_array"]
     options = words(tiny_path, robot, *ENV, *more, "--out", out)
     code, stdout, stderr = run(
         *options, "--video", str(films), "--video-episodes", "1", "--video-format", "gif"
@@ -73,6 +73,7 @@ def test_table_json_and_films(
     assert list(data["tasks"]) == ["red", "blue"]
     assert data["episodes"] == 4
     assert data["mujoco_gl"] == "egl"
+    assert data["env_arguments"] == {"render_mode": "rgb_array"}
     assert "of each task, MuJoCo draws with egl\n" in stdout
     assert data["sampler"] == "midpoint"
     assert data["checkpoint"] == str(tiny_path)
@@ -88,6 +89,8 @@ def test_table_json_and_films(
         (("--env", "pi0/Nothing-v0"), "expected one of pi0/Tabletop-v0, found 'pi0/Nothing-v0'"),
         ((*ENV, "--robot", "libero"), "in its observations for robot libero, found clock, image"),
         ((*ENV, "--tasks", "red,"), "tasks: expected different names"),
+        ((*ENV, "--env-arg", "speed"), "--env-arg: expected NAME=VALUE, found 'speed'"),
+        ((*ENV, "--env-arg", "speed=2"), "got an unexpected keyword argument 'speed'"),
         ((*ENV, "--tasks", "red, pink"), "expected one of the tasks red, blue, found 'pink'"),
         ((*ENV, "--prompt", "go", "--prompt-swap"), "Leave out --prompt or --prompt-swap"),
         ((*ENV, "--video", "x", "--video-format", "avi"), "expected one of mp4, gif"),

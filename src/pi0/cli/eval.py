@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -44,6 +45,14 @@ def evaluate(
             help="Gymnasium environment; PACKAGE:ID imports the package that registers it.",
         ),
     ] = "pi0/Tabletop-v0",
+    env_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Argument of the environment, such as obs_type=pixels_agent_pos; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -160,6 +169,7 @@ def evaluate(
         pi0 eval --server ws://127.0.0.1:8000 --workers 4 \\
             --latency 300 --real-time identity
         pi0 eval my_aloha --env gym_aloha:gym_aloha/AlohaInsertion-v0 \\
+            --env-arg obs_type=pixels_agent_pos \\
             --robot aloha_gym.toml --prompt "insert the peg" --video films
     """
     from pi0.checkpoint.files import expand_user, require_writable
@@ -171,7 +181,7 @@ def evaluate(
     require_writable(out)
     film = video and FilmOptions(expand_user(video), video_format, video_episodes)
     plan = EvalPlan(
-        EnvOptions(env, max_steps, prompt, prompt_swap, blank_cameras),
+        EnvOptions(env, max_steps, prompt, prompt_swap, blank_cameras, _arguments(env_arg or [])),
         options.parse_names(tasks) if tasks is not None else None,
         episodes,
         seed_start,
@@ -209,6 +219,22 @@ def evaluate(
         sampler=sampler,
     )
     _run(*_resolved(policy, plan, dtype, device), out, as_json)
+
+
+def _arguments(words: list[str]) -> dict[str, Any]:
+    """What `gymnasium.make` gets; values are JSON (numbers, true), else text."""
+    from pi0.errors import ConfigError
+
+    arguments: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name.isidentifier() and equals):
+            raise ConfigError(f"--env-arg: expected NAME=VALUE, found {word!r}.")
+        try:
+            arguments[name] = json.loads(value)
+        except ValueError:
+            arguments[name] = value
+    return arguments
 
 
 def _resolved(

@@ -117,6 +117,7 @@ def describe(plan: EvalPlan) -> dict[str, Any]:
     packages = ("gymnasium", "mujoco", "numpy", "torch")
     return {
         "env": env.pop("id"),
+        "env_arguments": env.pop("arguments"),
         **env,
         **{name: value for name, value in options.items() if name not in ("tasks", "episodes")},
         "episodes_per_task": plan.episodes,

@@ -28,7 +28,7 @@ def observe():
     return {**views, "observation/state": np.zeros(8), "prompt": "pick up the red cube"}
 
 
-if len(sys.argv) < 3:
+if len(sys.argv) < 3 or "://" not in sys.argv[1] or not sys.argv[2].isdecimal():
     sys.exit(__doc__)
 address, chunks, real_time = sys.argv[1], int(sys.argv[2]), "--real-time" in sys.argv[3:]
 EXECUTED, DELAY = 25, 5  # ticks between two observations, and from one to its answer

@@ -43,7 +43,10 @@ from pi0.inputs import random_inputs
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")]
+PAGES += [*ROOT.glob("contrib/*/*.md"), *ROOT.glob("src/pi0/shipped/*/*.md")]
 SHELL = [command for page in PAGES for block in blocks(page) for command in commands(block)]
+RECIPE = ROOT / "examples" / "tabletop" / "train.sh"  # takes hours: its options are checked alone
+SHELL += commands(Block(RECIPE, 1, "bash", RECIPE.read_text().replace('"$here/../../', '"')))
 
 # Checkpoints that pages name, and the widths of state and actions in their statistics.
 CHECKPOINTS = {

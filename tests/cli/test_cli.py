@@ -99,6 +99,16 @@ def test_help_has_examples() -> None:
         assert f"pi0 {verb}" in text
 
 
+def test_help_fits_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rich cuts a word that is wider than its column."""
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    for verb in ("serve", "train", "verify", "inspect"):
+        text = pi0(verb, "--help").stdout
+        assert "--help" in text
+        assert "…" not in text
+    assert "--no-state-in-prompt" in text
+
+
 def test_version() -> None:
     assert pi0("--version").stdout.strip() == "0.1.0"
 

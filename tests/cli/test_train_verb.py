@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -90,7 +91,8 @@ def test_from_pictures_to_actions(place: Path, tmp_path: Path) -> None:
     done = pi0(*words(place, out, *options, "--save-every", 2, "--draws", 2))
     assert done.returncode == 0, done.stderr
     assert "from random weights: 2 episodes, 12 frames" in done.stdout
-    assert "step 4: loss flow " in done.stdout
+    assert "step 4 of 4: loss flow " in done.stdout
+    assert "; learning rate 5.50e-04; " in done.stdout
     assert "aux.place " in done.stdout
     assert done.stdout.endswith(f"wrote {out}/checkpoints/000004\n")
     assert [entry["step"] for entry in read_log(out / "log.jsonl")] == [2, 4]
@@ -106,6 +108,15 @@ def test_from_pictures_to_actions(place: Path, tmp_path: Path) -> None:
     policy = Policy.from_checkpoint(out / "last", robot=place / "arm.toml")
     assert policy.n_action_steps == 2
     assert "expected a folder without a run" in refused(*words(place, out, *options))
+    done = pi0(*words(place, out, *options, "--save-every", 2, "--draws", 2, "--resume"))
+    assert f"resuming {out}, which began from random weights: 2 episodes" in done.stdout
+
+
+def test_estimate_names_what_takes_memory(place: Path) -> None:
+    done = pi0("train", place / "sizes.json", "--robot", place / "arm.toml", "--estimate")
+    assert done.returncode == 0, done.stderr
+    names = ["weights", "gradients", "optimizer", "moving average", "forward and backward", "total"]
+    assert [re.split("  +", line)[0] for line in done.stdout.splitlines()[-7:-1]] == names
 
 
 @pytest.mark.filterwarnings("default")

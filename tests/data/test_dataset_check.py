@@ -96,7 +96,7 @@ NAN, INF = [0.0, float("nan"), 0.0], [0.0, 0.0, float("inf")]
 CASES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "nan": (edit("observation.state", 3, NAN), "not-finite",
             "episode 2, frame 3: observation.state: expected finite numbers, found [0.0, nan, 0.0] "
-            "(1 of 15 frames are wrong)."),
+            "(wrong frames: 1 of 15)."),
     "inf": (edit("observation.state", 0, INF), "not-finite", "episode 2, frame 0"),
     "missing value": (edit("next.reward", 1, None), "not-finite", "episode 2, frame 1"),
     "width": (edit("action", 4, [1.0, 2.0, 3.0]), "column",

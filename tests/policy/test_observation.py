@@ -171,8 +171,8 @@ def test_default_prompt() -> None:
 @pytest.mark.parametrize(
     ("observation", "message"),
     [
-        ({}, "expected a sentence, found None"),
-        ({"prompt": ""}, "expected a sentence, found ''"),
+        ({}, "expected a sentence under prompt or task, .* found none"),
+        ({"prompt": ""}, "expected a sentence under prompt or task, .* found ''"),
         ({"prompt": "  \n"}, "expected a sentence"),
         ({"prompt": 3}, "prompt: expected a sentence, found a int"),
         ({"prompt": ["a", "b"]}, "found a list of 2"),

@@ -120,7 +120,7 @@ def test_absent_camera_is_left_out() -> None:
         ("generic", {"state": np.zeros(0)}, r"expected 14 values .* found shape \[0\]"),
         ("generic", {"state": np.zeros((2, 2))}, r"found shape \[2, 2\]"),
         ("generic", {"prompt": ""}, "prompt: expected a sentence"),
-        ("generic", {"prompt": None}, "prompt: expected a sentence"),
+        ("generic", {"prompt": None}, "sentence under prompt or task, .*, found none"),
         ("generic", {"prompt": "x" * 100}, "at most 48 tokens, found 102"),
         (
             "generic",

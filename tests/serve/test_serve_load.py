@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 from serving import WIDTH, StateEngine, make_policy, running
 
+from pi0.cli.bench_serve import print_rows
 from pi0.errors import Pi0Error
 from pi0.policy import ROBOTS
 from pi0.serve import load
@@ -45,3 +48,14 @@ def test_a_server_that_does_not_start_says_why() -> None:
         server("nowhere"),
     ):
         pass
+
+
+@pytest.mark.parametrize(("p99", "late"), [(0.2, False), (1.2, True)])
+def test_too_late_for_the_robot_is_said(
+    p99: float, late: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"engine": "cpu", "batch": 1, "control_hz": 10.0, "execute": 10, "robots": 4}
+    print_rows([{**row, **asdict(Load(1, 4.2, 0.1, p99))}], as_json=False, out=None)
+    printed = capsys.readouterr().out
+    assert "enough for 4 robots at 10 Hz, 10 actions of each chunk" in printed
+    assert ("p99 is longer than these actions last, 1000 ms" in printed) == late

@@ -130,8 +130,10 @@ def test_the_example_gets_actions_and_errors() -> None:
             assert done.stderr.startswith("observation: expected for robot aloha the cameras")
         else:
             assert done.stdout.count("50 actions, the first: [") == 2
-    done = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=60)
-    assert done.stderr.startswith("A robot's side of `pi0 serve`")
+    for words in ([], ["127.0.0.1:8000", "3"], ["ws://127.0.0.1:8000", "three"]):
+        command = [sys.executable, example, *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.stderr.startswith("A robot's side of `pi0 serve`")
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,8 @@ def bench(
         ),
     ] = False,
     clients: Annotated[
-        list[int], typer.Option(min=1, help="With --serve: clients at once; may be repeated.")
+        list[int],
+        typer.Option(min=1, metavar="N", help="With --serve: clients at once; may be repeated."),
     ] = [1, 8],  # noqa: B006
     batch: Annotated[
         int, typer.Option(min=1, help="With --serve: robots that are computed together, at most.")

@@ -78,10 +78,13 @@ def print_rows(rows: list[dict[str, Any]], as_json: bool, out: Path | None) -> N
     else:
         for row in rows:
             batches = f" in batches of up to {row['batch']}" if row["batch"] > 1 else ""
+            lasts = row["execute"] / row["control_hz"]
+            late = f"; p99 is longer than these actions last, {lasts * 1e3:.0f} ms"
             print_line(
-                f"{row['engine']}, {row['clients']} clients{batches}: {row['rate']:.1f} answers/s, "
-                f"p50 {row['p50'] * 1e3:.0f} ms, p99 {row['p99'] * 1e3:.0f} ms: {row['robots']} "
-                f"robots at {row['control_hz']:g} Hz, {row['execute']} actions of each chunk"
+                f"{row['engine']}, clients: {row['clients']}{batches}: {row['rate']:.1f} "
+                f"answers/s, p50 {row['p50'] * 1e3:.0f} ms, p99 {row['p99'] * 1e3:.0f} ms: "
+                f"enough for {row['robots']} robots at {row['control_hz']:g} Hz, "
+                f"{row['execute']} actions of each chunk{late if row['p99'] > lasts else ''}"
             )
     if out:
         with replacing(out) as temporary:

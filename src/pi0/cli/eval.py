@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -44,6 +45,14 @@ def evaluate(
             help="Gymnasium environment; PACKAGE:ID imports the package that registers it.",
         ),
     ] = "pi0/Tabletop-v0",
+    env_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE",
+            help="Argument of the environment, such as obs_type=pixels_agent_pos; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -76,8 +85,8 @@ def evaluate(
         typer.Option(
             min=1,
             metavar="K",
-            help="Actions of a chunk that are executed before the next; default: what a LeRobot "
-            "checkpoint says, else all.",
+            help="Actions of a chunk that are executed before the next; default: what "
+            "config.json says, else all.",
             show_default=False,
         ),
     ] = None,
@@ -160,6 +169,7 @@ def evaluate(
         pi0 eval --server ws://127.0.0.1:8000 --workers 4 \\
             --latency 300 --real-time identity
         pi0 eval my_aloha --env gym_aloha:gym_aloha/AlohaInsertion-v0 \\
+            --env-arg obs_type=pixels_agent_pos \\
             --robot aloha_gym.toml --prompt "insert the peg" --video films
     """
     from pi0.checkpoint.files import expand_user, require_writable
@@ -171,7 +181,7 @@ def evaluate(
     require_writable(out)
     film = video and FilmOptions(expand_user(video), video_format, video_episodes)
     plan = EvalPlan(
-        EnvOptions(env, max_steps, prompt, prompt_swap, blank_cameras),
+        EnvOptions(env, max_steps, prompt, prompt_swap, blank_cameras, _arguments(env_arg or [])),
         options.parse_names(tasks) if tasks is not None else None,
         episodes,
         seed_start,
@@ -209,6 +219,22 @@ def evaluate(
         sampler=sampler,
     )
     _run(*_resolved(policy, plan, dtype, device), out, as_json)
+
+
+def _arguments(words: list[str]) -> dict[str, Any]:
+    """What `gymnasium.make` gets; values are JSON (numbers, true), else text."""
+    from pi0.errors import ConfigError
+
+    arguments: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name.isidentifier() and equals):
+            raise ConfigError(f"--env-arg: expected NAME=VALUE, found {word!r}.")
+        try:
+            arguments[name] = json.loads(value)
+        except ValueError:
+            arguments[name] = value
+    return arguments
 
 
 def _resolved(
@@ -270,7 +296,7 @@ def _run(
         def on_episode(episode: Episode) -> None:
             nonlocal successes
             successes += episode.success
-            advance(text=f"evaluating, {successes} successes")
+            advance(text=f"evaluating, successes: {successes}")
 
         results = run(policy, plan, on_episode)
     data = results.to_data()
@@ -305,20 +331,22 @@ def _print(results: Results) -> None:
     print_line(
         f"robot {run['robot']}, {run['steps']} denoising steps ({run['sampler']}), "
         f"{run['execute']} actions executed of each chunk, seeds {run['seed_start']} to {last} of "
-        "each task"
+        "each task" + (f", MuJoCo draws with {run['mujoco_gl']}" if run["mujoco_gl"] else "")
     )
     print_line(
         f"engine {engine['name']}:{engine['precision']}: {latency['median_ms']:.1f} ms an "
         f"inference (median), {latency['p99_ms']:.1f} ms (99th percentile), "
         f"{latency['inferences']} inferences"
     )
-    jump, delay = results.border_jump, run["delay"]
+    jump, guided = results.border_jump, (run["real_time"] or {}).get("jacobian", "no")
     if jump["borders"]:
         print_line(
-            f"chunks are {delay} ticks late ({run['injected_latency']:g} ms) and jump at their "
-            f"borders by {jump['rms']:.4g} (root mean square), {jump['max']:.4g} at most, in the "
-            f"robot's units, {jump['borders']} borders; "
-            + ("real-time chunking" if run["real_time"] else "no real-time chunking")
+            f"{guided} real-time chunking, {run['injected_latency']:g} ms of latency added "
+            f"({run['delay']} ticks)"
+        )
+        print_line(
+            f"actions jump from chunk to chunk by {jump['rms']:.4g} (root mean square of "
+            f"{jump['borders']} borders), {jump['max']:.4g} at most, in the robot's units"
         )
     if results.total.outside:
         print_line(

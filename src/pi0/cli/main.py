@@ -24,7 +24,7 @@ from pi0.cli.diff import diff
 from pi0.cli.doctor import doctor
 from pi0.cli.eval import evaluate
 from pi0.cli.forward import sample, trace
-from pi0.cli.options import PluginCommand
+from pi0.cli.options import PluginCommand, VerbCommand
 from pi0.cli.serve import serve
 from pi0.cli.train import train
 from pi0.cli.ttnn import app as ttnn
@@ -52,6 +52,7 @@ Every verb has examples: `pi0 act --help`. A first round:
     pi0 trace demo                  # the eleven stages, one by one
     pi0 act demo --image base=base.png \\
         --prompt "pick up the cube" --state "0,0,0,0,0,0,0,0"
+    pi0 eval tabletop               # a trained policy, in simulation
 
 Tab completion: `pi0 --install-completion`.""",
 )
@@ -61,12 +62,12 @@ for verb in (act, trace, sample, verify, doctor, serve):
 # Left-over words are given to `bench`, which says how several engines are named.
 app.command(cls=PluginCommand, context_settings={"allow_extra_args": True})(bench)
 app.command("eval", cls=PluginCommand)(evaluate)
-app.command()(inspect)
-app.command()(convert)
-app.command()(demos)
-app.command()(synth)
-app.command()(diff)
-app.command()(train)
+app.command(cls=VerbCommand)(inspect)
+app.command(cls=VerbCommand)(convert)
+app.command(cls=VerbCommand)(demos)
+app.command(cls=VerbCommand)(synth)
+app.command(cls=VerbCommand)(diff)
+app.command(cls=VerbCommand)(train)
 app.add_typer(ttnn, name="ttnn")
 
 

@@ -21,7 +21,8 @@ Checkpoint = Annotated[
     Path,
     typer.Argument(
         metavar="CKPT",
-        help="Checkpoint folder (JAX's, too), .safetensors file, shard index or adapter folder.",
+        help="Checkpoint folder (JAX's, too), .safetensors file, shard index, adapter folder, or "
+        "`tabletop`, which comes with pi0.",
         show_default=False,
     ),
 ]
@@ -36,7 +37,7 @@ Base = Annotated[
 ]
 GRAMMAR = "ENGINE[:PRECISION][@DEVICE]"
 ENGINE_HELP = (
-    "Engine that computes, as in cpu:int8 or reference:bfloat16@cuda:1. reference: plain PyTorch; "
+    "Engine that computes, as in cpu:int8 or reference@cuda:1. reference: plain PyTorch; "
     "cpu, cuda: fast; ttnn: a Tenstorrent card; ttnn-host: its arithmetic on the host."
 )
 
@@ -174,8 +175,8 @@ RobotName = Annotated[
     typer.Option(
         "--robot",
         metavar="NAME|FILE.toml",
-        help="generic, aloha, aloha_sim, libero, pi05_libero, droid, an installed one, or a file; "
-        "default: what the checkpoint's files say, else generic.",
+        help="generic, aloha, aloha_sim, libero, pi05_libero, droid, tabletop, an installed one, "
+        "or a file; default: what the checkpoint's files say, else generic.",
         show_default=False,
     ),
 ]
@@ -221,8 +222,8 @@ PromptMode = Annotated[
 StateInPrompt = Annotated[
     bool | None,
     typer.Option(
-        help="Whether the prompt of a π0.5 holds the state; default: as the checkpoint's files or "
-        "the robot say.",
+        help="The prompt of a π0.5 holds the state; --no-state-in-prompt: it does not; default: as "
+        "the checkpoint's files or the robot say.",
         show_default=False,
     ),
 ]
@@ -270,13 +271,28 @@ def with_policy(verb: Callable[..., None]) -> Callable[..., None]:
 ENGINE_OPTIONS = ("engine", "engines", "against")
 
 
-class PluginCommand(TyperCommand):
+class VerbCommand(TyperCommand):
+    """A command whose help fits a narrow terminal: --no-… is in the sentence of its option, not in
+    a column of its own, which would be empty for all others."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:  # click's, which typer may contain
+        negatives = {option: option.secondary_opts for option in self.params}
+        for option in negatives:
+            option.secondary_opts = []
+        try:
+            super().format_help(ctx, formatter)
+        finally:
+            for option, names in negatives.items():
+                option.secondary_opts = names
+
+
+class PluginCommand(VerbCommand):
     """A command whose help lists the engines and the installed robots, plug-ins included.
 
     They are listed when help is asked for, because reading entry points takes time.
     """
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:  # click's, which typer may contain
+    def format_help(self, ctx: Any, formatter: Any) -> None:
         from pi0.engines.registry import engine_names
         from pi0.plugins import ROBOTS, find_plugins
 

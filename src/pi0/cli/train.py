@@ -104,7 +104,7 @@ def train(
         list[str] | None,
         typer.Option(
             metavar="COLUMN[@BLOCK]",
-            help="Also say which patch of the first camera's picture holds a column's points, "
+            help="Also predict which patch of the first camera's picture holds a column's points, "
             "(u, v) in [0, 1]; block as in --aux.",
             show_default=False,
         ),
@@ -141,8 +141,8 @@ def train(
         int | None,
         typer.Option(
             min=1,
-            help="Actions of a chunk that the policy carries out by default, of which its files "
-            "then tell; default: as the checkpoint says, else all.",
+            help="Actions of a chunk that are executed by default, n_action_steps of config.json; "
+            "default: as the checkpoint says, else all.",
             show_default=False,
         ),
     ] = None,
@@ -166,7 +166,11 @@ def train(
     ] = False,
     micro_batch: Annotated[
         int | None,
-        typer.Option(min=1, help="Samples computed at once; default: all.", show_default=False),
+        typer.Option(
+            min=1,
+            help="Samples computed at once, with gradients accumulated; default: all.",
+            show_default=False,
+        ),
     ] = None,
     shard: Annotated[
         bool,
@@ -281,9 +285,10 @@ def _run(
             run = prepare_run(start, dataset, out, wanted, processes, decoded)
         if processes.first:
             trained = sum(p.numel() for p in run.trainer.parameters.values())
+            how = f"resuming {out}, which began " if resume else ""
             begin = "random weights" if start.checkpoint is None else start.checkpoint.path
             print_line(
-                f"from {begin}: {dataset.num_episodes} episodes, {dataset.num_frames} frames; "
+                f"{how}from {begin}: {dataset.num_episodes} episodes, {dataset.num_frames} frames; "
                 f"{trained:,} parameters are trained on {processes.count} × {processes.device}"
             )
         settings = settings_of(start, dataset, wanted)
@@ -344,7 +349,7 @@ def _display(
                 advance(text=f"training, loss {metrics['flow']:.4f}")
 
         def on_log(entry: dict[str, float]) -> None:
-            print_line(describe(entry))
+            print_line(describe(entry, steps))
 
         yield on_step, on_log
 
@@ -369,10 +374,11 @@ def _print_estimate(start: Any, wanted: TrainOptions) -> None:
         ema=wanted.optimizer.ema > 0,
     )
     parts = {name: human_bytes(value) for name, value in vars(memory).items()}
-    parts["passes"] += f" (batch of {size})"
+    parts["moving average"] = parts.pop("average")
+    parts["forward and backward"] = parts.pop("passes") + f" (batch of {size})"
     print_line(
         f"{start.name}: {len(robot.cameras)} cameras of {config.vision.image_size} px, "
-        f"{config.max_tokens} tokens, {wanted.draws} draws"
+        f"{config.max_tokens} tokens, draws of noise and time: {wanted.draws}"
     )
     table(
         "Memory on one device",

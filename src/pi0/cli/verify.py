@@ -28,7 +28,7 @@ def verify(
         tuple[str, str],
         typer.Option(
             metavar="REFERENCE CANDIDATE",
-            help=f"Two engines, each {options.GRAMMAR}.",
+            help="Two engines, such as reference and cpu:int8.",
             callback=options.check_engines,
         ),
     ] = ("reference:float32", "reference:bfloat16"),

@@ -122,7 +122,7 @@ def _first(
         yield error(
             code,
             f"{dataset.place(int(rows[0]))}: {expected}, found {values[rows[0]].tolist()} "
-            f"({len(rows)} of {dataset.num_frames} frames are wrong).",
+            f"(wrong frames: {len(rows)} of {dataset.num_frames}).",
         )
 
 

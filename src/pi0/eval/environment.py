@@ -278,7 +278,7 @@ def _make(options: EnvOptions, film: bool) -> Any:
     """The Gymnasium environment, without Gymnasium's own checks of it."""
     gymnasium = _import_gymnasium()
     name = options.id
-    more: dict[str, Any] = {"render_mode": "rgb_array"} if film else {}
+    more: dict[str, Any] = {**options.arguments, **({"render_mode": "rgb_array"} if film else {})}
     if options.max_steps is not None:
         more["max_episode_steps"] = options.max_steps
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pi0.errors import ConfigError
 from pi0.policy import Policy, PolicyRecipe
@@ -71,6 +71,7 @@ class EnvOptions:
         prompt: the sentence of every episode; None: the environment's `info["prompt"]`.
         prompt_swap: resets with `{"instruction": "swapped"}`: another sentence for the same scene.
         blank_cameras: all images are black.
+        arguments: more of `gymnasium.make`, such as {"obs_type": "pixels_agent_pos"}.
     """
 
     id: str = DEFAULT_ENV
@@ -78,6 +79,7 @@ class EnvOptions:
     prompt: str | None = None
     prompt_swap: bool = False
     blank_cameras: bool = False
+    arguments: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_steps is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from pi0.eval.plan import EvalPlan
 from pi0.eval.results import Episode, Results
 from pi0.eval.rollout import Job, Runner
 from pi0.policy import Policy
+from pi0.policy.policy import WITHOUT_LIMITS
 from pi0.workers import run_here, run_in_processes
 
 if TYPE_CHECKING:
@@ -115,9 +117,11 @@ def describe(plan: EvalPlan) -> dict[str, Any]:
     packages = ("gymnasium", "mujoco", "numpy", "torch")
     return {
         "env": env.pop("id"),
+        "env_arguments": env.pop("arguments"),
         **env,
         **{name: value for name, value in options.items() if name not in ("tasks", "episodes")},
         "episodes_per_task": plan.episodes,
+        "mujoco_gl": os.environ.get("MUJOCO_GL"),  # how MuJoCo draws: other pixels, other episodes
         "versions": {
             "pi0": pi0.__version__,
             "python": platform.python_version(),
@@ -152,6 +156,7 @@ def _worker(make_policy: MakePolicy, plan: EvalPlan) -> Iterator[Callable[[Job],
         with notes.collecting():
             env = Environment(plan.env, film=plan.film is not None)
             stack.callback(env.close)
+            notes.bounded = None not in env.limits.low + env.limits.high
             policy = make_policy()
             stack.callback(policy.close)
             runner = Runner(policy, env, plan)
@@ -183,9 +188,14 @@ class Notes:
     """Warnings and log messages, the first of each line of code, kept instead of printed.
 
     An episode may cause the same warning at every step, and the parent process prints it.
+
+    Attributes:
+        bounded: whether the environment's action space bounds all actions, so that a robot without
+            limits is nothing to warn of.
     """
 
     def __init__(self) -> None:
+        self.bounded = False
         self._seen: set[tuple[str, int]] = set()
         self._new: list[str] = []
 
@@ -228,7 +238,8 @@ class Notes:
         self._note(str(message), filename, lineno)
 
     def _on_record(self, record: logging.LogRecord) -> bool:
-        if record.levelno >= logging.WARNING:
+        expected = self.bounded and record.msg == WITHOUT_LIMITS
+        if record.levelno >= logging.WARNING and not expected:
             self._note(record.getMessage(), record.pathname, record.lineno)
         return False
 

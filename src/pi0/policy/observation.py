@@ -87,7 +87,10 @@ def read_prompt(observation: Observation, default: str | None) -> str:
         )
     text = next(iter(found.values()), default)
     if text is None or not text.strip():
-        raise ObservationError(f"prompt: expected a sentence, found {text!r}.")
+        raise ObservationError(
+            f"prompt: expected a sentence under {' or '.join(PROMPT_KEYS)}, or a default prompt, "
+            f"found {repr(text) if text is not None else 'none'}."
+        )
     return text
 
 

@@ -38,6 +38,10 @@ from pi0.policy.robot import Robot
 from pi0.policy.setup import PolicyOptions
 
 logger = logging.getLogger("pi0")
+WITHOUT_LIMITS = (
+    "robot %s states no limits of its actions: they are handed out unchecked. A robot file can "
+    "state them (docs/robots.md)."
+)
 _without_limits: set[str] = set()  # robots of which it was said that they state no limits
 
 
@@ -392,8 +396,4 @@ def _count(name: str, value: Any, low: int, high: int) -> int:
 def _say_once_without_limits(robot: Robot) -> None:
     if robot.limits is None and robot.name not in _without_limits:
         _without_limits.add(robot.name)
-        logger.warning(
-            "robot %s states no limits of its actions: they are handed out unchecked. A robot file "
-            "can state them (docs/robots.md).",
-            robot.name,
-        )
+        logger.warning(WITHOUT_LIMITS, robot.name)

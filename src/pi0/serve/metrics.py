@@ -56,7 +56,7 @@ class Metrics:
     def __init__(self, clients: Callable[[], int], waiting: Callable[[], int]) -> None:
         """
         Args:
-            clients, waiting: how many are connected, and stand in line.
+            clients, waiting: how many are connected, and wait in the queue.
         """
         self.registry = CollectorRegistry()
         self.outcomes: Tally[str] = Tally()
@@ -66,7 +66,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)  # memory, CPU, open files
         gauges = {
             "pi0_clients": ("Robots that are connected.", clients),
-            "pi0_waiting": ("Observations that stand in line.", waiting),
+            "pi0_waiting": ("Observations that wait in the queue.", waiting),
         }
         for name, (what, value) in gauges.items():
             Gauge(name, what, registry=self.registry).set_function(value)

@@ -91,8 +91,8 @@ def _robots(dataset: Dataset, robot: Robot) -> list[Finding]:
     return [
         warning(
             "robot",
-            f"robot: expected {dataset.robot}, of which the dataset says it is, found "
-            f"{robot.name}. If it is, name it: --robot {dataset.robot}.",
+            f"robot: expected {dataset.robot}, which the dataset names, found {robot.name}. If "
+            f"its data are that robot's, add --robot {dataset.robot}.",
         )
     ]
 

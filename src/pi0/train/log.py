@@ -78,13 +78,13 @@ class TrainingLog:
             self._board.close()
 
 
-def describe(entry: Entry) -> str:
-    """An entry as a line of text."""
+def describe(entry: Entry, steps: int) -> str:
+    """An entry as a line of text, of a run of `steps` steps."""
     losses = {n: v for n, v in entry.items() if n not in (*NOT_LOSSES, "total")}
     words = [f"{name} {value:.4f}" for name, value in losses.items()]
     return (
-        f"step {entry['step']:.0f}: loss {', '.join(words)}; gradient "
-        f"{entry['gradient_norm']:.2f}; rate {entry['learning_rate']:.2e}; "
+        f"step {entry['step']:.0f} of {steps}: loss {', '.join(words)}; gradient norm "
+        f"{entry['gradient_norm']:.2f}; learning rate {entry['learning_rate']:.2e}; "
         f"{entry['samples_per_second']:.1f} samples/s"
     )
 

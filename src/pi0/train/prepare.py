@@ -33,7 +33,7 @@ from pi0.policy.tokenizer import (
     load_tokenizer_of,
 )
 from pi0.train.augment import Augmentation
-from pi0.train.checks import examine, match_cameras
+from pi0.train.checks import examine, examine_values, match_cameras
 from pi0.train.lora import LoraOptions, add_lora
 from pi0.train.loss import AuxiliaryHead, PointingHead
 from pi0.train.optimizer import OptimizerOptions
@@ -175,6 +175,7 @@ def prepare_run(
         columns,
         SampleOptions(options.batch_size, options.draws, options.seed, options.augmentation),
     )
+    enforce(examine_values(dataset, samples))
     model = start.model(options.seed, processes.device)
     change_model(model, options, [*blocks.values(), *pointing.values()])
     heads = [

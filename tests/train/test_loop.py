@@ -87,6 +87,19 @@ def test_a_run_resumes_only_as_itself(tmp_path: Path) -> None:
         require_folder(tmp_path, resume=False)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "meta/info.json", ""])
+def test_no_run_in_a_checkpoint_or_dataset(tmp_path: Path, name: str) -> None:
+    """It would write its tokenizer over theirs."""
+    path = tmp_path / "other" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    for resume in (False, True):
+        with pytest.raises(
+            ConfigError, match="other: expected a folder for the run, found (one|a)"
+        ):
+            require_folder(tmp_path / "other", resume)
+
+
 def test_killed_while_it_saved(tmp_path: Path) -> None:
     """What was half-written goes, and a checkpoint without the state to go on from, which is of
     other learning rates if the run is extended."""

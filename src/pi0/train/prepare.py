@@ -110,6 +110,12 @@ class TrainOptions:
             raise ConfigError(f"--seed: expected 0 to {2**63 - 1}, found {self.seed}.")
         if not 0 <= self.head_weight < float("inf"):
             raise ConfigError(f"--aux-weight: expected 0 or more, found {self.head_weight:g}.")
+        columns = [column for column, _ in (*self.heads, *self.points)]
+        for column in columns:
+            if columns.count(column) > 1:
+                raise ConfigError(
+                    f"--aux, --point: expected different columns, found {column} more than once."
+                )
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,11 @@ def find_start(name: str, base: Path | None = None, **changes: int | None) -> St
     size = changes.pop("image_size", None)
     checkpoint = None
     if _is_sizes(path) or (name in PRESETS and not path.exists()):
+        if base is not None:
+            raise ConfigError(
+                f"--base: expected an adapter to start from, found {name}, which has random "
+                "weights. Start from the adapter's folder, or leave out --base."
+            )
         config = read_sizes(path) if path.exists() else PRESETS[name]
         for field, value in changes.items():
             if value is not None:

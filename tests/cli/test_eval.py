@@ -94,6 +94,14 @@ def test_table_json_and_films(
         ((*ENV, "--tasks", "red, pink"), "expected one of the tasks red, blue, found 'pink'"),
         ((*ENV, "--prompt", "go", "--prompt-swap"), "Leave out --prompt or --prompt-swap"),
         ((*ENV, "--video", "x", "--video-format", "avi"), "expected one of mp4, gif"),
+        (
+            (*ENV, "--video-format", "gif"),
+            "--video-format: expected --video DIR beside them, found",
+        ),
+        (
+            (*ENV, "--api-key-file", "key"),
+            "--api-key-file: expected --server beside it, found none",
+        ),
         ((*ENV, "--on-limit", "ignore"), "on_limit: expected one of error, clamp, warn"),
         ((*ENV, "--on-limit", "error"), "task red, seed 9000000: action y: expected at"),
         ((*ENV, "--out", "/proc/results.json"), "expected a place where a file can be written"),

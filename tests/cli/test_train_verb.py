@@ -180,6 +180,7 @@ def test_sigterm_saves_and_resumes(place: Path, tmp_path: Path) -> None:
         (["--robot", "libero"], "cameras: expected observation.images.NAME for the cameras image"),
         (["--aux", "aux.goal"], "aux.goal: expected this column in the dataset"),
         (["--aux", "aux.place@9"], "expected a block from 0 to 1"),
+        (["--aux", "action@0", "--point", "action"], "expected different columns, found action mo"),
         (["--batch-size", "0"], "batch-size"),
         (["--ema", "1"], "ema: expected 0 to"),
         (["--crop", "7"], "crop: expected 0.1 to 1, found 7"),

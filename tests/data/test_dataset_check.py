@@ -62,6 +62,12 @@ def drop_episode(root: Path) -> None:
     pq.write_table(pq.read_table(path).slice(0, 2), path)
 
 
+def repeat_episode(root: Path) -> None:
+    (path,) = root.glob("meta/episodes/*/*.parquet")
+    table = pq.read_table(path)
+    pq.write_table(pa.concat_tables([table, table.slice(1, 1)]), path)
+
+
 def drop_column(root: Path) -> None:
     path = root / DATA.format(1)
     pq.write_table(pq.read_table(path).drop_columns("action"), path)
@@ -123,6 +129,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "total": (edit_info(total_frames=16), "totals", "expected total_frames 15"),
     "rows": (drop_last_rows, "episodes", "episode 2: expected 6 frames"),
     "episode": (drop_episode, "episodes", "expected episode 2, which is in the data"),
+    "episode twice": (repeat_episode, "episodes", "expected one entry of episode 1, found several"),
     "no episodes": (lambda root: shutil.rmtree(root / "meta/episodes"), "episodes",
                     "expected episode 0"),
     "no video": (lambda root: (root / VIDEO.format(WRIST, 1)).unlink(), "pictures-missing",

@@ -62,7 +62,7 @@ def test_entry_points_and_conformance(tiny_path: Path) -> None:
     from inspect_robots.compat import check_compatibility
     from inspect_robots.conformance import assert_embodiment_conformant
 
-    task = inspect_robots.registry.resolve("task", "pi0-tabletop", episodes=2, tasks="lift,push")
+    task = inspect_robots.registry.resolve("task", "pi0-tabletop", episodes=2, tasks="lift, push")
     assert [scene.id for scene in task.scenes][1:3] == ["lift-9000001", "push-9000000"]
     body = inspect_robots.registry.resolve("embodiment", "pi0-gymnasium")
     assert_embodiment_conformant(body.info)

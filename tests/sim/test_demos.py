@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pi0.cli.main import main
 from pi0.data.read import Dataset
 from pi0.data.write import begin
 from pi0.errors import ConfigError, DataError, Pi0Error
@@ -68,6 +69,14 @@ def test_reserved_seeds_are_refused(episodes, seed):
         ConfigError, match=r"seed: expected 0 to 8999999 for all tries|at least one episode"
     ):
         Plan(episodes, seed)
+
+
+def test_no_task_is_not_every_task(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["pi0", "demos", "--tasks", "", "--out", str(tmp_path / "x")])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "task: expected one of lift, put, push" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_interrupted_recording_goes_on(tmp_path):

@@ -87,6 +87,19 @@ def test_a_run_resumes_only_as_itself(tmp_path: Path) -> None:
         require_folder(tmp_path, resume=False)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "meta/info.json", ""])
+def test_no_run_in_a_checkpoint_or_dataset(tmp_path: Path, name: str) -> None:
+    """It would write its tokenizer over theirs."""
+    path = tmp_path / "other" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    for resume in (False, True):
+        with pytest.raises(
+            ConfigError, match="other: expected a folder for the run, found (one|a)"
+        ):
+            require_folder(tmp_path / "other", resume)
+
+
 def test_killed_while_it_saved(tmp_path: Path) -> None:
     """What was half-written goes, and a checkpoint without the state to go on from, which is of
     other learning rates if the run is extended."""
@@ -181,6 +194,55 @@ def test_options_are_compared_by_name() -> None:
     plain = replace(options, augmentation=None)
     with pytest.raises(ConfigError, match=r"--resume: crop: expected 0.95, .* found nothing."):
         _require_same(before, settings_of(start, episodes, plain))
+
+
+def test_data_and_files_are_compared_by_content(tmp_path: Path) -> None:
+    """A name may mean something else by the time that a run goes on."""
+    run = make_run(tmp_path)
+    for step in (1, 2):
+        run.trainer.step()
+        save(run, tmp_path, {})
+        checkpoint = find_start(str(tmp_path / LAST))
+        file = tmp_path / f"{step}.json"
+        file.write_text(str(step))
+        (tmp_path / "file").unlink(missing_ok=True)
+        (tmp_path / "file").symlink_to(file)
+        options = TrainOptions(norm_stats=tmp_path / "file", tokenizer=tmp_path / "file")
+        now = settings_of(checkpoint, cast(Dataset, Episodes(step)), options)
+        if step == 1:
+            before = now
+    for name in ("start", "norm_stats", "tokenizer", "data"):
+        one, two = ({name: settings[name]} for settings in (before, now))
+        with pytest.raises(ConfigError, match=f"--resume: {name}: expected .* with content "):
+            _require_same(one, two)
+    episodes = Episodes()
+    before = settings_of(checkpoint, cast(Dataset, episodes), options)
+    _require_same(before, settings_of(checkpoint, cast(Dataset, Episodes()), options))
+    episodes.tasks[3] = "lift another"
+    with pytest.raises(ConfigError, match="--resume: data: expected observation.state, action and"):
+        _require_same(before, settings_of(checkpoint, cast(Dataset, episodes), options))
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 9, None, {}, [1]])
+def test_a_state_that_is_damaged_or_none(tmp_path: Path, content: object) -> None:
+    path = tmp_path / STATE_FILE
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(
+        Pi0Error, match="expected the state of a run, found [^\n]+ Copy it again, or"
+    ):
+        load_state(path)
+
+
+def test_a_state_of_other_weights(tmp_path: Path) -> None:
+    trainer = make_run(tmp_path).trainer
+    state = trainer.state()
+    name = next(iter(state["parameters"]))
+    for found in ({**state["parameters"], name: torch.zeros(3)}, {name: state["parameters"][name]}):
+        with pytest.raises(Pi0Error, match=r"--resume: model.*: expected .* Go on with the rel"):
+            trainer.restore({**state, "parameters": found})
 
 
 def test_a_vocabulary_is_of_the_run_that_begins(tmp_path: Path) -> None:

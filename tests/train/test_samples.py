@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -87,6 +88,20 @@ def test_the_robot_that_the_dataset_names() -> None:
     assert "robot" not in {f.code for f in examine(episodes, table, SIZES, {})}
     episodes.robot = "somebody's"
     assert "robot" not in {f.code for f in examine(episodes, generic, SIZES, {})}
+
+
+@pytest.mark.parametrize("key", ["observation.state", "action"])
+def test_values_that_statistics_make_huge(tmp_path: Path, key: str) -> None:
+    """A button that is pressed in one frame of two hundred has quantiles without spread."""
+    episodes = Episodes(lengths=(150, 50))
+    episodes.place = lambda row: f"row {row}"  # type: ignore[attr-defined]
+    episodes.columns[key][:, 1] = 0.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_run(tmp_path, episodes, PI05_SIZES)
+    episodes.columns[key][7, 1] = 1
+    with pytest.warns(UserWarning, match=f"row 7: {key}, value 1: expected at most 100 when norm"):
+        make_run(tmp_path, episodes, PI05_SIZES)
 
 
 def test_actions_are_decoded_to_the_recorded_ones(tmp_path: Path) -> None:

@@ -36,6 +36,11 @@ def test_presets_files_and_checkpoints(tmp_path: Path, tiny_path: Path) -> None:
         find_start(str(tmp_path / "nothing"))
 
 
+def test_random_weights_have_no_base(tiny_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--base: expected an adapter to start from, found tiny,"):
+        find_start("tiny", tiny_path)
+
+
 def test_the_robot_of_the_checkpoint(tiny_path: Path) -> None:
     """As named, else as config.json says, as for every other verb; one that is unknown is said."""
 

@@ -81,7 +81,7 @@ def test_peft_reads_the_folder(tmp_path: Path) -> None:
     run = lora_run(base, tmp_path / "run", LoraOptions(2), Episodes())
     run.export.write(tmp_path / "made", run.trainer.exported())
     config = PeftConfig.from_pretrained(str(tmp_path / "made"))
-    assert config.base_model_name_or_path == str(base)
+    assert config.base_model_name_or_path == str(base.resolve())
     keys = set(load_file(tmp_path / "made/adapter_model.safetensors"))
     expected = {
         f"base_model.model.{module}.lora_{factor}.weight"
@@ -90,6 +90,15 @@ def test_peft_reads_the_folder(tmp_path: Path) -> None:
     }
     assert keys == expected
     assert "model.state_proj" in config.target_modules
+
+
+def test_the_base_is_no_link(tmp_path: Path, tiny_path: Path) -> None:
+    """Another checkpoint may be under it later, as under the `last` of a run."""
+    (tmp_path / "last").symlink_to(tiny_path)
+    run = lora_run(tmp_path / "last", tmp_path / "run", LoraOptions(2), Episodes())
+    run.export.write(tmp_path / "made", run.trainer.exported())
+    config = json.loads((tmp_path / "made/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_path.resolve())
 
 
 def test_refused(tmp_path: Path, tiny_path: Path) -> None:

@@ -244,6 +244,16 @@ def test_noise_that_leaves_a_policy_between_two_ways_to_act() -> None:
     assert note.startswith("given, masked: here the policy is about to turn"), note
 
 
+def test_a_model_whose_training_has_hardly_begun(checkpoint: Checkpoint) -> None:
+    """What it moves is lost in the rounding of actions, where others are computed with it."""
+
+    def plant(engine: ReferenceEngine) -> None:
+        for parameter in engine.model.action_out_proj.parameters():
+            parameter *= 1e-3
+
+    assert run(checkpoint, plant, plant).first_failure is None
+
+
 def test_bug_in_both_engines(checkpoint: Checkpoint) -> None:
     """Both drop the prefix mask: no comparison between them can see it."""
     result = run(checkpoint, padding_counted, padding_counted)

@@ -58,7 +58,7 @@ def demos(
     from pi0.sim.record import Plan, record
     from pi0.sim.tasks import VERBS
 
-    names = parse_names(tasks) if tasks else VERBS
+    names = VERBS if tasks is None else parse_names(tasks)
     plan = Plan(episodes, seed, names, image_size, Disturbance(episodes=disturb))
     out = expand_user(out)
     with step_progress(f"recording {out.name}", episodes) as advance:

@@ -178,6 +178,12 @@ def evaluate(
     from pi0.policy import PolicyOptions, RealTimeChunking
     from pi0.serve.binding import read_api_key
 
+    if api_key_file is not None and server is None:
+        raise ConfigError("--api-key-file: expected --server beside it, found none.")
+    if video is None and (video_episodes, video_format) != (None, "mp4"):
+        raise ConfigError(
+            "--video-episodes, --video-format: expected --video DIR beside them, found none."
+        )
     require_writable(out)
     film = video and FilmOptions(expand_user(video), video_format, video_episodes)
     plan = EvalPlan(

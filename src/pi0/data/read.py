@@ -271,6 +271,13 @@ class Dataset:
                 "data, found no entry. Copy or download the whole folder."
             )
         order = np.argsort(listed, kind="stable")
+        for episode in np.intersect1d(
+            listed[order][1:][np.diff(listed[order]) == 0], self.episodes
+        ):
+            raise DataError(
+                f"{self.root / 'meta/episodes'}: expected one entry of episode {episode}, found "
+                "several. Copy or download the whole folder."
+            )
         out: NDArray[np.float64] = values[order][np.searchsorted(listed[order], self.episodes)]
         for episode in self.episodes[~np.isfinite(out)][:1]:
             raise DataError(

@@ -8,9 +8,10 @@ import numpy as np
 
 from pi0.config import Pi0Config
 from pi0.findings import Finding, error, warning
+from pi0.policy.normalize import OUTLIER_SIGMA
 from pi0.policy.robot import Robot
 from pi0.policy.robots import ROBOTS
-from pi0.train.samples import ACTION, STATE
+from pi0.train.samples import ACTION, STATE, Samples
 
 if TYPE_CHECKING:
     from pi0.data.read import Dataset
@@ -56,6 +57,27 @@ def examine(
         for name, block in columns.items()
         if not 0 <= block < depth
     ]
+    return found
+
+
+def examine_values(dataset: Dataset, samples: Samples) -> list[Finding]:
+    """States and actions that are far from all others by the statistics in use."""
+    pipeline, chunks = samples.pipeline, samples.chunks
+    actions = pipeline.encode_actions(chunks.actions[:, None], chunks.states)[:, 0]
+    found = []
+    for key, values in ((STATE, samples.states), (ACTION, actions)):
+        row, place = divmod(int(np.abs(values).argmax()), values.shape[1])
+        value = abs(float(values[row, place]))
+        if value > OUTLIER_SIGMA:
+            found.append(
+                warning(
+                    "outlier",
+                    f"{dataset.place(row)}: {key}, value {place}: expected at most "
+                    f"{OUTLIER_SIGMA:g} when normalised, found {value:.2g}: it differs from what "
+                    "nearly all frames have, and outweighs them in the loss. Leave out such "
+                    "episodes, or state wider statistics (--norm-stats).",
+                )
+            )
     return found
 
 

@@ -25,6 +25,7 @@ from pi0.train.prepare import Run
 from pi0.train.save import STATE_FILE, load_state, save_state
 
 CHECKPOINTS, LAST = "checkpoints", "last"
+FOREIGN = ("*.safetensors", "config.json", "meta/info.json")  # what a run does not write
 
 
 @dataclass
@@ -124,8 +125,16 @@ def train(
 
 
 def require_folder(out: Path, resume: bool) -> None:
-    """Raises ConfigError if a new run would write into another's folder, or there is none to
-    resume."""
+    """Raises ConfigError if a new run would write into another's folder, or into a checkpoint or
+    dataset, or there is none to resume."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: expected a folder for the run, found a file. Name another one.")
+    others = [path for name in FOREIGN for path in out.glob(name)]
+    if others:
+        raise ConfigError(
+            f"{out}: expected a folder for the run, found one with {others[0].relative_to(out)}, a "
+            "checkpoint or dataset. Name another folder."
+        )
     state, written = (out / STATE_FILE).is_file(), bool(_checkpoints(out))
     if resume and not state:
         raise ConfigError(

@@ -118,7 +118,8 @@ def write_adapter_config(folder: Path, options: LoraOptions, names: list[str], b
         "r": options.rank,
         "lora_alpha": options.scale_alpha,
         "target_modules": sorted(modules),
-        "base_model_name_or_path": str(base.absolute()),
+        # Not the link that another checkpoint may be under tomorrow.
+        "base_model_name_or_path": str(base.resolve() if base.is_dir() else base.absolute()),
         "inference_mode": True,
     }
     LoraConfig(**settings).save_pretrained(str(folder))

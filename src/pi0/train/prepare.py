@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from pi0.checkpoint.infer import DEFAULT_STEPS
@@ -31,7 +33,7 @@ from pi0.policy.tokenizer import (
     load_tokenizer_of,
 )
 from pi0.train.augment import Augmentation
-from pi0.train.checks import examine, match_cameras
+from pi0.train.checks import examine, examine_values, match_cameras
 from pi0.train.lora import LoraOptions, add_lora
 from pi0.train.loss import AuxiliaryHead, PointingHead
 from pi0.train.optimizer import OptimizerOptions
@@ -47,7 +49,7 @@ from pi0.train.samples import (
     points_of,
 )
 from pi0.train.save import ACTION_STEPS, STATE_FILE, Export
-from pi0.train.start import Start
+from pi0.train.start import Start, hash_files
 from pi0.train.trainer import Trainer, TrainerOptions, freeze
 from pi0.train.vocabulary import write_vocabulary
 
@@ -108,6 +110,12 @@ class TrainOptions:
             raise ConfigError(f"--seed: expected 0 to {2**63 - 1}, found {self.seed}.")
         if not 0 <= self.head_weight < float("inf"):
             raise ConfigError(f"--aux-weight: expected 0 or more, found {self.head_weight:g}.")
+        columns = [column for column, _ in (*self.heads, *self.points)]
+        for column in columns:
+            if columns.count(column) > 1:
+                raise ConfigError(
+                    f"--aux, --point: expected different columns, found {column} more than once."
+                )
 
 
 @dataclass(frozen=True)
@@ -173,6 +181,7 @@ def prepare_run(
         columns,
         SampleOptions(options.batch_size, options.draws, options.seed, options.augmentation),
     )
+    enforce(examine_values(dataset, samples))
     model = start.model(options.seed, processes.device)
     change_model(model, options, [*blocks.values(), *pointing.values()])
     heads = [
@@ -226,16 +235,36 @@ def change_model(model: Pi0, options: TrainOptions, read_blocks: list[int]) -> N
 
 
 def settings_of(start: Start, dataset: Dataset, options: TrainOptions) -> dict[str, str]:
-    """What a run was asked for, as plain data: a run resumes only as itself."""
-    named = dict(_by_name(options))
+    """What a run was asked for, as plain data: a run resumes only as itself. Of files and data
+    there is a hash, since a name may mean something else by then."""
     robot = start.robot_name(options.robot)
-    return named | {
+    named = dict(_by_name(options)) | {
         "robot": robot.name if isinstance(robot, Robot) else str(robot),
         "start": start.name,
+    }
+    files = {
+        name: [Path(named[name]).expanduser()] for name in ("robot", "tokenizer", "norm_stats")
+    } | {"start": start.checkpoint.files if start.checkpoint else []}
+    hashes = {
+        name: f"{named[name]} with content {hash_files(paths)}"
+        for name, paths in files.items()
+        if paths and all(path.is_file() for path in paths)
+    }
+    columns = (STATE, ACTION, *(name for name, _ in (*options.heads, *options.points)))
+    return (named | hashes) | {
         "config": repr(start.config),
         "frames": str(dataset.num_frames),
         "episodes": str(dataset.num_episodes),
+        "data": f"{', '.join(columns)} and sentences with content {_hash_data(dataset, columns)}",
     }
+
+
+def _hash_data(dataset: Dataset, columns: Sequence[str]) -> str:
+    out = hashlib.sha256(dataset.episode_starts.tobytes())
+    for name in columns:
+        out.update(np.ascontiguousarray(dataset.column(name)).tobytes())
+    out.update("\n".join(map(str, dataset.tasks)).encode())
+    return out.hexdigest()[:8]
 
 
 def _by_name(options: Any) -> Iterator[tuple[str, str]]:

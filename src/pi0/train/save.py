@@ -35,6 +35,7 @@ from pi0.train.lora import LoraOptions, adapter_tensors, write_adapter_config
 CONFIG = "config.json"
 ACTION_STEPS = "n_action_steps"
 STATE_FILE = "training_state.pt"
+STATE_KEYS = ("done", "parameters", "average", "optimizer", "settings")
 
 
 @dataclass(frozen=True)
@@ -152,13 +153,21 @@ def load_state(path: Path) -> dict[str, Any]:
     """A training state.
 
     Raises:
-        Pi0Error: it is damaged.
+        Pi0Error: it is damaged, or none.
     """
+    found, state = "another file", None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's and torch's own classes
-        raise Pi0Error(f"{path}: expected the state of a run, found {error}.") from error
-    return dict(state)
+        found = "a file that is damaged or no such state"
+        if isinstance(error, OSError) and error.strerror:
+            found = error.strerror
+    if not (isinstance(state, dict) and {*STATE_KEYS} <= {*state}):
+        raise Pi0Error(
+            f"{path}: expected the state of a run, found {found}. Copy it again, or begin another "
+            "run, which may start from a checkpoint of this one."
+        )
+    return state
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -9,10 +9,11 @@ and branches behind an adaptive norm are closed, as in openpi (arXiv 2212.09748)
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ else:
 CUT_STD = 0.87962566  # the deviation of a unit normal distribution that is cut at ±2
 SMALL = 20_000_000  # parameters
 SIZES_SUFFIXES = (".json", ".toml")
+PIECES, PIECE = 64, 1 << 16  # of a file that is hashed, and bytes of each
 TOWERS = {"vision": SiglipConfig, "vlm": GemmaConfig, "expert": GemmaConfig}
 
 
@@ -109,6 +111,11 @@ def find_start(name: str, base: Path | None = None, **changes: int | None) -> St
     size = changes.pop("image_size", None)
     checkpoint = None
     if _is_sizes(path) or (name in PRESETS and not path.exists()):
+        if base is not None:
+            raise ConfigError(
+                f"--base: expected an adapter to start from, found {name}, which has random "
+                "weights. Start from the adapter's folder, or leave out --base."
+            )
         config = read_sizes(path) if path.exists() else PRESETS[name]
         for field, value in changes.items():
             if value is not None:
@@ -118,6 +125,19 @@ def find_start(name: str, base: Path | None = None, **changes: int | None) -> St
         require_flow(checkpoint)
         config = checkpoint.config
     return Start(name, config if size is None else config.with_image_size(size), checkpoint)
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """A short hash of files: of the whole content up to 4 MiB, of pieces all over larger ones."""
+    out = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        out.update(str(size).encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(PIECE, size // PIECES)):
+                file.seek(start)
+                out.update(file.read(PIECE))
+    return out.hexdigest()[:8]
 
 
 def require_weights(start: Start) -> None:

@@ -142,7 +142,22 @@ class Trainer:
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from another trainer's `state`."""
+        """Goes on from another trainer's `state`.
+
+        Raises:
+            Pi0Error: it is of other weights.
+        """
+        shapes, saved = (
+            {name: tuple(value.shape) for name, value in values.items()}
+            for values in (self.parameters, state["parameters"])
+        )
+        for name in {**shapes, **saved}:
+            if shapes.get(name) != saved.get(name):
+                raise Pi0Error(
+                    f"--resume: {name}: expected {saved.get(name, 'nothing')}, which the run has "
+                    f"saved, found {shapes.get(name, 'nothing')}. Go on with the release of pi0 "
+                    "that the run began with."
+                )
         self.done = state["done"]
         for name, parameter in self.parameters.items():
             parameter.copy_(like(state["parameters"][name], parameter))

@@ -26,6 +26,7 @@ RESPONSE = Threshold(
     "an engine that does not notice a changed input does not respond to it: 0 instead of 1",
     0.8,  # rounding in a trained policy alone has moved it by 0.56
 )
+ROUNDING = 2.0**-24  # of actions of size 1 in float32
 CHANCE = 4  # deviations of what does not cancel of many errors in all directions
 
 
@@ -165,11 +166,15 @@ def loop_rows(cases: Sequence[Case], b: EngineRun, limits: Limits) -> list[Row]:
     rows = []
     for case in cases:
         if case.name in b.samples:
-            moved = (x - case.noise for x in (b.chained[case.name].actions, b.samples[case.name]))
-            rows.append(Row(case.name, LOOP, compare(*moved), limit))
+            by_steps, by_loop = (
+                x - case.noise for x in (b.chained[case.name].actions, b.samples[case.name])
+            )
+            above = _above_rounding(limit, by_steps)
+            rows.append(Row(case.name, LOOP, compare(by_steps, by_loop), above))
     for name, joined in b.together.items():
         alone = torch.cat([b.moved[of] for of in together(name, b.moved)])
-        rows.append(Row(cases[0].name, f"{LOOP}.{name}", compare(alone, joined), limit))
+        above = _above_rounding(limit, alone)
+        rows.append(Row(cases[0].name, f"{LOOP}.{name}", compare(alone, joined), above))
     return rows
 
 
@@ -230,17 +235,30 @@ def _sample_rows(
         if case.name in b.samples:
             expected = a.chained[case.name].actions - case.noise
             c = compare(expected, b.samples[case.name] - case.noise)
-            rows.append(Row(case.name, "sample", c, limit, 0.0, b.ms[case.name], part))
+            above = _above_rounding(limit, expected)
+            rows.append(Row(case.name, "sample", c, above, 0.0, b.ms[case.name], part))
     for name, moved in b.moved.items():
         if name == AGAIN:
             row = Row(cases[0].name, f"sample.{name}", compare(b.moved[FIRST], moved), same)
         else:
-            row = Row(cases[0].name, f"sample.{name}", compare(a.moved[name], moved), limit)
+            above = _above_rounding(limit, a.moved[name])
+            row = Row(cases[0].name, f"sample.{name}", compare(a.moved[name], moved), above)
         rows.append(replace(row, part=part))
     for name, moved in b.together.items():
         alone = torch.cat([a.moved[of] for of in together(name, a.moved)])
-        rows.append(Row(cases[0].name, f"sample.{name}", compare(alone, moved), limit, part=part))
+        above = _above_rounding(limit, alone)
+        rows.append(Row(cases[0].name, f"sample.{name}", compare(alone, moved), above, part=part))
     return rows
+
+
+def _above_rounding(limit: Threshold, moved: Tensor) -> Threshold:
+    """The limit on what a model moved, which is known by actions alone."""
+    rms = float(moved.double().square().mean().sqrt())
+    if rms * limit.max_rel_l2 >= ROUNDING or not rms:
+        return limit
+    most = ROUNDING / rms
+    why = "the model, whose training has hardly begun, moves actions by little more than they round"
+    return Threshold(min(limit.min_pcc, 1 - most**2), most, why, max(limit.max_gain_error, most))
 
 
 def _response_rows(case: Case, a: EngineRun, b: EngineRun) -> list[Row]:

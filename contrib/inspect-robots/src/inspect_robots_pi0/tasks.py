@@ -40,7 +40,7 @@ def tabletop(
             init_seed=seed,
             metadata={"task": task, "env_seed": seed},
         )
-        for task in tasks.split(",")
+        for task in map(str.strip, tasks.split(","))
         for seed in range(seed_start, seed_start + episodes)
     ]
     scorers = [success_at_end(), wrong_object()]

@@ -27,11 +27,13 @@ from serving import (
     observation,
     running,
 )
+from test_openpi_client import certificate
 from websockets.sync.server import ServerConnection, serve
 
 from pi0 import ActionBuffer, Policy, RealTimeChunking
 from pi0.errors import ConfigError, EngineError, ObservationError, Pi0Error
 from pi0.policy import ROBOTS, ActionLimits
+from pi0.serve.binding import make_tls
 from pi0.serve.client import ServerPolicy
 from pi0.serve.extras import Extras, add_extras, split_extras
 from pi0.serve.options import ServeOptions
@@ -166,6 +168,42 @@ def test_what_the_client_says_of_a_server() -> None:
                 client.infer(observation(1))
     with pytest.raises(Pi0Error, match="expected one that answers, found: .*Start it with"):
         ServerPolicy(address, timeout=1)
+
+
+@pytest.mark.parametrize(
+    ("address", "options", "message"),
+    [
+        ("ws://127.0.0.1:99999", {}, "server: expected an address such as"),
+        ("ws://127.0.0.1:port", {}, "server: expected an address such as"),
+        ("ws://[::1", {}, "server: expected an address such as"),
+        ("ws://127.0.0.1:1", {"timeout": np.nan}, "timeout: expected a number of seconds"),
+        ("ws://127.0.0.1:1", {"timeout": np.inf}, "timeout: expected a number of seconds"),
+        ("ws://127.0.0.1:1", {"api_key": "a\nb"}, r"api_key: expected printable ASCII [^\n]+$"),
+        ("ws://127.0.0.1:1", {"api_key": "schlüssel"}, "api_key: expected printable ASCII"),
+    ],
+)
+def test_what_no_server_can_be(address: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(Pi0Error, match=message):
+        ServerPolicy(address, **options)
+
+
+def test_a_key_as_a_file_has_it() -> None:
+    key = "0123456789abcdef"
+    with (
+        running(make_policy(StateEngine()), ServeOptions(api_key=key)) as served,
+        ServerPolicy(f"ws://{served.address}", f"{key}\n") as client,
+    ):
+        assert client.infer(observation(1))["actions"].shape == (50, 14)
+
+
+def test_a_certificate_that_nobody_here_trusts(tmp_path: Path) -> None:
+    options = ServeOptions(tls=make_tls(*certificate(tmp_path)))
+    message = r"expected a certificate .*self.signed.* SSL_CERT_FILE=FILE"
+    with (
+        running(make_policy(StateEngine()), options) as served,
+        pytest.raises(Pi0Error, match=message),
+    ):
+        ServerPolicy(f"wss://{served.address}")
 
 
 def test_no_answer_in_time() -> None:

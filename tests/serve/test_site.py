@@ -177,6 +177,16 @@ def test_two_keys_are_none() -> None:
         assert raw.recv(100).startswith(b"HTTP/1.1 401")
 
 
+def test_a_header_that_comes_twice(caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        running(make_policy(StateEngine())) as served,
+        socket.create_connection(("127.0.0.1", served.port)) as raw,
+    ):
+        raw.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\nUpgrade: TLS/1.2\r\n\r\n")
+        assert raw.recv(100).startswith(b"HTTP/1.1 200")
+    assert not any(record.exc_info for record in caplog.records)
+
+
 def test_a_page_of_somebody_else_is_no_robot() -> None:
     with (
         running(make_policy(StateEngine())) as served,

@@ -61,7 +61,7 @@ class Site:
             )
             refused.headers["WWW-Authenticate"] = 'Basic realm="pi0: the password is the API key"'
             return refused
-        if "websocket" in request.headers.get("Upgrade", "").lower():
+        if "websocket" in " ".join(request.headers.get_all("Upgrade")).lower():
             return self._admit(connection)
         return await self._content(connection, path)
 

@@ -61,6 +61,7 @@ def served(checkpoint: Path, port: int = 0) -> Iterator[tuple[subprocess.Popen[s
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(SRC)},
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup of the tests
     ) as process:
         try:
             assert process.stdout
@@ -75,7 +76,7 @@ def served(checkpoint: Path, port: int = 0) -> Iterator[tuple[subprocess.Popen[s
             process.stderr.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_after_the_answer(libero: Path, number: signal.Signals) -> None:
     with served(libero) as (process, address), connect(address, compression=None) as client:
         assert read(client)["robot"]["name"] == "libero"

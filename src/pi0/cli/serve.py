@@ -209,7 +209,8 @@ def gpus_of(spec: EngineSpec) -> int:
 
 
 def run(policy: Policy | Replicas, sock: socket.socket, settings: ServeOptions) -> None:
-    """Serves a policy on a bound socket until SIGINT or SIGTERM; a second one ends at once."""
+    """Serves a policy on a bound socket until SIGINT, SIGTERM, a second of which ends at once, or
+    SIGHUP."""
     import asyncio
     import os
     import signal
@@ -240,6 +241,8 @@ def run(policy: Policy | Replicas, sock: socket.socket, settings: ServeOptions) 
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+            loop.add_signal_handler(signal.SIGHUP, stop.set)  # a terminal sends it twice
         await PolicyServer(policy, settings).serve(sock, stop, ready)
 
     asyncio.run(serve_until_signal())

@@ -148,6 +148,7 @@ def test_the_example_gets_actions_and_errors() -> None:
         (["--batch", "1000000000", "--engine", "reference"], "1000000000 at a time: at least"),
         (["--on-limit", "no"], "on_limit: expected one of error, clamp, warn"),
         (["--robot", "aloha"], "state"),
+        (["--record", "other"], "expected a new folder or a dataset written by pi0, found meta/"),
     ],
     ids=str,
 )
@@ -157,9 +158,13 @@ def test_refused_with_one_sentence(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     from pi0.cli.main import main
 
+    (tmp_path / "other" / "meta").mkdir(parents=True)
+    (tmp_path / "other" / "meta" / "info.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["pi0", *command(libero, "--port", "0", *words)[3:]])
     with pytest.raises(SystemExit) as ended:
         main()

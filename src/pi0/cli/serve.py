@@ -166,6 +166,10 @@ def serve(
         wishes = replace(wishes, default_prompt=default_prompt)
         setup = prepare(opened, wishes)
         pipeline = setup.require()
+        if record:
+            from pi0.serve.record import require_own
+
+            require_own(record, pipeline)
         size = wishes.image_size
         spec = choose_engine(engine, opened.config, dtype, device, size)
         find_engine(spec.name).check_batch(batch)

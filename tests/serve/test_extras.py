@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from websockets.sync.server import ServerConnection, serve
 from pi0 import ActionBuffer, Policy, RealTimeChunking
 from pi0.errors import ConfigError, EngineError, ObservationError, Pi0Error
 from pi0.policy import ROBOTS, ActionLimits
+from pi0.serve import client as client_module
 from pi0.serve.binding import make_tls
 from pi0.serve.client import ServerPolicy
 from pi0.serve.extras import Extras, add_extras, split_extras
@@ -273,6 +275,24 @@ def test_a_server_that_hangs(side: int) -> None:
             client.infer({"image": np.zeros((side, side, 3), np.uint8)})
         assert time.monotonic() - start < SOON
         hangs.set()
+
+
+def test_a_server_that_answers_no_pings(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def talk(connection: ServerConnection) -> None:
+        connection.protocol.receive_data = lambda data: None
+        done.wait(SOON)
+
+    done = threading.Event()
+    pings = {"ping_interval": 0.1, "ping_timeout": 0.1}
+    monkeypatch.setattr("pi0.serve.client.connect", partial(client_module.connect, **pings))
+    message = r"found that it has ended: .*keepalive ping timeout"
+    with foreign(talk) as address:
+        with pytest.raises(Pi0Error, match=message), ServerPolicy(address) as client:
+            client.infer(observation(1))
+        done.set()
+    assert caplog.text == ""
 
 
 def test_threads_get_their_own_answers() -> None:

@@ -6,6 +6,7 @@ Robots need nothing of it: openpi's client, or forty lines (`examples/robot_clie
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import ssl
 import threading
@@ -26,6 +27,8 @@ from pi0.serve.extras import Extras, add_extras
 from pi0.serve.wire import MessageLimits, pack, unpack
 
 LIMITS = MessageLimits()
+quiet = logging.getLogger("pi0.serve.client")
+quiet.setLevel(logging.CRITICAL)  # what goes wrong is raised; a ping's thread would print it, too
 
 
 class ServerPolicy(Closing):
@@ -176,9 +179,11 @@ def _connect(address: str, api_key: str | None, timeout: float) -> ClientConnect
     if not 0 < timeout <= threading.TIMEOUT_MAX:
         raise ConfigError(f"timeout: expected a number of seconds above 0, found {timeout!r}.")
     headers = {} if key is None else {"Authorization": f"Api-Key {key}"}
-    limits: dict[str, Any] = {"compression": None, "max_size": None, "open_timeout": timeout}
+    options: dict[str, Any] = {"compression": None, "max_size": None, "logger": quiet}
     try:
-        made: ClientConnection = connect(address, additional_headers=headers, **limits)
+        made: ClientConnection = connect(
+            address, open_timeout=timeout, additional_headers=headers, **options
+        )
         return made
     except ssl.SSLCertVerificationError as error:  # which is a ValueError, too
         raise Pi0Error(

@@ -285,7 +285,7 @@ def test_a_server_that_answers_no_pings(
         done.wait(SOON)
 
     done = threading.Event()
-    pings = {"ping_interval": 0.1, "ping_timeout": 0.1}
+    pings = {"ping_interval": 0.1, "ping_timeout": 0.1, "close_timeout": 0.1}
     monkeypatch.setattr("pi0.serve.client.connect", partial(client_module.connect, **pings))
     message = r"found that it has ended: .*keepalive ping timeout"
     with foreign(talk) as address:

@@ -126,6 +126,14 @@ def test_status_and_images() -> None:
     assert len(status["latencies"]) == 1
 
 
+def test_the_status_costs_no_work_on_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made in the loop that serves all robots, where large float images would hold it up."""
+    monkeypatch.delattr("pi0.serve.pictures.eight_bit")
+    with running(make_policy(StateEngine())) as served, served.connect() as client:
+        ask(client, observation(1))
+        assert json.loads(get(served, "/status.json")[1])["last"]["cameras"] == ["images/base"]
+
+
 def basic(password: str) -> str:
     return "Basic " + base64.b64encode(f"me:{password}".encode()).decode()
 

@@ -215,16 +215,19 @@ def test_install_hint_needs_no_index() -> None:
     assert install_hint("plot") == "In the folder of this repository: pip install '.[plot]'."
 
 
-def test_interrupt_that_a_library_swallows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fails because Ctrl-C broke an import off is not a fault of ours to show."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_a_library_swallows(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    """What fails because a signal broke an import off is not a fault of ours to show."""
 
     def swallow(*_: object) -> None:
-        with contextlib.suppress(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), number)
         raise AttributeError("module 'numpy' has no attribute 'matrix'")
 
     monkeypatch.setattr("pi0.checkpoint.load.open_checkpoint", swallow)
     before = signal.getsignal(signal.SIGINT)
     done = pi0("inspect", "anything")
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
     assert signal.getsignal(signal.SIGINT) is before

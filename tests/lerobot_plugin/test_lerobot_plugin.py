@@ -253,6 +253,16 @@ def test_saved_and_reloaded(ours: Pi0rtPolicy, processors: Any, tmp_path: Path) 
         ours.save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("inside", ["", "saved"])
+def test_a_checkpoint_is_not_saved_into_itself(folder: Path, tmp_path: Path, inside: str) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    before = (copy / "config.json").read_bytes()
+    with pytest.raises(Pi0Error, match="expected a folder outside of the checkpoint"):
+        Pi0rtPolicy.from_pretrained(copy).save_pretrained(copy / inside)
+    assert (copy / "config.json").read_bytes() == before
+    assert not (copy / inside / "checkpoint").exists()
+
+
 def test_config_comes_from_the_checkpoint(ours: Pi0rtPolicy, folder: Path) -> None:
     settings = json.loads((folder / "config.json").read_text())
     assert ours.config.model == settings["type"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -273,6 +274,29 @@ def test_the_executor_of_several_robots_outlives_one() -> None:
         with one:
             one.step(0)
         assert other.step(0) == [0]
+
+
+def test_a_chunk_that_stands_in_line_is_not_computed_after_a_reset() -> None:
+    """Else a server would be told with it, and not with the new episode's, that one begins."""
+    with ThreadPoolExecutor(1) as shared:
+        robot, others = Counting(), threading.Event()
+        buffer = ActionBuffer(robot, executor=shared, execution_horizon=1)
+        buffer.step(0)
+        shared.submit(others.wait, 20)
+        buffer.step(1)
+        buffer.reset()
+        others.set()
+        buffer.step(50)
+    assert [call[0] for call in robot.calls] == [0, 50]
+
+
+def test_a_closed_buffer_has_no_actions() -> None:
+    with ThreadPoolExecutor(1) as shared:
+        for executor in (None, shared):
+            with ActionBuffer(Counting(), executor=executor, execution_horizon=4) as buffer:
+                buffer.step(0)
+            with pytest.raises(EngineError, match="expected an open buffer, found it closed"):
+                buffer.step(1)
 
 
 def limited(step: float) -> Robot:

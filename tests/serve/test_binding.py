@@ -9,7 +9,7 @@ import pytest
 from test_openpi_client import certificate
 
 from pi0.errors import ConfigError, Pi0Error
-from pi0.serve.binding import bind, check_exposure, make_tls, read_api_key
+from pi0.serve.binding import bind, check_exposure, listen, make_tls, read_api_key
 
 KEY = "0123456789abcdef"
 
@@ -26,6 +26,16 @@ def test_a_port_in_use() -> None:
         port = sock.getsockname()[1]
         with pytest.raises(Pi0Error, match=f"--port: expected a free port, found {port} in use"):
             bind("127.0.0.1", port)
+
+
+def test_two_that_bind_a_port_before_either_listens() -> None:
+    """The second is refused when it binds or, where the system lets it, when it listens."""
+    with (
+        bind("127.0.0.1", 0) as one,
+        pytest.raises(Pi0Error, match=r"--port: expected a free port, found \d+ in use"),
+        bind("127.0.0.1", one.getsockname()[1]) as other,
+    ):
+        list(map(listen, (one, other)))
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "192.0.2.1", "", "a" * 300, "ü..x"])

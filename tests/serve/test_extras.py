@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,14 @@ from serving import (
     observation,
     running,
 )
+from test_openpi_client import certificate
 from websockets.sync.server import ServerConnection, serve
 
 from pi0 import ActionBuffer, Policy, RealTimeChunking
 from pi0.errors import ConfigError, EngineError, ObservationError, Pi0Error
 from pi0.policy import ROBOTS, ActionLimits
+from pi0.serve import client as client_module
+from pi0.serve.binding import make_tls
 from pi0.serve.client import ServerPolicy
 from pi0.serve.extras import Extras, add_extras, split_extras
 from pi0.serve.options import ServeOptions
@@ -168,6 +172,42 @@ def test_what_the_client_says_of_a_server() -> None:
         ServerPolicy(address, timeout=1)
 
 
+@pytest.mark.parametrize(
+    ("address", "options", "message"),
+    [
+        ("ws://127.0.0.1:99999", {}, "server: expected an address such as"),
+        ("ws://127.0.0.1:port", {}, "server: expected an address such as"),
+        ("ws://[::1", {}, "server: expected an address such as"),
+        ("ws://127.0.0.1:1", {"timeout": np.nan}, "timeout: expected a number of seconds"),
+        ("ws://127.0.0.1:1", {"timeout": np.inf}, "timeout: expected a number of seconds"),
+        ("ws://127.0.0.1:1", {"api_key": "a\nb"}, r"api_key: expected printable ASCII [^\n]+$"),
+        ("ws://127.0.0.1:1", {"api_key": "schlüssel"}, "api_key: expected printable ASCII"),
+    ],
+)
+def test_what_no_server_can_be(address: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(Pi0Error, match=message):
+        ServerPolicy(address, **options)
+
+
+def test_a_key_as_a_file_has_it() -> None:
+    key = "0123456789abcdef"
+    with (
+        running(make_policy(StateEngine()), ServeOptions(api_key=key)) as served,
+        ServerPolicy(f"ws://{served.address}", f"{key}\n") as client,
+    ):
+        assert client.infer(observation(1))["actions"].shape == (50, 14)
+
+
+def test_a_certificate_that_nobody_here_trusts(tmp_path: Path) -> None:
+    options = ServeOptions(tls=make_tls(*certificate(tmp_path)))
+    message = r"expected a certificate .*self.signed.* SSL_CERT_FILE=FILE"
+    with (
+        running(make_policy(StateEngine()), options) as served,
+        pytest.raises(Pi0Error, match=message),
+    ):
+        ServerPolicy(f"wss://{served.address}")
+
+
 def test_no_answer_in_time() -> None:
     engine = StateEngine()
     with (
@@ -235,6 +275,24 @@ def test_a_server_that_hangs(side: int) -> None:
             client.infer({"image": np.zeros((side, side, 3), np.uint8)})
         assert time.monotonic() - start < SOON
         hangs.set()
+
+
+def test_a_server_that_answers_no_pings(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def talk(connection: ServerConnection) -> None:
+        connection.protocol.receive_data = lambda data: None
+        done.wait(SOON)
+
+    done = threading.Event()
+    pings = {"ping_interval": 0.1, "ping_timeout": 0.1, "close_timeout": 0.1}
+    monkeypatch.setattr("pi0.serve.client.connect", partial(client_module.connect, **pings))
+    message = r"found that it has ended: .*keepalive ping timeout"
+    with foreign(talk) as address:
+        with pytest.raises(Pi0Error, match=message), ServerPolicy(address) as client:
+            client.infer(observation(1))
+        done.set()
+    assert caplog.text == ""
 
 
 def test_threads_get_their_own_answers() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import ssl
 import subprocess
 from pathlib import Path
@@ -23,6 +24,7 @@ from pi0.serve.options import ServeOptions
 from pi0.serve.wire import MessageLimits, pack, unpack
 
 pytestmark = pytest.mark.skipif(not OPENPI_PYTHON.exists(), reason=NO_OPENPI)
+DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
 WORKER = Path(__file__).with_name("openpi_worker.py")
 ROBOTS = {"generic": 14, "aloha": 14, "libero": 7, "droid": 8}
 
@@ -66,15 +68,14 @@ def test_it_gets_actions_for_four_robots() -> None:
 
 
 def certificate(folder: Path) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 that signs itself, and its key."""
-    paths = folder / "cert.pem", folder / "key.pem"
-    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-    words += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    """A certificate for 127.0.0.1 that signs itself, as docs/serving.md makes one, and its key."""
+    (command,) = re.findall(r"^openssl req(?:.*\\\n)*.*$", DOCS.read_text(), re.MULTILINE)
+    words = re.sub(r"IP:[\d.]+", "IP:127.0.0.1", command.replace("\\\n", " ")).split()
     try:
-        subprocess.run([*words, "-out", paths[0], "-keyout", paths[1]], check=True, stderr=-3)
+        subprocess.run(words, check=True, stderr=-3, cwd=folder)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("needs openssl with -addext")
-    return paths
+    return folder / "tls.crt", folder / "tls.key"
 
 
 def test_it_shows_its_key_over_tls(tmp_path: Path) -> None:

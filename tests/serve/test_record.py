@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from dataset_folder import write_folder
 from serving import (
     IMAGE,
     SOON,
@@ -128,6 +131,35 @@ def test_a_later_server_goes_on_with_the_dataset(folder: Path) -> None:
         with recording(folder) as served, served.connect() as client:
             ask(client, observation(value))
     assert episodes(folder) == [[1], [2]]
+
+
+def test_another_robots_episodes_are_not_gone_on_with(folder: Path) -> None:
+    pipeline = make_policy(StateEngine()).pipeline
+    record.require_own(folder, pipeline)
+    with recording(folder) as served, served.connect() as client:
+        ask(client, observation(1))
+    record.require_own(folder, pipeline)
+    found = r"for robot libero at 10 Hz.*found others, of robot generic at 10 Hz"
+    with pytest.raises(Pi0Error, match=found):
+        record.require_own(folder, make_policy(StateEngine(), "libero").pipeline)
+
+
+def test_other_datasets_are_not_gone_on_with(folder: Path) -> None:
+    pipeline = make_policy(StateEngine()).pipeline
+    write_folder(folder)
+    with pytest.raises(Pi0Error, match=r"episodes of a server for robot generic .* found others"):
+        record.require_own(folder, pipeline)
+    shard = folder / "data" / "chunk-000" / "file-000.parquet"
+    shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(Pi0Error, match=r"file-000\.parquet: expected a parquet file, found"):
+        record.require_own(folder, pipeline)
+    for path in shard.parent.iterdir():
+        path.unlink()
+    with pytest.raises(Pi0Error, match=r"written by pi0, found meta/info\.json without its episo"):
+        record.require_own(folder, pipeline)
+    pq.write_table(pa.table({"action": [0.0]}), shard.with_name("episode_000000.parquet"))
+    with pytest.raises(Pi0Error, match=r"episode_000000\.parquet: expected a shard written by pi0"):
+        record.require_own(folder, pipeline)
 
 
 def test_other_pictures_do_not_fit_and_leave_the_dataset_sound(folder: Path) -> None:

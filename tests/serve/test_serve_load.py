@@ -48,6 +48,12 @@ def test_a_server_that_does_not_start_says_why() -> None:
         server("nowhere"),
     ):
         pass
+    shot = "echo pi0: warning: something >&2; kill -9 $$"  # as by a system without memory
+    with (
+        pytest.raises(Pi0Error, match="expected it to start, found that it was ended by SIGKILL"),
+        server("nowhere", before=("sh", "-c", shot)),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(("p99", "late"), [(0.2, False), (1.2, True)])

@@ -61,6 +61,7 @@ def served(checkpoint: Path, port: int = 0) -> Iterator[tuple[subprocess.Popen[s
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(SRC)},
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup of the tests
     ) as process:
         try:
             assert process.stdout
@@ -75,7 +76,7 @@ def served(checkpoint: Path, port: int = 0) -> Iterator[tuple[subprocess.Popen[s
             process.stderr.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_it_after_the_answer(libero: Path, number: signal.Signals) -> None:
     with served(libero) as (process, address), connect(address, compression=None) as client:
         assert read(client)["robot"]["name"] == "libero"
@@ -149,6 +150,7 @@ def test_the_example_gets_actions_and_errors() -> None:
         (["--batch", "1000000000", "--engine", "reference"], "1000000000 at a time: at least"),
         (["--on-limit", "no"], "on_limit: expected one of error, clamp, warn"),
         (["--robot", "aloha"], "state"),
+        (["--record", "other"], "expected a new folder or a dataset written by pi0, found meta/"),
     ],
     ids=str,
 )
@@ -158,9 +160,13 @@ def test_refused_with_one_sentence(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     from pi0.cli.main import main
 
+    (tmp_path / "other" / "meta").mkdir(parents=True)
+    (tmp_path / "other" / "meta" / "info.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["pi0", *command(libero, "--port", "0", *words)[3:]])
     with pytest.raises(SystemExit) as ended:
         main()

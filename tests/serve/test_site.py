@@ -126,6 +126,14 @@ def test_status_and_images() -> None:
     assert len(status["latencies"]) == 1
 
 
+def test_the_status_costs_no_work_on_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made in the loop that serves all robots, where large float images would hold it up."""
+    monkeypatch.delattr("pi0.serve.pictures.eight_bit")
+    with running(make_policy(StateEngine())) as served, served.connect() as client:
+        ask(client, observation(1))
+        assert json.loads(get(served, "/status.json")[1])["last"]["cameras"] == ["images/base"]
+
+
 def basic(password: str) -> str:
     return "Basic " + base64.b64encode(f"me:{password}".encode()).decode()
 
@@ -175,6 +183,16 @@ def test_two_keys_are_none() -> None:
         line = f"Authorization: Api-Key {KEY}\r\n"
         raw.sendall(f"GET / HTTP/1.1\r\nHost: x\r\n{line}{line}\r\n".encode())
         assert raw.recv(100).startswith(b"HTTP/1.1 401")
+
+
+def test_a_header_that_comes_twice(caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        running(make_policy(StateEngine())) as served,
+        socket.create_connection(("127.0.0.1", served.port)) as raw,
+    ):
+        raw.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\nUpgrade: TLS/1.2\r\n\r\n")
+        assert raw.recv(100).startswith(b"HTTP/1.1 200")
+    assert not any(record.exc_info for record in caplog.records)
 
 
 def test_a_page_of_somebody_else_is_no_robot() -> None:

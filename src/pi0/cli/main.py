@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from typing import NoReturn, TextIO
 
 import typer
@@ -98,7 +99,6 @@ def main() -> None:
     logging.basicConfig(format="pi0: warning: %(message)s")  # to stderr, from warnings upwards
     with warnings.catch_warnings():
         warnings.showwarning = _warn
-        signal.signal(signal.SIGTERM, _terminate)  # so that nothing half-written stays
         try:
             _require_streams()
             _run()
@@ -117,30 +117,29 @@ def main() -> None:
 
 
 def _run() -> None:
-    """Runs the verb. An error after Ctrl-C counts as Ctrl-C: torch goes on when it is interrupted
-    while it imports numpy, which is half there from then on."""
-    pressed = False
+    """Runs the verb. An error after Ctrl-C or SIGTERM counts as that: torch goes on when it is
+    interrupted while it imports numpy, which is half there from then on."""
+    ends: list[BaseException] = []
 
-    def interrupt(*_: object) -> NoReturn:
-        nonlocal pressed
-        pressed = True
-        raise KeyboardInterrupt
+    def end_with(end: BaseException) -> Callable[..., NoReturn]:
+        def handler(*_: object) -> NoReturn:
+            ends.append(end)
+            raise end
+
+        return handler
 
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:
-        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGINT, end_with(KeyboardInterrupt()))
+    signal.signal(signal.SIGTERM, end_with(SystemExit(143)))  # so that nothing half-written stays
     try:
         app(prog_name="pi0")
     except Exception as error:
-        if pressed:
-            raise KeyboardInterrupt from error
+        if ends:
+            raise ends[0] from error
         raise
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _terminate(*_: object) -> None:
-    sys.exit(143)
 
 
 def _require_streams() -> None:

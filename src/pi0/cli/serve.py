@@ -166,6 +166,10 @@ def serve(
         wishes = replace(wishes, default_prompt=default_prompt)
         setup = prepare(opened, wishes)
         pipeline = setup.require()
+        if record:
+            from pi0.serve.record import require_own
+
+            require_own(record, pipeline)
         size = wishes.image_size
         spec = choose_engine(engine, opened.config, dtype, device, size)
         find_engine(spec.name).check_batch(batch)
@@ -209,7 +213,8 @@ def gpus_of(spec: EngineSpec) -> int:
 
 
 def run(policy: Policy | Replicas, sock: socket.socket, settings: ServeOptions) -> None:
-    """Serves a policy on a bound socket until SIGINT or SIGTERM; a second one ends at once."""
+    """Serves a policy on a bound socket until SIGINT, SIGTERM, a second of which ends at once, or
+    SIGHUP."""
     import asyncio
     import os
     import signal
@@ -240,6 +245,8 @@ def run(policy: Policy | Replicas, sock: socket.socket, settings: ServeOptions) 
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal)
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+            loop.add_signal_handler(signal.SIGHUP, stop.set)  # a terminal sends it twice
         await PolicyServer(policy, settings).serve(sock, stop, ready)
 
     asyncio.run(serve_until_signal())

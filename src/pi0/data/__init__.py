@@ -15,7 +15,14 @@ from pi0.data.frames import FrameStore
 from pi0.data.read import Dataset
 from pi0.data.schema import Recording, Schema
 from pi0.data.statistics import RunningStatistics, norm_stats_json
-from pi0.data.write import finish, next_place, remove_shard, shard_episodes, write_shard
+from pi0.data.write import (
+    finish,
+    next_place,
+    remove_shard,
+    shard_episodes,
+    write_shard,
+    written_schema,
+)
 
 __all__ = [
     "Dataset",
@@ -29,4 +36,5 @@ __all__ = [
     "remove_shard",
     "shard_episodes",
     "write_shard",
+    "written_schema",
 ]

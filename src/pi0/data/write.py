@@ -28,6 +28,7 @@ from pi0.data.meta import write_meta
 from pi0.data.schema import (
     BOOKKEEPING,
     FILES_PER_CHUNK,
+    INFO,
     Array,
     Picture,
     Recording,
@@ -48,6 +49,7 @@ __all__ = [
     "remove_shard",
     "shard_episodes",
     "write_shard",
+    "written_schema",
 ]
 
 OPTIONS = "meta/recorded_with.json"
@@ -123,6 +125,28 @@ def shard_episodes(root: Path, index: int) -> int:
 def remove_shard(root: Path, index: int) -> None:
     """Removes what there is of a shard, so that another can be written in its place."""
     data_path(root, index).unlink(missing_ok=True)
+
+
+def written_schema(root: Path) -> Schema | None:
+    """What the episodes of a folder were written with; None: it has none.
+
+    Raises:
+        DataError: a file of it is damaged, or it holds somebody else's dataset.
+    """
+    schema = None
+    for path in sorted(root.glob("data/*/*.parquet")):
+        with open_parquet(path) as parquet:
+            schema = json.loads(_described(path, parquet.schema_arrow)["schema"])
+    if schema is None and (root / INFO).exists():
+        raise DataError(
+            f"{root}: expected a new folder or a dataset written by pi0, found {INFO} without its "
+            "episodes. Name another folder."
+        )
+    return schema and Schema(
+        schema["fps"],
+        schema["robot"],
+        *({key: tuple(inner) for key, inner in schema[k].items()} for k in ("cameras", "columns")),
+    )
 
 
 def next_place(root: Path, schema: Schema) -> tuple[int, int]:
@@ -288,6 +312,8 @@ def _read_shards(root: Path, schema: Schema) -> Iterator[Shard]:
 def _described(path: Path, schema: pa.Schema) -> dict[str, Any]:
     """What `write_shard` noted in a parquet file."""
     if SHARD not in (schema.metadata or {}):
-        raise DataError(f"{path}: expected a shard written by pi0, found another's file.")
+        raise DataError(
+            f"{path}: expected a shard written by pi0, found another's file. Name another folder."
+        )
     described: dict[str, Any] = json.loads(schema.metadata[SHARD])
     return described

@@ -175,6 +175,8 @@ class ActionBuffer(Closing):
         self.held = 0
         self._own = executor is None
         self._executor = executor or ThreadPoolExecutor(1, "pi0-chunks")
+        self._open = True
+        self._pending: tuple[int, Future[Mapping[str, Any]]] | None = None
         self._forget()
 
     def reset(self) -> None:
@@ -184,11 +186,13 @@ class ActionBuffer(Closing):
         getattr(self.policy, "reset", lambda: None)()
 
     def _forget(self) -> None:
+        if self._pending:
+            self._pending[1].cancel()  # which may still stand behind other robots' chunks
         self._tick = 0
         self._observed = 0  # the tick of the newest chunk's observation
         self._plan: Plan | None = None
         self._last: Floats | None = None
-        self._pending: tuple[int, Future[Mapping[str, Any]]] | None = None
+        self._pending = None
 
     def step(self, observation: Observation) -> NDArray[np.float32]:
         """The action [D] for this tick, in the robot's units.
@@ -198,18 +202,23 @@ class ActionBuffer(Closing):
                 from another thread: do not change it afterwards.
 
         Raises:
-            EngineError: the plan has run dry and `when_dry` is "error", or a chunk took longer to
-                compute than it lasts.
+            EngineError: the plan has run dry and `when_dry` is "error", a chunk took longer to
+                compute than it lasts, or the buffer is closed.
             Pi0Error: what `policy.infer` raised in the background, at the first tick after. The
                 next call begins anew with its observation.
         """
+        if not self._open:
+            raise EngineError("action buffer: expected an open buffer, found it closed.")
         try:
             return self._next(observation).astype(np.float32)
         finally:
             self._tick += 1  # the tick has passed, with an action or without
 
     def close(self) -> None:
-        """Waits for the chunk that is being computed, and ends the thread, if it is its own."""
+        """Waits for the chunk that is being computed, and ends the thread, if it is its own. There
+        are no actions afterwards."""
+        self._open = False
+        self._forget()
         if self._own:
             self._executor.shutdown()
 

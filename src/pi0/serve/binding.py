@@ -38,18 +38,36 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)  # or others bind it, too
     except OSError as error:
         sock.close()
         if error.errno == errno.EADDRINUSE:
-            raise Pi0Error(
-                f"--port: expected a free port, found {port} in use. Choose another; 0 takes any "
-                "that is free."
-            ) from error
+            raise _in_use(port) from error
         raise Pi0Error(
             f"--host, --port: expected an address that this machine may listen on, found {host} "
             f"port {port} ({error.strerror})."
         ) from error
     return sock
+
+
+def listen(sock: socket.socket) -> None:
+    """Lets clients knock.
+
+    Raises:
+        Pi0Error: another process listens, where the system let both bind the address.
+    """
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections inherit it
+        sock.listen()
+    except OSError as error:
+        raise _in_use(sock.getsockname()[1]) from error
+
+
+def _in_use(port: int) -> Pi0Error:
+    return Pi0Error(
+        f"--port: expected a free port, found {port} in use. Choose another; 0 takes any that is "
+        "free."
+    )
 
 
 def check_exposure(sock: socket.socket, api_key: str | None, tls: bool, allow_no_key: bool) -> None:

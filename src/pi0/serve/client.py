@@ -6,7 +6,9 @@ Robots need nothing of it: openpi's client, or forty lines (`examples/robot_clie
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
+import ssl
 import threading
 import time
 from typing import Any
@@ -25,6 +27,8 @@ from pi0.serve.extras import Extras, add_extras
 from pi0.serve.wire import MessageLimits, pack, unpack
 
 LIMITS = MessageLimits()
+quiet = logging.getLogger("pi0.serve.client")
+quiet.setLevel(logging.CRITICAL)  # what goes wrong is raised; a ping's thread would print it, too
 
 
 class ServerPolicy(Closing):
@@ -44,38 +48,16 @@ class ServerPolicy(Closing):
             timeout: seconds until the connection stands, and from an observation to its answer.
 
         Raises:
+            ConfigError: a key that no header can have, or a time that is none.
             Pi0Error: there is no server, or it refuses.
         """
         self._address, self._timeout = address, timeout
         self._reset = True
         self._turn = threading.Lock()
-        headers = {} if api_key is None else {"Authorization": f"Api-Key {api_key}"}
         self._open = contextlib.ExitStack()
-        try:
-            self._connection: ClientConnection = self._open.enter_context(
-                connect(
-                    address,
-                    compression=None,
-                    max_size=None,
-                    open_timeout=timeout,
-                    additional_headers=headers,
-                )
-            )
-        except InvalidURI as error:
-            raise Pi0Error(
-                f"server: expected an address such as ws://127.0.0.1:8000, found {address!r}."
-            ) from error
-        except InvalidStatus as error:
-            body = error.response.body.decode(errors="replace").strip()
-            raise Pi0Error(
-                f"server {address}: expected to be let in, found HTTP "
-                f"{error.response.status_code}: {body or 'nothing more'}"
-            ) from error
-        except (OSError, WebSocketException) as error:
-            raise Pi0Error(
-                f"server {address}: expected one that answers, found: {error}. Start it with "
-                "`pi0 serve`."
-            ) from error
+        self._connection: ClientConnection = self._open.enter_context(
+            _connect(address, api_key, timeout)
+        )
         try:
             greeting = self._exchange(None)
         except BaseException:
@@ -187,3 +169,40 @@ class ServerPolicy(Closing):
         """Ends the connection without waiting for a server that may be gone to agree."""
         self._cut()
         self.close()
+
+
+def _connect(address: str, api_key: str | None, timeout: float) -> ClientConnection:
+    """A connection that stands; raises what `ServerPolicy` does."""
+    key = None if api_key is None else api_key.strip()  # a file ends with a line break
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise ConfigError("api_key: expected printable ASCII characters, found others.")
+    if not 0 < timeout <= threading.TIMEOUT_MAX:
+        raise ConfigError(f"timeout: expected a number of seconds above 0, found {timeout!r}.")
+    headers = {} if key is None else {"Authorization": f"Api-Key {key}"}
+    options: dict[str, Any] = {"compression": None, "max_size": None, "logger": quiet}
+    try:
+        made: ClientConnection = connect(
+            address, open_timeout=timeout, additional_headers=headers, **options
+        )
+        return made
+    except ssl.SSLCertVerificationError as error:  # which is a ValueError, too
+        raise Pi0Error(
+            f"server {address}: expected a certificate of this address that is trusted here, "
+            f"found: {error.verify_message.rstrip('.')}. SSL_CERT_FILE=FILE trusts one that signs "
+            "itself."
+        ) from error
+    except (InvalidURI, ValueError) as error:
+        raise Pi0Error(
+            f"server: expected an address such as ws://127.0.0.1:8000, found {address!r}."
+        ) from error
+    except InvalidStatus as error:
+        body = error.response.body.decode(errors="replace").strip()
+        raise Pi0Error(
+            f"server {address}: expected to be let in, found HTTP "
+            f"{error.response.status_code}: {body or 'nothing more'}"
+        ) from error
+    except (OSError, ImportError, WebSocketException) as error:
+        raise Pi0Error(
+            f"server {address}: expected one that answers, found: {error}. Start it with "
+            "`pi0 serve`."
+        ) from error

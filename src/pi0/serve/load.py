@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -67,13 +68,16 @@ def server(
     ):
         try:
             assert process.stdout
-            found = re.search(r"wss?://\S+?(?=,)", process.stdout.readline())
-            if not found:
-                process.wait()
+            address = re.search(r"wss?://\S+?(?=,)", process.stdout.readline())
+            if not address:
+                code = process.wait()
                 log.seek(0)
                 lines = log.read().strip().splitlines() or ["without output"]
-                raise Pi0Error(f"pi0 serve: expected it to start, found that it ended: {lines[-1]}")
-            yield found[0], process.pid
+                found = f"ended: {lines[-1]}"
+                if code < 0:
+                    found = f"was ended by {signal.Signals(-code).name}."
+                raise Pi0Error(f"pi0 serve: expected it to start, found that it {found}")
+            yield address[0], process.pid
         finally:
             process.terminate()
 

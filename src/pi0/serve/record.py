@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0.data import Recording, Schema, finish, next_place, write_shard
+from pi0.data import Recording, Schema, finish, next_place, write_shard, written_schema
 from pi0.errors import Pi0Error
 from pi0.policy import Pipeline
 from pi0.policy.observation import read_prompt
@@ -143,9 +143,9 @@ class Recorder:
             self._close_episode(client)
             episode = None
         if episode is None:
-            episode = self._open[client] = _Episode(
-                self._folder, self._schema(frame, row), task, row, frame.arrived
-            )
+            sizes = {k: (v.shape[0], v.shape[1]) for k, v in row.items() if k.startswith(PICTURES)}
+            schema = _schema(self._pipeline, sizes, len(frame.state))
+            episode = self._open[client] = _Episode(self._folder, schema, task, row, frame.arrived)
         episode.add(row, frame.arrived)
         self._count("frames", 1)
 
@@ -160,21 +160,6 @@ class Recorder:
             ACTION: frame.actions[0],
             CHUNK: frame.actions.ravel(),
         }
-
-    def _schema(self, frame: Frame, row: Mapping[str, NDArray[Any]]) -> Schema:
-        robot = self._pipeline.robot
-        actions = robot.action_names or tuple(f"action_{i}" for i in range(frame.actions.shape[1]))
-        return Schema(
-            fps=max(1, round(robot.control_hz or DEFAULT_FPS)),
-            robot=robot.name,
-            cameras={k: (v.shape[0], v.shape[1]) for k, v in row.items() if k.startswith(PICTURES)},
-            columns={
-                STATE: tuple(f"state_{i}" for i in range(len(frame.state))),
-                ACTION: actions,
-                CHUNK: tuple(f"{name}_{k}" for k in range(len(frame.actions)) for name in actions),
-                SECONDS: ("seconds",),
-            },
-        )
 
     def _close_episode(self, client: str) -> None:
         """Has the client's episode encoded, if there is one."""
@@ -304,8 +289,8 @@ class _Writer:
         elif schema != self._schema:
             raise Pi0Error(
                 "recording: expected episodes of the same cameras and sizes, "
-                f"{dict(self._schema.cameras)}, found {dict(schema.cameras)}. Record these robots "
-                "to a folder of their own."
+                f"{_sizes(self._schema)}, found {_sizes(schema)}. Record these robots to a "
+                "folder of their own."
             )
         write_shard(self._folder, self._shard, self._episode, [episode.recording()], schema)
         self._schema, self._stale = schema, True
@@ -324,11 +309,50 @@ class _Writer:
         self._finish_after = end + (end - start) / FINISH_SHARE
 
 
+def require_own(folder: Path, pipeline: Pipeline) -> None:
+    """Whether a server can go on with a folder, as far as it shows before there are pictures.
+
+    Raises:
+        Pi0Error: its episodes are another robot's or not of a server, or a file is damaged.
+    """
+    there = written_schema(folder)
+    if there is None:
+        return
+    ours = _schema(pipeline, there.cameras, len(there.columns.get(STATE, ())) or 1)
+    if there.to_json() != ours.to_json():
+        raise Pi0Error(
+            f"--record: expected in {folder} episodes of a server for robot {ours.robot} at "
+            f"{ours.fps} Hz, of the same actions and horizon, found others, of robot {there.robot} "
+            f"at {there.fps} Hz. Name another folder."
+        )
+
+
+def _schema(pipeline: Pipeline, cameras: Mapping[str, tuple[int, int]], states: int) -> Schema:
+    """What episodes of a server share whose robots have these pictures and numbers of states."""
+    robot = pipeline.robot
+    actions = robot.action_names or tuple(f"action_{i}" for i in range(pipeline.action_dim))
+    return Schema(
+        fps=max(1, round(robot.control_hz or DEFAULT_FPS)),
+        robot=robot.name,
+        cameras=cameras,
+        columns={
+            STATE: tuple(f"state_{i}" for i in range(states)),
+            ACTION: actions,
+            CHUNK: tuple(f"{name}_{k}" for k in range(pipeline.config.horizon) for name in actions),
+            SECONDS: ("seconds",),
+        },
+    )
+
+
 def _picture_features(keys: list[str]) -> dict[str, str]:
     """Camera key → feature of the dataset: the last part of the key, if that tells them apart."""
     ends = [key.rpartition("/")[2] for key in keys]
     names = ends if len(set(ends)) == len(ends) else [key.replace("/", "_") for key in keys]
     return {key: PICTURES + name for key, name in zip(keys, names, strict=True)}
+
+
+def _sizes(schema: Schema) -> str:
+    return f"{dict(schema.cameras)} with {len(schema.columns[STATE])} states"
 
 
 def _shapes(row: Mapping[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:

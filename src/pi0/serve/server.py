@@ -21,6 +21,7 @@ from websockets.asyncio.server import serve as serve_websockets
 
 from pi0.policy import Policy
 from pi0.serve.answer import AbandonedError, Answer, Answerer, Request
+from pi0.serve.binding import listen
 from pi0.serve.metrics import Metrics
 from pi0.serve.options import ServeOptions
 from pi0.serve.replicas import Replicas
@@ -100,10 +101,11 @@ class PolicyServer:
             on_ready: called after the warm-up with its seconds.
 
         Raises:
-            Pi0Error: the policy cannot compute.
+            Pi0Error: the policy cannot compute, or another process listens there.
         """
         options = self.options
         try:
+            listen(sock)
             async with serve_websockets(
                 self._client,
                 sock=sock,

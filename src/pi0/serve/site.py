@@ -19,7 +19,7 @@ from pi0.policy.observation import read_prompt
 from pi0.serve.answer import Chunk
 from pi0.serve.binding import shows_key
 from pi0.serve.metrics import RECORDED
-from pi0.serve.pictures import read_pictures
+from pi0.serve.pictures import present_cameras, read_pictures
 
 if TYPE_CHECKING:
     from pi0.policy import Pipeline
@@ -61,7 +61,7 @@ class Site:
             )
             refused.headers["WWW-Authenticate"] = 'Basic realm="pi0: the password is the API key"'
             return refused
-        if "websocket" in request.headers.get("Upgrade", "").lower():
+        if "websocket" in " ".join(request.headers.get_all("Upgrade")).lower():
             return self._admit(connection)
         return await self._content(connection, path)
 
@@ -145,7 +145,7 @@ def _describe(chunk: Chunk, pipeline: Pipeline) -> dict[str, Any]:
     return {
         "number": chunk.number,
         "prompt": read_prompt(observation, pipeline.default_prompt),
-        "cameras": [key for key, _ in read_pictures(observation, pipeline)],
+        "cameras": present_cameras(observation, pipeline),
         "actions": actions.tolist(),
         "names": list(robot.action_names[:PLOTTED] or map(str, range(actions.shape[1]))),
         "units": list(robot.action_units[:PLOTTED]),

@@ -118,14 +118,19 @@ class Pi0rtPolicy(PreTrainedPolicy):
         self, save_directory: Path, state_dict: dict[str, Tensor] | None = None
     ) -> None:
         """Writes this policy's config.json, and the checkpoint as it is beside it."""
-        self.config._save_pretrained(save_directory)
-        target = save_directory / SAVED
+        target, source = save_directory / SAVED, self.checkpoint.folder
         if target.exists():
             raise CheckpointError(
                 f"{target}: expected a folder without a saved checkpoint, found one. Save into a "
                 "new folder."
             )
-        shutil.copytree(self.checkpoint.folder, target)
+        if save_directory.resolve().is_relative_to(source.resolve()):
+            raise CheckpointError(
+                f"{save_directory}: expected a folder outside of the checkpoint {source}, which "
+                "is copied, found one in it. Save into another folder."
+            )
+        self.config._save_pretrained(save_directory)
+        shutil.copytree(source, target)
 
     def reset(self) -> None:
         """Forgets the actions that `select_action` has not handed out: a new episode begins."""

@@ -1,50 +1,51 @@
 """How far engines without a mistake are from the reference: what the limits of verify come from.
 
 Regenerate with `python benchmarks/verify_limits.py --python`: the largest of both cases at size
-tiny, on synthetic weights like trained ones, of three seeds for accurate and fast. Of int8 and the
-computation also on the policy that ships, four seeds, but for int8's chained velocities, actions
-and samples, where a trained policy may be tipped from one way to act to another.
+tiny, on synthetic weights like trained ones, of three seeds for accurate (of size small, too) and
+fast. Of int8 and the computation also on the policy that ships, four seeds, but for int8's chained
+velocities, actions and samples, where a trained policy may be tipped from one way to act to
+another. Isolated, prefix and action_tokens are exact on the host; a card may round them.
 """
 
 from __future__ import annotations
 
 # (precision, part, stage) → largest relative L2 error, largest gain error.
 CLEAN: dict[tuple[str, str, str], tuple[float, float]] = {
-    ("accurate", "isolated", "vision_tower.block"): (0.0052, 0.0046),
-    ("accurate", "isolated", "vision_tower"): (0.0031, 0.0019),
-    ("accurate", "isolated", "projector"): (0.0025, 0.00064),
+    ("accurate", "isolated", "vision_tower.block"): (0.0041, 0.0043),
+    ("accurate", "isolated", "vision_tower"): (0.002, 0.0018),
+    ("accurate", "isolated", "projector"): (0.00089, 0.00084),
     ("accurate", "isolated", "prefix"): (0.00089, 5.6e-05),
-    ("accurate", "isolated", "vlm_transformer.keys"): (0.0044, 0.0016),
-    ("accurate", "isolated", "vlm_transformer.values"): (0.0034, 0.0016),
-    ("accurate", "isolated", "vlm_transformer.block"): (0.0038, 0.0033),
-    ("accurate", "isolated", "vlm_transformer"): (0.0028, 0.0013),
-    ("accurate", "isolated", "suffix"): (0.0025, 0.0017),
-    ("accurate", "isolated", "expert_transformer.keys"): (0.0045, 0.0018),
-    ("accurate", "isolated", "expert_transformer.values"): (0.0036, 0.0017),
-    ("accurate", "isolated", "expert_transformer.block"): (0.0058, 0.0038),
-    ("accurate", "isolated", "expert_transformer"): (0.0028, 0.0013),
+    ("accurate", "isolated", "vlm_transformer.keys"): (0.0039, 0.0022),
+    ("accurate", "isolated", "vlm_transformer.values"): (0.0028, 0.002),
+    ("accurate", "isolated", "vlm_transformer.block"): (0.0024, 0.0035),
+    ("accurate", "isolated", "vlm_transformer"): (0.0017, 0.0014),
+    ("accurate", "isolated", "suffix"): (0.0026, 0.0025),
+    ("accurate", "isolated", "expert_transformer.keys"): (0.0041, 0.0023),
+    ("accurate", "isolated", "expert_transformer.values"): (0.0028, 0.0021),
+    ("accurate", "isolated", "expert_transformer.block"): (0.0044, 0.0037),
+    ("accurate", "isolated", "expert_transformer"): (0.0018, 0.0016),
     ("accurate", "isolated", "action_tokens"): (0.0017, 0.00023),
-    ("accurate", "isolated", "action_projection"): (0.0019, 0.00049),
-    ("accurate", "isolated", "velocity"): (0.011, 0.0023),
-    ("accurate", "chained", "vision_tower.block"): (0.0067, 0.0034),
-    ("accurate", "chained", "vision_tower"): (0.0068, 0.0021),
-    ("accurate", "chained", "projector"): (0.0073, 0.0027),
-    ("accurate", "chained", "prefix"): (0.0036, 0.0006),
-    ("accurate", "chained", "vlm_transformer.keys"): (0.0067, 0.0017),
-    ("accurate", "chained", "vlm_transformer.values"): (0.0064, 0.0017),
-    ("accurate", "chained", "vlm_transformer.block"): (0.0074, 0.0017),
-    ("accurate", "chained", "vlm_transformer"): (0.0076, 0.0014),
-    ("accurate", "chained", "suffix"): (0.0025, 0.0017),
-    ("accurate", "chained", "expert_transformer.keys"): (0.0081, 0.0021),
-    ("accurate", "chained", "expert_transformer.values"): (0.0074, 0.0016),
-    ("accurate", "chained", "expert_transformer.block"): (0.0098, 0.0034),
-    ("accurate", "chained", "expert_transformer"): (0.01, 0.0014),
-    ("accurate", "chained", "action_tokens"): (0.01, 0.0014),
-    ("accurate", "chained", "action_projection"): (0.011, 0.0021),
-    ("accurate", "chained", "velocity"): (0.015, 0.0027),
-    ("accurate", "chained", "actions"): (0.0072, 0.0021),
-    ("accurate", "chained", "sample"): (0.011, 0.0021),
-    ("accurate", "chained", "loop"): (0.0046, 0.0002),
+    ("accurate", "isolated", "action_projection"): (0.00091, 0.00084),
+    ("accurate", "isolated", "velocity"): (0.0082, 0.0027),
+    ("accurate", "chained", "vision_tower.block"): (0.0051, 0.0029),
+    ("accurate", "chained", "vision_tower"): (0.0047, 0.0018),
+    ("accurate", "chained", "projector"): (0.0049, 0.0026),
+    ("accurate", "chained", "prefix"): (0.0034, 0.0017),
+    ("accurate", "chained", "vlm_transformer.keys"): (0.005, 0.0023),
+    ("accurate", "chained", "vlm_transformer.values"): (0.0047, 0.0025),
+    ("accurate", "chained", "vlm_transformer.block"): (0.0049, 0.0019),
+    ("accurate", "chained", "vlm_transformer"): (0.0048, 0.0014),
+    ("accurate", "chained", "suffix"): (0.0026, 0.0025),
+    ("accurate", "chained", "expert_transformer.keys"): (0.0066, 0.0026),
+    ("accurate", "chained", "expert_transformer.values"): (0.0058, 0.0021),
+    ("accurate", "chained", "expert_transformer.block"): (0.0079, 0.0035),
+    ("accurate", "chained", "expert_transformer"): (0.0075, 0.0015),
+    ("accurate", "chained", "action_tokens"): (0.0076, 0.0015),
+    ("accurate", "chained", "action_projection"): (0.0081, 0.0026),
+    ("accurate", "chained", "velocity"): (0.013, 0.0029),
+    ("accurate", "chained", "actions"): (0.0061, 0.0023),
+    ("accurate", "chained", "sample"): (0.0087, 0.0024),
+    ("accurate", "chained", "loop"): (0.0013, 4.9e-05),
     ("fast", "isolated", "vision_tower.block"): (0.02, 0.015),
     ("fast", "isolated", "vision_tower"): (0.0031, 0.0019),
     ("fast", "isolated", "projector"): (0.0096, 0.0045),

@@ -69,7 +69,7 @@ GENERAL: Mapping[str, Mapping[str, Threshold]] = {
     },
     "accurate": {
         "token_embedding": ROUNDED_ONCE,
-        "*": Threshold(0.999, 0.03, "bfloat16 between all operations, and rotary tables in it"),
+        "*": Threshold(0.999, 0.03, "bfloat16 inside all blocks, and rotary tables in it"),
     },
     "int8": {
         "*": Threshold(0.999, 0.05, "7 bits and a sign; one scale per row of a matrix"),

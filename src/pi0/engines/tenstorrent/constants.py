@@ -62,7 +62,7 @@ def upload_constants(
     return Constants(
         layout,
         None if mask is None else backend.put(mask),
-        unwritten=backend.put(Upload(zeros, precision.residual)),
+        unwritten=backend.put(Upload(zeros, precision.heads)),
         suffix_places=backend.put(Upload(places.int(), I32, tiled=False)),
         turn=backend.put(Upload(neighbours(), BF16)),
         action_rows=backend.put(Upload(actions.repeat(1, 1, batch, 1), F32)),

@@ -203,7 +203,7 @@ class TtnnNetwork:
         ops, config = self.ops, self.config.vision
         views, rows = on.layout.batch * on.layout.views, on.layout.patches
         h = ops.layer_norm(x, block.norm1, siglip.EPS)
-        qkv = ops.linear(h, block.qkv, self._residual)
+        qkv = ops.linear(h, block.qkv, ops.precision.heads)
         qkv = ops.reshape(qkv, (views, 1, rows, qkv.shape[3]))
         q, k, v = ops.heads(qkv, config.num_heads, config.num_heads)
         attended = ops.attention(q, k, v, on.vision_mask, config.head_dim**-0.5)
@@ -226,7 +226,7 @@ class TtnnNetwork:
     ) -> tuple[Handle, ...]:
         """Heads of queries and keys, which are rotated, and of values."""
         h = ops.rms_norm(x, norm, gemma.EPS)
-        qkv = ops.rope(ops.linear(h, block.qkv, self._residual), *tables)
+        qkv = ops.rope(ops.linear(h, block.qkv, ops.precision.heads), *tables)
         _, _, rows, width = qkv.shape
         each = ops.reshape(qkv, (batch, 1, rows // batch, width))
         return ops.heads(each, config.num_heads, config.num_kv_heads)

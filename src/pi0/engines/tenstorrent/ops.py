@@ -78,7 +78,8 @@ class Ops:
         """
         dtype = self.backend.dtype(x)
         if self.backend.dtype(weights.weight) != dtype:
-            return self.addcmul(x, self.linear(h, weights, dtype), gate)
+            stream = self._stream(x.shape[2], x.shape[3])
+            return self.addcmul(x, self.linear(h, weights, dtype), gate, memory=stream)
         return self.add_linear(x, h, weights, gate, dtype, self.precision.linear)
 
     def add_linear(
@@ -191,9 +192,11 @@ class Ops:
     def add(self, a: Handle, b: Handle, dtype: str) -> Handle:
         return self.backend.run("add", a, b, dtype=dtype, memory_config=self._memory())
 
-    def addcmul(self, a: Handle, b: Handle, c: Handle, factor: float = 1.0) -> Handle:
-        """a + factor · b · c."""
-        memory = self._memory()
+    def addcmul(
+        self, a: Handle, b: Handle, c: Handle, factor: float = 1.0, memory: Any = None
+    ) -> Handle:
+        """a + factor · b · c, where the others are or in a memory of its own."""
+        memory = memory or self._memory()
         return self.backend.run("addcmul", a, b, c, value=factor, memory_config=memory)
 
     def concat(self, parts: list[Handle], dim: int) -> Handle:

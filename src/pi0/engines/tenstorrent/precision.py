@@ -39,7 +39,8 @@ class Precision:
         embedding: of the token table, whose rows are looked up: no block format.
         norm: of the weights of the norms.
         pixels: of images and patches until their position is added.
-        residual: of the residual stream, of keys and values, and of what is not named here.
+        residual: of the residual streams.
+        heads: of queries, keys and values, and of what is not named here.
         hidden: of the inside of the MLPs.
         rope: of the tables of sine and cosine.
         linear, attention, rest: math fidelity of the towers' matrices, of attention, and of norms
@@ -55,6 +56,7 @@ class Precision:
     norm: str
     pixels: str
     residual: str
+    heads: str
     hidden: str
     rope: str
     linear: str
@@ -76,7 +78,8 @@ PRESETS = {
         embedding=BF16,
         norm=F32,
         pixels=F32,
-        residual=BF16,
+        residual=F32,
+        heads=BF16,
         hidden=BF16,
         rope=BF16,
         linear="HiFi4",
@@ -97,6 +100,7 @@ PRESETS = {
         norm=BF16,
         pixels=BF16,
         residual=BF16,
+        heads=BF16,
         hidden=BFP8,
         rope=BF16,
         linear="HiFi2",
@@ -114,6 +118,7 @@ EXACT = Precision(
     norm=F32,
     pixels=F32,
     residual=F32,
+    heads=F32,
     hidden=F32,
     rope=F32,
     linear="HiFi4",

@@ -15,6 +15,7 @@ os.environ.setdefault("MUJOCO_GL", "egl")  # before the simulator: it draws with
 
 import gym_aloha  # noqa: F401 - registers its environments
 import gymnasium
+import imageio.v2 as imageio
 import numpy as np
 from dm_control.rl.control import PhysicsError
 from openpi_client import action_chunk_broker, image_tools, websocket_client_policy
@@ -64,8 +65,6 @@ def main():
     env.close()
     print(f"{len(frames) - 1} steps, best reward {best:g} of 4")
     if args.film:
-        import imageio
-
         imageio.mimsave(args.film, frames, fps=50)
 
 

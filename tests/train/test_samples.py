@@ -77,17 +77,18 @@ def test_states_may_have_several_axes(tmp_path: Path) -> None:
 
 
 def test_the_robot_that_the_dataset_names() -> None:
-    """It is not taken without being asked for, but said."""
+    """It is not taken without being asked for, and neither is another."""
     episodes = cast(Dataset, Episodes())
     episodes.robot = "tabletop"
     generic, table = ROBOTS["generic"], ROBOTS["tabletop"]
-    found = {f.code: f for f in examine(episodes, generic, SIZES, {"aux.place": 7})}
-    assert "--robot tabletop" in found["robot"].sentence
-    assert found["robot"].severity == "warning"
+    found = {f.code: f for f in examine(episodes, generic, SIZES, {"aux.place": 7}, stated=False)}
+    assert "Add --robot tabletop, or --robot generic" in found["robot"].sentence
+    assert found["robot"].severity == "error"
     assert "aux.place@7: expected a block from 0 to 1, found 7." in found["block"].sentence
-    assert "robot" not in {f.code for f in examine(episodes, table, SIZES, {})}
+    for robot in (generic, table):
+        assert "robot" not in {f.code for f in examine(episodes, robot, SIZES, {})}
     episodes.robot = "somebody's"
-    assert "robot" not in {f.code for f in examine(episodes, generic, SIZES, {})}
+    assert "robot" not in {f.code for f in examine(episodes, generic, SIZES, {}, stated=False)}
 
 
 @pytest.mark.parametrize("key", ["observation.state", "action"])

@@ -30,12 +30,17 @@ def match_cameras(dataset: Dataset, robot: Robot) -> dict[str, str]:
 
 
 def examine(
-    dataset: Dataset, robot: Robot, config: Pi0Config, columns: dict[str, int]
+    dataset: Dataset,
+    robot: Robot,
+    config: Pi0Config,
+    columns: dict[str, int],
+    stated: bool = True,
 ) -> list[Finding]:
     """What does not fit between a dataset, a robot's table and a model.
 
     Args:
         columns: that auxiliary heads predict → the block of the VLM that each reads.
+        stated: whether the user or the checkpoint said which robot it is.
     """
     missing = [
         error(
@@ -48,7 +53,9 @@ def examine(
         for name in (STATE, ACTION, *columns)
         if name not in dataset.names
     ]
-    found = [*missing, *_robots(dataset, robot), *_cameras(dataset, robot), *_rates(dataset, robot)]
+    found = [*missing, *_cameras(dataset, robot), *_rates(dataset, robot)]
+    if not stated:
+        found += _robots(dataset, robot)
     if not missing:
         found += _widths(dataset, robot, config)
     depth = config.vlm.depth
@@ -107,14 +114,14 @@ def _cameras(dataset: Dataset, robot: Robot) -> list[Finding]:
 
 
 def _robots(dataset: Dataset, robot: Robot) -> list[Finding]:
-    """The dataset may say whose it is where the user does not."""
-    if robot.name != "generic" or dataset.robot == robot.name or dataset.robot not in ROBOTS:
+    """The dataset may say whose it is where nobody else does."""
+    if dataset.robot == robot.name or dataset.robot not in ROBOTS:
         return []
     return [
-        warning(
+        error(
             "robot",
-            f"robot: expected {dataset.robot}, which the dataset names, found {robot.name}. If "
-            f"its data are that robot's, add --robot {dataset.robot}.",
+            f"robot: expected --robot, since the dataset is of {dataset.robot}, found none. Add "
+            f"--robot {dataset.robot}, or --robot {robot.name} to train without its conventions.",
         )
     ]
 

@@ -156,7 +156,8 @@ def prepare_run(
     cameras = match_cameras(dataset, robot)
     used = {STATE, ACTION, *blocks, *pointing, *cameras.values()}
     findings = dataset.check(decode=False, used=used)
-    enforce([*findings, *examine(dataset, robot, config, blocks | pointing)])
+    stated = bool(options.robot or start.declared_robot)
+    enforce([*findings, *examine(dataset, robot, config, blocks | pointing, stated)])
     tokenizer = _tokenizer(start, dataset, out, options, processes)
     state = _state_in_prompt(start, robot, layout.name, options.state_in_prompt)
     pipeline = _pipeline(config, robot, tokenizer, layout.name, state)

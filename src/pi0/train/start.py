@@ -63,10 +63,14 @@ class Start:
     checkpoint: Checkpoint | None = None
 
     def robot_name(self, named: str | Path | Robot | None) -> str | Path | Robot:
-        """What is named, else what the checkpoint's config.json names, as `pi0 train` writes it,
-        else generic."""
+        """What is named, else what the checkpoint names, else generic."""
+        return named or self.declared_robot or "generic"
+
+    @property
+    def declared_robot(self) -> str:
+        """The robot that the checkpoint's config.json names, as `pi0 train` writes it; or ""."""
         declared = self.checkpoint.settings.get("robot") if self.checkpoint else None
-        return named or (declared if isinstance(declared, str) else "") or "generic"
+        return declared if isinstance(declared, str) else ""
 
     def robot(self, named: str | Path | Robot | None) -> Robot:
         """The robot of `robot_name`.

@@ -196,9 +196,10 @@ def test_places_of_the_base(adapter: Path, tmp_path: Path) -> None:
     assert open_checkpoint(adapter / "adapter_model.safetensors").path == adapter
 
 
-@pytest.mark.parametrize("declared", ["lerobot/pi0_base", "somebody/adapter", None, ""])
+@pytest.mark.parametrize("declared", ["lerobot/pi0_base", "somebody/adapter", "a/000200", None, ""])
 def test_base_that_is_not_found(adapter: Path, declared: str | None) -> None:
-    """Nor is it the adapter's own folder, which may have the name of the base."""
+    """Nor is it the adapter's own folder, nor another step of it, which may have its name."""
+    shutil.copytree(adapter, adapter.parent / "000200")
     configure(adapter, base_model_name_or_path=declared)
     assert "--base DIR" in refused(adapter)
 

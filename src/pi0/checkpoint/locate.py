@@ -139,7 +139,8 @@ def find_base(folder: Path, declared: object, named: Path | str | None) -> Path:
         )
     above = folder.absolute().parent
     for place in (folder / declared, above / declared, above / Path(declared).name):
-        if place.exists() and place.resolve() != folder.resolve():
+        # Another step of the same adapter may have the name of the base's.
+        if place.exists() and (_has_weights(place) or not has_adapter(place)):
             return find_files(place).path
     cached = next(_cached(declared), None) if HUB_ID.fullmatch(declared) else None
     raise CheckpointError(

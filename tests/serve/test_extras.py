@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from serving import (
     IMAGE,
     SOON,
@@ -150,6 +152,20 @@ def test_there_and_back() -> None:
     np.testing.assert_array_equal(said.previous, CHUNK)
     np.testing.assert_array_equal(said.noise, np.ones((2, 2)))
     assert (said.delay, said.reset) == (2, True)
+
+
+def test_tensors_and_pictures_are_sent_as_arrays(policy: Policy) -> None:
+    """What a `Policy` takes the client takes, with the same actions."""
+    tensors = {
+        "images": {"base": torch.from_numpy(IMAGE), "wrist": Image.fromarray(IMAGE)},
+        "state": torch.linspace(-0.5, 0.5, 32).bfloat16(),
+        "prompt": ["go"],
+    }
+    noise = np.ones(policy.noise_shape, np.float32)
+    with running(policy) as served, ServerPolicy(f"ws://{served.address}") as client:
+        np.testing.assert_array_equal(
+            client.infer(tensors, noise)["actions"], policy.infer(tensors, noise)["actions"]
+        )
 
 
 def test_what_the_client_says_of_a_server() -> None:

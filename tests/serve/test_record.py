@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -319,6 +320,29 @@ def test_a_slow_disk_delays_no_answer(folder: Path, monkeypatch: pytest.MonkeyPa
         eventually(lambda: served.server.metrics.recording["dropped"] == 3)
         slow.set()
     assert episodes(folder) == [[1] * 4]
+
+
+def test_episodes_that_end_together_wait_for_their_encoding(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of all robots do when the server ends."""
+    ended, write = threading.Event(), record.write_shard
+
+    def write_late(*given: Any) -> None:
+        assert ended.wait(SOON)
+        write(*given)
+
+    monkeypatch.setattr(record, "write_shard", write_late)
+    monkeypatch.setattr(record, "MAX_UNWRITTEN", 1)
+    with recording(folder) as served, contextlib.ExitStack() as stack:
+        recorder, counts = served.server.recorder, served.server.metrics.recording
+        for value in range(5):
+            ask(stack.enter_context(served.connect()), observation(value))
+        eventually(lambda: counts["frames"] == 5)
+        stack.close()
+        eventually(lambda: not recorder._open)
+        ended.set()
+    assert (counts["episodes"], counts["errors"]) == (5, 0)
 
 
 def test_a_killed_server_leaves_a_sound_dataset(folder: Path) -> None:

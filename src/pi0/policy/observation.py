@@ -62,6 +62,20 @@ def check_observation(observation: Any, robot: Robot, rename: Mapping[str, str])
     return renamed
 
 
+def without_tensors(key: str, value: Any) -> Any:
+    """An observation, or a value of it, with arrays for tensors and pictures, as messages hold
+    them.
+
+    Raises:
+        ObservationError: a tensor or a picture that is no array of numbers.
+    """
+    if isinstance(value, Mapping):
+        return {inner: without_tensors(str(inner), item) for inner, item in value.items()}
+    if isinstance(value, Image.Image):
+        return read_image(key, value)
+    return _without_tensors(key, value, MAX_DEPTH)
+
+
 def lookup(observation: Observation, key: str) -> Any:
     """The value of a literal key, or of "a/b" inside nested mappings; None if there is none."""
     if key in observation:

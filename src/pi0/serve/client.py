@@ -22,7 +22,7 @@ from pi0.closing import Closing
 from pi0.errors import ConfigError, ObservationError, Pi0Error
 from pi0.policy import ActionLimits
 from pi0.policy.chunking import read_actions
-from pi0.policy.observation import Observation
+from pi0.policy.observation import Observation, without_tensors
 from pi0.serve.extras import Extras, add_extras
 from pi0.serve.wire import MessageLimits, pack, unpack
 
@@ -111,7 +111,8 @@ class ServerPolicy(Closing):
             reset, self._reset = self._reset, False
             try:
                 extras = Extras(previous, delay, noise, reset)
-                answer: dict[str, Any] = self._exchange(pack(add_extras(observation, extras)))
+                said = add_extras(without_tensors("observation", observation), extras)
+                answer: dict[str, Any] = self._exchange(pack(said))
                 read_actions(answer)
             except BaseException:
                 self._reset = self._reset or reset  # with the next one that is answered

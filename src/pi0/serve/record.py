@@ -44,7 +44,7 @@ PICTURES = "observation.images."
 DEFAULT_FPS = 10  # where the robot's table does not say
 QUEUE_BYTES = 256 << 20
 MAX_FRAMES = 10_000  # of an episode; the next frame begins another
-MAX_UNWRITTEN = 32  # episodes that wait to be encoded
+MAX_UNWRITTEN = 32  # episodes that wait to be encoded, besides one of each client
 RETRY_S = 10.0  # after an error, before a client's frames are recorded again
 FINISH_SHARE = 0.1  # of the time that the meta files may take, which grows with the dataset
 NICE = 19
@@ -71,7 +71,7 @@ class Recorder:
         self._lost: dict[str, float] = {}  # client → when its frames are recorded again
         self._writer = _Writer(folder)
         self._encoder = ThreadPoolExecutor(1, "pi0-encode", initializer=_yield_to_others)
-        self._unwritten = 0
+        self._unwritten = self._most = 0  # `_most`: episodes that were under way at once
         self._thread = threading.Thread(target=self._run, name="pi0-record", daemon=True)
         self._thread.start()
 
@@ -146,6 +146,7 @@ class Recorder:
             sizes = {k: (v.shape[0], v.shape[1]) for k, v in row.items() if k.startswith(PICTURES)}
             schema = _schema(self._pipeline, sizes, len(frame.state))
             episode = self._open[client] = _Episode(self._folder, schema, task, row, frame.arrived)
+            self._most = max(self._most, len(self._open))
         episode.add(row, frame.arrived)
         self._count("frames", 1)
 
@@ -167,11 +168,11 @@ class Recorder:
         if episode is None:
             return
         with self._reporting(client):
-            if self._unwritten >= MAX_UNWRITTEN:
+            if self._unwritten >= (most := MAX_UNWRITTEN + self._most):
                 episode.close()
                 raise Pi0Error(
-                    f"recording: expected at most {MAX_UNWRITTEN} episodes to wait for their "
-                    "encoding, found more. This machine is too slow to record all of them."
+                    f"recording: expected at most {most} episodes to wait for their encoding, "
+                    "found more. This machine is too slow to record all of them."
                 )
             with self._condition:
                 self._unwritten += 1

@@ -105,7 +105,7 @@ def make_normalizer(what: str, mode: str, convention: str, stats: Statistics) ->
     for name, values in zip(NEEDED[mode], (low, high), strict=True):
         require_finite(what, name, values)
     spread = high if mode == "mean_std" else high - low
-    require_spread(what, NEEDED[mode], spread)
+    require_spread(what, NEEDED[mode], low, spread)
     if mode == "mean_std":
         eps = OPENPI_EPS if convention == "openpi" else LEROBOT_EPS
         return Normalizer(what, low, high + eps, high + eps if convention == "openpi" else high)
@@ -118,23 +118,29 @@ def make_normalizer(what: str, mode: str, convention: str, stats: Statistics) ->
 
 
 def require_finite(what: str, name: str, values: Floats) -> None:
-    """Raises Pi0Error if a statistic [D] is not finite or beyond any robot's units."""
-    bad = np.flatnonzero(~(np.abs(values) < GREATEST))
+    """Raises Pi0Error if a statistic [D] is not finite."""
+    bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
         raise Pi0Error(
-            f"statistics of {what}: expected finite values of {name} below {GREATEST:g}, "
-            f"found {values[bad[0]]:g} in dimension {bad[0]}. Compute them again, or copy the file "
-            "again."
+            f"statistics of {what}: expected finite values of {name}, found {values[bad[0]]} "
+            f"in dimension {bad[0]}. Compute them again, or copy the file again."
         )
 
 
-def require_spread(what: str, names: tuple[str, ...], spread: Floats) -> None:
-    """Raises Pi0Error if a standard deviation or a range is negative or absurdly large."""
+def require_spread(what: str, names: tuple[str, ...], low: Floats, spread: Floats) -> None:
+    """Raises Pi0Error if a standard deviation or a range is negative, or that or a mean absurdly
+    large."""
     bad = np.flatnonzero((spread < 0) | (spread > GREATEST))
     if bad.size:
         raise Pi0Error(
             f"statistics of {what}: expected {' and '.join(names)} with a spread of 0 or more, "
             f"found {spread[bad[0]]:.6g} in dimension {bad[0]}. The file is damaged, or another's."
+        )
+    bad = np.flatnonzero(np.abs(low) > GREATEST)
+    if bad.size:
+        raise Pi0Error(
+            f"statistics of {what}: expected {names[0]} below {GREATEST:g}, found "
+            f"{low[bad[0]]:.6g} in dimension {bad[0]}. The file is damaged, or another's."
         )
 
 

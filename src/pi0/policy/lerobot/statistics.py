@@ -76,7 +76,7 @@ def lerobot_normalizer(
             f"statistics of {what}: expected vectors of one length, found {names[0]} "
             f"[{len(low)}] and {names[1]} [{len(high)}]."
         )
-    require_spread(what, names, high if mode == "MEAN_STD" else high - low)
+    require_spread(what, names, low, high if mode == "MEAN_STD" else high - low)
     if mode == "MEAN_STD":
         normalizer = Normalizer(what, low, high + eps, high)
     else:

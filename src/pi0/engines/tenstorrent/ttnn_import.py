@@ -162,7 +162,7 @@ def load(environment: dict[str, str]) -> Any:
     if os.environ.get(MOCK, "") != asked and MOCK in os.environ:
         raise EngineError(
             "ttnn: expected a process that uses one board, found one that was set up for another "
-            f"({MOCK}). Start a new process."
+            f"({MOCK}). Start a new process without that variable."
         )
     os.environ.update(environment)
     os.environ.setdefault("TT_METAL_LOGGER_LEVEL", "off")  # what matters is raised as well

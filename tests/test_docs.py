@@ -107,6 +107,16 @@ def test_pages_that_code_names_exist() -> None:
             assert not anchor or anchor in anchors(ROOT / name), f"{file.name}: {name}#{anchor}"
 
 
+def test_parts_of_a_call_add_up() -> None:
+    """Programs on Tenstorrent, a column for each precision."""
+    page = (ROOT / "docs" / "ttnn.md").read_text(encoding="utf-8")
+    table = page.partition("| part, π0 |")[2].partition("\n\n")[0]
+    rows = re.findall(r"\| \**(\d+)\** \| \**(\d+)\** \|$", table, re.MULTILINE)
+    *parts, call = [[int(number) for number in row] for row in rows]
+    assert len(parts) == 6
+    assert [sum(column) for column in zip(*parts, strict=True)] == call
+
+
 # Commands: what they name exists
 
 

@@ -40,6 +40,7 @@ for model, cameras, size, batch in {RUNS}:
 # Programs of one step's 18 blocks and the final norm; of the prefix's 18, the last one without its
 # output; of the 27 of vision beside patches, positions and the final norm, where patches are whole.
 LAST = 6
+TEXT = {"accurate": 2, "fast": 1}  # tokens become float32 in a program of its own
 LOOP = {"accurate": 18 * 13 + 1, "fast": 18 * 11 + 1}
 PREFIX = {"accurate": 17 * 14 + LAST, "fast": 17 * 13 + LAST}
 VISION = {"accurate": 2 + 27 * 10 + 1, "fast": 2 + 27 * 8 + 1}
@@ -61,5 +62,6 @@ def test_fits(board: str, precision: str) -> None:
         assert stages["expert_transformer"]["programs"] == LOOP[precision]
         assert stages["expert_transformer"]["on_few_cores"] == 0
         assert stages["vlm_transformer"]["programs"] == PREFIX[precision]
+        assert stages["token_embedding"]["programs"] == TEXT[precision]
         padded = size == 384  # a mask beside a scale costs a program
         assert stages["vision_tower"]["programs"] == VISION[precision] + 27 * padded

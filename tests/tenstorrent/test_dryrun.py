@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from descriptors import read_descriptors
+from descriptors import Descriptor, read_descriptors
 
 from pi0.engines.tenstorrent.stub_compiler import has_compiler, make_root
 from pi0.engines.tenstorrent.ttnn_import import MOCK, SFPI, package_folder
@@ -111,17 +111,22 @@ def test_a_batch_starts_as_many_programs_as_one(either_path: Path) -> None:
     assert calls[0]["flop"] < calls[1]["flop"]
 
 
-def test_formats_are_those_that_the_host_computes_with(tiny_path: Path, tmp_path: Path) -> None:
-    """What `silicon.py` and `golden.py` take for granted, read from the generated descriptors."""
-    words = ("ttnn", "dry-run", tiny_path, "--dtype", "fast", "--cameras", 1, "--tokens", 8)
-    done = pi0(*words, XDG_CACHE_HOME=str(tmp_path))
+def kernels(path: Path, cache: Path, dtype: str) -> dict[str, list[Descriptor]]:
+    """By name, as a dry run generates them; what no vector engine reads is cut to Tf32."""
+    words = ("ttnn", "dry-run", path, "--dtype", dtype, "--cameras", 1, "--tokens", 8)
+    done = pi0(*words, XDG_CACHE_HOME=str(cache))
     assert done.returncode == 0, done.stderr
-    found = read_descriptors(tmp_path)
+    found = read_descriptors(cache)
     for kernel in found:
         registers = [("Tf32" if memory == "Float32" else memory) for memory in kernel.memory]
         if "sfpu" not in kernel.kernel:  # the vector engine has float32
             assert list(kernel.registers) == registers, kernel
-    by_kernel = {name: [k for k in found if k.kernel == name] for name in {k.kernel for k in found}}
+    return {name: [k for k in found if k.kernel == name] for name in {k.kernel for k in found}}
+
+
+def test_formats_are_those_that_the_host_computes_with(tiny_path: Path, tmp_path: Path) -> None:
+    """What `silicon.py` and `golden.py` take for granted, read from the generated descriptors."""
+    by_kernel = kernels(tiny_path, tmp_path, "fast")
     products = by_kernel["compute_metal2"]
     assert {k.fidelity for k in products} == {"HiFi2", "HiFi3"}, "HiFi4 is faulty on Wormhole"
     assert all(k.float32_sums and "Float32" in k.memory for k in products)
@@ -139,6 +144,16 @@ def test_formats_are_those_that_the_host_computes_with(tiny_path: Path, tmp_path
     with_gelu = [k for k in by_kernel["eltwise_binary_no_bcast"] if len(k.memory) == 4]
     assert {k.memory for k in with_gelu} == {("Bfp8_b",) * 4}, "GELU lies in the dtype of the gate"
     assert not any(k.float32_sums for k in by_kernel["ternary_addc_ops_fpu_rowbcast"])
+
+
+def test_residual_streams_of_accurate_stay_float32(tiny_path: Path, tmp_path: Path) -> None:
+    """The vector engine adds branches to them, whose operands no register cuts."""
+    by_kernel = kernels(tiny_path, tmp_path, "accurate")
+    sums = [k for name in by_kernel if name.startswith("ternary") for k in by_kernel[name]]
+    assert {"ternary_addc_ops_sfpu", "ternary_addc_ops_sfpu_bcast"} == {k.kernel for k in sums}
+    for k in sums:
+        assert (set(k.memory), set(k.registers[:3])) == ({"Float32"}, {"Float32"})
+        assert k.float32_sums
 
 
 @pytest.mark.parametrize("board", ["n150", "p150"])
@@ -210,6 +225,9 @@ def test_bad_input(tiny_path: Path, tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (2, ""), words
         assert said in done.stderr
         assert len(done.stderr.splitlines()) == 1
+    another = pi0("ttnn", "dry-run", tiny_path, **{MOCK: "another.yaml"})
+    assert another.returncode == 2
+    assert "Start a new process without that variable" in another.stderr
     no_compiler = pi0("ttnn", "dry-run", tiny_path, PATH=str(tmp_path))
     assert no_compiler.returncode == 2
     assert "apt install gcc-riscv64-unknown-elf" in no_compiler.stderr

@@ -92,3 +92,11 @@ def test_no_hifi4_with_float32_sums_on_wormhole(dtype: str) -> None:
     assert "HiFi4" not in {wormhole.linear, wormhole.attention, wormhole.rest}
     assert wormhole.rest == "HiFi3"
     assert for_arch(given, "BLACKHOLE") == given
+
+
+def test_a_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.delenv("TT_METAL_LOGGER_LEVEL", raising=False)
+    with pytest.raises(EngineError, match="expected a folder that can be written, found .*file/pi"):
+        ttnn_import.log_warnings()

@@ -28,10 +28,26 @@ VISIBLE = "TT_VISIBLE_DEVICES"
 HOLDERS = "proc/driver/tenstorrent"  # of each card: who has it open, as the driver says
 
 
-def cache_folder() -> Path:
-    """Where what TTNN builds and logs is kept between runs."""
+def cache_path() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "pi0" / "ttnn"
+
+
+def cache_folder() -> Path:
+    """Where what TTNN builds and logs is kept between runs; made if it is not there.
+
+    Raises:
+        EngineError: nothing can be written there.
+    """
+    folder = cache_path()
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise EngineError(
+            f"cache of ttnn: expected a folder that can be written, found {folder}, which cannot. "
+            "Set XDG_CACHE_HOME to one that can."
+        )
+    return folder
 
 
 def require_ttnn() -> None:
@@ -135,7 +151,7 @@ def compiler_version(compiler: Path) -> str:
 
 def log_file() -> Path:
     """Where the library's warnings go in a process with a card: results have the output."""
-    return cache_folder() / "logs" / LOG
+    return cache_path() / "logs" / LOG
 
 
 def log_warnings() -> None:
@@ -146,7 +162,7 @@ def log_warnings() -> None:
     """
     if "TT_METAL_LOGGER_LEVEL" in os.environ:
         return
-    log_file().parent.mkdir(parents=True, exist_ok=True)
+    (cache_folder() / "logs").mkdir(exist_ok=True)
     os.environ["TT_METAL_LOGGER_LEVEL"] = "warn"
     os.environ.setdefault("TT_METAL_LOGGER_FILE", str(log_file()))
 
@@ -162,7 +178,7 @@ def load(environment: dict[str, str]) -> Any:
     if os.environ.get(MOCK, "") != asked and MOCK in os.environ:
         raise EngineError(
             "ttnn: expected a process that uses one board, found one that was set up for another "
-            f"({MOCK}). Start a new process."
+            f"({MOCK}). Start a new process without that variable."
         )
     os.environ.update(environment)
     os.environ.setdefault("TT_METAL_LOGGER_LEVEL", "off")  # what matters is raised as well

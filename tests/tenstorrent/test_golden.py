@@ -17,7 +17,7 @@ from pi0.engines.tenstorrent.engine import TtnnHostEngine
 from pi0.engines.tenstorrent.golden import HostTensor
 from pi0.engines.tenstorrent.host import HostBackend
 from pi0.engines.tenstorrent.layout import MASKED, neighbours
-from pi0.engines.tenstorrent.silicon import CARD, IDEAL
+from pi0.engines.tenstorrent.silicon import CARD, IDEAL, TF32, cut
 from pi0.inputs import random_inputs
 from pi0.model.gemma import attend
 
@@ -115,6 +115,14 @@ def test_norms(ideal: HostBackend) -> None:
     run = ideal.run("layer_norm", f32(x), epsilon=1e-6, weight=f32(weight), bias=f32(bias))
     assert near(run, F.layer_norm(x, (64,), *flat, 1e-6))
     assert near(run, theirs(ideal, "layer_norm")(x, epsilon=1e-6, weight=weight, bias=bias))
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
+def test_norms_read_a_float32_stream_as_tf32(card: HostBackend, name: str) -> None:
+    x, (weight, bias) = torch.randn(1, 1, 32, 64) + 10, torch.randn(2, 1, 1, 1, 64)
+    given = {"epsilon": 1e-6, "weight": f32(weight), "bias": f32(bias)}
+    of_all, of_tf32 = (card.run(name, f32(value), **given) for value in (x, cut(x, TF32)))
+    assert torch.equal(of_all.value, of_tf32.value)
 
 
 def test_elements(ideal: HostBackend) -> None:

@@ -101,7 +101,8 @@ def rms_norm(
 def layer_norm(
     core: Core, x: HostTensor, epsilon: float, weight: HostTensor, bias: HostTensor | None = None
 ) -> Tensor:
-    centred = x.real - core.fpu.operand(x.real.mean(dim=-1, keepdim=True))
+    real = core.fpu.operand(x.real)  # the mean and what it is taken from pass the same registers
+    centred = real - core.fpu.operand(real.mean(dim=-1, keepdim=True))
     squares = core.fpu.times(centred, centred).mean(dim=-1, keepdim=True)
     return _scaled(core, centred, squares + epsilon, weight, bias)
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from processes import is_running, wait_until
 
 from pi0.errors import LimitError, Pi0Error
 from pi0.workers import run_here, run_in_processes
@@ -87,26 +88,10 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}
     )
     try:
-        _wait_until(lambda: file.is_file() and file.read_text().endswith("\n"))
+        wait_until(lambda: file.is_file() and file.read_text().endswith("\n"))
         worker = int(file.read_text())
         parent.kill()
-        _wait_until(lambda: not _is_running(worker))
+        wait_until(lambda: not is_running(worker))
     finally:
         parent.kill()
         parent.wait()
-
-
-def _wait_until(true: Callable[[], bool]) -> None:
-    for _ in range(1200):
-        if true():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it took more than a minute")
-
-
-def _is_running(pid: int) -> bool:
-    """Whether a process computes; one that ended may be there until its parent has looked."""
-    status = Path(f"/proc/{pid}/stat")
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return status.read_text().rpartition(")")[2].split()[0] != "Z"
-    return False

@@ -3,7 +3,6 @@ long something took."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 import torch
 from fakes import FakeEngine
 from PIL import Image
+from processes import is_running, wait_until
 
 from pi0.bench import roofline
 from pi0.bench.run import run_worker
@@ -175,17 +175,7 @@ def test_interrupt_stops_the_worker(tiny_path: Path) -> None:
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "Traceback" not in stderr
-    deadline = time.monotonic() + 60
-    while any(map(_command, workers)):
-        assert time.monotonic() < deadline, "a worker goes on"
-        time.sleep(0.05)
-
-
-def _command(pid: str) -> bytes:
-    """A process's command line; empty once it has ended, whoever has to look at it yet."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    return b""
+    wait_until(lambda: not any(is_running(int(worker)) for worker in workers))
 
 
 def job(path: Path, **changes: object) -> WorkerTask:

@@ -29,6 +29,7 @@ HOLDERS = "proc/driver/tenstorrent"  # of each card: who has it open, as the dri
 
 
 def cache_path() -> Path:
+    """The folder of `cache_folder`, whether it is there or not."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "pi0" / "ttnn"
 

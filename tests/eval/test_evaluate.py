@@ -104,8 +104,10 @@ def test_environment_of_others(policy: DotPolicy) -> None:
     assert results.total.wrong is None
     assert results.total.wrong_rate is None
     assert results.total.success > 0
-    with pytest.raises(Pi0Error, match=r"seed 9000000: prompt: expected a sentence .*--prompt"):
+    with pytest.raises(Pi0Error, match=r"seed 9000000: prompt: expected a sentence .*found none"):
         evaluate(replace(policy, robot=robot), replace(PLAN, env=EnvOptions(env.id)))
+    with pytest.raises(Pi0Error, match="expected a sentence from --prompt .*found ' '"):
+        evaluate(policy, replace(PLAN, env=replace(DOTS, prompt=" ")))
 
 
 def test_execute_and_max_steps(policy: DotPolicy) -> None:

@@ -237,6 +237,8 @@ def test_library_and_compiler(root: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_simulator_needs_no_card(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ttnn_import.SIMULATOR, "libttsim.so")
     assert set(look(root)) == {"card", "library", "compiler", "device"}
+    monkeypatch.setenv(ttnn_import.SIMULATOR, "")  # which is how a shell clears it
+    assert "driver" in look(root)
 
 
 def test_the_device_is_opened_last(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

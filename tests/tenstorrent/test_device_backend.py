@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,6 +97,23 @@ def test_waiting_for_another_process_is_said(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ttnn_import, "load", lambda environment: Library(close_device=fatal))
     with pytest.warns(UserWarning, match="other processes have a card open.*: 4711. End them"):
         engine.TtnnEngine._open(Opening(), "0")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("level", [None, "debug"])
+def test_the_log_is_named_where_there_is_one(
+    level: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A level that is set goes to the output."""
+    opening = Library(notes=())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for name, value in ((ttnn_import.LOG_FILE, None), ("TT_METAL_LOGGER_LEVEL", level)):
+        monkeypatch.setenv(name, value or "")  # so that it is taken back
+        if value is None:
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(ttnn_import, "holders", lambda: [])
+    monkeypatch.setattr(ttnn_import, "load", lambda environment: Library(close_device=fatal))
+    engine.TtnnEngine._open(opening, "0")  # type: ignore[arg-type]
+    assert any("ttnn.log" in note for note in opening.notes) == (level is None)
 
 
 def test_a_device_that_does_not_close_hides_nothing() -> None:

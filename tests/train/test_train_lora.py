@@ -106,3 +106,5 @@ def test_refused(tmp_path: Path, tiny_path: Path) -> None:
         lora_run(tiny_path, tmp_path, LoraOptions(2, targets="no_such"), Episodes())
     with pytest.raises(ConfigError, match="--lora-targets: expected a regular expression"):
         lora_run(tiny_path, tmp_path, LoraOptions(2, targets="("), Episodes())
+    with pytest.raises(ConfigError, match="--lora: expected a rank of at most .*found 100000"):
+        lora_run(tiny_path, tmp_path, LoraOptions(100_000), Episodes())

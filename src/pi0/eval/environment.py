@@ -223,7 +223,7 @@ class Environment:
         return self._call("reset", begin)
 
     def _moment(self, observation: Any, info: Mapping[str, Any], over: bool) -> Moment:
-        prompt = self._options.prompt or info.get("prompt")
+        prompt = info.get("prompt") if self._options.prompt is None else self._options.prompt
         success, wrong = (
             next((_flag(info[key]) for key in keys if info.get(key) is not None), None)
             for keys in (SUCCESS_KEYS, ("wrong",))
@@ -259,10 +259,10 @@ def read(moment: Moment, pipeline: Surface, blank_cameras: bool) -> dict[str, An
     Raises:
         ObservationError: there is no sentence.
     """
-    if moment.prompt is None:
+    if not (moment.prompt or "").strip():
         raise ObservationError(
-            "prompt: expected a sentence in the environment's info, found none. Name it with "
-            "--prompt."
+            "prompt: expected a sentence from --prompt or the environment's info, found "
+            f"{'none' if moment.prompt is None else repr(moment.prompt)}. Name it with --prompt."
         )
     out: dict[str, Any] = {"prompt": moment.prompt}
     for camera in pipeline.robot.cameras:

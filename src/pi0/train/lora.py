@@ -60,7 +60,7 @@ def add_lora(model: Pi0, options: LoraOptions, seed: int) -> None:
     """Wraps the layers; only the factors are trained from now on.
 
     Raises:
-        ConfigError: no layer is meant.
+        ConfigError: no layer is meant, or none has a rank as large.
         Pi0Error: PEFT is not installed.
     """
     try:
@@ -70,7 +70,11 @@ def add_lora(model: Pi0, options: LoraOptions, seed: int) -> None:
             "--lora: expected the package peft, which the extra pi0[train] brings, found none. "
             f"{install_hint('train')}"
         ) from error
-    modules = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    modules = {
+        name: min(module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
     try:
         chosen = [name for name in modules if re.fullmatch(options.targets, name)]
     except re.error as error:
@@ -79,8 +83,13 @@ def add_lora(model: Pi0, options: LoraOptions, seed: int) -> None:
         ) from error
     if not chosen:
         raise ConfigError(
-            f"--lora-targets: expected names of linear layers such as {modules[0]}, found "
-            f"{options.targets!r}, which fits none."
+            f"--lora-targets: expected names of linear layers such as {next(iter(modules))}, "
+            f"found {options.targets!r}, which fits none."
+        )
+    if options.rank > (most := max(modules[name] for name in chosen)):
+        raise ConfigError(
+            f"--lora: expected a rank of at most {most}, the greatest that a layer to adapt can "
+            f"have, found {options.rank}."
         )
     config = LoraConfig(
         r=options.rank,

@@ -69,7 +69,7 @@ def examine(root: Path = Path("/"), open_device: bool = True) -> list[Check]:
 
 def _simulated() -> Iterator[Check]:
     for variable in (ttnn_import.SIMULATOR, ttnn_import.EMULATOR):
-        if variable in os.environ:
+        if os.environ.get(variable):
             yield Check("card", "ok", f"{variable}={os.environ[variable]}: no card is needed")
 
 

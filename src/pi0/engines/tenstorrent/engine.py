@@ -240,7 +240,7 @@ class TtnnEngine(Engine):
 
     def _open(self, device: str | None) -> Backend:
         environment = {}
-        if ttnn_import.EMULATOR in os.environ:  # it needs to know which board it is
+        if os.environ.get(ttnn_import.EMULATOR):  # it needs to know which board it is
             environment[ttnn_import.MOCK] = os.environ.get(ttnn_import.MOCK) or describe("n150")
         ttnn_import.log_warnings()
         if pids := ttnn_import.holders():
@@ -251,7 +251,8 @@ class TtnnEngine(Engine):
                 stacklevel=2,
             )
         backend = DeviceBackend(ttnn_import.load(environment), int(device or "0"))
-        self.notes = (f"TTNN's own warnings are in {ttnn_import.log_file()}.",)
+        if file := os.environ.get(ttnn_import.LOG_FILE):
+            self.notes = (f"TTNN's own warnings are in {file}.",)
         self._close_device = weakref.finalize(self, backend.close)
         return backend
 

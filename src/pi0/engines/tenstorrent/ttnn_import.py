@@ -24,6 +24,7 @@ EMULATOR = "TT_METAL_EMULE_MODE"
 DRIVER = Path("/dev/tenstorrent")  # a file for each card
 SFPI = Path("/opt/tenstorrent/sfpi")  # where Tenstorrent's packages put the compiler
 LOG = "ttnn.log"
+LOG_FILE = "TT_METAL_LOGGER_FILE"
 VISIBLE = "TT_VISIBLE_DEVICES"
 HOLDERS = "proc/driver/tenstorrent"  # of each card: who has it open, as the driver says
 
@@ -74,7 +75,7 @@ def package_folder() -> Path:
 
 def has_device() -> bool:
     """Whether there is a card, a simulator or the kernel emulator."""
-    return DRIVER.exists() or SIMULATOR in os.environ or EMULATOR in os.environ
+    return DRIVER.exists() or any(os.environ.get(name) for name in (SIMULATOR, EMULATOR))
 
 
 def holders(root: Path = Path("/")) -> list[int]:
@@ -118,7 +119,7 @@ def require_compiler() -> None:
     It is not part of the wheel (tt-metal issue 31962), and without it the first operation fails.
     The emulator compiles with the host's compiler.
     """
-    if EMULATOR in os.environ:
+    if os.environ.get(EMULATOR):
         return
     release = sfpi_wanted()
     mend = (
@@ -150,14 +151,9 @@ def compiler_version(compiler: Path) -> str:
     return (done.stdout or done.stderr).strip().partition("\n")[0]
 
 
-def log_file() -> Path:
-    """Where the library's warnings go in a process with a card: results have the output."""
-    return cache_path() / "logs" / LOG
-
-
 def log_warnings() -> None:
-    """Has the library, not imported yet, write its warnings to `log_file`; a level that is set in
-    the environment stays, and goes to the output.
+    """Has the library, not imported yet, write its warnings to a file, since results have the
+    output; a level that is set in the environment stays, and goes to the output.
 
     The level is `warn`: `warning` is no level to TTNN 0.81.1, which then says everything.
     """
@@ -165,7 +161,7 @@ def log_warnings() -> None:
         return
     (cache_folder() / "logs").mkdir(exist_ok=True)
     os.environ["TT_METAL_LOGGER_LEVEL"] = "warn"
-    os.environ.setdefault("TT_METAL_LOGGER_FILE", str(log_file()))
+    os.environ.setdefault(LOG_FILE, str(cache_path() / "logs" / LOG))
 
 
 def load(environment: dict[str, str]) -> Any:
@@ -175,7 +171,7 @@ def load(environment: dict[str, str]) -> Any:
         EngineError: not installed, or the process has been using it in another way.
     """
     require_ttnn()
-    asked = environment.get(MOCK, os.environ.get(MOCK, "") if EMULATOR in os.environ else "")
+    asked = environment.get(MOCK, os.environ.get(MOCK, "") if os.environ.get(EMULATOR) else "")
     if os.environ.get(MOCK, "") != asked and MOCK in os.environ:
         raise EngineError(
             "ttnn: expected a process that uses one board, found one that was set up for another "

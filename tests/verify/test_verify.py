@@ -360,6 +360,12 @@ def test_limits_are_a_small_multiple_of_what_was_measured() -> None:
     deep = threshold("vlm_transformer", limits_of(CpuEngine, "int8", depth=18))
     shallow = threshold("vlm_transformer", limits_of(CpuEngine, "int8"))
     assert deep.max_rel_l2 >= shallow.max_rel_l2, "errors add up"
+    keys = "vlm_transformer.block.0.keys"
+    wide, narrow = (
+        threshold(keys, limits_of(CpuEngine, "float32", width=width), "structure").max_rel_l2
+        for width in (2048, 256)
+    )
+    assert wide == 2 * narrow, "so do the roundings of a sum, as its square root"
 
 
 def test_the_documented_figures_and_limits_are_those_of_the_code() -> None:
@@ -373,7 +379,7 @@ def test_a_response_smaller_than_rounding(candidate: float, passes: bool) -> Non
     change, rounding = torch.eye(8)[0].repeat(8), torch.eye(8)[1].repeat(8)
     calls = ({"first": torch.zeros(64), "token": 1e-4 * change}, {"first": torch.zeros(64)})
     calls[1]["token"] = candidate * (0.5 * change + rounding)
-    runs = [EngineRun(ReferenceEngine, "", "float32", 2, moved=moved) for moved in calls]
+    runs = [EngineRun(ReferenceEngine, "", "float32", 2, 64, moved=moved) for moved in calls]
     case = Case("c", *random_inputs(PRESETS["tiny"], 1, 4, 0))
     rows = sample_rows([case], *runs, limits_of(CpuEngine, "int8"))
     (row,) = (row for row in rows if row.name == "response.token")

@@ -67,7 +67,7 @@ class EngineRun:
     """One engine on all cases.
 
     Attributes:
-        depth: blocks of its deepest tower.
+        depth, width: of its deepest and of its widest tower.
         cases: what it was asked, in which a reference has chosen noise (`_steadied`).
         chained, isolated: by case; isolated ones only if the engine was fed.
         samples: actions of the engine's own loop, by case.
@@ -83,6 +83,7 @@ class EngineRun:
     label: str
     precision: str
     depth: int
+    width: int
     cases: Sequence[Case] = ()
     chained: dict[str, Recording] = field(default_factory=dict)
     isolated: dict[str, Recording] = field(default_factory=dict)
@@ -130,11 +131,11 @@ def run_engine(
     with make() as engine:
         label = f"{engine.name}:{engine.options.precision}"
         towers = engine.config.vision, engine.config.vlm
-        depth = max(tower.depth for tower in towers)
+        depth, width = (max(getattr(t, name) for t in towers) for name in ("depth", "width"))
         notes: list[str] = []
         if passes.steady:
             cases = [_steadied(engine, case, passes.steps, notes) for case in cases]
-        run = EngineRun(type(engine), label, engine.options.precision, depth, cases)
+        run = EngineRun(type(engine), label, engine.options.precision, depth, width, cases)
         for case in cases:
             _record_case(engine, case, passes, run, case is cases[0])
             on_case()

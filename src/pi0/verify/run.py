@@ -179,7 +179,7 @@ def verify(
 
 
 def _limits(*runs: EngineRun) -> Limits:
-    return looser(*(limits_of(run.engine, run.precision, run.depth) for run in runs))
+    return looser(*(limits_of(run.engine, run.precision, run.depth, run.width) for run in runs))
 
 
 def _require_finite(recordings: Mapping[str, Recording]) -> None:

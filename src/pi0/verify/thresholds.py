@@ -34,6 +34,7 @@ MULTIPLE = 3
 LAST_NORMS = ("vision_tower", "vlm_transformer", "expert_transformer")
 MULTIPLE_OF_NORMS = 1.5
 FLOOR = 1e-6  # a few roundings of float32: exact on one machine is not exact on each
+FLOOR_WIDTH = 512  # up to which the floor suffices: keys at width 2048 are off by 8.6e-7
 GAIN_SHARE = 0.1  # of an error in all directions that may lie along the values themselves
 SAME_LIMITS = {"exact": "float32"}  # the TTNN network on the host with nothing rounded
 CLEAN_DEPTH = 2  # blocks of each tower that clean figures are for: those of size tiny
@@ -93,9 +94,11 @@ def growth(part: str, key: str, depth: int) -> float:
     return max(1.0, depth / CLEAN_DEPTH) ** 0.5 if adds_up else 1.0
 
 
-def _measured(precision: str, depth: int) -> dict[str, Threshold]:
+def _measured(precision: str, depth: int, width: int) -> dict[str, Threshold]:
     """Limits from clean figures, and the general ones for the rest."""
     general = GENERAL[precision]
+    # The rounding of a sum grows with the square root of its terms.
+    floor = FLOOR * max(1.0, width / FLOOR_WIDTH) ** 0.5
     limits = dict(general)
     for (of, part, key), figures in CLEAN.items():
         if of == precision:
@@ -107,7 +110,7 @@ def _measured(precision: str, depth: int) -> dict[str, Threshold]:
                 f"{multiple} × the largest clean error, {rel_l2:.1e} (gain {gain:.0e}): "
                 f"{general['*'].why}"
             )
-            most = max(multiple * rel_l2, FLOOR)
+            most = max(multiple * rel_l2, floor)
             limits[f"{part}:{key}"] = Threshold(
                 min(general["*"].min_pcc, 1 - most**2),  # PCC falls by half the square of the error
                 most,
@@ -117,14 +120,16 @@ def _measured(precision: str, depth: int) -> dict[str, Threshold]:
     return limits
 
 
-def limits_of(engine: type[Engine], precision: str, depth: int = CLEAN_DEPTH) -> Limits:
-    """The limits of an engine in a precision, for towers of `depth` blocks.
+def limits_of(
+    engine: type[Engine], precision: str, depth: int = CLEAN_DEPTH, width: int = FLOOR_WIDTH
+) -> Limits:
+    """The limits of an engine in a precision, for towers of `depth` blocks and `width`.
 
     Raises:
         EngineError: neither this module nor the engine has limits for the precision.
     """
     precision = SAME_LIMITS.get(precision, precision)
-    measured = _measured(precision, depth) if precision in GENERAL else None
+    measured = _measured(precision, depth, width) if precision in GENERAL else None
     table = engine.thresholds.get(precision, measured)
     if table is None or "*" not in table:
         raise EngineError(

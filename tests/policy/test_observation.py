@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,19 @@ from pi0.policy.observation import (
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
 STATE = [0.25, -0.5, 1.0]
 ROBOT = ROBOTS["generic"]
+
+
+class Table:
+    """As tables of data frames are: it iterates over its labels, and is an array of its values."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = np.array(values)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.values.shape[-1]))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.values
 
 
 def image(value: Any) -> torch.Tensor:
@@ -119,6 +134,9 @@ def test_what_is_no_image(value: Any, message: str) -> None:
         [np.float32(x) for x in STATE],
         [[torch.tensor(x, dtype=torch.bfloat16, requires_grad=True) for x in STATE]],
         np.fromiter((torch.tensor(x, requires_grad=True) for x in STATE), object),
+        Table(STATE),
+        Table([STATE]),
+        deque(STATE),
     ],
 )
 def test_forms_of_a_state(value: Any) -> None:
@@ -215,6 +233,14 @@ def test_bookkeeping_is_ignored(keys: set[str]) -> None:
     observation = {"state": STATE, "prompt": "go", "images": {"base": PIXELS}}
     seen = check_observation({**observation, **dict.fromkeys(keys, 1)}, ROBOT, {})
     assert read_state(seen, ROBOT, range(3, 4)).tolist() == STATE
+
+
+def test_an_absent_value_beside_the_one_that_is_renamed_to_it() -> None:
+    for observation in ({"front": None, "top": PIXELS}, {"top": None, "front": PIXELS}):
+        robot = Robot("arm", (Camera("top"),), (("state", 3),), 3)
+        assert check_observation(observation, robot, {"front": "top"})["top"] is PIXELS
+    with pytest.raises(ObservationError, match="for top, found both top and front, which"):
+        check_observation({"top": PIXELS, "front": PIXELS}, robot, {"front": "top"})
 
 
 def test_keys_of_any_depth() -> None:

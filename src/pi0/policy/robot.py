@@ -244,6 +244,14 @@ class Robot:
         indices = [i for i in (self.limits.state if self.limits else ()) if i is not None]
         if any(not 0 <= i < (self.state_dim or 0) for i in indices):
             problems.append(f"limits.state: expected indices of state values, found {indices}")
+        elif self.limits and self.encode_state is None and self.decode_actions is None:
+            own = relative[relative < len(self.limits.state)].tolist()
+            states = [self.limits.state[i] for i in own]
+            if any(n not in (None, i) for i, n in zip(own, states, strict=True)):
+                problems.append(
+                    f"limits.state: expected {own} for the relative actions, which are added to "
+                    f"the state values of their own index, found {states}"
+                )
         if (self.decode_actions is None) != (self.encode_actions is None):
             problems.append("decode_actions and encode_actions: expected both or neither")
         return problems

@@ -239,7 +239,7 @@ def test_an_absent_value_beside_the_one_that_is_renamed_to_it() -> None:
     for observation in ({"front": None, "top": PIXELS}, {"top": None, "front": PIXELS}):
         robot = Robot("arm", (Camera("top"),), (("state", 3),), 3)
         assert check_observation(observation, robot, {"front": "top"})["top"] is PIXELS
-    with pytest.raises(ObservationError, match="for top, found both top and front, which"):
+    with pytest.raises(ObservationError, match="for top, found two, under top and front"):
         check_observation({"top": PIXELS, "front": PIXELS}, robot, {"front": "top"})
 
 

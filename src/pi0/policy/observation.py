@@ -58,8 +58,8 @@ def check_observation(observation: Any, robot: Robot, rename: Mapping[str, str])
         if renamed.get(target) is not None:
             both = " and ".join(k for k in observation if rename.get(k, k) == target)
             raise ObservationError(
-                f"observation: expected one value for {target}, found both {both}, which the "
-                "checkpoint's renames make the same."
+                f"observation: expected one value for {target}, found two, under {both}, which the "
+                "checkpoint's renames make one."
             )
         renamed[target] = value
     _refuse_unknown(renamed, robot)

@@ -154,9 +154,10 @@ class Pipeline:
 
     def _state_widths(self) -> range:
         """Allowed lengths of a state for which the robot's table leaves the choice to the
-        statistics: their own, or any if they are those of the model's padded state."""
-        width = self.state_stats.width
-        return range(1 if width == self.config.state_dim else width, width + 1)
+        statistics: their own, or, if they are those of the model's padded state, any that has what
+        relative actions are added to."""
+        width, shortest = self.state_stats.width, max(1, self.robot.reach(self.action_dim))
+        return range(shortest if width == self.config.state_dim else width, width + 1)
 
     def _model_convention(self, state: Floats) -> Floats:
         return self._converted("encode_state", state) if self.robot.encode_state else state

@@ -93,8 +93,8 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
     if robot:
         setup.findings += aloha_findings(checkpoint.settings, robot)
     if program and robot:
-        setup.findings += relative_findings(program.relative, robot)
         setup.findings += camera_findings(program.cameras, program.rename, robot)
+        setup.findings += relative_findings(program.relative, robot)
     if program and program.images and robot and conventions:
         setup.findings += image_findings(program.images, robot, conventions[0])
     state_in_prompt = setup.attempt(

@@ -291,7 +291,8 @@ def _from_torch(key: str, tensor: Tensor) -> NDArray[np.generic]:
     if tensor.is_complex() or tensor.is_quantized or tensor.layout is not torch.strided:
         raise ObservationError(f"{key}: expected real numbers, found {tensor.dtype}.")
     # numpy has no bfloat16 and no eight-bit floats.
-    plain = tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64)
+    known = (torch.float16, torch.float32, torch.float64)
+    plain = tensor.is_floating_point() and tensor.dtype not in known
     array: NDArray[np.generic] = (tensor.float() if plain else tensor).numpy()
     return array
 

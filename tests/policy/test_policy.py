@@ -348,6 +348,13 @@ def test_an_engine_that_is_made_already(tiny_path: Path) -> None:
     other = make_engine("reference", open_checkpoint(tiny_path), image_size=56)
     with pytest.raises(ConfigError, match="engine: expected one made for this checkpoint"):
         Policy.from_checkpoint(tiny_path, robot="generic", engine=other)
+    for option, value in (("dtype", "bf16"), ("device", "cuda")):
+        with pytest.raises(ConfigError, match=f"{option}: expected .* engine reference was made"):
+            Policy.from_checkpoint(tiny_path, robot="generic", engine=engine, **{option: value})
+    same = {"dtype": "fp32", "device": "cpu"}
+    assert (
+        Policy.from_checkpoint(tiny_path, robot="generic", engine=engine, **same).engine is engine
+    )
 
 
 def test_the_fastest_exact_engine_by_default(

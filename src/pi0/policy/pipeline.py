@@ -18,6 +18,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,6 +85,13 @@ class Pipeline:
     def action_dim(self) -> int:
         """Actions handed out."""
         return self.robot.action_dim or self.action_stats.width
+
+    def observation(self, images: Mapping[str, Any], state: Floats, prompt: str) -> dict[str, Any]:
+        """See `Robot.observation`; in the keys from before the renames, so that `encode` reads them
+        as these cameras and this state even where a rename goes on from another's result."""
+        sources = {name: key for key, name in self.rename.items()}
+        seen = self.robot.observation(images, state, prompt)
+        return {sources.get(k, k) if k in self.rename else k: value for k, value in seen.items()}
 
     def encode(self, observation: Observation) -> tuple[ModelInputs, Floats]:
         """An observation as the model reads it (batch of 1), and the state [D] as observed.

@@ -483,6 +483,16 @@ def test_a_robot_without_the_checkpoints_relative_actions(lerobot: LerobotFolder
     )
     table = replace(ROBOTS["generic"], action_dim=5, delta=(4, -1))
     assert "relative-differs" not in codes(made(folder, robot=table))
+    openpi = {"preprocessing": "openpi", "norm_stats": write_stats(folder / "stats.json", 6, 5)}
+    assert codes(made(folder, robot="generic", **openpi)) == {"relative-differs": "warning"}
+    assert "relative-differs" in codes(made(folder, **openpi))
+    assert codes(made(folder, robot=table, **openpi)) == {}
+
+
+def test_processors_that_normalise_actions_otherwise(lerobot: LerobotFolder) -> None:
+    """Training reads the preprocessor's, and actions are decoded by the postprocessor's."""
+    lerobot.set("unnormalizer_processor", {"norm_map": {"STATE": "MEAN_STD"}})
+    assert codes(made(lerobot.write())) == {"processors-differ": "warning"}
 
 
 def test_a_robot_with_the_checkpoints_cameras_in_another_order(lerobot: LerobotFolder) -> None:

@@ -33,7 +33,6 @@ def examine(setup: PolicySetup) -> list[Finding]:
             found += _cameras(checkpoint, robot)
         found += _another_robot(setup.origin, robot)
     if pipeline:
-        found += _processors_differ(pipeline)
         found += _lengths_differ(checkpoint, pipeline)
     if pipeline and setup.sources["statistics"].partition(":")[0] != "none":
         found += _placeholders("state", pipeline.state_stats)
@@ -110,25 +109,6 @@ def _another_robot(origin: str | None, robot: Robot) -> list[Finding]:
             "statistics-of-another-robot",
             f"statistics: expected those of robot {robot.name}, found those of {origin}. Name "
             f"the robot, --robot {expected}, or the right statistics with --norm-stats.",
-        )
-    ]
-
-
-def _processors_differ(pipeline: Pipeline) -> list[Finding]:
-    """Whether LeRobot's two processors normalise actions by the same statistics."""
-    ours = [pipeline.action_stats, pipeline.target_stats]
-    shapes = {(stats.width, stats.shift) for stats in ours}
-    if len(shapes) == 1 and all(
-        np.array_equal(*(getattr(stats, name) for stats in ours))
-        for name in ("offset", "inverse_scale")
-    ):
-        return []
-    return [
-        warning(
-            "processors-differ",
-            "statistics of actions: expected the same in both of LeRobot's processors, found "
-            "others in the preprocessor, which training uses. Those of the postprocessor move the "
-            "robot. Copy all files of one checkpoint.",
         )
     ]
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pi0.checkpoint.infer import CONFIG_JSON, unfit_flow
 from pi0.checkpoint.load import Checkpoint
 from pi0.config import Pi0Config
@@ -139,6 +141,25 @@ def _declared(camera: Camera, cameras: Sequence[str], rename: Mapping[str, str])
 def last_part(key: str) -> str:
     """The last part of an observation's key."""
     return key.replace("/", ".").rpartition(".")[2]
+
+
+def processor_findings(out: Normalizer, into: Normalizer) -> list[Finding]:
+    """Whether LeRobot's two processors normalise actions by the same statistics."""
+    ours = [out, into]
+    shapes = {(stats.width, stats.shift) for stats in ours}
+    if len(shapes) == 1 and all(
+        np.array_equal(*(getattr(stats, name) for stats in ours))
+        for name in ("offset", "inverse_scale")
+    ):
+        return []
+    return [
+        warning(
+            "processors-differ",
+            "statistics of actions: expected the same in both of LeRobot's processors, found "
+            "others in the preprocessor, which training uses. Those of the postprocessor move the "
+            "robot. Copy all files of one checkpoint.",
+        )
+    ]
 
 
 def _positions(mask: Sequence[bool]) -> str:

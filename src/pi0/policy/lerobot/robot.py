@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pi0.checkpoint.lerobot import EMPTY_CAMERA, complete_features
-from pi0.policy.lerobot.program import LerobotProgram
+from pi0.checkpoint.lerobot import EMPTY_CAMERA, POSTPROCESSOR, PREPROCESSOR, complete_features
+from pi0.checkpoint.load import Checkpoint
+from pi0.errors import Pi0Error
+from pi0.policy.lerobot.program import LerobotProgram, has_processors, read_program
 from pi0.policy.observation import PROMPT_KEYS
 from pi0.policy.robot import Camera, Robot
 
@@ -35,6 +37,24 @@ def robot_of(program: LerobotProgram, settings: Mapping[str, Any]) -> Robot:
         delta=tuple(1 if relative else -1 for relative in program.relative or ()),
         action_names=tuple(map(str, actions)) if known and actions else (),
     )
+
+
+def unread_relative(checkpoint: Checkpoint) -> tuple[bool, ...] | None:
+    """Which actions LeRobot's processors make relative, of a checkpoint with which they are not
+    carried out; None: none, or there are no processors that can be read."""
+    folder = checkpoint.folder_of(PREPROCESSOR, POSTPROCESSOR)
+    if not has_processors(folder):
+        return None
+    try:
+        return read_program(
+            folder,
+            checkpoint.settings,
+            statistics="none",
+            robot_given=True,
+            tokenizer_given=True,
+        ).relative
+    except Pi0Error:
+        return None
 
 
 def _short(key: str) -> str:

@@ -274,7 +274,7 @@ class Policy(Closing):
         how = self.steps, on_step, batch[0].guidance, self.sampler
         actions = self.engine.sample(inputs, noise, *how)
         seconds = time.perf_counter() - start
-        return [Sampled(row.numpy(), seconds) for row in actions]
+        return [Sampled(row.numpy(), seconds) for row in actions.detach().to("cpu", torch.float32)]
 
     def decode(
         self, encoded: Encoded, sampled: Sampled, before: NDArray[np.float64] | None = None

@@ -274,6 +274,14 @@ def test_statistics_that_are_none(folder: Path, content: dict, message: str) -> 
         made(folder, robot="generic", norm_stats=path).require()
 
 
+@pytest.mark.parametrize("other", [100, "of 3 runs", [[1, 2]], [], {"bins": []}])
+def test_what_is_no_statistic_may_stand_among_them(folder: Path, other: object) -> None:
+    table = {"mean": [0.0] * 3, "std": [1.0] * 3, "count": other}
+    path = folder / "stats.json"
+    path.write_text(json.dumps({"state": table, "actions": table}))
+    assert codes(made(folder, robot="generic", norm_stats=path)) == {}
+
+
 @pytest.mark.parametrize("wrapped", [True, False])
 @pytest.mark.parametrize("key", ["action", "actions"])
 def test_other_forms_of_statistics(folder: Path, wrapped: bool, key: str) -> None:

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pi0.config import PRESETS
+from pi0.engines.fastest import choose_engine
 from pi0.engines.registry import find_engine
 from pi0.engines.spec import EngineSpec
 from pi0.errors import ConfigError, EngineError
@@ -93,3 +95,19 @@ def test_label_gives_the_spec_back(name: str, precision: int, device: str | None
 def test_any_text_is_a_spec_or_an_error(text: str) -> None:
     with pytest.raises(EngineError):
         parse(text)
+
+
+def test_auto_with_a_precision_and_a_device() -> None:
+    """In the same grammar, beside options or in place of them."""
+    config = PRESETS["tiny"]
+    for text, *options in (
+        ("auto:int8@cpu", None, None), ("auto@cpu", "int8", None), ("auto:int8", "int8", "cpu")
+    ):  # fmt: skip
+        spec = choose_engine(text, config, *options, None)
+        assert spec == EngineSpec("cpu", "int8", "cpu")
+    with pytest.raises(ConfigError, match="dtype: expected int8, as in engine auto:int8, found fl"):
+        choose_engine("auto:int8", config, "float32", None, None)
+    with pytest.raises(EngineError, match="engine auto: expected an engine with precision x on de"):
+        choose_engine("auto:x@cpu", config, None, None, None)
+    with pytest.raises(EngineError, match=r"expected ENGINE\[:PRECISION\]\[@DEVICE\]"):
+        choose_engine("auto:", config, None, None, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -99,3 +101,10 @@ def test_clamped_actions_are_within_all_limits(actions: np.ndarray, state: np.nd
 def test_limits_that_cannot_be(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ActionLimits(**{**vars(LIMITS), **change})
+
+
+def test_columns_of_numpy_are_kept_as_plain_numbers() -> None:
+    columns = np.zeros(2), np.ones(2, np.float32), (None, np.float32(0.5)), np.arange(2)
+    limits = ActionLimits(*columns)  # type: ignore[arg-type]
+    assert limits == ActionLimits((0.0, 0.0), (1.0, 1.0), (None, 0.5), (0, 1))
+    assert json.loads(json.dumps(vars(limits)))["state"] == [0, 1]

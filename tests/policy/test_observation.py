@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,19 @@ STATE = [0.25, -0.5, 1.0]
 ROBOT = ROBOTS["generic"]
 
 
+class Table:
+    """As tables of data frames are: it iterates over its labels, and is an array of its values."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = np.array(values)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.values.shape[-1]))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.values
+
+
 def image(value: Any) -> torch.Tensor:
     return to_model("base", read_image("base", value), 28, "openpi")
 
@@ -51,11 +66,13 @@ def test_forms_of_an_image(value: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_floating_point_images(dtype: torch.dtype) -> None:
-    """Within one of 256 levels of float32's, three for eight bits of mantissa."""
-    value = torch.from_numpy(PIXELS).float() / 255
-    expected = image(value.numpy())
-    got = image(value.to(dtype).requires_grad_())
-    assert (got - expected).abs().max() <= (3.01 if dtype == torch.bfloat16 else 1.01) * 2 / 255
+    """As the pixels that they came from; eight bits of mantissa lose up to three of 256 levels."""
+    value = (torch.from_numpy(PIXELS).double() / 255).to(dtype)
+    expected = image(PIXELS)
+    got = image(value.requires_grad_())
+    assert (got - expected).abs().max() <= (3.01 * 2 / 255 if dtype == torch.bfloat16 else 0)
+    if dtype != torch.bfloat16:
+        assert torch.equal(image(value.detach().numpy()), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -119,6 +136,9 @@ def test_what_is_no_image(value: Any, message: str) -> None:
         [np.float32(x) for x in STATE],
         [[torch.tensor(x, dtype=torch.bfloat16, requires_grad=True) for x in STATE]],
         np.fromiter((torch.tensor(x, requires_grad=True) for x in STATE), object),
+        Table(STATE),
+        Table([STATE]),
+        deque(STATE),
     ],
 )
 def test_forms_of_a_state(value: Any) -> None:
@@ -215,6 +235,14 @@ def test_bookkeeping_is_ignored(keys: set[str]) -> None:
     observation = {"state": STATE, "prompt": "go", "images": {"base": PIXELS}}
     seen = check_observation({**observation, **dict.fromkeys(keys, 1)}, ROBOT, {})
     assert read_state(seen, ROBOT, range(3, 4)).tolist() == STATE
+
+
+def test_an_absent_value_beside_the_one_that_is_renamed_to_it() -> None:
+    for observation in ({"front": None, "top": PIXELS}, {"top": None, "front": PIXELS}):
+        robot = Robot("arm", (Camera("top"),), (("state", 3),), 3)
+        assert check_observation(observation, robot, {"front": "top"})["top"] is PIXELS
+    with pytest.raises(ObservationError, match="for top, found two, under top and front"):
+        check_observation({"top": PIXELS, "front": PIXELS}, robot, {"front": "top"})
 
 
 def test_keys_of_any_depth() -> None:

@@ -177,6 +177,27 @@ def test_renamed_observations() -> None:
         made.encode({**given, "observation.images.front": image, "observation.images.top": image})
 
 
+def test_observations_in_the_keys_from_before_the_renames() -> None:
+    """Also where a camera's key is renamed itself."""
+    keys = ("top", "wrist", "side")
+    robot = Robot("arm", tuple(Camera(k, (), False) for k in keys), (("state", 6),), 6)
+    unit = Normalizer("state", np.zeros(6), np.ones(6), np.ones(6))
+    plain = pipeline(robot, unit, unit)
+    images = {key: np.full((8, 8, 3), 50 * i, np.uint8) for i, key in enumerate(keys)}
+    for rename in (
+        {},
+        {"front": "top", "top": "side"},
+        {"joints": "state"},
+        {"top": "side", "side": "top"},
+    ):
+        made = replace(plain, rename=rename)
+        for few in (keys[:2], keys):
+            given = {key: images[key] for key in few}
+            inputs, _ = made.encode(made.observation(given, np.zeros(6), "go"))
+            expected, _ = plain.encode(plain.observation(given, np.zeros(6), "go"))
+            assert (inputs.images == expected.images).all()
+
+
 @pytest.mark.parametrize("value", [1e20, 1e39, 1e300])
 def test_a_state_with_which_the_model_overflows(value: float) -> None:
     """One sentence that names the state; not of damaged weights, nor a warning besides."""

@@ -16,6 +16,7 @@ import pytest
 import torch
 from fakes import FakeEngine
 from test_pipeline import tokenizer
+from torch import Tensor
 
 from pi0.checkpoint.load import open_checkpoint
 from pi0.config import PRESETS
@@ -319,6 +320,44 @@ def test_an_answer_of_another_shape() -> None:
         Policy(pipeline(ROBOTS["generic"]), Short(ANSWER)).infer(GIVEN)
 
 
+@pytest.mark.parametrize("sampled", [True, False])
+@pytest.mark.parametrize(
+    ("odd", "found"),
+    [
+        (lambda x: x[:, :1], r"\[1, 1, 32\] of torch.float32"),
+        (lambda x: x[0], r"\[50, 32\] of torch.float32"),
+        (lambda x: x.sum(), r"\[\] of torch.float32"),
+        (Tensor.long, r"\[1, 50, 32\] of torch.int64"),
+        (Tensor.numpy, r"\[1, 50, 32\] of ndarray"),
+        (lambda _: None, r"\[\] of NoneType"),
+    ],
+)
+def test_an_engine_that_returns_something_else(odd: Any, found: str, sampled: bool) -> None:
+    """Velocities of another shape would be broadcast, and whole numbers are no actions."""
+
+    class Odd(FakeEngine):
+        def _sample(self, inputs, noise, steps, on_step):
+            return odd(noise) if sampled else super()._sample(inputs, noise, steps, on_step)
+
+        def velocity(self, x_t, t, cache, tap=None):
+            return odd(x_t)
+
+    what = "actions" if sampled else "velocities"
+    made = Policy(pipeline(ROBOTS["generic"]), Odd(ANSWER))
+    with pytest.raises(EngineError, match=rf"{what} of shape \[1, 50, 32\], found {found}"):
+        made.infer(GIVEN)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_an_engine_that_returns_another_precision(dtype: torch.dtype) -> None:
+    class Odd(FakeEngine):
+        def _sample(self, inputs, noise, steps, on_step):
+            return noise.to(dtype).requires_grad_()
+
+    result = Policy(pipeline(ROBOTS["generic"]), Odd(ANSWER)).infer(GIVEN)
+    assert result["model_actions"].dtype == np.float32
+
+
 def test_no_limits_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     policy_module._without_limits.clear()
     for _ in range(2):
@@ -348,6 +387,13 @@ def test_an_engine_that_is_made_already(tiny_path: Path) -> None:
     other = make_engine("reference", open_checkpoint(tiny_path), image_size=56)
     with pytest.raises(ConfigError, match="engine: expected one made for this checkpoint"):
         Policy.from_checkpoint(tiny_path, robot="generic", engine=other)
+    for option, value in (("dtype", "bf16"), ("device", "cuda")):
+        with pytest.raises(ConfigError, match=f"{option}: expected .* engine reference was made"):
+            Policy.from_checkpoint(tiny_path, robot="generic", engine=engine, **{option: value})
+    same = {"dtype": "fp32", "device": "cpu"}
+    assert (
+        Policy.from_checkpoint(tiny_path, robot="generic", engine=engine, **same).engine is engine
+    )
 
 
 def test_the_fastest_exact_engine_by_default(

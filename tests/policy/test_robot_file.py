@@ -98,6 +98,11 @@ def test_without_limits(tmp_path: Path) -> None:
         ("length = 2", "length = 0", "state: expected lengths of 1 or more"),
         ("length = 2", "length = 1\n[[state]]\nkey = 'joints'\nlength = 1", "distinct keys"),
         ("state = 2", "state = 3", r"actions\[2\].state: expected an index .* found 3"),
+        (
+            'name = "elbow"',
+            'name = "elbow"\nstate = 2',
+            r"actions\[1\].state: expected 1, for a relative action .* of its own index, found 2",
+        ),
         ("low = 0", "low = 2", "low at most high"),
         ("step = 0.1", "step = -1", "a step of more than 0"),
         ("relative = true\nlow", "relativ = true\nlow", r"actions\[0\]: .* found also relativ"),

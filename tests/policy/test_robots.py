@@ -101,6 +101,13 @@ def test_tables_are_sound(name: str) -> None:
             {"limits": ActionLimits((0.0,), (1.0,), (None,), (None,))},
             "limits: expected one for each of the 7 actions, found 1",
         ),
+        (
+            {
+                "delta": (2, -5),
+                "limits": ActionLimits(*[(None,) * 7] * 3, (1, None, 5, *[None] * 4)),
+            },
+            r"limits.state: expected \[0, 1\] for the relative actions, .* found \[1, None\]",
+        ),
         ({"decode_actions": aloha_decode_actions}, "expected both or neither"),
         ({"control_hz": -1}, "control_hz: expected more than 0"),
         ({"control_hz": float("inf")}, "control_hz: expected more than 0"),

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lerobot_folder import CAMERAS, LerobotFolder
@@ -273,6 +274,14 @@ def test_statistics_that_are_none(folder: Path, content: dict, message: str) -> 
         made(folder, robot="generic", norm_stats=path).require()
 
 
+@pytest.mark.parametrize("other", [100, "of 3 runs", [[1, 2]], [], {"bins": []}])
+def test_what_is_no_statistic_may_stand_among_them(folder: Path, other: object) -> None:
+    table = {"mean": [0.0] * 3, "std": [1.0] * 3, "count": other}
+    path = folder / "stats.json"
+    path.write_text(json.dumps({"state": table, "actions": table}))
+    assert codes(made(folder, robot="generic", norm_stats=path)) == {}
+
+
 @pytest.mark.parametrize("wrapped", [True, False])
 @pytest.mark.parametrize("key", ["action", "actions"])
 def test_other_forms_of_statistics(folder: Path, wrapped: bool, key: str) -> None:
@@ -482,6 +491,16 @@ def test_a_robot_without_the_checkpoints_relative_actions(lerobot: LerobotFolder
     )
     table = replace(ROBOTS["generic"], action_dim=5, delta=(4, -1))
     assert "relative-differs" not in codes(made(folder, robot=table))
+    openpi = {"preprocessing": "openpi", "norm_stats": write_stats(folder / "stats.json", 6, 5)}
+    assert codes(made(folder, robot="generic", **openpi)) == {"relative-differs": "warning"}
+    assert "relative-differs" in codes(made(folder, **openpi))
+    assert codes(made(folder, robot=table, **openpi)) == {}
+
+
+def test_processors_that_normalise_actions_otherwise(lerobot: LerobotFolder) -> None:
+    """Training reads the preprocessor's, and actions are decoded by the postprocessor's."""
+    lerobot.set("unnormalizer_processor", {"norm_map": {"STATE": "MEAN_STD"}})
+    assert codes(made(lerobot.write())) == {"processors-differ": "warning"}
 
 
 def test_a_robot_with_the_checkpoints_cameras_in_another_order(lerobot: LerobotFolder) -> None:
@@ -501,3 +520,80 @@ def test_a_robot_with_the_checkpoints_cameras_in_another_order(lerobot: LerobotF
         assert f"({', '.join(CAMERAS)}), found {CAMERAS[1]}, {CAMERAS[0]}" in (
             setup.findings[-1].sentence
         )
+
+
+def test_a_robot_with_cameras_that_the_checkpoint_was_not_trained_with(
+    lerobot: LerobotFolder,
+) -> None:
+    """By keys, their last parts or short names; keys that resemble none are the robot's own."""
+    folder = lerobot.write()
+    state = (("observation.state", 6),)
+
+    def table(*keys: str, names: tuple[str, ...] = ()) -> Robot:
+        cameras = (Camera(keys[0], names), *map(Camera, keys[1:]))
+        return Robot("arm", cameras, state, 5)
+
+    for keys in ((*CAMERAS, "side"), ("images/top", "images/side"), ("a", "b", "c")):
+        setup = made(folder, robot=table(*keys))
+        assert codes(setup)["cameras-unknown"] == "warning"
+        assert f"found also {'a, b, c' if keys[0] == 'a' else keys[-1]}: the" in (
+            setup.findings[0].sentence
+        )
+    for robot in (table("a", "b"), table("images/top", "images/wrist"), table("left/a", "right/a")):
+        assert codes(made(folder, robot=robot)) == {}
+    assert codes(made(folder, robot=table("a", names=("wrist",)))) == {}
+    for robot in (table("images/wrist", "images/top"), table("a", "images/top", names=("wrist",))):
+        assert codes(made(folder, robot=robot)) == {"cameras-differ": "error"}
+
+
+def test_features_that_are_not_read_may_be_observed(lerobot: LerobotFolder) -> None:
+    lerobot.config["input_features"] |= {
+        "observation.environment_state": {"type": "ENV", "shape": [3]},
+        "task": {"type": "LANGUAGE", "shape": [1]},
+    }
+    setup = made(lerobot.write())
+    assert codes(setup) == {"features-unread": "warning"}
+    image = np.zeros((8, 8, 3), np.uint8)
+    seen = {CAMERAS[0]: image, "observation.state": np.zeros(6), "task": "go"}
+    assert setup.pipeline is not None
+    inputs, _ = setup.pipeline.encode(seen)
+    others, _ = setup.pipeline.encode(seen | {"observation.environment_state": np.ones(3)})
+    assert all(map(torch.equal, vars(inputs).values(), vars(others).values()))
+
+
+def test_a_state_of_which_no_file_tells_the_length(lerobot: LerobotFolder) -> None:
+    """As in LeRobot, which pads it."""
+    lerobot.config["input_features"]["observation.state"]["shape"] = [32]
+    lerobot.set_modes({"ACTION": "MEAN_STD"})
+    assert lerobot.statistics is not None
+    for name in [name for name in lerobot.statistics if name.startswith("observation.state")]:
+        del lerobot.statistics[name]
+    setup = made(lerobot.write())
+    assert codes(setup) == {}
+    pipeline, image = setup.require(), np.zeros((8, 8, 3), np.uint8)
+    for length in (6, 32):
+        seen = {CAMERAS[0]: image, "observation.state": np.ones(length), "task": "go"}
+        inputs, state = pipeline.encode(seen)
+        assert inputs.state.tolist() == [[1.0] * length + [0.0] * (32 - length)]
+        assert pipeline.decode(np.zeros((50, 32)), state).shape == (50, 5)
+    seen = {CAMERAS[0]: image, "observation.state": np.ones(33), "task": "go"}
+    with pytest.raises(Pi0Error, match="expected 1 to 32 values"):
+        pipeline.encode(seen)
+
+
+def test_a_state_without_what_relative_actions_are_added_to(folder: Path) -> None:
+    robot = replace(ROBOTS["generic"], delta=(-1, 5, -1))
+    path = write_stats(folder / "stats.json", 5, 7)
+    setup = made(folder, robot=robot, norm_stats=path)
+    assert codes(setup) == {"state-statistics-narrow": "error"}
+    assert "at least 6 values, which the relative actions" in setup.findings[0].sentence
+    assert codes(made(folder, robot=robot, norm_stats=write_stats(path, 5, 5))) == {}
+    pipeline = made(folder, robot=robot, norm_stats=write_stats(path, 32, 7)).require()
+    image = np.zeros((8, 8, 3), np.uint8)
+    pipeline.encode({"images/base": image, "state": np.zeros(6), "prompt": "go"})
+    with pytest.raises(Pi0Error, match="state: expected 6 to 32 values"):
+        pipeline.encode({"images/base": image, "state": np.zeros(5), "prompt": "go"})
+    for coding in (pipeline.decode, pipeline.encode_actions):
+        width = 32 if coding == pipeline.decode else 7
+        with pytest.raises(Pi0Error, match=r"state: expected \[32\] beside actions"):
+            coding(np.zeros((50, width)), np.zeros(5))

@@ -253,3 +253,15 @@ def test_a_config_json_that_asks_for_the_state_in_a_pi0s_prompt(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"discrete_state_input": True}))
     codes = {f.code: f.severity for f in made(folder, state_in_prompt=stated).findings}
     assert codes.get("prompt-unknown") == ("error" if stated is None else None)
+
+
+def test_lerobots_states_are_those_of_float32() -> None:
+    """At the edge of a bin, that LeRobot's float32 meets exactly."""
+    encode = byte_tokenizer().encode
+    tokenizer = Tokenizer(lambda text: list(encode(text).ids), 2, 260, Path("bytes"))
+    state = np.array([0.4140624985, -0.992187507])
+    for convention, bins in (("openpi", "180 0"), ("lerobot", "181 1")):
+        form = PromptFormat(convention, 64, state=True, newline=False)
+        tokens, mask = tokenizer.tokenize("go", form, state)
+        text = bytes(int(i) - 4 for i in tokens[mask][1:]).decode()
+        assert text == f"Task: go, State: {bins};\nAction: "

@@ -108,7 +108,7 @@ def act(
     setup = prepare(opened, wishes)
     pipeline = setup.require()
     table = pipeline.robot
-    observation = table.observation(_read_images(table, given), values, prompt)
+    observation = pipeline.observation(_read_images(table, given), values, prompt)
     spec = choose_engine(engine, opened.config, dtype, device, wishes.image_size)
     sizes = len(given), pipeline.prompt.max_tokens, wishes.image_size
     require_memory(opened, spec, *sizes, loaded=weight_cache)

@@ -221,11 +221,7 @@ class Engine(Closing):
             actions = self._sample(inputs, noise, steps, on_step)
         else:
             actions = self._integrate(inputs, noise, steps, on_step, guidance, sampler)
-        if actions.shape != noise.shape:
-            raise EngineError(
-                f"engine {self.name}: expected actions of shape {list(noise.shape)}, found "
-                f"{list(actions.shape)}."
-            )
+        self._require_shape("actions", actions, noise)
         return require_finite(actions)
 
     def _sample(
@@ -256,11 +252,21 @@ class Engine(Closing):
                 v = self.velocity(x, t, cache)
             else:
                 v = guidance(lambda x_t: self.velocity(x_t, t, cache), x, t)
+            self._require_shape("velocities", v, x)  # another would be broadcast
             if next(done) % SAMPLERS[sampler] == 0:
                 on_step()
             return v
 
         return integrate(velocity, noise.clone(), steps, sampler)
+
+    def _require_shape(self, what: str, value: Any, like: Tensor) -> None:
+        kind, shape = getattr(value, "dtype", None), list(getattr(value, "shape", ()))
+        kind = kind if isinstance(value, Tensor) else type(value).__name__
+        if not (isinstance(value, Tensor) and value.is_floating_point() and shape == [*like.shape]):
+            raise EngineError(
+                f"engine {self.name}: expected {what} of shape {list(like.shape)}, found {shape} "
+                f"of {kind}; they are to be a tensor of float32."
+            )
 
     @classmethod
     def check_guidance(cls, differentiates: bool) -> None:
@@ -284,11 +290,8 @@ class Engine(Closing):
     def time_parts(
         self, inputs: ModelInputs, noise: Tensor, steps: int
     ) -> tuple[float, float, float] | None:
-        """Milliseconds of prefill, of vision in it, and of a step, inside `sample`.
-
-        None, unless an engine runs them there in another way than `prefill` and `velocity`, of
-        which these times can be taken.
-        """
+        """Milliseconds of prefill, of vision in it, and of a step, inside `sample`; None, unless an
+        engine runs them there in another way than `prefill` and `velocity`, which can be timed."""
         return None
 
     def close(self) -> None:

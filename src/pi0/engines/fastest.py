@@ -8,9 +8,9 @@ import torch
 
 from pi0.checkpoint.load import empty_model
 from pi0.config import Pi0Config
-from pi0.engines.base import EngineOptions
+from pi0.engines.base import Engine, EngineOptions
 from pi0.engines.registry import find_engine
-from pi0.engines.spec import EngineSpec, canonical_precision
+from pi0.engines.spec import EngineSpec, canonical_precision, split_spec
 from pi0.errors import ConfigError, EngineError
 
 logger = logging.getLogger("pi0")
@@ -26,19 +26,35 @@ FASTEST = {
 def choose_engine(
     engine: str, config: Pi0Config, dtype: str | None, device: str | None, image_size: int | None
 ) -> EngineSpec:
-    """The engine of a spec; for "auto" the fastest on this machine that is exact to float32.
+    """The engine of a spec; for the name "auto" the fastest on this machine that is exact to
+    float32, or the fastest of the precision and on the device that are stated.
 
     Raises:
         EngineError, ConfigError: see `EngineSpec.parse`.
     """
-    for name, value in (("engine", engine), ("dtype", dtype), ("device", device)):
+    for option, value in (("engine", engine), ("dtype", dtype), ("device", device)):
         if value is not None and not isinstance(value, str):  # from Python
-            raise ConfigError(f"{name}: expected a text, found {value!r}.")
-    if engine != "auto":
+            raise ConfigError(f"{option}: expected a text, found {value!r}.")
+    name, dtype, device = split_spec(engine, dtype, device)
+    if name != "auto":
         return EngineSpec.parse(engine, dtype, device)
     spec, reason = fastest_engine(config, dtype, device, image_size)
     logger.info("engine %s: %s.", spec.label, reason)
     return spec
+
+
+def require_options(engine: str | Engine, dtype: str | None, device: str | None) -> None:
+    """Raises ConfigError if an engine that is made already has another precision or device."""
+    if not isinstance(engine, Engine):
+        return
+    made = engine.options.precision, engine.info["device"]
+    wanted = canonical_precision(dtype), device
+    for option, found, expected in zip(("dtype", "device"), made, wanted, strict=True):
+        if expected not in (None, found):
+            raise ConfigError(
+                f"{option}: expected {found}, with which engine {engine.name} was made, found "
+                f"{expected!r}. Leave it out, or make the engine with it."
+            )
 
 
 def fastest_engine(

@@ -38,22 +38,31 @@ class EngineSpec:
             EngineError: not of this form, no such engine, or not one of its precisions.
             ConfigError: the text and an option contradict each other; float16.
         """
-        matched = GRAMMAR.fullmatch(text) if isinstance(text, str) else None
-        if matched is None:
-            raise EngineError(
-                "engine: expected ENGINE[:PRECISION][@DEVICE], as in cpu:int8 or "
-                f"reference:bfloat16@cuda:1, found {text!r}."
-            )
-        name, text_precision, text_device = matched.groups()
+        name, chosen, device = split_spec(text, precision, device)
         offered = find_engine(name).capabilities.precisions
-        chosen = _agree(
-            text, "dtype", canonical_precision(text_precision), canonical_precision(precision)
-        )
         if chosen is not None and chosen not in offered:
             raise EngineError(
                 f"dtype: expected one of {', '.join(offered)} for engine {name}, found {chosen!r}."
             )
-        return cls(name, chosen or offered[0], _agree(text, "device", text_device, device))
+        return cls(name, chosen or offered[0], device)
+
+
+def split_spec(
+    text: str, precision: str | None = None, device: str | None = None
+) -> tuple[str, str | None, str | None]:
+    """Name, precision and device as `EngineSpec.parse` reads them, of an engine that need not be
+    one; None: not stated."""
+    matched = GRAMMAR.fullmatch(text) if isinstance(text, str) else None
+    if matched is None:
+        raise EngineError(
+            "engine: expected ENGINE[:PRECISION][@DEVICE], as in cpu:int8 or "
+            f"reference:bfloat16@cuda:1, found {text!r}."
+        )
+    name, text_precision, text_device = matched.groups()
+    chosen = _agree(
+        text, "dtype", canonical_precision(text_precision), canonical_precision(precision)
+    )
+    return name, chosen, _agree(text, "device", text_device, device)
 
 
 def canonical_precision(name: str | None) -> str | None:

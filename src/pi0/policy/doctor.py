@@ -12,6 +12,7 @@ from pi0.checkpoint.lerobot import EMPTY_CAMERA, POSTPROCESSOR, PREPROCESSOR, co
 from pi0.checkpoint.load import Checkpoint
 from pi0.findings import Finding, error, warning
 from pi0.policy import lerobot
+from pi0.policy.fit import last_part
 from pi0.policy.lerobot.fields import is_count, show
 from pi0.policy.normalize import OPENPI_EPS, Normalizer
 from pi0.policy.pipeline import Pipeline
@@ -28,10 +29,10 @@ def examine(setup: PolicySetup) -> list[Finding]:
     if not any(finding.code == "action-steps" for finding in found):
         found += _action_steps(setup)
     if robot and setup.sources.get("robot") == "named":
-        found += _cameras(checkpoint, robot)
+        if not any(finding.code.startswith("cameras-") for finding in found):
+            found += _cameras(checkpoint, robot)
         found += _another_robot(setup.origin, robot)
     if pipeline:
-        found += _processors_differ(pipeline)
         found += _lengths_differ(checkpoint, pipeline)
     if pipeline and setup.sources["statistics"].partition(":")[0] != "none":
         found += _placeholders("state", pipeline.state_stats)
@@ -80,8 +81,8 @@ def _cameras(checkpoint: Checkpoint, robot: Robot) -> list[Finding]:
         for key, feature in inputs.items()
         if feature.get("type") == "VISUAL" and not key.startswith(EMPTY_CAMERA)
     ]
-    known = {name for c in robot.cameras for name in (*c.names, _last(c.key))}
-    strange = [key for key in declared if _last(key) not in known]
+    known = {name for c in robot.cameras for name in (*c.names, last_part(c.key))}
+    strange = [key for key in declared if last_part(key) not in known]
     if not strange:
         return []
     names = ", ".join(camera.key for camera in robot.cameras)
@@ -108,25 +109,6 @@ def _another_robot(origin: str | None, robot: Robot) -> list[Finding]:
             "statistics-of-another-robot",
             f"statistics: expected those of robot {robot.name}, found those of {origin}. Name "
             f"the robot, --robot {expected}, or the right statistics with --norm-stats.",
-        )
-    ]
-
-
-def _processors_differ(pipeline: Pipeline) -> list[Finding]:
-    """Whether LeRobot's two processors normalise actions by the same statistics."""
-    ours = [pipeline.action_stats, pipeline.target_stats]
-    shapes = {(stats.width, stats.shift) for stats in ours}
-    if len(shapes) == 1 and all(
-        np.array_equal(*(getattr(stats, name) for stats in ours))
-        for name in ("offset", "inverse_scale")
-    ):
-        return []
-    return [
-        warning(
-            "processors-differ",
-            "statistics of actions: expected the same in both of LeRobot's processors, found "
-            "others in the preprocessor, which training uses. Those of the postprocessor move the "
-            "robot. Copy all files of one checkpoint.",
         )
     ]
 
@@ -159,8 +141,3 @@ def _placeholders(what: str, stats: Normalizer) -> list[Finding]:
             "with --norm-stats, or `none` if that is meant.",
         )
     ]
-
-
-def _last(key: str) -> str:
-    """The last part of an observation's key."""
-    return key.replace("/", ".").rpartition(".")[2]

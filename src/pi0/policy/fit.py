@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pi0.checkpoint.infer import CONFIG_JSON, unfit_flow
 from pi0.checkpoint.load import Checkpoint
 from pi0.config import Pi0Config
 from pi0.findings import Finding, error, warning
 from pi0.policy.normalize import Normalizer
-from pi0.policy.robot import Robot
+from pi0.policy.robot import Camera, Robot
 
 # Of LeRobot before 0.4: transforms that were part of the policy.
 ADAPT, RELATIVE_JOINTS = "adapt_to_pi_aloha", "use_delta_joint_actions_aloha"
@@ -98,21 +100,64 @@ def camera_findings(
 ) -> list[Finding]:
     """Whether a robot's table has the cameras of LeRobot's config.json in the order of its slots.
 
+    Keys that nothing in config.json resembles are the robot's own, in that order.
+
     Args:
         rename: of the checkpoint, since a table may have the keys from before.
     """
-    named = [c.key if c.key in cameras else rename.get(c.key, c.key) for c in robot.cameras]
-    found = [key for key in named if key in cameras]
+    named = [_declared(camera, cameras, rename) for camera in robot.cameras]
+    named = [key if named.count(key) == 1 else None for key in named]
+    found = [key for key in named if key]
     expected = [key for key in cameras if key in found]
-    if found == expected:
-        return []
-    return [
-        error(
-            "cameras-differ",
+    if found != expected:
+        sentence = (
             f"robot {robot.name}: expected its cameras in the order in which the checkpoint's "
             f"config.json has them ({', '.join(expected)}), found {', '.join(found)}: the model "
             "would see them in each other's place. Leave out --robot, or put the table's cameras "
-            "in this order.",
+            "in this order."
+        )
+        return [error("cameras-differ", sentence)]
+    others = [c.key for c, key in zip(robot.cameras, named, strict=True) if not key]
+    if others and (found or len(others) > len(cameras) > 0):
+        sentence = (
+            f"robot {robot.name}: expected the cameras of the checkpoint's config.json, "
+            f"{', '.join(cameras)}, found also {', '.join(others)}: the model would see a picture "
+            "in the place of another. Leave out --robot, or give cameras the names in config.json."
+        )
+        return [warning("cameras-unknown", sentence)]
+    return []
+
+
+def _declared(camera: Camera, cameras: Sequence[str], rename: Mapping[str, str]) -> str | None:
+    """The camera of config.json that a table's camera is, by its key or one of its names."""
+    for key in (camera.key, rename.get(camera.key)):
+        if key in cameras:
+            return key
+    names = {last_part(camera.key), *camera.names}
+    same = [key for key in cameras if last_part(key) in names]
+    return same[0] if len(same) == 1 else None
+
+
+def last_part(key: str) -> str:
+    """The last part of an observation's key."""
+    return key.replace("/", ".").rpartition(".")[2]
+
+
+def processor_findings(out: Normalizer, into: Normalizer) -> list[Finding]:
+    """Whether LeRobot's two processors normalise actions by the same statistics."""
+    ours = [out, into]
+    shapes = {(stats.width, stats.shift) for stats in ours}
+    if len(shapes) == 1 and all(
+        np.array_equal(*(getattr(stats, name) for stats in ours))
+        for name in ("offset", "inverse_scale")
+    ):
+        return []
+    return [
+        warning(
+            "processors-differ",
+            "statistics of actions: expected the same in both of LeRobot's processors, found "
+            "others in the preprocessor, which training uses. Those of the postprocessor move the "
+            "robot. Copy all files of one checkpoint.",
         )
     ]
 
@@ -132,6 +177,16 @@ def width_findings(
 ) -> list[Finding]:
     """What does not fit between the model, a robot's table and statistics; flat statistics."""
     found = []
+    reach = robot.reach(robot.action_dim or actions.width)
+    if robot.state_dim is None and state.width < reach:
+        found.append(
+            error(
+                "state-statistics-narrow",
+                f"statistics of state: expected at least {reach} values, which the relative "
+                f"actions of robot {robot.name} are added to, found {state.width}. Name the right "
+                "ones with --norm-stats, or the robot with --robot.",
+            )
+        )
     for what, stats, table, model in (
         ("state", state, robot.state_dim, config.state_dim),
         ("actions", actions, robot.action_dim, config.action_dim),

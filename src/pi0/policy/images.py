@@ -99,7 +99,8 @@ RESIZE: dict[str, Callable[[Array, int], Tensor]] = {
 
 def eight_bit(image: Array) -> Array:
     """An image in uint8; floats in [0, 1] become it by truncation, as in openpi."""
-    return image if image.dtype == np.uint8 else (image.astype(np.float32) * 255).astype(np.uint8)
+    # In its own dtype: in another, the products of many float16 pixels fall short of the integer.
+    return image if image.dtype == np.uint8 else (image * 255).astype(np.uint8)
 
 
 def channels_last(name: str, image: Array) -> Array:

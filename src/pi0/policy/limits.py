@@ -22,7 +22,7 @@ SHOWN = 4  # of several violations, in a message
 
 @dataclass(frozen=True)
 class ActionLimits:
-    """Limits of each action, in its units. None where there is none.
+    """Limits of each action, in its units, kept as plain numbers. None where there is none.
 
     Attributes:
         low, high: the least and the greatest value.
@@ -47,6 +47,8 @@ class ActionLimits:
                 for value in column
             ):
                 raise ConfigError(f"limits: {name}: expected a tuple of numbers, found {column!r}.")
+            plain = (x.item() if isinstance(x, np.generic) else x for x in column)
+            object.__setattr__(self, name, tuple(plain))
         lengths = {len(column) for column in vars(self).values()}
         if len(lengths) != 1:
             raise ConfigError(f"limits: expected columns of one length, found {sorted(lengths)}.")

@@ -52,10 +52,14 @@ def check_observation(observation: Any, robot: Robot, rename: Mapping[str, str])
     renamed: dict[str, Any] = {}
     for key, value in observation.items():
         target = rename.get(key, key)
-        if target in renamed:
+        if value is None:  # as if it were not there
+            renamed.setdefault(target, None)
+            continue
+        if renamed.get(target) is not None:
+            both = " and ".join(k for k in observation if rename.get(k, k) == target)
             raise ObservationError(
-                f"observation: expected one value for {target}, found two, since the checkpoint "
-                f"renames {key} to it."
+                f"observation: expected one value for {target}, found two, under {both}, which the "
+                "checkpoint's renames make one."
             )
         renamed[target] = value
     _refuse_unknown(renamed, robot)
@@ -244,7 +248,8 @@ def _text(key: str, value: Any) -> str:
 def _vector(key: str, value: Any) -> Floats:
     if isinstance(value, NO_VECTORS):
         raise ObservationError(f"{key}: expected numbers, found {_kind(value)}.")
-    if isinstance(value, Iterable) and not isinstance(value, (np.ndarray, Tensor)):
+    # What can say itself which numbers it holds may iterate over others: a table over its labels.
+    if isinstance(value, Iterable) and not hasattr(value, "__array__"):
         value = list(value)
     try:
         given = _array(key, value)
@@ -286,7 +291,8 @@ def _from_torch(key: str, tensor: Tensor) -> NDArray[np.generic]:
     if tensor.is_complex() or tensor.is_quantized or tensor.layout is not torch.strided:
         raise ObservationError(f"{key}: expected real numbers, found {tensor.dtype}.")
     # numpy has no bfloat16 and no eight-bit floats.
-    plain = tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64)
+    known = (torch.float16, torch.float32, torch.float64)
+    plain = tensor.is_floating_point() and tensor.dtype not in known
     array: NDArray[np.generic] = (tensor.float() if plain else tensor).numpy()
     return array
 

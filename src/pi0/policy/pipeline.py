@@ -18,6 +18,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,6 +85,13 @@ class Pipeline:
     def action_dim(self) -> int:
         """Actions handed out."""
         return self.robot.action_dim or self.action_stats.width
+
+    def observation(self, images: Mapping[str, Any], state: Floats, prompt: str) -> dict[str, Any]:
+        """See `Robot.observation`; in the keys from before the renames, so that `encode` reads them
+        as these cameras and this state even where a rename goes on from another's result."""
+        sources = {name: key for key, name in self.rename.items()}
+        seen = self.robot.observation(images, state, prompt)
+        return {sources.get(k, k) if k in self.rename else k: value for k, value in seen.items()}
 
     def encode(self, observation: Observation) -> tuple[ModelInputs, Floats]:
         """An observation as the model reads it (batch of 1), and the state [D] as observed.
@@ -154,9 +162,10 @@ class Pipeline:
 
     def _state_widths(self) -> range:
         """Allowed lengths of a state for which the robot's table leaves the choice to the
-        statistics: their own, or any if they are those of the model's padded state."""
-        width = self.state_stats.width
-        return range(1 if width == self.config.state_dim else width, width + 1)
+        statistics: their own, or, if they are those of the model's padded state, any that has what
+        relative actions are added to."""
+        width, shortest = self.state_stats.width, max(1, self.robot.reach(self.action_dim))
+        return range(shortest if width == self.config.state_dim else width, width + 1)
 
     def _model_convention(self, state: Floats) -> Floats:
         return self._converted("encode_state", state) if self.robot.encode_state else state

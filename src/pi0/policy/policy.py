@@ -23,7 +23,7 @@ from torch import Tensor
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
 from pi0.closing import Closing
 from pi0.engines.base import Engine, make_engine
-from pi0.engines.fastest import choose_engine
+from pi0.engines.fastest import choose_engine, require_options
 from pi0.engines.guidance import Guidance
 from pi0.errors import ConfigError, EngineError
 from pi0.inputs import ModelInputs, check_noise, to_tensor
@@ -151,7 +151,7 @@ class Policy(Closing):
         Args:
             robot, tokenizer, norm_stats, norm_mode, preprocessing, resize, prompt,
                 state_in_prompt, default_prompt, image_size: see `PolicyOptions`.
-            engine: ENGINE[:PRECISION][@DEVICE], an engine that is made already, or "auto": the
+            engine: ENGINE[:PRECISION][@DEVICE], an engine that is made already, or for "auto" the
                 fastest on this machine that is exact to float32.
             device, dtype: complete the name of the engine.
             horizon, max_tokens: of a checkpoint whose files do not say.
@@ -165,6 +165,7 @@ class Policy(Closing):
         Raises:
             Pi0Error: something that the policy needs is missing or does not fit.
         """
+        require_options(engine, dtype, device)
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = open_checkpoint(checkpoint, horizon, max_tokens, base)
         options = PolicyOptions(
@@ -273,7 +274,7 @@ class Policy(Closing):
         how = self.steps, on_step, batch[0].guidance, self.sampler
         actions = self.engine.sample(inputs, noise, *how)
         seconds = time.perf_counter() - start
-        return [Sampled(row.numpy(), seconds) for row in actions]
+        return [Sampled(row.numpy(), seconds) for row in actions.detach().to("cpu", torch.float32)]
 
     def decode(
         self, encoded: Encoded, sampled: Sampled, before: NDArray[np.float64] | None = None

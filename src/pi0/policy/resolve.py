@@ -24,6 +24,7 @@ from pi0.policy.fit import (
     image_findings,
     length_findings,
     of_base,
+    processor_findings,
     relative_findings,
     settings_findings,
     width_findings,
@@ -93,8 +94,12 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
     if robot:
         setup.findings += aloha_findings(checkpoint.settings, robot)
     if program and robot:
-        setup.findings += relative_findings(program.relative, robot)
         setup.findings += camera_findings(program.cameras, program.rename, robot)
+        setup.findings += relative_findings(program.relative, robot)
+        setup.findings += processor_findings(*stats[1:]) if stats else []
+    elif robot and (relative := lerobot.unread_relative(checkpoint)):
+        found = relative_findings(relative, robot)
+        setup.findings += [warning(finding.code, finding.sentence) for finding in found]
     if program and program.images and robot and conventions:
         setup.findings += image_findings(program.images, robot, conventions[0])
     state_in_prompt = setup.attempt(

@@ -154,6 +154,10 @@ class Robot:
             start += abs(run)
         return mask
 
+    def reach(self, width: int) -> int:
+        """How many state values the relative ones among `width` actions are added to."""
+        return int(self.relative(width).nonzero()[0].max(initial=-1)) + 1
+
     def camera_key(self, name: str) -> str | None:
         """The key of the camera that a short name, a key or its last part means; None if there is
         none."""
@@ -220,9 +224,8 @@ class Robot:
     def _action_problems(self) -> list[str]:
         problems = []
         covered = sum(map(abs, self.delta))
-        relative = self.relative(covered).nonzero()[0]
         bounds = {"actions": self.action_dim, "state values": self.state_dim}
-        reach = {"actions": covered, "state values": int(relative[-1]) + 1 if len(relative) else 0}
+        reach = {"actions": covered, "state values": self.reach(covered)}
         problems += [
             f"delta: expected runs over at most the {bound} {what}, found {reach[what]}"
             for what, bound in bounds.items()
@@ -244,6 +247,14 @@ class Robot:
         indices = [i for i in (self.limits.state if self.limits else ()) if i is not None]
         if any(not 0 <= i < (self.state_dim or 0) for i in indices):
             problems.append(f"limits.state: expected indices of state values, found {indices}")
+        elif self.limits and self.encode_state is None and self.decode_actions is None:
+            own = self.relative(len(self.limits.state)).nonzero()[0].tolist()
+            states = [self.limits.state[i] for i in own]
+            if any(n not in (None, i) for i, n in zip(own, states, strict=True)):
+                problems.append(
+                    f"limits.state: expected {own} for the relative actions, which are added to "
+                    f"the state values of their own index, found {states}"
+                )
         if (self.decode_actions is None) != (self.encode_actions is None):
             problems.append("decode_actions and encode_actions: expected both or neither")
         return problems

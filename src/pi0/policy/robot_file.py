@@ -96,6 +96,11 @@ def _limits(actions: list[dict[str, Any]], state_dim: int) -> ActionLimits | Non
                 f"actions[{i}].state: expected an index of one of the {state_dim} "
                 f"state values, found {index}."
             )
+        if actions[i].get("relative") and index != i:
+            raise ConfigError(
+                f"actions[{i}].state: expected {i}, for a relative action is added to the state "
+                f"value of its own index, found {index}. Put state and actions in the same order."
+            )
     if not any(key in action for action in actions for key in ("low", "high", "step")):
         return None
     low, high, step = (tuple(a.get(key) for a in actions) for key in ("low", "high", "step"))

@@ -16,11 +16,12 @@ import numpy as np
 from pi0.checkpoint.files import read_json
 from pi0.checkpoint.load import Checkpoint
 from pi0.errors import Pi0Error
-from pi0.policy.normalize import Statistics
+from pi0.policy.normalize import NEEDED, Statistics
 from pi0.policy.robots import robot_of_assets
 
 FILE_NAME = "norm_stats.json"
 PLACES = ("assets/**/", "", "*/", "*/*/")  # in a checkpoint's folder, in this order
+READ = {name for names in NEEDED.values() for name in names} | {"q10", "q90"}
 NAMES = {"state": ("state", "observation.state"), "actions": ("actions", "action")}
 
 
@@ -138,7 +139,10 @@ def _vectors(path: Path, what: str, table: dict[str, object]) -> Statistics:
         if values is None:
             continue
         odd = [v for v in values if not _is_number(v)] if isinstance(values, list) else []
-        if odd or not isinstance(values, list) or not values:
+        bad = odd or not isinstance(values, list) or not values
+        if bad and name not in READ:
+            continue  # such as a count of samples
+        if bad:
             raise Pi0Error(
                 f"statistics {path}: {what}.{name}: expected a list of numbers, one for each "
                 f"dimension, found {reprlib.repr(odd[0] if odd else values)}. Compute them again, "

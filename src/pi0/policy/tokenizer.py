@@ -34,7 +34,7 @@ class PromptFormat:
     Attributes:
         convention: "openpi" strips the prompt, turns "_" and line breaks into blanks and appends
             the piece for a line break; "lerobot" appends a line break if there is none. Both write
-            prompts with a state in the same way, see `with_state`.
+            prompts with a state in the same way, see `with_state`; "lerobot" rounds it to float32.
         max_tokens: the length that prompts are padded to.
         newline: False: "lerobot" does not append one, since the checkpoint has no such step.
         padding_side: "right" or "left".
@@ -79,7 +79,9 @@ class Tokenizer:
         """
         if form.state:
             assert state is not None
-            prompt = with_state(prompt, state)
+            # LeRobot normalises in float32, in which more states are on the edge of a bin.
+            lerobot = form.convention == "lerobot"
+            prompt = with_state(prompt, state.astype(np.float32) if lerobot else state)
         if form.convention == "openpi" and not form.state:
             ids = [self.bos, *self.encode(_clean(prompt)), *self.encode("\n")]
         else:

@@ -229,7 +229,7 @@ class Answerer:
             camera.key: np.zeros((side, side, 3), np.uint8) for camera in pipeline.robot.cameras
         }
         width = pipeline.robot.state_dim or pipeline.state_stats.width
-        observation = pipeline.robot.observation(images, np.zeros(width), "warm up")
+        observation = pipeline.observation(images, np.zeros(width), "warm up")
         start = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that state is nobody's

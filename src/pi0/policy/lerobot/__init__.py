@@ -1,7 +1,7 @@
 """LeRobot's processor files as programs: what a checkpoint of LeRobot does around its model."""
 
 from pi0.policy.lerobot.program import LerobotProgram, has_processors, is_lerobot, read_program
-from pi0.policy.lerobot.robot import robot_of
+from pi0.policy.lerobot.robot import robot_of, unread_relative
 from pi0.policy.lerobot.statistics import lerobot_normalizer
 
 __all__ = [
@@ -11,4 +11,5 @@ __all__ = [
     "lerobot_normalizer",
     "read_program",
     "robot_of",
+    "unread_relative",
 ]

@@ -47,7 +47,9 @@ class LerobotProgram:
             after `rename`. An absent one is left out, but one at least must be there.
         rename: key of a robot's observation → key that the policy knows; other keys stay.
         state_key: key of the state, after `rename`.
-        state: of the state; its width is the state's length.
+        state: of the state; its width is the state's length, if that is known.
+        state_dim: the state's length. None: neither features nor statistics say, so that it is any
+            up to the model's padded one, as in LeRobot.
         actions: unnormalises the model's actions; its width is the length of an action.
         actions_in: normalises training targets: the preprocessor's own statistics and eps. None:
             it has no statistics of actions, and targets cannot be made.
@@ -70,6 +72,7 @@ class LerobotProgram:
     rename: Mapping[str, str]
     state_key: str
     state: Normalizer
+    state_dim: int | None
     actions: Normalizer
     actions_in: Normalizer | None
     images: Mapping[str, Normalizer]
@@ -149,6 +152,7 @@ def read_program(
         rename=read_rename(processors),
         state_key=STATE,
         state=state,
+        state_dim=state.width if features.state_dim or before.width(STATE) else None,
         actions=actions,
         actions_in=targets,
         images=_images(before, features.cameras, findings),

@@ -30,6 +30,7 @@ from serving import (
     running,
 )
 from websockets.exceptions import InvalidStatus
+from websockets.http11 import Request as HandshakeRequest
 
 from pi0.serve.options import ServeOptions
 from pi0.serve.wire import pack
@@ -66,6 +67,19 @@ def test_health_and_readiness() -> None:
         served.ready.wait(SOON)
         assert get(served, "/readyz") == (200, b"ready\n")
         assert get(served, "/nowhere")[0] == 404
+
+
+@pytest.mark.skipif(not hasattr(HandshakeRequest, "method"), reason="websockets 16 takes only GET")
+@pytest.mark.parametrize("path", ["/healthz", "/", "/nowhere"])
+def test_head_is_the_headers_of_get(path: str) -> None:
+    with running(make_policy(StateEngine())) as served:
+        body = get(served, path)[1]
+        with socket.create_connection(("127.0.0.1", served.port), timeout=SOON) as raw:
+            raw.sendall(f"HEAD {path} HTTP/1.1\r\nHost: robots\r\n\r\n".encode())
+            answer = b"".join(iter(lambda: raw.recv(4096), b""))
+    head, _, rest = answer.partition(b"\r\n\r\n")
+    assert f"Content-Length: {len(body)}".encode() in head
+    assert rest == b""
 
 
 def test_not_ready_while_it_ends() -> None:

@@ -355,7 +355,8 @@ class Policy(Closing):
         given = to_tensor("noise", noise)
         if given.is_floating_point():
             given = given.detach().to("cpu", torch.float32)
-        return check_noise(self.engine.config, 1, given if given.ndim == 3 else given[None])
+        batch = 1 if given.ndim == 3 else None
+        return check_noise(self.engine.config, batch, given).view(1, *self.noise_shape)
 
     def _guidance(
         self, previous: NDArray[np.floating] | None, delay: int, state: NDArray[np.float64]

@@ -12,7 +12,8 @@ given, and so sends them unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,18 @@ def split_extras(observation: Any) -> tuple[Any, Extras]:
         noise=_numbers(NOISE, said[NOISE]) if NOISE in said else None,
         reset=_flag(RESET, said.get(RESET, False)),
     )
+
+
+@contextlib.contextmanager
+def naming_extras() -> Iterator[None]:
+    """Errors of the block about arguments of `Policy.infer` name the keys that these were."""
+    try:
+        yield
+    except ObservationError as error:
+        text = str(error)
+        if f"{PREFIX}{text.partition(':')[0]}" in KEYS:
+            raise ObservationError(f"{PREFIX}{text}") from error
+        raise
 
 
 def add_extras(observation: Mapping[str, Any], extras: Extras) -> dict[str, Any]:

@@ -45,6 +45,13 @@ class Site:
 
     async def respond(self, connection: ServerConnection, request: Request) -> Response | None:
         """The response to a request; None: it becomes a websocket."""
+        response = await self._respond(connection, request)
+        # Before websockets 17 only GET comes here, and a request has no method.
+        if response is not None and getattr(request, "method", "GET") == "HEAD":
+            response.body = b""
+        return response
+
+    async def _respond(self, connection: ServerConnection, request: Request) -> Response | None:
         path = request.path.partition("?")[0]
         server = self._server
         if path == "/healthz":

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0.errors import ObservationError
+from pi0.errors import ObservationError, kind_of
 
 PREFIX = "pi0/"
 PREVIOUS, DELAY, NOISE, RESET = "pi0/previous", "pi0/delay", "pi0/noise", "pi0/reset"
@@ -89,7 +89,7 @@ def add_extras(observation: Mapping[str, Any], extras: Extras) -> dict[str, Any]
 
 def _numbers(key: str, value: Any) -> NDArray[Any]:
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
-        kind = value.dtype if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+        kind = value.dtype if isinstance(value, np.ndarray) else kind_of(value)
         raise ObservationError(f"{key}: expected an array of numbers, found {kind}.")
     return value.copy()  # what comes over the wire is read-only, of which PyTorch would warn
 

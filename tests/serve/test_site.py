@@ -105,8 +105,8 @@ def test_metrics() -> None:
             assert metric(served, "pi0_clients") == 1
             assert metric(served, "pi0_waiting") == 0
             assert metric(served, "pi0_ready") == 1
-        assert metric(served, 'pi0_answers_total{outcome="ok"}') == 2
-        assert metric(served, 'pi0_answers_total{outcome="observation"}') == 1
+        assert metric(served, 'pi0_responses_total{outcome="ok"}') == 2
+        assert metric(served, 'pi0_responses_total{outcome="observation"}') == 1
         for stage in ("decode", "preprocess", "infer", "postprocess", "total"):
             assert metric(served, f'pi0_stage_seconds_count{{stage="{stage}"}}') == 2 + (
                 stage == "decode"

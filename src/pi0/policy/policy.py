@@ -39,7 +39,7 @@ from pi0.policy.setup import PolicyOptions
 
 logger = logging.getLogger("pi0")
 WITHOUT_LIMITS = (
-    "robot %s states no limits of its actions: they are handed out unchecked. A robot file can "
+    "robot %s states no limits of its actions: they are returned unchecked. A robot file can "
     "state them (docs/robots.md)."
 )
 _without_limits: set[str] = set()  # robots of which it was said that they state no limits
@@ -382,7 +382,7 @@ class Policy(Closing):
             robot.limits, actions, state, self.on_limit, robot.action_names, before
         )
         if violations:
-            done = "clamped" if self.on_limit == "clamp" else "handed out as they are"
+            done = "clamped" if self.on_limit == "clamp" else "returned as they are"
             logger.warning("robot %s: %s; %s.", robot.name, summary(violations), done)
         return actions, as_data(violations, self.on_limit)
 

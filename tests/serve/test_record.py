@@ -182,7 +182,10 @@ def test_other_pictures_do_not_fit_and_leave_the_dataset_sound(folder: Path) -> 
             eventually(lambda: not served.server.sessions)
         eventually(lambda: sum(served.server.metrics.recording[w] for w in COUNTED) == 3)
         assert served.server.metrics.recording["errors"] == 1
-        assert "expected episodes of the same cameras and sizes" in served.server.recorder.error
+        assert (
+            "expected episodes of the same cameras and sizes, observation.images.base 24×32 and 14 "
+            "state values, found observation.images.base 20×32 and 14 state values"
+        ) in served.server.recorder.error
     assert episodes(folder) == [[1], [1]]
     with recording(folder) as served:
         with served.connect() as client:

@@ -50,6 +50,12 @@ def get(served: Running, path: str, **headers: str) -> tuple[int, bytes]:
             return error.code, error.read()
 
 
+def raw_request(served: Running, method: str, path: str) -> bytes:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=SOON) as raw:
+        raw.sendall(f"{method} {path} HTTP/1.1\r\nHost: robots\r\n\r\n".encode())
+        return b"".join(iter(lambda: raw.recv(4096), b""))
+
+
 def metric(served: Running, name: str) -> float:
     text = get(served, "/metrics")[1].decode()
     (value,) = re.findall(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
@@ -74,12 +80,18 @@ def test_health_and_readiness() -> None:
 def test_head_is_the_headers_of_get(path: str) -> None:
     with running(make_policy(StateEngine())) as served:
         body = get(served, path)[1]
-        with socket.create_connection(("127.0.0.1", served.port), timeout=SOON) as raw:
-            raw.sendall(f"HEAD {path} HTTP/1.1\r\nHost: robots\r\n\r\n".encode())
-            answer = b"".join(iter(lambda: raw.recv(4096), b""))
-    head, _, rest = answer.partition(b"\r\n\r\n")
+        head, _, rest = raw_request(served, "HEAD", path).partition(b"\r\n\r\n")
     assert f"Content-Length: {len(body)}".encode() in head
     assert rest == b""
+
+
+@pytest.mark.skipif(not hasattr(HandshakeRequest, "method"), reason="websockets 16 takes only GET")
+def test_other_methods_are_refused() -> None:
+    with running(make_policy(StateEngine())) as served:
+        for method in ("POST", "DELETE", "OPTIONS"):
+            answer = raw_request(served, method, "/healthz")
+            assert answer.startswith(b"HTTP/1.1 405 ")
+            assert b"Allow: GET, HEAD\r\n" in answer
 
 
 def test_not_ready_while_it_ends() -> None:

@@ -354,7 +354,8 @@ def _picture_features(keys: list[str]) -> dict[str, str]:
 
 
 def _sizes(schema: Schema) -> str:
-    return f"{dict(schema.cameras)} with {len(schema.columns[STATE])} states"
+    cameras = [f"{name} {height}×{width}" for name, (height, width) in schema.cameras.items()]
+    return f"{', '.join(cameras)} and {len(schema.columns[STATE])} state values"
 
 
 def _shapes(row: Mapping[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:

@@ -177,7 +177,8 @@ class PolicyServer:
             self.sessions.discard(session)
             if self.recorder:
                 self.recorder.end(session.name)
-            logger.info("client %s: disconnected after %d responses", session.name, session.answers)
+            responses = f"{session.answers} response{'' if session.answers == 1 else 's'}"
+            logger.info("client %s: disconnected after %s", session.name, responses)
 
     def _answered(self, answer: Answer, total: float) -> None:
         self.metrics.answered(answer, total)

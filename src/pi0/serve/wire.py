@@ -33,6 +33,8 @@ MEANINGS = {
     r".*incomplete input.*": "one that is cut off",
     r"\d+ exceeds max_ext_len.*": "an extension type",
     r"(\d+) exceeds max_array_len\((\d+)\)": r"a list of \1 values, which may have \2",
+    r"(\w+) is not allowed for map key.*": r"a key of type \1, which must be text",
+    r"'utf-8' codec can't decode (byte \w+) .*": r"text that is not UTF-8 (\1)",
     r"(\d+) exceeds max_map_len\((\d+)\)": r"a map of \1 keys, which may have \2",
 }
 

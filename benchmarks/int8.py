@@ -142,7 +142,7 @@ def rows(checkpoint: Checkpoint, seeds: int, tokens: int) -> Iterator[tuple[str,
     for name, pattern in GROUPS.items():
         yield name, run(pattern=pattern)
     yield "all", run(pattern=".*")
-    yield f"all, {len(scales)} norms evened out", run(scales, pattern=".*")
+    yield f"all, {len(scales)} norms smoothed", run(scales, pattern=".*")
     yield "all, norms folded into matrices", run(folded(checkpoint), pattern=".*")
     yield "all, a scale for 64 inputs", run(pattern=".*", group=64)
     finer = f"all, columns of outliers in float32 ({len(columns)} matrices)"

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=3)
     args = parser.parse_args()
     config = shallow(PRESETS[args.preset], args.blocks)
-    print("| norms' outliers | evened out | displacement error |\n|---|---|---|")
+    print("| norms' outliers | smoothed | displacement error |\n|---|---|---|")
     for factor in (1, 30):
         with tempfile.TemporaryDirectory() as folder:
             layout, dtype = LAYOUTS["openpi"], torch.bfloat16

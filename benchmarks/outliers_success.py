@@ -108,7 +108,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder, out = Path(temporary) / "outliers", Path(temporary) / "results.json"
         rewrite(source, folder)
-        print("| engine | evened out | error | lift | put | push | wrong |")
+        print("| engine | norms smoothed | error | lift | put | push | wrong |")
         print("|---|---|---|---|---|---|---|")
         for engine, evened_out in (("cpu", True), ("cpu:int8", True), ("cpu:int8", False)):
             off = error(source, folder, engine, evened_out)

@@ -60,14 +60,12 @@ def main() -> None:
     robot = find_robot(args.robot)
     width = robot.state_dim or 32
     with served(args) as (address, process):
-        print(
-            "| clients | answers/s | p50 ms | p99 ms | MB of memory |\n|---:|---:|---:|---:|---:|"
-        )
+        print("| clients | chunks/s | p50 ms | p99 ms | MB of memory |\n|---:|---:|---:|---:|---:|")
         for clients in args.clients:
             times = answer_times(address, robot, width, clients, args.seconds)
             print_row(str(clients), times, args.seconds, process)
         if args.soak:
-            print("\n| minute | answers/s | p50 ms | p99 ms | MB of memory | open files |")
+            print("\n| minute | chunks/s | p50 ms | p99 ms | MB of memory | open files |")
             print("|---:|---:|---:|---:|---:|---:|")
             for minute in range(1, int(args.soak) + 1):
                 times = answer_times(address, robot, width, SOAK_CLIENTS, 60 - WARM_UP)

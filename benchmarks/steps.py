@@ -84,7 +84,7 @@ def variants(path: Path, dtype: str) -> dict[str, Callable[[ModelInputs, Tensor]
     found = {
         "as it is": lambda inputs, noise: sample(engine, inputs, noise),
         "padding computed, too": lambda inputs, noise: sample(engine, all_valid(inputs), noise),
-        "pictures of the last call": lambda inputs, noise: sample(engine, inputs, noise, True),
+        "same images and prompt": lambda inputs, noise: sample(engine, inputs, noise, True),
         "state token in every step": on(StateInEveryStep(network.weights, kernels)),
         "time in every step": on(TimeInEveryStep(network.weights, kernels)),
         "attention by PyTorch": on(Network(network.weights, TorchAttention(native))),

@@ -46,6 +46,12 @@ def install_hint(extra: str) -> str:
     return f"In the folder of this repository: pip install '.[{extra}]'."
 
 
+def kind_of(value: object) -> str:
+    """The type of a value in an error message, such as "an int"."""
+    name = type(value).__name__
+    return f"a{'n' if name[0] in 'aeioAEIO' else ''} {name}"
+
+
 def human_bytes(count: int) -> str:
     """A number of bytes as people read it, such as "7.02 GB"."""
     value = float(count)

@@ -172,13 +172,15 @@ def to_npz(inputs: ModelInputs, noise: Tensor) -> dict[str, NDArray[Any]]:
     return {**arrays, "noise": noise.numpy()}
 
 
-def check_noise(config: Pi0Config, batch: int, noise: Tensor) -> Tensor:
-    """The noise itself, if it is float32 [batch, horizon, action_dim] of at most OVERFLOW_SIGMA.
+def check_noise(config: Pi0Config, batch: int | None, noise: Tensor) -> Tensor:
+    """The noise itself, if it is float32 [batch, horizon, action_dim], or without `batch`
+    [horizon, action_dim], of at most OVERFLOW_SIGMA.
 
     Raises:
         ObservationError: it is not.
     """
-    _expect("noise", noise, (batch, config.horizon, config.action_dim), torch.float32)
+    rows = () if batch is None else (batch,)
+    _expect("noise", noise, (*rows, config.horizon, config.action_dim), torch.float32)
     expect_moderate("noise", noise)
     return noise
 

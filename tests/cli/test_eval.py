@@ -74,7 +74,7 @@ def test_table_json_and_films(
     assert data["episodes"] == 4
     assert data["mujoco_gl"] == "egl"
     assert data["env_arguments"] == {"render_mode": "rgb_array"}
-    assert "of each task, MuJoCo draws with egl\n" in stdout
+    assert "of each task, rendered by MuJoCo with egl\n" in stdout
     assert data["sampler"] == "midpoint"
     assert data["checkpoint"] == str(tiny_path)
     assert data["engine"]["name"] == "reference"
@@ -164,7 +164,7 @@ def test_through_a_server(
         code, stdout, stderr = run(*server, *common)
         assert code == 0, stderr
         table = run(*server, *common[:-1])[1]
-        assert "identity real-time chunking, 300 ms of latency added (2 ticks)\nactions" in table
+        assert "identity real-time chunking, 300 ms of added latency (2 ticks)\nactions" in table
         for more in (("--steps", "3"), ("--norm-stats", "none"), (str(tiny_path),)):
             code, _, stderr = run(*server, *ENV, *more)
             assert code == 2

@@ -24,6 +24,7 @@ from test_cli import pi0, refused
 from pi0.checkpoint.infer import to_config_json
 from pi0.cli.main import main
 from pi0.data import Recording, Schema, finish, write_shard
+from pi0.data.lock import locked
 from pi0.policy import Policy
 from pi0.train.log import read_log
 from pi0.train.processes import Processes
@@ -90,7 +91,7 @@ def test_from_pictures_to_actions(place: Path, tmp_path: Path) -> None:
     options += ["--execute", 2]
     done = pi0(*words(place, out, *options, "--save-every", 2, "--draws", 2))
     assert done.returncode == 0, done.stderr
-    assert "from random weights: 2 episodes, 12 frames" in done.stdout
+    assert "training from random weights on cpu: 2 episodes, 12 frames" in done.stdout
     assert "step 4 of 4: loss flow " in done.stdout
     assert "; learning rate 5.50e-04; " in done.stdout
     assert "aux.place " in done.stdout
@@ -109,7 +110,7 @@ def test_from_pictures_to_actions(place: Path, tmp_path: Path) -> None:
     assert policy.n_action_steps == 2
     assert "expected a folder without a run" in refused(*words(place, out, *options))
     done = pi0(*words(place, out, *options, "--save-every", 2, "--draws", 2, "--resume"))
-    assert f"resuming {out}, which began from random weights: 2 episodes" in done.stdout
+    assert f"resuming {out}, which began from random weights on cpu: 2 episodes" in done.stdout
 
 
 def test_estimate_names_what_takes_memory(place: Path) -> None:
@@ -201,6 +202,13 @@ def test_sigterm_saves_and_resumes(place: Path, tmp_path: Path) -> None:
 def test_refused(more: list[str], message: str, place: Path, tmp_path: Path) -> None:
     assert message in refused(*words(place, tmp_path / "out", *more))
     assert not (tmp_path / "out").exists()
+
+
+def test_two_runs_in_one_folder(place: Path, tmp_path: Path) -> None:
+    """The second is refused before it decodes pictures; the first one's folder stays."""
+    with locked(tmp_path / "out"):
+        assert "no other process is writing into" in refused(*words(place, tmp_path / "out"))
+        assert (tmp_path / "out").is_dir()
 
 
 def test_a_run_that_fails_at_its_first_step_leaves_nothing(place: Path, tmp_path: Path) -> None:

@@ -314,6 +314,14 @@ def test_full_disk_leaves_nothing(folder: Path) -> None:
     assert sorted(folder.iterdir()) == before
 
 
+def test_nothing_is_written_into_the_package() -> None:
+    shipped = find_files("tabletop").folder
+    before = sorted(shipped.iterdir())
+    with pytest.raises(EngineError, match="found the package's own"):
+        make_engine("cpu:int8", open_checkpoint("tabletop"), weight_cache=True)
+    assert sorted(shipped.iterdir()) == before
+
+
 def test_read_only_folder_is_refused_before_packing(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

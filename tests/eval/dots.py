@@ -163,7 +163,22 @@ class WideEnv(DotsEnv):
         self.action_space = Box(-1, 1, (3,), np.float32)
 
 
-for kind in (DotsEnv, PlainEnv, BrokenEnv, SilentEnv, OldEnv, NanEnv, BlindEnv, WideEnv):
+class OneTaskEnv(DotsEnv):
+    tasks = "red"  # type: ignore[assignment]
+
+
+class WordEnv(DotsEnv):
+    def _info(self):
+        return super()._info() | {"success": "yes"}
+
+
+class ListEnv(DotsEnv):
+    def _info(self):
+        return super()._info() | {"prompt": ["move", "the dot"]}
+
+
+KINDS = (DotsEnv, PlainEnv, BrokenEnv, SilentEnv, OldEnv, NanEnv, BlindEnv, WideEnv)
+for kind in (*KINDS, OneTaskEnv, WordEnv, ListEnv):
     name = f"test/{kind.__name__.removesuffix('Env')}-v0"
     if name not in gymnasium.registry:
         gymnasium.register(name, entry_point=kind, max_episode_steps=40)

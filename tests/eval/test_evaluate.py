@@ -163,6 +163,9 @@ REFUSED = {
     "dots:test/Plain-v0": r"expected image, position in .*robot dots, found agent_pos, pixels/top",
     "dots:test/Wide-v0": "expected a policy with 3 actions, found 2 of robot dots",
     "dots:test/Old-v0": "expected reset to succeed, found ValueError",
+    "dots:test/OneTask-v0": "expected its attribute tasks to be a tuple of names, found 'red'",
+    "dots:test/Word-v0": "expected true or false as success in info, found 'yes'",
+    "dots:test/List-v0": r"prompt: expected a sentence from --prompt .*found \['move', 'the dot'\]",
     "dots:test/Silent-v0": "expected success or is_success in info, found prompt, distance",
 }
 

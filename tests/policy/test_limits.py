@@ -38,7 +38,7 @@ def test_each_kind_is_named() -> None:
     assert "action joint: expected at most 1, found 1.3 at tick 1 and 1 more" in message
     assert "action joint: expected a change of at most 0.5 a tick, found 0.7 at tick 0" in message
     assert "action gripper: expected at least 0, found -0.2 at tick 2" in message
-    assert "No action of this chunk is handed out" in message
+    assert "No action of this chunk is returned" in message
 
 
 def test_warn_hands_out_what_came() -> None:

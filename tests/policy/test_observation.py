@@ -194,11 +194,13 @@ def test_default_prompt() -> None:
         ({}, "expected a sentence under prompt or task, .* found none"),
         ({"prompt": ""}, "expected a sentence under prompt or task, .* found ''"),
         ({"prompt": "  \n"}, "expected a sentence"),
-        ({"prompt": 3}, "prompt: expected a sentence, found a int"),
+        ({"prompt": 3}, "prompt: expected a sentence, found an int"),
         ({"prompt": ["a", "b"]}, "found a list of 2"),
         ({"prompt": np.array(["a", "b"])}, r"found an array of <U1 \[2\]"),
         ({"prompt": "go", "task": "stop"}, "one sentence, found 'go' under prompt and 'stop'"),
-        ({"prompt": "caf\ud83d"}, r"written as UTF-8, found '\\ud83d' at position 3"),
+        ({"prompt": "caf\ud83d"}, r"expected text in UTF-8, found '\\ud83d' at position 3"),
+        ({"prompt": "caf\udce9"}, "expected text in UTF-8, found the byte 0xe9 at position 3"),
+        ({"prompt": b"caf\xe9"}, "expected text in UTF-8, found the byte 0xe9 at position 3"),
     ],
 )
 def test_what_is_no_prompt(observation: dict, message: str) -> None:

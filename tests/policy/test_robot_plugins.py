@@ -60,7 +60,7 @@ def test_act_and_inspect(installed: Path, tiny_path: Path, tmp_path: Path) -> No
     ("robot", "message"),
     [
         ("broken", "plug-in pi0-mine 1.2 (pi0.robots: broken): expected nowhere:ARM to be import"),
-        ("none", "expected my_robots:NONE to be a Robot, found a int"),
+        ("none", "expected my_robots:NONE to be a Robot, found an int"),
         ("r2d2", "pi05_libero, my_arm, broken, none or a file.toml, found 'r2d2'"),
     ],
 )

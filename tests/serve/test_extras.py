@@ -115,8 +115,9 @@ CHUNK = np.zeros((3, 14), np.float32)
         ({"pi0/previous": CHUNK, "pi0/delay": True}, "pi0/delay: expected a whole number"),
         ({"pi0/previous": [[0.0]]}, "pi0/previous: expected an array of numbers, found a list"),
         ({"pi0/noise": np.array("text")}, "pi0/noise: expected an array of numbers, found <U4"),
-        ({"pi0/noise": np.zeros((3, 32))}, r"noise: expected float32 \[1, 50, 32\], found"),
-        ({"pi0/noise": np.full((50, 32), np.nan)}, "noise: expected finite values"),
+        ({"pi0/noise": np.zeros((3, 32))}, r"^pi0/noise: expected float32 \[50, 32\], found"),
+        ({"pi0/noise": np.zeros((2, 50, 32))}, r"^pi0/noise: expected float32 \[1, 50, 32\], f"),
+        ({"pi0/noise": np.full((50, 32), np.nan)}, "^pi0/noise: expected finite values"),
         ({"pi0/previous": CHUNK}, "pi0/previous: expected a server that continues chunks, found"),
     ],
     ids=str,
@@ -131,10 +132,10 @@ def test_extra_keys_are_checked(extra: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("previous", "delay", "message"),
     [
-        (np.zeros((51, 32)), 0, "previous: expected 1 to 50 actions"),
-        (np.zeros((3, 31)), 0, r"previous: expected .*32\], found shape \[3, 31\]"),
-        (np.zeros((3, 32)), 51, "delay: expected a number of ticks from 0 to 50"),
-        (np.full((3, 32), np.nan), 0, "previous: expected finite values"),
+        (np.zeros((51, 32)), 0, "^pi0/previous: expected 1 to 50 actions"),
+        (np.zeros((3, 31)), 0, r"^pi0/previous: expected .*32\], found shape \[3, 31\]"),
+        (np.zeros((3, 32)), 51, "^pi0/delay: expected a number of ticks from 0 to 50"),
+        (np.full((3, 32), np.nan), 0, "^pi0/previous: expected finite values"),
     ],
 )
 def test_a_previous_chunk_that_is_none(

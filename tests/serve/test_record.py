@@ -88,6 +88,16 @@ def test_what_is_recorded(folder: Path) -> None:
     assert np.abs(picture.astype(int) - ODD[:22, :30]).mean() < 10  # as AV1 keeps it
 
 
+def test_pictures_smaller_than_a_videos_are_padded(folder: Path) -> None:
+    thin = np.full((9, 1, 3), 200, np.uint8)
+    with recording(folder) as served, served.connect() as client:
+        ask(client, observation(1, images={"base": thin, "wrist": IMAGE}))
+    assert episodes(folder) == [[1]]
+    picture = Dataset.open(folder).frames("observation.images.base")[np.array([0])][0]
+    assert picture.shape == (8, 4, 3)
+    assert np.abs(picture.astype(int) - 200).max() < 10
+
+
 def test_what_begins_an_episode(folder: Path) -> None:
     """A connection, `pi0/reset`, another sentence; clients beside each other do not mix."""
     with recording(folder) as served, served.connect() as one, served.connect() as two:
@@ -172,7 +182,10 @@ def test_other_pictures_do_not_fit_and_leave_the_dataset_sound(folder: Path) -> 
             eventually(lambda: not served.server.sessions)
         eventually(lambda: sum(served.server.metrics.recording[w] for w in COUNTED) == 3)
         assert served.server.metrics.recording["errors"] == 1
-        assert "expected episodes of the same cameras and sizes" in served.server.recorder.error
+        assert (
+            "expected episodes of the same cameras and sizes, observation.images.base 24×32 and 14 "
+            "state values, found observation.images.base 20×32 and 14 state values"
+        ) in served.server.recorder.error
     assert episodes(folder) == [[1], [1]]
     with recording(folder) as served:
         with served.connect() as client:

@@ -63,5 +63,5 @@ def test_too_late_for_the_robot_is_said(
     row = {"engine": "cpu", "batch": 1, "control_hz": 10.0, "execute": 10, "robots": 4}
     print_rows([{**row, **asdict(Load(1, 4.2, 0.1, p99))}], as_json=False, out=None)
     printed = capsys.readouterr().out
-    assert "enough for 4 robots at 10 Hz, 10 actions of each chunk" in printed
+    assert "enough for 4 robots at 10 Hz, executing 10 actions of each chunk" in printed
     assert ("p99 is longer than these actions last, 1000 ms" in printed) == late

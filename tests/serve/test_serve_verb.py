@@ -20,6 +20,7 @@ from serving import IMAGE, SOON, StateEngine, ask, make_policy, read, running
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from pi0.data.lock import locked
 from pi0.policy import RealTimeChunking
 from pi0.serve.wire import pack
 
@@ -151,6 +152,7 @@ def test_the_example_gets_actions_and_errors() -> None:
         (["--on-limit", "no"], "on_limit: expected one of error, clamp, warn"),
         (["--robot", "aloha"], "state"),
         (["--record", "other"], "expected a new folder or a dataset written by pi0, found meta/"),
+        (["--record", "held"], "expected a folder that no other process is writing into"),
     ],
     ids=str,
 )
@@ -168,7 +170,7 @@ def test_refused_with_one_sentence(
     (tmp_path / "other" / "meta" / "info.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["pi0", *command(libero, "--port", "0", *words)[3:]])
-    with pytest.raises(SystemExit) as ended:
+    with locked(tmp_path / "held"), pytest.raises(SystemExit) as ended:
         main()
     captured = capsys.readouterr()
     assert ended.value.code == 2

@@ -30,6 +30,7 @@ from serving import (
     running,
 )
 from websockets.exceptions import InvalidStatus
+from websockets.http11 import Request as HandshakeRequest
 
 from pi0.serve.options import ServeOptions
 from pi0.serve.wire import pack
@@ -49,6 +50,12 @@ def get(served: Running, path: str, **headers: str) -> tuple[int, bytes]:
             return error.code, error.read()
 
 
+def raw_request(served: Running, method: str, path: str) -> bytes:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=SOON) as raw:
+        raw.sendall(f"{method} {path} HTTP/1.1\r\nHost: robots\r\n\r\n".encode())
+        return b"".join(iter(lambda: raw.recv(4096), b""))
+
+
 def metric(served: Running, name: str) -> float:
     text = get(served, "/metrics")[1].decode()
     (value,) = re.findall(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
@@ -66,6 +73,25 @@ def test_health_and_readiness() -> None:
         served.ready.wait(SOON)
         assert get(served, "/readyz") == (200, b"ready\n")
         assert get(served, "/nowhere")[0] == 404
+
+
+@pytest.mark.skipif(not hasattr(HandshakeRequest, "method"), reason="websockets 16 takes only GET")
+@pytest.mark.parametrize("path", ["/healthz", "/", "/nowhere"])
+def test_head_is_the_headers_of_get(path: str) -> None:
+    with running(make_policy(StateEngine())) as served:
+        body = get(served, path)[1]
+        head, _, rest = raw_request(served, "HEAD", path).partition(b"\r\n\r\n")
+    assert f"Content-Length: {len(body)}".encode() in head
+    assert rest == b""
+
+
+@pytest.mark.skipif(not hasattr(HandshakeRequest, "method"), reason="websockets 16 takes only GET")
+def test_other_methods_are_refused() -> None:
+    with running(make_policy(StateEngine())) as served:
+        for method in ("POST", "DELETE", "OPTIONS"):
+            answer = raw_request(served, method, "/healthz")
+            assert answer.startswith(b"HTTP/1.1 405 ")
+            assert b"Allow: GET, HEAD\r\n" in answer
 
 
 def test_not_ready_while_it_ends() -> None:
@@ -91,8 +117,8 @@ def test_metrics() -> None:
             assert metric(served, "pi0_clients") == 1
             assert metric(served, "pi0_waiting") == 0
             assert metric(served, "pi0_ready") == 1
-        assert metric(served, 'pi0_answers_total{outcome="ok"}') == 2
-        assert metric(served, 'pi0_answers_total{outcome="observation"}') == 1
+        assert metric(served, 'pi0_responses_total{outcome="ok"}') == 2
+        assert metric(served, 'pi0_responses_total{outcome="observation"}') == 1
         for stage in ("decode", "preprocess", "infer", "postprocess", "total"):
             assert metric(served, f'pi0_stage_seconds_count{{stage="{stage}"}}') == 2 + (
                 stage == "decode"

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pi0.cli.main import main
+from pi0.data.lock import locked
 from pi0.data.read import Dataset
 from pi0.data.write import begin
 from pi0.errors import ConfigError, DataError, Pi0Error
@@ -77,6 +78,12 @@ def test_no_task_is_not_every_task(tmp_path, monkeypatch, capsys):
         main()
     assert "task: expected one of lift, put, push" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_two_recordings_into_one_folder(tmp_path):
+    with locked(tmp_path), pytest.raises(Pi0Error, match="no other process is writing into"):
+        record(Plan(1, image_size=16), tmp_path, 1, lambda _: None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_interrupted_recording_goes_on(tmp_path):

@@ -91,6 +91,20 @@ def test_the_robot_that_the_dataset_names() -> None:
     assert "robot" not in {f.code for f in examine(episodes, generic, SIZES, {}, stated=False)}
 
 
+@pytest.mark.parametrize(("gap", "warned"), [(0.1, False), (0.2, True), (0.01, True)])
+def test_a_recording_of_a_server_that_was_asked_now_and_then(gap: float, warned: bool) -> None:
+    episodes = Episodes()
+    seconds = np.concatenate([np.arange(n) * gap for n in np.diff(episodes.episode_starts)])
+    episodes.columns["served.seconds"] = seconds.astype(np.float32)[:, None]
+    episodes.names = {**episodes.names, "served.seconds": ("seconds",)}
+    found = {f.code: f for f in examine(cast(Dataset, episodes), ROBOT, SIZES, {})}
+    assert ("served-rate" in found) == warned
+    if warned:
+        assert (
+            f"0.1 s after the one before, found a median of {gap}" in found["served-rate"].sentence
+        )
+
+
 @pytest.mark.parametrize("key", ["observation.state", "action"])
 def test_values_that_statistics_make_huge(tmp_path: Path, key: str) -> None:
     """A button that is pressed in one frame of two hundred has quantiles without spread."""

@@ -95,6 +95,13 @@ def test_wrong_sizes_are_named(tmp_path: Path, change: dict[str, object], messag
         find_start(str(path))
 
 
+def test_a_name_that_is_no_preset_lists_those_that_are() -> None:
+    with pytest.raises(CheckpointError, match=r"found nothing there\. Presets, .* small, tiny"):
+        find_start("tinny")
+    with pytest.raises(CheckpointError, match=r"found nothing there\.$"):
+        find_start("./folder")
+
+
 @pytest.mark.parametrize("name", ["tiny", "small", "pi05_tiny"])
 def test_random_weights_keep_their_scale(name: str) -> None:
     """Every stage has values of the order of 1; the seed decides them."""

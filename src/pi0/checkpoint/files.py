@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pi0.checkpoint.damage import describe_json, describe_safetensors
-from pi0.errors import CheckpointError, Pi0Error, human_bytes
+from pi0.errors import CheckpointError, Pi0Error, human_bytes, kind_of
 
 SLAB_BYTES = 64 << 20
 TEMPORARY = re.compile(r"\..+\.\d+\.part")  # what `_temporary` makes
@@ -340,7 +340,7 @@ def read_json(path: Path) -> dict[str, object]:
         found = describe_json(path, error)
         raise CheckpointError(f"{path}: expected JSON, found {found}") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found a {type(value).__name__}.")
+        raise CheckpointError(f"{path}: expected a JSON object, found {kind_of(value)}.")
     return value
 
 

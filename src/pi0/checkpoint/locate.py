@@ -32,7 +32,7 @@ CHECKPOINT_FILES = (
 # Safetensors files that are no weights: adapters, and what a LeRobot run needs to go on.
 NO_WEIGHTS = (*ADAPTER_FILES, "optimizer_state.safetensors", "rng_state.safetensors")
 MOST_FOLDERS = 1000  # that are looked into for something to name
-SHIPPED = "shipped"  # a folder of the package
+SHIPPED = Path(__file__).parents[1] / "shipped"
 SHIPPED_POLICIES = ("tabletop",)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ARCHIVES = (".tar", ".tgz", ".gz", ".zst", ".xz", ".bz2", ".zip", ".7z")
@@ -151,7 +151,7 @@ def find_base(folder: Path, declared: object, named: Path | str | None) -> Path:
 
 def _shipped(path: Path) -> Path:
     """Where a policy of that name lies in the package, unless something here has that name."""
-    inside = Path(__file__).parents[1] / SHIPPED / path.name
+    inside = SHIPPED / path.name
     is_name = path.name in SHIPPED_POLICIES and str(path) == path.name
     return inside if is_name and not os.path.lexists(path) else path
 

@@ -73,7 +73,7 @@ def bench(
     serve: Annotated[
         bool,
         typer.Option(
-            "--serve", help="Measure engines behind `pi0 serve` instead: answers/s, and robots."
+            "--serve", help="Measure engines behind `pi0 serve` instead: chunks/s, and robots."
         ),
     ] = False,
     clients: Annotated[

@@ -1,4 +1,4 @@
-"""`pi0 bench --serve`: answers per second of engines behind the server, in robots."""
+"""`pi0 bench --serve`: chunks per second of engines behind the server, in robots."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def bench_serve(
 def print_rows(rows: list[dict[str, Any]], as_json: bool, out: Path | None) -> None:
     """Shows what was measured, and writes it as JSON."""
     from pi0.checkpoint.files import replacing
-    from pi0.cli.show import print_json, print_line, to_json
+    from pi0.cli.show import count, print_json, print_line, to_json
 
     if as_json:
         print_json(rows)
@@ -81,10 +81,11 @@ def print_rows(rows: list[dict[str, Any]], as_json: bool, out: Path | None) -> N
             lasts = row["execute"] / row["control_hz"]
             late = f"; p99 is longer than these actions last, {lasts * 1e3:.0f} ms"
             print_line(
-                f"{row['engine']}, clients: {row['clients']}{batches}: {row['rate']:.1f} "
-                f"answers/s, p50 {row['p50'] * 1e3:.0f} ms, p99 {row['p99'] * 1e3:.0f} ms: "
-                f"enough for {row['robots']} robots at {row['control_hz']:g} Hz, "
-                f"{row['execute']} actions of each chunk{late if row['p99'] > lasts else ''}"
+                f"{row['engine']}, {count(row['clients'], 'client')}{batches}: {row['rate']:.1f} "
+                f"chunks/s, p50 {row['p50'] * 1e3:.0f} ms, p99 {row['p99'] * 1e3:.0f} ms: "
+                f"enough for {count(row['robots'], 'robot')} at {row['control_hz']:g} "
+                f"Hz, executing {count(row['execute'], 'action')} of each chunk"
+                + (late if row["p99"] > lasts else "")
             )
     if out:
         with replacing(out) as temporary:

@@ -274,10 +274,10 @@ def _print_outliers(norms: dict[str, Any]) -> None:
         largest = max(norm["largest_channel_by_median"] for norm in norms.values())
         print_line(
             f"cpu:int8: outliers in {count(len(norms), 'norm')}, up to {largest:.0f} times the "
-            "median, are evened out between norm and matrices\n"
+            "median, are smoothed: scaled down there and up in the matrices that follow\n"
         )
     else:
-        print_line("cpu:int8: no outliers to even out between norms and matrices\n")
+        print_line("cpu:int8: no outliers in norms to smooth\n")
 
 
 def _print_policy(policy: dict[str, Any]) -> None:
@@ -299,8 +299,9 @@ def _print_policy(policy: dict[str, Any]) -> None:
         print_line(f"  {' '.join(f'--image {name}=FILE' for name in names)}")
         relative = sum(robot["relative"])
         print_line(
-            f"  actions: {policy['horizon']} of {robot['action_dim'] or '?'}, {relative} of them "
-            f"relative to the state; limits {'stated' if robot['limits'] else 'none stated'}"
+            f"  actions: chunks of {policy['horizon']} with {robot['action_dim'] or '?'} values "
+            f"each, {relative} of them relative to the state; limits "
+            f"{'stated' if robot['limits'] else 'not stated'}"
         )
     for name in ("statistics", "tokenizer", "preprocessing"):
         if name in sources:

@@ -114,7 +114,7 @@ def _print(opened: tuple[Checkpoint, ...], weights: WeightsDiff, policies: Polic
             [d.what, _short(d.a), _short(d.b), _names(d.also), d.remedy]
             for d in policies.differences
         ]
-        columns = ["what", "A", "B", "so that also", "say it with"]
+        columns = ["what", "A", "B", "also affects", "set with"]
         table("Settings that differ", columns, rows, left=5)
     for dtype, rounded in weights.rounded.items():
         were = "tensor was" if rounded == 1 else "tensors were"

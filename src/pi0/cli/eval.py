@@ -321,11 +321,11 @@ def _run(
 
 
 def _print(results: Results) -> None:
-    from pi0.cli.show import print_line, table
+    from pi0.cli.show import count, print_line, table
 
     run, latency = results.run, results.latency
     tasks = {**results.tasks, **({"all": results.total} if len(results.tasks) > 1 else {})}
-    columns = ["task", "success", "rate", "95 % interval", "wrong", "steps", "of successes"]
+    columns = ["task", "success", "rate", "95 % interval", "wrong", "steps", "in successes"]
     changed = [
         *(["prompt swapped"] if run["prompt_swap"] else []),
         *(["cameras blank"] if run["blank_cameras"] else []),
@@ -337,26 +337,26 @@ def _print(results: Results) -> None:
     print_line(
         f"robot {run['robot']}, {run['steps']} denoising steps ({run['sampler']}), "
         f"{run['execute']} actions executed of each chunk, seeds {run['seed_start']} to {last} of "
-        "each task" + (f", MuJoCo draws with {run['mujoco_gl']}" if run["mujoco_gl"] else "")
+        "each task" + (f", rendered by MuJoCo with {run['mujoco_gl']}" if run["mujoco_gl"] else "")
     )
     print_line(
-        f"engine {engine['name']}:{engine['precision']}: {latency['median_ms']:.1f} ms an "
+        f"engine {engine['name']}:{engine['precision']}: {latency['median_ms']:.1f} ms per "
         f"inference (median), {latency['p99_ms']:.1f} ms (99th percentile), "
-        f"{latency['inferences']} inferences"
+        f"{count(int(latency['inferences']), 'inference')}"
     )
     jump, guided = results.border_jump, (run["real_time"] or {}).get("jacobian", "no")
     if jump["borders"]:
         print_line(
-            f"{guided} real-time chunking, {run['injected_latency']:g} ms of latency added "
-            f"({run['delay']} ticks)"
+            f"{guided} real-time chunking, {run['injected_latency']:g} ms of added latency "
+            f"({count(run['delay'], 'tick')})"
         )
         print_line(
-            f"actions jump from chunk to chunk by {jump['rms']:.4g} (root mean square of "
-            f"{jump['borders']} borders), {jump['max']:.4g} at most, in the robot's units"
+            f"actions jump by {jump['rms']:.4g} at chunk boundaries (root mean square of "
+            f"{jump['borders']}), by {jump['max']:.4g} at most, in the robot's units"
         )
     if results.total.outside:
         print_line(
-            f"{results.total.outside} values of actions were beyond the action space "
+            f"{count(results.total.outside, 'action value')} beyond the action space "
             f"(--on-limit {run['on_limit']})"
         )
 

@@ -120,7 +120,7 @@ def serve(
     """Serve a policy over the network: clients of openpi connect as they are.
 
     The port also answers /healthz, /readyz (200 once the policy is warm), /metrics for Prometheus,
-    and / with a live page. Ctrl-C or SIGTERM ends it after the answers that are under way.
+    and / with a live page. Ctrl-C or SIGTERM ends it after delivering the responses in progress.
 
     **Examples**
 
@@ -157,7 +157,7 @@ def serve(
         require_writable(record / INFO)
     key = read_api_key(expand_user(api_key_file)) if api_key_file else None
     tls = make_tls(*(path and expand_user(path) for path in (tls_cert, tls_key)))
-    with bind(host, port) as sock:
+    with bind(host, port) as sock, contextlib.ExitStack() as held:
         check_exposure(sock, key, tls is not None, allow_no_key)
         limits = MessageLimits(max_message << 20, max_message << 19)
         waits = batch, (batch_wait or 0) / 1e3
@@ -167,9 +167,11 @@ def serve(
         setup = prepare(opened, wishes)
         pipeline = setup.require()
         if record:
+            from pi0.data.lock import locked
             from pi0.serve.record import require_own
 
             require_own(record, pipeline)
+            held.enter_context(locked(record))
         size = wishes.image_size
         spec = choose_engine(engine, opened.config, dtype, device, size)
         find_engine(spec.name).check_batch(batch)

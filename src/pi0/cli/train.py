@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -272,7 +271,7 @@ def _run(
     from pi0.checkpoint.files import expand_user
     from pi0.cli.show import print_line
     from pi0.data.read import Dataset
-    from pi0.train.loop import require_folder, train
+    from pi0.train.loop import keep_folder, require_folder, train
     from pi0.train.prepare import prepare_run, settings_of
     from pi0.train.processes import join_processes
 
@@ -280,16 +279,17 @@ def _run(
     with join_processes(device) as processes, contextlib.ExitStack() as stack:
         require_folder(out, resume)
         dataset = Dataset.open(data)
-        stack.enter_context(_nothing_left(out, processes.first))
+        stack.enter_context(keep_folder(out, processes.first))
         with _decoding() as decoded:
             run = prepare_run(start, dataset, out, wanted, processes, decoded)
         if processes.first:
             trained = sum(p.numel() for p in run.trainer.parameters.values())
-            how = f"resuming {out}, which began " if resume else ""
+            how = f"resuming {out}, which began from" if resume else "training from"
             begin = "random weights" if start.checkpoint is None else start.checkpoint.path
+            on = f"{processes.count} × " * (processes.count > 1) + str(processes.device)
             print_line(
-                f"{how}from {begin}: {dataset.num_episodes} episodes, {dataset.num_frames} frames; "
-                f"{trained:,} parameters are trained on {processes.count} × {processes.device}"
+                f"{how} {begin} on {on}: {dataset.num_episodes} episodes, {dataset.num_frames} "
+                f"frames, {trained:,} trainable parameters"
             )
         settings = settings_of(start, dataset, wanted)
         with _display(wanted.optimizer.steps, run.trainer, processes.first) as shown:
@@ -297,21 +297,6 @@ def _run(
         if processes.first:
             _print_outcome(outcome)
         return outcome
-
-
-@contextlib.contextmanager
-def _nothing_left(out: Path, first: bool) -> Iterator[None]:
-    """Removes a folder that the block made if it fails before there is a checkpoint; the first
-    process does."""
-    from pi0.train.loop import LAST
-
-    made = not out.exists()
-    try:
-        yield
-    except BaseException:
-        if made and first and not (out / LAST).exists():
-            shutil.rmtree(out, ignore_errors=True)
-        raise
 
 
 @contextlib.contextmanager

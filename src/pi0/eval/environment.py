@@ -77,7 +77,7 @@ class Environment:
         self._options = options
         self._env = _make(options, film)
         inner, space = self._env.unwrapped, self._env.action_space
-        self.tasks = tuple(getattr(inner, "tasks", None) or ())
+        self.tasks = self._declared(getattr(inner, "tasks", None))
         metadata = self._env.metadata
         self.robot = metadata.get("robot")
         self.fps = float(metadata.get("render_fps") or DEFAULT_FPS)
@@ -97,6 +97,17 @@ class Environment:
                 f"{self._env.observation_space}. A wrapper may add pictures, such as Gymnasium's "
                 "AddRenderObservation."
             )
+
+    def _declared(self, tasks: Any) -> tuple[str, ...]:
+        """The tasks that an environment has as an attribute."""
+        if tasks is None:
+            return ()
+        if not isinstance(tasks, (tuple, list)) or not all(isinstance(t, str) for t in tasks):
+            raise ConfigError(
+                f"environment {self.id}: expected its attribute tasks to be a tuple of names, "
+                f"found {tasks!r:.80}."
+            )
+        return tuple(tasks)
 
     def require_tasks(self, tasks: tuple[str, ...], seed: int) -> None:
         """Refuses tasks, if it declares none or fails with one of them."""
@@ -225,10 +236,19 @@ class Environment:
     def _moment(self, observation: Any, info: Mapping[str, Any], over: bool) -> Moment:
         prompt = info.get("prompt") if self._options.prompt is None else self._options.prompt
         success, wrong = (
-            next((_flag(info[key]) for key in keys if info.get(key) is not None), None)
+            next((self._flag(key, info[key]) for key in keys if info.get(key) is not None), None)
             for keys in (SUCCESS_KEYS, ("wrong",))
         )
         return Moment(observation, prompt, success, wrong, over)
+
+    def _flag(self, key: str, value: Any) -> bool:
+        try:
+            return bool((np.asarray(value) > 0).any())  # NaN is no success
+        except TypeError as error:
+            raise ConfigError(
+                f"environment {self.id}: expected true or false as {key} in info, found "
+                f"{value!r:.80}."
+            ) from error
 
     def _call(self, what: str, function: Callable[..., T], *args: Any, **options: Any) -> T:
         try:
@@ -259,10 +279,11 @@ def read(moment: Moment, pipeline: Surface, blank_cameras: bool) -> dict[str, An
     Raises:
         ObservationError: there is no sentence.
     """
-    if not (moment.prompt or "").strip():
+    if not isinstance(moment.prompt, str) or not moment.prompt.strip():
         raise ObservationError(
             "prompt: expected a sentence from --prompt or the environment's info, found "
-            f"{'none' if moment.prompt is None else repr(moment.prompt)}. Name it with --prompt."
+            + ("none" if moment.prompt is None else f"{moment.prompt!r:.80}")
+            + ". Name it with --prompt."
         )
     out: dict[str, Any] = {"prompt": moment.prompt}
     for camera in pipeline.robot.cameras:
@@ -344,7 +365,3 @@ def _limits(space: Any) -> ActionLimits:
     )
     none = (None,) * len(low)
     return ActionLimits(low, high, none, none)
-
-
-def _flag(value: Any) -> bool:
-    return bool((np.asarray(value) > 0).any())  # NaN is no success

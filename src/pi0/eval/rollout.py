@@ -83,7 +83,7 @@ class Runner:
                 f"latency: expected the next chunk before the {horizon} actions of the last are "
                 f"over, found {self.execute} that are executed before it is asked for and "
                 f"{self.delay} ticks of {1000 / env.fps:g} ms until it is there. Execute fewer "
-                "(--execute)."
+                "(--execute), or lower --latency."
             )
         if plan.perturb and not isinstance(policy, Policy):
             raise ConfigError(

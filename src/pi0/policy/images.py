@@ -120,7 +120,7 @@ def channels_last(name: str, image: Array) -> Array:
         if not (low >= -SLACK and high <= 1 + SLACK):  # false for NaN, too
             raise ObservationError(
                 f"image {name}: expected floating-point pixels in [0, 1], found {low} to {high}. "
-                "Divide 8-bit values by 255 or hand them over as uint8."
+                "Divide 8-bit values by 255, or pass them as uint8."
             )
         if low < 0 or high > 1:
             image = image.clip(0, 1)

@@ -128,7 +128,7 @@ def apply_limits(
     ]
     if violations and on_limit == "error":
         raise LimitError(
-            summary(violations) + ". No action of this chunk is handed out; "
+            summary(violations) + ". No action of this chunk is returned; "
             'on_limit="clamp" would bring them within the limits.'
         )
     if violations and on_limit == "clamp":

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pi0.errors import ObservationError
+from pi0.errors import ObservationError, kind_of
 from pi0.policy.robot import Robot
 
 Floats = NDArray[np.float64]
@@ -238,9 +238,11 @@ def _text(key: str, value: Any) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
+        bad = ord(value[error.start])
+        # Bytes that are no UTF-8 stand as U+DC80 to U+DCFF, here and in arguments of a command.
+        found = f"the byte {bad - 0xDC00:#x}" if 0xDC80 <= bad <= 0xDCFF else f"{chr(bad)!r}"
         raise ObservationError(
-            f"{key}: expected text that can be written as UTF-8, found {value[error.start]!r} at "
-            f"position {error.start}."
+            f"{key}: expected text in UTF-8, found {found} at position {error.start}."
         ) from error
     return str(value)
 
@@ -303,4 +305,4 @@ def _kind(value: Any) -> str:
     if type(value) is np.ndarray:
         return f"an array of {value.dtype} {list(value.shape)}"
     of = f" of {len(value)}" if isinstance(value, (list, tuple)) else ""
-    return f"a {type(value).__name__}{of}"
+    return f"{kind_of(value)}{of}"

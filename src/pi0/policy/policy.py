@@ -39,7 +39,7 @@ from pi0.policy.setup import PolicyOptions
 
 logger = logging.getLogger("pi0")
 WITHOUT_LIMITS = (
-    "robot %s states no limits of its actions: they are handed out unchecked. A robot file can "
+    "robot %s states no limits of its actions: they are returned unchecked. A robot file can "
     "state them (docs/robots.md)."
 )
 _without_limits: set[str] = set()  # robots of which it was said that they state no limits
@@ -356,7 +356,8 @@ class Policy(Closing):
         given = to_tensor("noise", noise)
         if given.is_floating_point():
             given = given.detach().to("cpu", torch.float32)
-        return check_noise(self.engine.config, 1, given if given.ndim == 3 else given[None])
+        batch = 1 if given.ndim == 3 else None
+        return check_noise(self.engine.config, batch, given).view(1, *self.noise_shape)
 
     def _guidance(
         self, previous: NDArray[np.floating] | None, delay: int, state: NDArray[np.float64]
@@ -382,7 +383,7 @@ class Policy(Closing):
             robot.limits, actions, state, self.on_limit, robot.action_names, before
         )
         if violations:
-            done = "clamped" if self.on_limit == "clamp" else "handed out as they are"
+            done = "clamped" if self.on_limit == "clamp" else "returned as they are"
             logger.warning("robot %s: %s; %s.", robot.name, summary(violations), done)
         return actions, as_data(violations, self.on_limit)
 

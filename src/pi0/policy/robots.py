@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pi0.errors import Pi0Error
+from pi0.errors import Pi0Error, kind_of
 from pi0.plugins import ROBOTS as PLUGIN_GROUP
 from pi0.plugins import describe, find_plugins, load_plugin
 from pi0.policy.robot import SLOTS, Camera, Floats, Robot
@@ -183,8 +183,8 @@ def find_robot(robot: str | Path | Robot, pi05: bool = False) -> Robot:
     found = load_plugin(entry)
     if not isinstance(found, Robot):
         raise Pi0Error(
-            f"plug-in {describe(entry)}: expected {entry.value} to be a Robot, found a "
-            f"{type(found).__name__}."
+            f"plug-in {describe(entry)}: expected {entry.value} to be a Robot, found "
+            f"{kind_of(found)}."
         )
     return found
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from pi0 import __version__
 from pi0.errors import EngineError, LimitError, ObservationError, Pi0Error
 from pi0.policy import Encoded, Policy, Sampled
-from pi0.serve.extras import split_extras
+from pi0.serve.extras import naming_extras, split_extras
 from pi0.serve.wire import MessageLimits, pack, unpack
 
 logger = logging.getLogger("pi0.serve")
@@ -271,12 +271,13 @@ class Answerer:
                 "it with --real-time, or leave the key out."
             )
         task.reset = extras.reset
-        return self.policy.encode(
-            task.observation,
-            request.noise if extras.noise is None else extras.noise,
-            previous=extras.previous,
-            delay=extras.delay,
-        )
+        with naming_extras():
+            return self.policy.encode(
+                task.observation,
+                request.noise if extras.noise is None else extras.noise,
+                previous=extras.previous,
+                delay=extras.delay,
+            )
 
     def _sample(self, tasks: Sequence[_Task]) -> None:
         """Samples tasks that fit together. What fails together is tried one by one, so that what

@@ -12,14 +12,15 @@ given, and so sends them unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0.errors import ObservationError
+from pi0.errors import ObservationError, kind_of
 
 PREFIX = "pi0/"
 PREVIOUS, DELAY, NOISE, RESET = "pi0/previous", "pi0/delay", "pi0/noise", "pi0/reset"
@@ -62,6 +63,18 @@ def split_extras(observation: Any) -> tuple[Any, Extras]:
     )
 
 
+@contextlib.contextmanager
+def naming_extras() -> Iterator[None]:
+    """Errors of the block about arguments of `Policy.infer` name the keys that these were."""
+    try:
+        yield
+    except ObservationError as error:
+        text = str(error)
+        if f"{PREFIX}{text.partition(':')[0]}" in KEYS:
+            raise ObservationError(f"{PREFIX}{text}") from error
+        raise
+
+
 def add_extras(observation: Mapping[str, Any], extras: Extras) -> dict[str, Any]:
     """An observation that says them; the inverse of `split_extras`."""
     said: dict[str, Any] = {}
@@ -76,7 +89,7 @@ def add_extras(observation: Mapping[str, Any], extras: Extras) -> dict[str, Any]
 
 def _numbers(key: str, value: Any) -> NDArray[Any]:
     if not isinstance(value, np.ndarray) or value.dtype.kind not in "iuf":
-        kind = value.dtype if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+        kind = value.dtype if isinstance(value, np.ndarray) else kind_of(value)
         raise ObservationError(f"{key}: expected an array of numbers, found {kind}.")
     return value.copy()  # what comes over the wire is read-only, of which PyTorch would warn
 

@@ -72,7 +72,7 @@ class Metrics:
             Gauge(name, what, registry=self.registry).set_function(value)
         self.ready = Gauge("pi0_ready", "1 once the policy is warm.", registry=self.registry)
         self._answers = Counter(
-            "pi0_answers", "Answers by outcome.", ["outcome"], registry=self.registry
+            "pi0_responses", "Responses by outcome.", ["outcome"], registry=self.registry
         )
         self._refused = Counter(
             "pi0_refused", "Connections that were refused.", ["reason"], registry=self.registry
@@ -82,7 +82,7 @@ class Metrics:
         )
         self._recorded = Counter(
             "pi0_recorded",
-            "Of --record: episodes and frames, frames dropped, and errors.",
+            "Recording: episodes, frames, dropped frames, and errors.",
             ["what"],
             registry=self.registry,
         )
@@ -96,7 +96,7 @@ class Metrics:
         )
         self._seconds = Histogram(
             "pi0_stage_seconds",
-            "Seconds of each stage of an answer; total: from arrival to the end of sending.",
+            "Seconds of each stage of a response; total: from arrival to the end of sending.",
             ["stage"],
             buckets=BUCKETS,
             registry=self.registry,

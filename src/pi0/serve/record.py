@@ -6,7 +6,7 @@ and so vanishes with the process; another encodes episodes that are over. Both y
 else on the machine, until the server ends and waits for them. What fails, such as a full disk, is
 logged and counted, and shown on the page.
 
-    observation.images.NAME   pictures as they came; an odd last row or column is cut off
+    observation.images.NAME   pictures as they came, without an odd last row or column
     observation.state         [D]
     action                    [D], the first of the chunk, which is for this observation's tick
     served.chunk              [H · D], the whole chunk
@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0.data import Recording, Schema, finish, next_place, write_shard, written_schema
+from pi0.data.schema import LEAST_SIDE
 from pi0.errors import Pi0Error
 from pi0.policy import Pipeline
 from pi0.policy.observation import read_prompt
@@ -152,7 +153,7 @@ class Recorder:
 
     def _row(self, frame: Frame) -> dict[str, NDArray[Any]]:
         pictures = {
-            self._features[key]: picture[: _even(picture, 0), : _even(picture, 1)]
+            self._features[key]: _for_video(picture)
             for key, picture in read_pictures(frame.observation, self._pipeline)
         }
         return {
@@ -353,17 +354,23 @@ def _picture_features(keys: list[str]) -> dict[str, str]:
 
 
 def _sizes(schema: Schema) -> str:
-    return f"{dict(schema.cameras)} with {len(schema.columns[STATE])} states"
+    cameras = [f"{name} {height}×{width}" for name, (height, width) in schema.cameras.items()]
+    return f"{', '.join(cameras)} and {len(schema.columns[STATE])} state values"
 
 
 def _shapes(row: Mapping[str, NDArray[Any]]) -> dict[str, tuple[int, ...]]:
     return {key: value.shape for key, value in row.items()}
 
 
-def _even(picture: NDArray[np.uint8], axis: int) -> int:
-    """The side, without an odd last pixel: 4:2:0 video has none."""
-    side: int = picture.shape[axis]
-    return side // 2 * 2
+def _for_video(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Without an odd last row or column, which 4:2:0 video does not have; sides that are shorter
+    than a video's repeat their last pixel."""
+    height, width = (max(LEAST_SIDE, side // 2 * 2) for side in picture.shape[:2])
+    picture = picture[:height, :width]
+    below, beside = height - picture.shape[0], width - picture.shape[1]
+    if below or beside:
+        return np.pad(picture, ((0, below), (0, beside), (0, 0)), "edge")
+    return picture
 
 
 def _yield_to_others() -> None:

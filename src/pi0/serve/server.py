@@ -125,7 +125,7 @@ class PolicyServer:
             self._stopping.set()
             self._thread.shutdown(wait=True, cancel_futures=True)
             if self.recorder:
-                logger.info("recording: writing the episodes that are under way")
+                logger.info("recording: writing the episodes in progress")
                 await asyncio.to_thread(self.recorder.close)
 
     async def _until(self, stop: asyncio.Event, on_ready: Callable[[float], None]) -> None:
@@ -177,7 +177,8 @@ class PolicyServer:
             self.sessions.discard(session)
             if self.recorder:
                 self.recorder.end(session.name)
-            logger.info("client %s: gone after %d answers", session.name, session.answers)
+            responses = f"{session.answers} response{'' if session.answers == 1 else 's'}"
+            logger.info("client %s: disconnected after %s", session.name, responses)
 
     def _answered(self, answer: Answer, total: float) -> None:
         self.metrics.answered(answer, total)

@@ -45,6 +45,18 @@ class Site:
 
     async def respond(self, connection: ServerConnection, request: Request) -> Response | None:
         """The response to a request; None: it becomes a websocket."""
+        # Before websockets 17 only GET comes here, and a request has no method.
+        method = getattr(request, "method", "GET")
+        if method not in ("GET", "HEAD"):
+            refused = connection.respond(HTTPStatus.METHOD_NOT_ALLOWED, "expected GET or HEAD\n")
+            refused.headers["Allow"] = "GET, HEAD"
+            return refused
+        response = await self._respond(connection, request)
+        if response is not None and method == "HEAD":
+            response.body = b""
+        return response
+
+    async def _respond(self, connection: ServerConnection, request: Request) -> Response | None:
         path = request.path.partition("?")[0]
         server = self._server
         if path == "/healthz":

@@ -19,7 +19,7 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0.errors import ObservationError, Pi0Error, human_bytes
+from pi0.errors import ObservationError, Pi0Error, human_bytes, kind_of
 
 ARRAY, SCALAR, DATA, DTYPE, SHAPE = b"__ndarray__", b"__npgeneric__", b"data", b"dtype", b"shape"
 UNPACKED_KINDS = "VOc"  # of NumPy: structures, objects and complex numbers
@@ -33,6 +33,8 @@ MEANINGS = {
     r".*incomplete input.*": "one that is cut off",
     r"\d+ exceeds max_ext_len.*": "an extension type",
     r"(\d+) exceeds max_array_len\((\d+)\)": r"a list of \1 values, which may have \2",
+    r"(\w+) is not allowed for map key.*": r"a key of type \1, which must be text",
+    r"'utf-8' codec can't decode (byte \w+) .*": r"text that is not UTF-8 (\1)",
     r"(\d+) exceeds max_map_len\((\d+)\)": r"a map of \1 keys, which may have \2",
 }
 
@@ -145,7 +147,7 @@ def _restored(path: str, value: Any, limits: MessageLimits, depth: int) -> Any:
         }
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         return value
-    raise ObservationError(f"{path}: expected plain data, found a {type(value).__name__}.")
+    raise ObservationError(f"{path}: expected plain data, found {kind_of(value)}.")
 
 
 def _array(path: str, fields: dict[Any, Any], limit: int) -> NDArray[Any]:
@@ -244,4 +246,4 @@ def _pack_numpy(value: Any) -> Any:
             data = value.tobytes()
             return {ARRAY: True, DATA: data, DTYPE: value.dtype.str, SHAPE: value.shape}
         return {SCALAR: True, DATA: value.item(), DTYPE: value.dtype.str}
-    raise TypeError(f"a {type(value).__name__}")
+    raise TypeError(kind_of(value))

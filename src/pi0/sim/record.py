@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from pi0.data.lock import locked
 from pi0.data.schema import Recording, data_path
 from pi0.data.write import begin, finish, remove_shard, shard_episodes, write_shard
 from pi0.errors import ConfigError, Pi0Error
@@ -73,10 +74,17 @@ def record(plan: Plan, out: Path, workers: int, advance: Callable[[int], None]) 
         advance: called with episodes done, those that were there first.
 
     Raises:
-        Pi0Error: a shard could not be recorded or written, or there are more episodes already.
+        Pi0Error: a shard could not be recorded or written, there are more episodes already, or
+            another process records into the folder.
     """
     form = schema(plan.image_size)  # which refuses some sizes, as the environment does
     TabletopEnv(plan.image_size).close()
+    with locked(out):
+        _record(plan, out, workers, advance)
+        finish(out, form)
+
+
+def _record(plan: Plan, out: Path, workers: int, advance: Callable[[int], None]) -> None:
     found = [shard_episodes(out, shard) for shard in range(plan.shards)]
     begin(out, {name: value for name, value in asdict(plan).items() if name != "episodes"})
     _require_no_more(plan, out)
@@ -91,7 +99,6 @@ def record(plan: Plan, out: Path, workers: int, advance: Callable[[int], None]) 
         run_here(make, missing, advance)
     else:
         run_in_processes(make, missing, workers, advance)
-    finish(out, form)
 
 
 def _require_no_more(plan: Plan, out: Path) -> None:

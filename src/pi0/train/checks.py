@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pi0.data.read import Dataset
 
 PREFIX = "observation.images."
+SERVED_SECONDS = "served.seconds"  # of recordings of `pi0 serve`
 
 
 def match_cameras(dataset: Dataset, robot: Robot) -> dict[str, str]:
@@ -53,7 +54,7 @@ def examine(
         for name in (STATE, ACTION, *columns)
         if name not in dataset.names
     ]
-    found = [*missing, *_cameras(dataset, robot), *_rates(dataset, robot)]
+    found = [*missing, *_cameras(dataset, robot), *_rates(dataset, robot), *_served(dataset)]
     if not stated:
         found += _robots(dataset, robot)
     if not missing:
@@ -122,6 +123,25 @@ def _robots(dataset: Dataset, robot: Robot) -> list[Finding]:
             "robot",
             f"robot: expected --robot, since the dataset is of {dataset.robot}, found none. Add "
             f"--robot {dataset.robot}, or --robot {robot.name} to train without its conventions.",
+        )
+    ]
+
+
+def _served(dataset: Dataset) -> list[Finding]:
+    """A recording of `pi0 serve` has a frame for each observation: at every tick, or less often."""
+    if SERVED_SECONDS not in dataset.names:
+        return []
+    gaps = np.diff(dataset.column(SERVED_SECONDS).ravel())
+    gaps = gaps[gaps > 0]  # within episodes
+    if not gaps.size or 2 / 3 < (gap := float(np.median(gaps))) * dataset.fps < 3 / 2:
+        return []
+    return [
+        warning(
+            "served-rate",
+            f"dataset: expected an observation at every tick, {1 / dataset.fps:.3g} s after the "
+            f"one before, found a median of {gap:.3g} s in {SERVED_SECONDS}. Actions that the "
+            "robot executed between two observations are not in it: the policy will move at "
+            "another speed.",
         )
     ]
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pi0.checkpoint.files import remove_temporaries, require_writable
+from pi0.data.lock import locked
 from pi0.errors import ConfigError
 from pi0.train.log import Entry, TrainingLog
 from pi0.train.prepare import Run
@@ -146,6 +147,24 @@ def require_folder(out: Path, resume: bool) -> None:
         raise ConfigError(
             f"{out}: expected a folder without a run, found one. {remedy}, or name another folder."
         )
+
+
+@contextlib.contextmanager
+def keep_folder(out: Path, first: bool) -> Iterator[None]:
+    """Keeps other runs out of a folder, and removes one that the block made if it fails before
+    there is a checkpoint; the first process does both.
+
+    Raises:
+        Pi0Error: another run has it, or it cannot be made.
+    """
+    made = not out.exists()
+    try:
+        with locked(out) if first else contextlib.nullcontext():
+            yield
+    except BaseException:
+        if made and first and not (out / LAST).exists():
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
 def _checkpoints(out: Path) -> list[Path]:

@@ -31,7 +31,7 @@ from pi0.checkpoint.load import (
 )
 from pi0.checkpoint.synth import RESIDUAL_ENDS
 from pi0.config import PRESETS, SO400M, GemmaConfig, Pi0Config, SiglipConfig
-from pi0.errors import ConfigError, Pi0Error
+from pi0.errors import CheckpointError, ConfigError, Pi0Error, kind_of
 from pi0.model import Pi0
 from pi0.policy.robot import Robot
 from pi0.policy.robots import find_robot
@@ -125,7 +125,16 @@ def find_start(name: str, base: Path | None = None, **changes: int | None) -> St
             if value is not None:
                 config = replace(config, **{field: value})  # type: ignore[arg-type]
     else:
-        checkpoint = open_checkpoint(path, changes.get("horizon"), changes.get("max_tokens"), base)
+        try:
+            declared = changes.get("horizon"), changes.get("max_tokens")
+            checkpoint = open_checkpoint(path, *declared, base)
+        except CheckpointError as error:
+            if path.exists() or path.name != name:
+                raise
+            presets = ", ".join(PRESETS)
+            raise CheckpointError(
+                f"{error} Presets, with random weights, are {presets}."
+            ) from error
         require_flow(checkpoint)
         config = checkpoint.config
     return Start(name, config if size is None else config.with_image_size(size), checkpoint)
@@ -172,7 +181,7 @@ def read_sizes(path: Path) -> Pi0Config:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{path}: expected a file of sizes, found: {reason}.") from error
     if not isinstance(table, dict):
-        raise ConfigError(f"{path}: expected a table of sizes, found a {type(table).__name__}.")
+        raise ConfigError(f"{path}: expected a table of sizes, found {kind_of(table)}.")
     kind = table.pop("type", None)
     if kind is not None and kind not in ("pi0", "pi05"):
         raise ConfigError(f"{path}: type: expected pi0 or pi05, found {kind!r}.")

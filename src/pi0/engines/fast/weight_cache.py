@@ -27,6 +27,7 @@ from torch import Tensor
 from pi0 import __version__
 from pi0.checkpoint.files import CACHE_LINE, DTYPE_NAMES, TensorInfo, refuse_folder, write
 from pi0.checkpoint.load import Checkpoint, Progress, check
+from pi0.checkpoint.locate import SHIPPED
 from pi0.engines.fast.equalise import find_equalisers
 from pi0.engines.fast.kernels import Kernels
 from pi0.engines.fast.weights import PackedWeights, Scheme, pack
@@ -56,7 +57,7 @@ def load_weights(
             kept and from which they are taken if it is there; None: they are packed and not kept.
 
     Raises:
-        EngineError: they cannot be written.
+        EngineError: they cannot be written, or would be into this package.
         CheckpointError, ConfigError: see `load_model`.
     """
     if cache_name is None:
@@ -67,6 +68,11 @@ def load_weights(
     path = files[0].with_name(f"{files[0].stem}.{cache_name}-{size}.pi0")
     made_from = _made_from(files, weights, kernels)
     refuse_folder(path)
+    if SHIPPED in path.parents:
+        raise EngineError(
+            f"{path.parent}: expected a folder of yours to keep packed weights in, found the "
+            "package's own. Copy the checkpoint to another or leave out --weight-cache."
+        )
     if path.exists():
         try:
             weights.restore(_read(path, made_from))

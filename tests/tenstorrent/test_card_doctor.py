@@ -172,7 +172,7 @@ class OpenDevice:
 @pytest.fixture
 def opened(root: Path, monkeypatch: pytest.MonkeyPatch) -> OpenDevice:
     made = OpenDevice()
-    monkeypatch.setattr(ttnn_import, "log_warnings", lambda: None)
+    monkeypatch.setattr(ttnn_import, "log_warnings", lambda: ())
     monkeypatch.setattr(ttnn_import, "load", lambda environment: None)
     monkeypatch.setattr(device, "DeviceBackend", lambda library, number: made)
     return made

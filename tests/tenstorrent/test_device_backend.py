@@ -93,7 +93,7 @@ def test_waiting_for_another_process_is_said(monkeypatch: pytest.MonkeyPatch) ->
         pass
 
     monkeypatch.setattr(ttnn_import, "holders", lambda: [4711])
-    monkeypatch.setattr(ttnn_import, "log_warnings", lambda: None)
+    monkeypatch.setattr(ttnn_import, "log_warnings", lambda: ())
     monkeypatch.setattr(ttnn_import, "load", lambda environment: Library(close_device=fatal))
     with pytest.warns(UserWarning, match="other processes have a card open.*: 4711. End them"):
         engine.TtnnEngine._open(Opening(), "0")  # type: ignore[arg-type]

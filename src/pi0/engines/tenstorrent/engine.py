@@ -242,7 +242,7 @@ class TtnnEngine(Engine):
         environment = {}
         if os.environ.get(ttnn_import.EMULATOR):  # it needs to know which board it is
             environment[ttnn_import.MOCK] = os.environ.get(ttnn_import.MOCK) or describe("n150")
-        ttnn_import.log_warnings()
+        self.notes = ttnn_import.log_warnings()
         if pids := ttnn_import.holders():
             warnings.warn(
                 "engine ttnn: other processes have a card open, for which TTNN may wait: "
@@ -251,8 +251,6 @@ class TtnnEngine(Engine):
                 stacklevel=2,
             )
         backend = DeviceBackend(ttnn_import.load(environment), int(device or "0"))
-        if file := os.environ.get(ttnn_import.LOG_FILE):
-            self.notes = (f"TTNN's own warnings are in {file}.",)
         self._close_device = weakref.finalize(self, backend.close)
         return backend
 

@@ -151,17 +151,18 @@ def compiler_version(compiler: Path) -> str:
     return (done.stdout or done.stderr).strip().partition("\n")[0]
 
 
-def log_warnings() -> None:
+def log_warnings() -> tuple[str, ...]:
     """Has the library, not imported yet, write its warnings to a file, since results have the
-    output; a level that is set in the environment stays, and goes to the output.
+    output, and says where; a level that is set in the environment stays, and goes to the output.
 
     The level is `warn`: `warning` is no level to TTNN 0.81.1, which then says everything.
     """
-    if "TT_METAL_LOGGER_LEVEL" in os.environ:
-        return
-    (cache_folder() / "logs").mkdir(exist_ok=True)
-    os.environ["TT_METAL_LOGGER_LEVEL"] = "warn"
-    os.environ.setdefault(LOG_FILE, str(cache_path() / "logs" / LOG))
+    if "TT_METAL_LOGGER_LEVEL" not in os.environ:
+        (cache_folder() / "logs").mkdir(exist_ok=True)
+        os.environ["TT_METAL_LOGGER_LEVEL"] = "warn"
+        os.environ.setdefault(LOG_FILE, str(cache_path() / "logs" / LOG))
+    file = os.environ.get(LOG_FILE)
+    return (f"TTNN's own warnings are in {file}.",) if file else ()
 
 
 def load(environment: dict[str, str]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -519,6 +520,18 @@ def test_room_is_compared_before(
     with pytest.raises(Pi0Error, match=r"out: expected room for .*Make room"):
         run(sources["openpi"], tmp_path / "out", "jax")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mount_point_is_refused_before_the_work(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot be replaced, and what is beside it is on another disk."""
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    monkeypatch.setattr(module, "_values", None)
+    with pytest.raises(Pi0Error, match="out: expected a new or empty folder, found a mount point"):
+        run(sources["openpi"], out, "openpi")
 
 
 def test_a_database_that_cannot_be_written(

@@ -303,8 +303,9 @@ def test_truncated_data(gone: bool, folder: Path) -> None:
     else:
         with open(data, "r+b") as file:
             file.truncate(1000)
-    with pytest.raises(CheckpointError, match="found a truncated or damaged one"):
-        load_model(open_checkpoint(folder))
+    found = "no file" if gone else "1000"
+    with pytest.raises(CheckpointError, match=rf"{data.name}: expected \d+ bytes .* found {found}"):
+        open_checkpoint(folder)  # as pi0 inspect and pi0 doctor do, which need no weights
 
 
 @pytest.mark.parametrize("with_metadata", [True, False])

@@ -127,6 +127,24 @@ class ArrayFolder:
         dtype = TORCH_DTYPES[info.dtype]
         return ChunkReader(place, info.shape, dtype, zstd) if place else None
 
+    def require_data(self) -> None:
+        """Raises CheckpointError if a file is missing or too short for the chunks in it."""
+        try:
+            places = self._places.values()
+        except FAILURES:  # another form of the database: reading says what is wrong with it
+            return
+        ends: dict[Path, int] = {}
+        for place in places:
+            ends[place.file] = max(ends.get(place.file, 0), place.offset + place.length)
+        for file, end in ends.items():
+            size = file.stat().st_size if file.is_file() else None
+            if size is None or size < end:
+                raise CheckpointError(
+                    f"{file}: expected {end} bytes of a JAX checkpoint's arrays, found "
+                    f"{'no file' if size is None else size}. The folder is truncated or damaged: "
+                    "copy or download it again."
+                )
+
     @functools.cached_property
     def _places(self) -> dict[str, Place]:
         return find_places(import_tensorstore(self.folder), self.folder)
@@ -187,7 +205,9 @@ def open_folder(folder: Path) -> ArrayFolder:
             f"{manifest}: expected arrays, found none. The folder is incomplete: copy or download "
             "it again."
         )
-    return ArrayFolder(folder, arrays)
+    found = ArrayFolder(folder, arrays)
+    found.require_data()
+    return found
 
 
 def _codec_of_one_chunk(metadata: Mapping[str, Any]) -> str | None:

@@ -133,6 +133,12 @@ def stated_steps(settings: Mapping[str, Any]) -> int:
     return next(stated, DEFAULT_STEPS)
 
 
+def declared_lora(settings: Mapping[str, Any]) -> str | None:
+    """The field of a config.json, openpi's or ours, that says that the model has LoRA."""
+    variants = (key for key in VARIANT_KEYS if str(settings.get(key)).endswith("_lora"))
+    return next(variants, "lora" if settings.get("lora") else None)
+
+
 def unfit_flow(settings: Mapping[str, Any]) -> list[str]:
     """A sentence for each field of a config.json that would change how actions are sampled and is
     not carried out."""

@@ -206,6 +206,27 @@ def test_files_of_the_same_project_stay(tmp_path: Path) -> None:
     assert again == again | settings | heads
 
 
+@pytest.mark.parametrize(
+    ("place", "found"), [("", "own/"), ("droid/0/", "droid/0/"), ("assets/", "own/")]
+)
+def test_statistics_name_the_robot_that_they_named(tmp_path: Path, place: str, found: str) -> None:
+    """The checkpoint's own name does not, nor does a folder above the last one get lost."""
+    source = copy_oracle("jax_pi0", tmp_path / "libero_7")
+    (source / place).mkdir(parents=True, exist_ok=True)
+    shutil.move(source / "assets/tiny_robot/norm_stats.json", source / place / "norm_stats.json")
+    files = export_files(open_checkpoint(source), "openpi", "float32").files
+    assert [name for name in files if "assets" in name] == [f"assets/{found}norm_stats.json"]
+
+
+@pytest.mark.parametrize("steps", [3, None, [None], [{"registry_name": 1}]])
+@pytest.mark.parametrize("name", [PREPROCESSOR, POSTPROCESSOR])
+def test_processors_that_are_none_are_not_copied(tmp_path: Path, name: str, steps: object) -> None:
+    synthesise(tmp_path, odd_config(False), LAYOUTS["lerobot"], 0, torch.bfloat16)
+    (tmp_path / name).write_text(json.dumps({"name": "x", "steps": steps}))
+    with pytest.raises(Pi0Error, match=f"{name}.*: expected "):
+        export_files(open_checkpoint(tmp_path), "lerobot", "bfloat16")
+
+
 def test_what_is_assumed_stays_assumed(tmp_path: Path) -> None:
     source = copy_oracle("jax_pi0", tmp_path / "source")
     (source / "config.json").unlink()

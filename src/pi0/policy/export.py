@@ -242,6 +242,9 @@ def _lerobot(source: Source, export: Export, norm_mode: str | None) -> None:
         if "n_action_steps" in checkpoint.settings:
             settings["n_action_steps"] = checkpoint.settings["n_action_steps"]
     if source.processors:
+        for finding in source.program.findings if source.program else ():
+            if finding.code == "step-form":  # which LeRobot cannot read either
+                raise Pi0Error(finding.sentence)
         export.files[CONFIG] = _json(settings)
         _copy_processors(source.processors, export)
         return

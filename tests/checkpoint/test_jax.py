@@ -318,6 +318,18 @@ def test_a_chunk_that_is_not_there(folder: Path, with_metadata: bool) -> None:
         load_model(open_checkpoint(folder))
 
 
+def test_a_chunk_of_zeros_that_an_older_orbax_left_out(folder: Path) -> None:
+    """Its _METADATA does not say that zeros are stored; orbax reads them as zeros, too."""
+    edit(folder, lambda store: remove(store, "params.state_proj.kernel.value/0"))
+    path = folder / "params" / "_METADATA"
+    metadata = json.loads(path.read_text())
+    del metadata["store_array_data_equal_to_fill_value"]
+    path.write_text(json.dumps(metadata))
+    weights = state(open_checkpoint(folder))
+    assert not weights["state_proj.weight"].any()
+    assert weights["state_proj.bias"].any()
+
+
 def test_zarr_of_version_3(tmp_path: Path) -> None:
     (tmp_path / "params").mkdir()
     base = {"driver": "file", "path": f"{tmp_path}/params/"}

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from pi0.checkpoint.chunk import ChunkReader, Place, find_places, find_zstd
-from pi0.checkpoint.files import TORCH_DTYPES
+from pi0.checkpoint.files import TORCH_DTYPES, read_json
 from pi0.errors import CheckpointError, Pi0Error, install_hint
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.ocdbt"
 METADATA = "_METADATA"
+STORES_ZEROS = "store_array_data_equal_to_fill_value"
 ITEM = "params."  # the item of the checkpoint, first in every path
 VALUE = ".value"  # the last level where flax's nnx wrote the tree
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # zarr's names → safetensors'
@@ -113,8 +114,7 @@ class ArrayFolder:
                 return
             limit = 0 if info.layered else info.bytes
             context = ts.Context({"cache_pool": {"total_bytes_limit": limit}})
-            # Else a chunk that was lost would be read as zeros.
-            spec = {**_array_spec(self.folder, info.key), "fill_missing_data_reads": False}
+            spec = _array_spec(self.folder, info.key) | {"fill_missing_data_reads": self._sparse}
             yield ArrayReader(ts.open(spec, context=context, read=True).result())
 
     def _large_chunk(self, ts: Any, info: ArrayInfo) -> ChunkReader | None:
@@ -133,17 +133,21 @@ class ArrayFolder:
             places = self._places.values()
         except FAILURES:  # another form of the database: reading says what is wrong with it
             return
-        ends: dict[Path, int] = {}
-        for place in places:
-            ends[place.file] = max(ends.get(place.file, 0), place.offset + place.length)
-        for file, end in ends.items():
-            size = file.stat().st_size if file.is_file() else None
-            if size is None or size < end:
+        ordered = sorted(places, key=lambda place: place.offset + place.length)
+        for file, end in {place.file: place.offset + place.length for place in ordered}.items():
+            size = file.stat().st_size if file.is_file() else -1
+            if size < end:
+                found = "no file" if size < 0 else size
                 raise CheckpointError(
-                    f"{file}: expected {end} bytes of a JAX checkpoint's arrays, found "
-                    f"{'no file' if size is None else size}. The folder is truncated or damaged: "
-                    "copy or download it again."
+                    f"{file}: expected {end} bytes of arrays, found {found}. The JAX checkpoint is "
+                    "truncated or damaged: copy or download it again."
                 )
+
+    @functools.cached_property
+    def _sparse(self) -> bool:
+        """Whether chunks of zeros are left out, as by older orbax; else a missing one is lost."""
+        file = self.folder / METADATA
+        return file.is_file() and not read_json(file).get(STORES_ZEROS)
 
     @functools.cached_property
     def _places(self) -> dict[str, Place]:
@@ -339,7 +343,7 @@ def _write_metadata(
         METADATA: {
             "tree_metadata": tree,
             "use_zarr3": False,
-            "store_array_data_equal_to_fill_value": True,
+            STORES_ZEROS: True,
             "custom_metadata": None,
         },
         "array_metadatas/process_0": {

@@ -169,6 +169,14 @@ def test_adapters_are_merged(target: str, tmp_path: Path) -> None:
     assert not settings.get("use_peft")
 
 
+def test_a_model_that_was_merged_is_no_adapter_any_more(tmp_path: Path) -> None:
+    """peft's merge_and_unload leaves the flag, with which LeRobot would look for an adapter."""
+    checkpoint = edited(tmp_path, lambda settings, _: settings.update(use_peft=True))
+    config = export_files(checkpoint, "lerobot", "bfloat16").files["config.json"]
+    assert isinstance(config, bytes)
+    assert json.loads(config)["use_peft"] is False
+
+
 # Files beside the weights
 
 

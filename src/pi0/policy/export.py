@@ -55,7 +55,8 @@ from pi0.policy.tokenizer import FILE_NAMES, load_tokenizer_of, own_tokenizers
 KEPT = ("mean", "std", "q01", "q99", "min", "max")
 ASSETS = "assets/lerobot"  # of statistics from LeRobot, which name no robot
 STATE_STEP = "pi05_prepare_state_tokenizer_processor_step"
-MERGED = {"use_peft": False, "pretrained_path": None}  # in place of what an adapter declares
+# In place of what an adapter declares, and a model that was merged with peft.
+MERGED = {"use_peft": False, "pretrained_path": None}
 VARIANTS = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
 
 
@@ -233,7 +234,7 @@ def _lerobot(source: Source, export: Export, norm_mode: str | None) -> None:
         settings["normalization_mapping"] |= dict.fromkeys(("STATE", "ACTION"), norm_mode.upper())
     if source.is_lerobot:
         fields = {k: v for k, v in checkpoint.settings.items() if k not in OLD_FIELDS}
-        settings |= fields | (MERGED if checkpoint.adapter else {})
+        settings |= fields | (MERGED if checkpoint.adapter or fields.get("use_peft") else {})
         if "num_steps" in checkpoint.settings:
             settings["num_inference_steps"] = checkpoint.steps
         export.findings += find_aloha_loss(source, "LeRobot")

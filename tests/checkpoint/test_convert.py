@@ -235,6 +235,18 @@ def test_processors_that_are_none_are_not_copied(tmp_path: Path, name: str, step
         export_files(open_checkpoint(tmp_path), "lerobot", "bfloat16")
 
 
+@pytest.mark.parametrize("steps", [0, 51, "5"])
+@pytest.mark.parametrize("layout", ["openpi", "lerobot"])
+def test_more_actions_than_a_chunk_has(tmp_path: Path, layout: str, steps: object) -> None:
+    """LeRobot would not load the result."""
+    synthesise(tmp_path, PRESETS["tiny"], LAYOUTS[layout], 0, torch.bfloat16)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_action_steps": steps}))
+    for target in TARGETS:
+        with pytest.raises(Pi0Error, match="n_action_steps: expected 1 to 50 actions of a chunk"):
+            export_files(open_checkpoint(tmp_path), target, "bfloat16")
+
+
 def test_what_is_assumed_stays_assumed(tmp_path: Path) -> None:
     source = copy_oracle("jax_pi0", tmp_path / "source")
     (source / "config.json").unlink()

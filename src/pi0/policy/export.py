@@ -32,6 +32,7 @@ from pi0.errors import Pi0Error
 from pi0.findings import Finding, warning
 from pi0.policy.fit import length_findings, settings_findings
 from pi0.policy.lerobot import is_lerobot
+from pi0.policy.lerobot.fields import is_count, show
 from pi0.policy.lerobot.statistics import NEEDED
 from pi0.policy.normalize import NEEDED as MODES
 from pi0.policy.normalize import make_normalizer
@@ -106,6 +107,12 @@ def export_files(
     if not copied or checkpoint.settings.keys() & OLD_FIELDS:
         for finding in settings_findings(checkpoint.settings, checkpoint.config):
             raise Pi0Error(finding.sentence)
+    steps, horizon = checkpoint.settings.get("n_action_steps"), checkpoint.config.horizon
+    if steps is not None and not (is_count(steps) and steps <= horizon):
+        raise Pi0Error(
+            f"config.json n_action_steps: expected 1 to {horizon} actions of a chunk, found "
+            f"{show(steps)}. Correct it in {checkpoint.path}."
+        )
     export = Export(findings=list(checkpoint.findings))
     if source.program and source.program.max_tokens:
         export.findings = [f for f in export.findings if f.code != "max-tokens-assumed"]

@@ -48,6 +48,7 @@ VARIANTS = {
     "gemma_2b_lora": GEMMA_2B,
     "gemma_300m": GEMMA_300M,
     "gemma_300m_lora": GEMMA_300M,
+    "dummy": GemmaConfig(64, 4, 128, num_heads=8, num_kv_heads=1, head_dim=16),  # of openpi's debug
 }
 VARIANT_KEYS = {"paligemma_variant": "vlm", "action_expert_variant": "expert"}
 PUBLISHED: dict[str, SiglipConfig | GemmaConfig] = {

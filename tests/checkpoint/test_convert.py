@@ -235,6 +235,18 @@ def test_processors_that_are_none_are_not_copied(tmp_path: Path, name: str, step
         export_files(open_checkpoint(tmp_path), "lerobot", "bfloat16")
 
 
+def test_processors_without_statistics_are_copied_with_a_warning(tmp_path: Path) -> None:
+    synthesise(tmp_path, odd_config(False), LAYOUTS["lerobot"], 0, torch.bfloat16)
+    for name in (PREPROCESSOR, POSTPROCESSOR):
+        content = json.loads((tmp_path / name).read_text())
+        for step in content["steps"]:
+            step.pop("state_file", None)
+        (tmp_path / name).write_text(json.dumps(content))
+    export = export_files(open_checkpoint(tmp_path), "lerobot", "bfloat16")
+    assert {f.code for f in export.findings if f.severity == "warning"} == {"statistics-missing"}
+    assert not any(f.severity == "error" for f in export.findings)
+
+
 @pytest.mark.parametrize("steps", [0, 51, "5"])
 @pytest.mark.parametrize("layout", ["openpi", "lerobot"])
 def test_more_actions_than_a_chunk_has(tmp_path: Path, layout: str, steps: object) -> None:

@@ -253,13 +253,15 @@ def _lerobot(source: Source, export: Export, norm_mode: str | None) -> None:
         for finding in source.program.findings if source.program else ():
             if finding.code == "step-form":  # which LeRobot cannot read either
                 raise Pi0Error(finding.sentence)
+            if finding.code == "statistics-missing":
+                export.findings.append(warning(finding.code, finding.sentence))
         export.files[CONFIG] = _json(settings)
         _copy_processors(source.processors, export)
         return
     if source.has_processors:
         raise Pi0Error(
             f"norm_stats (--norm-stats): expected none for {checkpoint.path}, whose processors "
-            "have their own and are copied, found one. Leave it out."
+            "are copied as they are, found one. Leave it out, or name it where the result is used."
         )
     tables = source.tables
     if tables is None and len(source.norm_stats) > 1:

@@ -109,6 +109,17 @@ def test_dtypes_are_those_of_the_leaves(tmp_path: Path) -> None:
     assert {values.dtype for _, _, values in checkpoint.stream()} == {torch.bfloat16}
 
 
+def test_float16_is_read_as_float32(folder: Path) -> None:
+    """As in safetensors; double precision is refused, also as there."""
+    key, values = f"{PREFIX}attn.q_einsum.w.value", torch.randn(2, 8, 64, 16)
+    put(folder, key, values.half())
+    read = state(open_checkpoint(folder))["vlm.blocks.1.q_proj.weight"]
+    assert torch.equal(read, values[1].half().float().permute(0, 2, 1).reshape(128, 64))
+    put(folder, key, values.double())
+    with pytest.raises(CheckpointError, match="float32 or float16, found float64"):
+        open_checkpoint(folder)
+
+
 # Sizes of all kinds, both ways
 
 

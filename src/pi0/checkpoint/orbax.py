@@ -37,8 +37,8 @@ METADATA = "_METADATA"
 STORES_ZEROS = "store_array_data_equal_to_fill_value"
 ITEM = "params."  # the item of the checkpoint, first in every path
 VALUE = ".value"  # the last level where flax's nnx wrote the tree
-DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # zarr's names → safetensors'
-ZARR_DTYPES = {"<f4": "F32", "bfloat16": "BF16"}  # as .zarray spells them, little-endian
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # zarr's names → safetensors'
+ZARR_DTYPES = {"<f4": "F32", "bfloat16": "BF16", "<f2": "F16"}  # in .zarray; little-endian
 STREAMED_BYTES = 16 << 20  # larger arrays are not held in memory whole
 PENDING_BYTES = 256 << 20  # written at once; the database joins what is written at once
 HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
@@ -162,7 +162,7 @@ class ArrayReader:
         """A part of the array, in its own dtype."""
         part = self.array[index] if index else self.array
         values = np.asarray(part.read().result())
-        if values.dtype == np.float32:
+        if values.dtype in (np.float32, np.float16):
             return torch.from_numpy(values)
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
 

@@ -69,13 +69,14 @@ def remove(store: ts.KvStore, prefix: str) -> None:
 
 
 def put(folder: Path, key: str, values: torch.Tensor) -> None:
-    """Writes an array of float32 under a key, in place of what is there."""
+    """Writes an array under a key, in place of what is there."""
     base = {"driver": "file", "path": f"{folder / 'params'}/"}
     spec = {
         "driver": "zarr",
         "kvstore": {"driver": "ocdbt", "base": base, "path": f"{key}/"},
     }
-    array = ts.open(
-        spec, create=True, delete_existing=True, dtype=ts.float32, shape=list(values.shape)
+    array = values.numpy()
+    store = ts.open(
+        spec, create=True, delete_existing=True, dtype=array.dtype, shape=list(array.shape)
     ).result()
-    array.write(values.numpy()).result()
+    store.write(array).result()

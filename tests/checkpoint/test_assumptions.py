@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pi0.checkpoint import infer
 from pi0.checkpoint.load import load_model, open_checkpoint
 from pi0.checkpoint.report import report
+from pi0.config import PRESETS
 from pi0.errors import CheckpointError, ConfigError
 
 BUFFERS = {
@@ -65,6 +67,26 @@ def test_statements_replace_assumptions(folder: Path) -> None:
     opened = open_checkpoint(folder, horizon=10, max_tokens=180)
     assert (opened.config.horizon, opened.config.max_tokens) == (10, 180)
     assert opened.findings == []
+
+
+@pytest.mark.parametrize("field", ["paligemma_variant", "action_expert_variant", "lora"])
+def test_lora_that_the_weights_lack(
+    folder: Path, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """openpi's converter drops it and writes the variant all the same."""
+    for name in ("vlm", "expert"):
+        monkeypatch.setitem(infer.VARIANTS, f"{name}_lora", getattr(PRESETS["tiny"], name))
+    stated = {
+        "paligemma_variant": "vlm_lora",
+        "action_expert_variant": "expert_lora",
+        "lora": {"alpha": 4},
+    }
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {field: stated[field]}))
+    assert [finding.code for finding in open_checkpoint(folder).findings] == ["lora-lost"]
+    path.write_text(json.dumps(settings | {"lora": None}))
+    assert open_checkpoint(folder).findings == []
 
 
 def test_statements_that_contradict(folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -168,6 +169,14 @@ def test_adapters_are_merged(target: str, tmp_path: Path) -> None:
     assert not settings.get("use_peft")
 
 
+def test_a_model_that_was_merged_is_no_adapter_any_more(tmp_path: Path) -> None:
+    """peft's merge_and_unload leaves the flag, with which LeRobot would look for an adapter."""
+    checkpoint = edited(tmp_path, lambda settings, _: settings.update(use_peft=True))
+    config = export_files(checkpoint, "lerobot", "bfloat16").files["config.json"]
+    assert isinstance(config, bytes)
+    assert json.loads(config)["use_peft"] is False
+
+
 # Files beside the weights
 
 
@@ -203,6 +212,51 @@ def test_files_of_the_same_project_stay(tmp_path: Path) -> None:
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again == again | settings | heads
+
+
+@pytest.mark.parametrize(
+    ("place", "found"), [("", "own/"), ("droid/0/", "droid/0/"), ("assets/", "own/")]
+)
+def test_statistics_name_the_robot_that_they_named(tmp_path: Path, place: str, found: str) -> None:
+    """The checkpoint's own name does not, nor does a folder above the last one get lost."""
+    source = copy_oracle("jax_pi0", tmp_path / "libero_7")
+    (source / place).mkdir(parents=True, exist_ok=True)
+    shutil.move(source / "assets/tiny_robot/norm_stats.json", source / place / "norm_stats.json")
+    files = export_files(open_checkpoint(source), "openpi", "float32").files
+    assert [name for name in files if "assets" in name] == [f"assets/{found}norm_stats.json"]
+
+
+@pytest.mark.parametrize("steps", [3, None, [None], [{"registry_name": 1}]])
+@pytest.mark.parametrize("name", [PREPROCESSOR, POSTPROCESSOR])
+def test_processors_that_are_none_are_not_copied(tmp_path: Path, name: str, steps: object) -> None:
+    synthesise(tmp_path, odd_config(False), LAYOUTS["lerobot"], 0, torch.bfloat16)
+    (tmp_path / name).write_text(json.dumps({"name": "x", "steps": steps}))
+    with pytest.raises(Pi0Error, match=f"{name}.*: expected "):
+        export_files(open_checkpoint(tmp_path), "lerobot", "bfloat16")
+
+
+def test_processors_without_statistics_are_copied_with_a_warning(tmp_path: Path) -> None:
+    synthesise(tmp_path, odd_config(False), LAYOUTS["lerobot"], 0, torch.bfloat16)
+    for name in (PREPROCESSOR, POSTPROCESSOR):
+        content = json.loads((tmp_path / name).read_text())
+        for step in content["steps"]:
+            step.pop("state_file", None)
+        (tmp_path / name).write_text(json.dumps(content))
+    export = export_files(open_checkpoint(tmp_path), "lerobot", "bfloat16")
+    assert {f.code for f in export.findings if f.severity == "warning"} == {"statistics-missing"}
+    assert not any(f.severity == "error" for f in export.findings)
+
+
+@pytest.mark.parametrize("steps", [0, 51, "5"])
+@pytest.mark.parametrize("layout", ["openpi", "lerobot"])
+def test_more_actions_than_a_chunk_has(tmp_path: Path, layout: str, steps: object) -> None:
+    """LeRobot would not load the result."""
+    synthesise(tmp_path, PRESETS["tiny"], LAYOUTS[layout], 0, torch.bfloat16)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_action_steps": steps}))
+    for target in TARGETS:
+        with pytest.raises(Pi0Error, match="n_action_steps: expected 1 to 50 actions of a chunk"):
+            export_files(open_checkpoint(tmp_path), target, "bfloat16")
 
 
 def test_what_is_assumed_stays_assumed(tmp_path: Path) -> None:
@@ -519,6 +573,18 @@ def test_room_is_compared_before(
     with pytest.raises(Pi0Error, match=r"out: expected room for .*Make room"):
         run(sources["openpi"], tmp_path / "out", "jax")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mount_point_is_refused_before_the_work(
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot be replaced, and what is beside it is on another disk."""
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    monkeypatch.setattr(module, "_values", None)
+    with pytest.raises(Pi0Error, match="out: expected a new or empty folder, found a mount point"):
+        run(sources["openpi"], out, "openpi")
 
 
 def test_a_database_that_cannot_be_written(

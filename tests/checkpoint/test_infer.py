@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 
 from pi0.checkpoint.infer import infer_config, to_config_json
 from pi0.checkpoint.load import empty_model
-from pi0.config import PRESETS
+from pi0.config import PRESETS, GemmaConfig, Pi0Config
 from pi0.errors import CheckpointError, ConfigError
 
 
-def shapes(preset: str) -> dict[str, tuple[int, ...]]:
-    state = empty_model(PRESETS[preset], torch.float32).state_dict()
+def shapes(preset: str | Pi0Config) -> dict[str, tuple[int, ...]]:
+    config = PRESETS[preset] if isinstance(preset, str) else preset
+    state = empty_model(config, torch.float32).state_dict()
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
@@ -61,6 +63,14 @@ def test_published_model_needs_no_config(settings: dict[str, Any] | None) -> Non
 @pytest.mark.parametrize("settings", [HEADS, TRANSFORMERS, to_config_json(PRESETS["tiny"])])
 def test_small_model_with_heads_told(settings: dict[str, Any]) -> None:
     assert infer_config(shapes("tiny"), settings).config == PRESETS["tiny"]
+
+
+def test_trunks_of_openpis_debug_configuration() -> None:
+    dummy = GemmaConfig(64, 4, 128, 8, 1, 16)
+    config = replace(PRESETS["tiny"], vlm=dummy, expert=dummy)
+    variants = dict.fromkeys(("paligemma_variant", "action_expert_variant"), "dummy")
+    settings = {"vision": {"num_heads": 4}, **variants}
+    assert infer_config(shapes(config), settings).config == config
 
 
 def test_what_is_assumed_is_said() -> None:

@@ -98,6 +98,14 @@ def test_unknown_names_are_unexpected() -> None:
     assert map_names(names).unexpected == ["value_head.weight"]
 
 
+def test_a_name_with_and_without_the_root() -> None:
+    """The last one used to win."""
+    names = list(tensor_list(TINY, LAYOUTS["lerobot"]))
+    tokens, _ = their_names(LAYOUTS["lerobot"], EMBEDDING)
+    twice = [name.removeprefix("model.") for name in ("model.state_proj.weight", tokens)]
+    assert map_names(names + twice).unexpected == twice
+
+
 @pytest.mark.parametrize("names", [[], ["a.weight", "b.weight"], ["state_proj.weight"]])
 def test_no_pi0_at_all(names: list[str]) -> None:
     with pytest.raises(CheckpointError, match="expected a π0 checkpoint in one of the layouts"):

@@ -196,6 +196,17 @@ def test_places_of_the_base(adapter: Path, tmp_path: Path) -> None:
     assert open_checkpoint(adapter / "adapter_model.safetensors").path == adapter
 
 
+def test_base_as_it_was_called_in_the_current_folder(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where peft and LeRobot look for it."""
+    base = shutil.move(tmp_path / "base", tmp_path / "work" / "bases" / "pi0")
+    configure(adapter, base_model_name_or_path="bases/pi0")
+    assert "--base DIR" in refused(adapter)
+    monkeypatch.chdir(tmp_path / "work")
+    assert open_checkpoint(adapter).base == base
+
+
 @pytest.mark.parametrize("declared", ["lerobot/pi0_base", "somebody/adapter", "a/000200", None, ""])
 def test_base_that_is_not_found(adapter: Path, declared: str | None) -> None:
     """Nor is it the adapter's own folder, nor another step of it, which may have its name."""

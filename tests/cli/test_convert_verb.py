@@ -48,25 +48,39 @@ def test_refused(words: list[str], message: str, source: Path, tmp_path: Path) -
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("target", ["openpi", "lerobot", "jax"])
+@pytest.mark.parametrize(
+    ("target", "number", "code"),
+    [
+        ("openpi", signal.SIGINT, 130),
+        ("lerobot", signal.SIGINT, 130),
+        ("jax", signal.SIGINT, 130),
+        ("jax", signal.SIGHUP, 129),  # the terminal was closed
+    ],
+)
 def test_interrupted_in_the_middle(
-    target: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    target: str,
+    number: signal.Signals,
+    code: int,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     stream = Checkpoint.stream
 
     def interrupted(self: Checkpoint) -> Iterator[tuple[str, slice, torch.Tensor]]:
         for count, part in enumerate(stream(self)):
             if count == 40:
-                os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does
+                os.kill(os.getpid(), number)
             yield part
 
     monkeypatch.setattr(Checkpoint, "stream", interrupted)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored
+    heard = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, heard)  # may be ignored
     try:
         done = pi0("convert", source, tmp_path / "out", "--to", target)
     finally:
-        signal.signal(signal.SIGINT, before)
-    assert done.returncode == 130
+        signal.signal(number, before)
+    assert done.returncode == code
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

@@ -215,7 +215,9 @@ def test_install_hint_needs_no_index() -> None:
     assert install_hint("plot") == "In the folder of this repository: pip install '.[plot]'."
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_that_a_library_swallows(
     monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
@@ -228,6 +230,10 @@ def test_a_signal_that_a_library_swallows(
 
     monkeypatch.setattr("pi0.checkpoint.load.open_checkpoint", swallow)
     before = signal.getsignal(signal.SIGINT)
-    done = pi0("inspect", "anything")
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run with nohup
+    try:
+        done = pi0("inspect", "anything")
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
     assert signal.getsignal(signal.SIGINT) is before

@@ -146,7 +146,8 @@ def test_a_camera_renamed_to_one_that_is_unknown(folder: LerobotFolder) -> None:
     policy = Policy.from_checkpoint(folder.write(), steps=1)
     image = np.zeros((28, 28, 3), np.uint8)
     observation = {"observation.state": np.zeros(6), "task": "go"} | dict.fromkeys(CAMERAS, image)
-    with pytest.raises(ObservationError, match=r"found also observation\.images\.x"):
+    found = rf"found also observation\.images\.x \(renamed from {CAMERAS[0]}\)\."
+    with pytest.raises(ObservationError, match=found):
         policy.infer(observation)
 
 

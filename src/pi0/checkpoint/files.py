@@ -235,6 +235,9 @@ def new_folder(path: Path, size: int) -> Iterator[Path]:
 def _refuse_full(path: Path, target: Path) -> None:
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise Pi0Error(f"{path}: expected a new or empty folder, found a full one or a file.")
+    if os.path.ismount(target):  # a volume, say: it cannot be replaced
+        found = "a mount point. Name a folder inside it"
+        raise Pi0Error(f"{path}: expected a new or empty folder, found {found}.")
 
 
 def require_writable(*paths: Path | None, size: int = 0) -> None:

@@ -48,6 +48,7 @@ VARIANTS = {
     "gemma_2b_lora": GEMMA_2B,
     "gemma_300m": GEMMA_300M,
     "gemma_300m_lora": GEMMA_300M,
+    "dummy": GemmaConfig(64, 4, 128, num_heads=8, num_kv_heads=1, head_dim=16),  # of openpi's debug
 }
 VARIANT_KEYS = {"paligemma_variant": "vlm", "action_expert_variant": "expert"}
 PUBLISHED: dict[str, SiglipConfig | GemmaConfig] = {
@@ -131,6 +132,12 @@ def stated_steps(settings: Mapping[str, Any]) -> int:
     """The denoising steps that a config.json states, else 10."""
     stated = (n for key in STEPS_KEYS if isinstance(n := settings.get(key), int))
     return next(stated, DEFAULT_STEPS)
+
+
+def declared_lora(settings: Mapping[str, Any]) -> str | None:
+    """The field of a config.json, openpi's or ours, that says that the model has LoRA."""
+    variants = (key for key in VARIANT_KEYS if str(settings.get(key)).endswith("_lora"))
+    return next(variants, "lora" if settings.get("lora") else None)
 
 
 def unfit_flow(settings: Mapping[str, Any]) -> list[str]:

@@ -159,7 +159,7 @@ def open_params(folder: Path, settings: Mapping[str, Any]) -> JaxParams:
     for name, array in arrays.items():
         if array.dtype not in TORCH_DTYPES:
             raise CheckpointError(
-                f"{folder}: {name}: expected bfloat16 or float32, found {array.dtype}."
+                f"{folder}: {name}: expected bfloat16, float32 or float16, found {array.dtype}."
             )
     try:
         sizes = find_sizes(table, {name: arrays[name].shape for name in table})

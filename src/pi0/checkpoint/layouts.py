@@ -204,8 +204,11 @@ def map_names(names: Iterable[str]) -> NameMap:
     buffers: dict[str, str] = {}
     unexpected: list[str] = []
     embeddings: list[str] = []
+    seen: set[str] = set()
     for name, short in bare.items():
-        if short == language + "embed_tokens.weight":
+        if short in seen:  # once with the root and once without
+            unexpected.append(name)
+        elif short == language + "embed_tokens.weight":
             embeddings.insert(0, name)
         elif short in LM_HEADS:
             embeddings.append(name)
@@ -217,6 +220,7 @@ def map_names(names: Iterable[str]) -> NameMap:
             buffers[name] = statistic
         else:
             unexpected.append(name)
+        seen.add(short)
     if embeddings:
         ours[embeddings[0]] = EMBEDDING
     layout, explanation = _explain(root, prefixes)

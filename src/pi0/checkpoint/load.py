@@ -30,6 +30,7 @@ from pi0.checkpoint.files import (
 from pi0.checkpoint.infer import (
     Inferred,
     MissingTensorError,
+    declared_lora,
     infer_config,
     stated_steps,
     unfit_flow,
@@ -199,6 +200,16 @@ class Checkpoint:
                     "adapter-ignored",
                     f"{self.folder}: a PEFT adapter lies beside the full model and is not read. "
                     f"If the model lacks it, name the model as its base: --base {self.folder}.",
+                )
+            )
+        field, merged = declared_lora(self.settings), self.params and self.params.lora
+        if field and self.adapter is None and not merged:
+            found.append(
+                warning(
+                    "lora-lost",
+                    f"{self.folder}: expected LoRA among the weights, as config.json {field} says, "
+                    "found none. openpi's converter to PyTorch drops it: unless it was merged, "
+                    "convert the JAX folder with pi0 convert.",
                 )
             )
         return found

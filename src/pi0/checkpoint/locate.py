@@ -138,7 +138,9 @@ def find_base(folder: Path, declared: object, named: Path | str | None) -> Path:
             f"adapter changes, found none. {remedy}"
         )
     above = folder.absolute().parent
-    for place in (folder / declared, above / declared, above / Path(declared).name):
+    base = Path(declared)
+    # Last from where the command runs, where peft and LeRobot look for it.
+    for place in (folder / base, above / base, above / base.name, Path.cwd() / base):
         # Another step of the same adapter may have the name of the base's.
         if place.exists() and (_has_weights(place) or not has_adapter(place)):
             return find_files(place).path

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from pi0.checkpoint.chunk import ChunkReader, Place, find_places, find_zstd
-from pi0.checkpoint.files import TORCH_DTYPES
+from pi0.checkpoint.files import TORCH_DTYPES, read_json
 from pi0.errors import CheckpointError, Pi0Error, install_hint
 
 if TYPE_CHECKING:
@@ -34,10 +34,11 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.ocdbt"
 METADATA = "_METADATA"
+STORES_ZEROS = "store_array_data_equal_to_fill_value"
 ITEM = "params."  # the item of the checkpoint, first in every path
 VALUE = ".value"  # the last level where flax's nnx wrote the tree
-DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # zarr's names → safetensors'
-ZARR_DTYPES = {"<f4": "F32", "bfloat16": "BF16"}  # as .zarray spells them, little-endian
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # zarr's names → safetensors'
+ZARR_DTYPES = {"<f4": "F32", "bfloat16": "BF16", "<f2": "F16"}  # in .zarray; little-endian
 STREAMED_BYTES = 16 << 20  # larger arrays are not held in memory whole
 PENDING_BYTES = 256 << 20  # written at once; the database joins what is written at once
 HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
@@ -113,8 +114,7 @@ class ArrayFolder:
                 return
             limit = 0 if info.layered else info.bytes
             context = ts.Context({"cache_pool": {"total_bytes_limit": limit}})
-            # Else a chunk that was lost would be read as zeros.
-            spec = {**_array_spec(self.folder, info.key), "fill_missing_data_reads": False}
+            spec = _array_spec(self.folder, info.key) | {"fill_missing_data_reads": self._sparse}
             yield ArrayReader(ts.open(spec, context=context, read=True).result())
 
     def _large_chunk(self, ts: Any, info: ArrayInfo) -> ChunkReader | None:
@@ -126,6 +126,28 @@ class ArrayFolder:
         place = self._places.get(f"{info.key}/{'.'.join('0' * len(info.shape))}")
         dtype = TORCH_DTYPES[info.dtype]
         return ChunkReader(place, info.shape, dtype, zstd) if place else None
+
+    def require_data(self) -> None:
+        """Raises CheckpointError if a file is missing or too short for the chunks in it."""
+        try:
+            places = self._places.values()
+        except FAILURES:  # another form of the database: reading says what is wrong with it
+            return
+        ordered = sorted(places, key=lambda place: place.offset + place.length)
+        for file, end in {place.file: place.offset + place.length for place in ordered}.items():
+            size = file.stat().st_size if file.is_file() else -1
+            if size < end:
+                found = "no file" if size < 0 else size
+                raise CheckpointError(
+                    f"{file}: expected {end} bytes of arrays, found {found}. The JAX checkpoint is "
+                    "truncated or damaged: copy or download it again."
+                )
+
+    @functools.cached_property
+    def _sparse(self) -> bool:
+        """Whether chunks of zeros are left out, as by older orbax; else a missing one is lost."""
+        file = self.folder / METADATA
+        return file.is_file() and not read_json(file).get(STORES_ZEROS)
 
     @functools.cached_property
     def _places(self) -> dict[str, Place]:
@@ -140,7 +162,7 @@ class ArrayReader:
         """A part of the array, in its own dtype."""
         part = self.array[index] if index else self.array
         values = np.asarray(part.read().result())
-        if values.dtype == np.float32:
+        if values.dtype in (np.float32, np.float16):
             return torch.from_numpy(values)
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
 
@@ -187,7 +209,9 @@ def open_folder(folder: Path) -> ArrayFolder:
             f"{manifest}: expected arrays, found none. The folder is incomplete: copy or download "
             "it again."
         )
-    return ArrayFolder(folder, arrays)
+    found = ArrayFolder(folder, arrays)
+    found.require_data()
+    return found
 
 
 def _codec_of_one_chunk(metadata: Mapping[str, Any]) -> str | None:
@@ -319,7 +343,7 @@ def _write_metadata(
         METADATA: {
             "tree_metadata": tree,
             "use_zarr3": False,
-            "store_array_data_equal_to_fill_value": True,
+            STORES_ZEROS: True,
             "custom_metadata": None,
         },
         "array_metadatas/process_0": {

@@ -12,7 +12,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
-from typing import NoReturn, TextIO
+from typing import TextIO
 
 import typer
 
@@ -93,8 +93,8 @@ def main() -> None:
     """Runs the command line.
 
     Exit codes: 0 done; 1 engines or checkpoints do not agree, one of several failed, or a finding
-    is an error; 2 bad input, one sentence on stderr; 130 Ctrl-C; 141 nobody reads stdout any more;
-    143 terminated.
+    is an error; 2 bad input, one sentence on stderr; 129 its terminal was closed; 130 Ctrl-C; 141
+    nobody reads stdout any more; 143 terminated.
     """
     logging.basicConfig(format="pi0: warning: %(message)s")  # to stderr, from warnings upwards
     with warnings.catch_warnings():
@@ -117,12 +117,14 @@ def main() -> None:
 
 
 def _run() -> None:
-    """Runs the verb. An error after Ctrl-C or SIGTERM counts as that: torch goes on when it is
-    interrupted while it imports numpy, which is half there from then on."""
+    """Runs the verb. An error after Ctrl-C, SIGTERM or SIGHUP counts as that: torch goes on when it
+    is interrupted while it imports numpy, which is half there from then on."""
     ends: list[BaseException] = []
 
-    def end_with(end: BaseException) -> Callable[..., NoReturn]:
-        def handler(*_: object) -> NoReturn:
+    def end_with(end: BaseException) -> Callable[..., None]:
+        def handler(number: int, _: object) -> None:
+            if number == signal.SIGHUP and ends:  # a terminal sends it twice
+                return
             ends.append(end)
             raise end
 
@@ -132,6 +134,8 @@ def _run() -> None:
     if before is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_with(KeyboardInterrupt()))
     signal.signal(signal.SIGTERM, end_with(SystemExit(143)))  # so that nothing half-written stays
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
+        signal.signal(signal.SIGHUP, end_with(SystemExit(129)))
     try:
         app(prog_name="pi0")
     except Exception as error:

@@ -247,7 +247,7 @@ def run(policy: Policy | Replicas, sock: socket.socket, settings: ServeOptions) 
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, on_signal)
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it
             loop.add_signal_handler(signal.SIGHUP, stop.set)  # a terminal sends it twice
         await PolicyServer(policy, settings).serve(sock, stop, ready)
 

@@ -32,6 +32,7 @@ from pi0.errors import Pi0Error
 from pi0.findings import Finding, warning
 from pi0.policy.fit import length_findings, settings_findings
 from pi0.policy.lerobot import is_lerobot
+from pi0.policy.lerobot.fields import is_count, show
 from pi0.policy.lerobot.statistics import NEEDED
 from pi0.policy.normalize import NEEDED as MODES
 from pi0.policy.normalize import make_normalizer
@@ -55,7 +56,8 @@ from pi0.policy.tokenizer import FILE_NAMES, load_tokenizer_of, own_tokenizers
 KEPT = ("mean", "std", "q01", "q99", "min", "max")
 ASSETS = "assets/lerobot"  # of statistics from LeRobot, which name no robot
 STATE_STEP = "pi05_prepare_state_tokenizer_processor_step"
-MERGED = {"use_peft": False, "pretrained_path": None}  # in place of what an adapter declares
+# In place of what an adapter declares, and a model that was merged with peft.
+MERGED = {"use_peft": False, "pretrained_path": None}
 VARIANTS = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
 
 
@@ -105,6 +107,12 @@ def export_files(
     if not copied or checkpoint.settings.keys() & OLD_FIELDS:
         for finding in settings_findings(checkpoint.settings, checkpoint.config):
             raise Pi0Error(finding.sentence)
+    steps, horizon = checkpoint.settings.get("n_action_steps"), checkpoint.config.horizon
+    if steps is not None and not (is_count(steps) and steps <= horizon):
+        raise Pi0Error(
+            f"config.json n_action_steps: expected 1 to {horizon} actions of a chunk, found "
+            f"{show(steps)}. Correct it in {checkpoint.path}."
+        )
     export = Export(findings=list(checkpoint.findings))
     if source.program and source.program.max_tokens:
         export.findings = [f for f in export.findings if f.code != "max-tokens-assumed"]
@@ -233,7 +241,7 @@ def _lerobot(source: Source, export: Export, norm_mode: str | None) -> None:
         settings["normalization_mapping"] |= dict.fromkeys(("STATE", "ACTION"), norm_mode.upper())
     if source.is_lerobot:
         fields = {k: v for k, v in checkpoint.settings.items() if k not in OLD_FIELDS}
-        settings |= fields | (MERGED if checkpoint.adapter else {})
+        settings |= fields | (MERGED if checkpoint.adapter or fields.get("use_peft") else {})
         if "num_steps" in checkpoint.settings:
             settings["num_inference_steps"] = checkpoint.steps
         export.findings += find_aloha_loss(source, "LeRobot")
@@ -242,13 +250,18 @@ def _lerobot(source: Source, export: Export, norm_mode: str | None) -> None:
         if "n_action_steps" in checkpoint.settings:
             settings["n_action_steps"] = checkpoint.settings["n_action_steps"]
     if source.processors:
+        for finding in source.program.findings if source.program else ():
+            if finding.code == "step-form":  # which LeRobot cannot read either
+                raise Pi0Error(finding.sentence)
+            if finding.code == "statistics-missing":
+                export.findings.append(warning(finding.code, finding.sentence))
         export.files[CONFIG] = _json(settings)
         _copy_processors(source.processors, export)
         return
     if source.has_processors:
         raise Pi0Error(
             f"norm_stats (--norm-stats): expected none for {checkpoint.path}, whose processors "
-            "have their own and are copied, found one. Leave it out."
+            "are copied as they are, found one. Leave it out, or name it where the result is used."
         )
     tables = source.tables
     if tables is None and len(source.norm_stats) > 1:

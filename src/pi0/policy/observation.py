@@ -62,7 +62,7 @@ def check_observation(observation: Any, robot: Robot, rename: Mapping[str, str])
                 "checkpoint's renames make one."
             )
         renamed[target] = value
-    _refuse_unknown(renamed, robot)
+    _refuse_unknown(renamed, robot, {new: old for old, new in rename.items() if old in observation})
     return renamed
 
 
@@ -180,7 +180,9 @@ def read_image(key: str, image: Any) -> NDArray[np.generic]:
     return array[0] if array.ndim == 4 and len(array) == 1 else array
 
 
-def _refuse_unknown(observation: Observation, robot: Robot) -> None:
+def _refuse_unknown(observation: Observation, robot: Robot, origins: Mapping[str, str]) -> None:
+    """Raises ObservationError for keys that the robot does not know; `origins` has what they were
+    called before the checkpoint's renames."""
     keys = list(_paths(observation))
     known = {camera.key for camera in robot.cameras} | {key for key, _ in robot.state}
     known |= {*PROMPT_KEYS, *robot.ignored}
@@ -192,10 +194,10 @@ def _refuse_unknown(observation: Observation, robot: Robot) -> None:
             f"the cameras {camera_keys(robot)}."
         )
     if unknown:
+        found = [f"{k} (renamed from {origins[k]})" if k in origins else k for k in unknown]
         raise ObservationError(
             f"observation: expected for robot {robot.name} the cameras {camera_keys(robot)}, "
-            f"{', '.join(key for key, _ in robot.state)} and prompt, found also "
-            f"{', '.join(unknown)}."
+            f"{', '.join(key for key, _ in robot.state)} and prompt, found also {', '.join(found)}."
         )
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:

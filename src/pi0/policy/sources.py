@@ -135,9 +135,9 @@ def _openpi_source(checkpoint: Checkpoint) -> Source:
     files = {}
     for path in found:
         inner = path.relative_to(folder)
-        inner = inner if inner.parts[0] == "assets" else "assets" / Path(*inner.parts[-2:])
-        if len(inner.parts) < 3:
-            inner = Path("assets", folder.resolve().name, FILE_NAME)
+        inner = inner if inner.parts[0] == "assets" else "assets" / inner
+        if len(inner.parts) < 3:  # not under the checkpoint's own name, which tells no robot
+            inner = Path("assets", "own", FILE_NAME)
         files[inner.as_posix()] = path
     tables = read_norm_stats(found[0]) if len(found) == 1 else None
     return Source(checkpoint, files, None, tables)

@@ -365,10 +365,8 @@ class Policy(Closing):
         if previous is None:
             return None
         if self.real_time is None:
-            raise ConfigError(
-                "previous: expected a policy made with real_time=RealTimeChunking(), found one "
-                "without."
-            )
+            wanted = "a policy made with real_time=RealTimeChunking()"
+            raise ConfigError(f"previous: expected {wanted}, found one without.")
         return make_inpainting(self.real_time, self.pipeline, previous, delay, state)
 
     def _guard(

@@ -27,6 +27,8 @@ _FILE = "chunk-{chunk_index:03d}/file-{file_index:03d}"
 EPISODES = f"meta/episodes/{_FILE}.parquet"
 DATA = f"data/{_FILE}.parquet"
 VIDEO = "videos/{video_key}/" + f"{_FILE}.mp4"
+# Columns of recordings: of a robot's; of `pi0 serve`, since an episode's first observation.
+STATE, ACTION, SERVED_SECONDS = "observation.state", "action", "served.seconds"
 # Columns that every dataset has, and their dtypes.
 BOOKKEEPING = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64",
                "index": "int64", "task_index": "int64"}  # fmt: skip

@@ -37,7 +37,7 @@ def choose_engine(
             raise ConfigError(f"{option}: expected a text, found {value!r}.")
     name, dtype, device = split_spec(engine, dtype, device)
     if name != "auto":
-        return EngineSpec.parse(engine, dtype, device)
+        return EngineSpec.parse(name, dtype, device)
     spec, reason = fastest_engine(config, dtype, device, image_size)
     logger.info("engine %s: %s.", spec.label, reason)
     return spec

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0.data import Recording, Schema, finish, next_place, write_shard, written_schema
-from pi0.data.schema import LEAST_SIDE
+from pi0.data.schema import ACTION, LEAST_SIDE, SERVED_SECONDS, STATE
 from pi0.errors import Pi0Error
 from pi0.policy import Pipeline
 from pi0.policy.observation import read_prompt
@@ -40,7 +40,7 @@ from pi0.serve.answer import Frame
 from pi0.serve.pictures import read_pictures
 
 logger = logging.getLogger("pi0.serve")
-STATE, ACTION, CHUNK, SECONDS = "observation.state", "action", "served.chunk", "served.seconds"
+CHUNK = "served.chunk"
 PICTURES = "observation.images."
 DEFAULT_FPS = 10  # where the robot's table does not say
 QUEUE_BYTES = 256 << 20
@@ -232,7 +232,7 @@ class _Episode:
         self.schema, self.task = schema, task
         self._began = began
         fields = [(key, value.dtype, value.shape) for key, value in row.items()]
-        self._layout = np.dtype([*fields, (SECONDS, np.float32, (1,))])
+        self._layout = np.dtype([*fields, (SERVED_SECONDS, np.float32, (1,))])
         self._shapes = _shapes(row)
         self._frames = 0
         folder.mkdir(parents=True, exist_ok=True)
@@ -253,7 +253,7 @@ class _Episode:
         frame = np.zeros((), self._layout)
         for key, value in row.items():
             frame[key] = value
-        frame[SECONDS] = arrived - self._began
+        frame[SERVED_SECONDS] = arrived - self._began
         data = memoryview(frame.tobytes())
         while data:
             data = data[self._file.write(data) :]
@@ -341,7 +341,7 @@ def _schema(pipeline: Pipeline, cameras: Mapping[str, tuple[int, int]], states: 
             STATE: tuple(f"state_{i}" for i in range(states)),
             ACTION: actions,
             CHUNK: tuple(f"{name}_{k}" for k in range(pipeline.config.horizon) for name in actions),
-            SECONDS: ("seconds",),
+            SERVED_SECONDS: ("seconds",),
         },
     )
 

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pi0.config import Pi0Config
+from pi0.data.schema import ACTION, SERVED_SECONDS, STATE
 from pi0.findings import Finding, error, warning
 from pi0.policy.normalize import OUTLIER_SIGMA
 from pi0.policy.robot import Robot
 from pi0.policy.robots import ROBOTS
-from pi0.train.samples import ACTION, STATE, Samples
+from pi0.train.samples import Samples
 
 if TYPE_CHECKING:
     from pi0.data.read import Dataset
 
 PREFIX = "observation.images."
-SERVED_SECONDS = "served.seconds"  # of recordings of `pi0 serve`
 
 
 def match_cameras(dataset: Dataset, robot: Robot) -> dict[str, str]:

@@ -15,6 +15,7 @@ import torch
 from pi0.checkpoint.infer import DEFAULT_STEPS
 from pi0.checkpoint.layouts import LEROBOT, OPENPI
 from pi0.config import PALIGEMMA_VOCABULARY, Pi0Config
+from pi0.data.schema import ACTION, STATE
 from pi0.data.statistics import OPENPI as OPENPI_STATISTICS
 from pi0.errors import ConfigError, Pi0Error
 from pi0.findings import enforce
@@ -39,8 +40,6 @@ from pi0.train.loss import AuxiliaryHead, PointingHead
 from pi0.train.optimizer import OptimizerOptions
 from pi0.train.processes import Processes
 from pi0.train.samples import (
-    ACTION,
-    STATE,
     Chunks,
     SampleOptions,
     Samples,

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pi0.data.schema import ACTION, STATE
 from pi0.data.statistics import RunningStatistics
 from pi0.errors import ObservationError, Pi0Error
 from pi0.inputs import ModelInputs
@@ -30,7 +31,6 @@ from pi0.train.loss import Batch, time_of_uniform
 if TYPE_CHECKING:
     from pi0.data import Dataset, FrameStore
 
-STATE, ACTION = "observation.state", "action"
 BLOCK = 8192  # frames that statistics are taken of at once
 DRAWS, ORDER = 0, 1  # streams of random numbers under one seed
 Index = NDArray[np.int64]

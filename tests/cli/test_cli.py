@@ -300,9 +300,21 @@ def test_full_disk(tmp_path: Path) -> None:
 
 
 def test_interrupt(tmp_path: Path) -> None:
+    """While a file of over 1 GB is written: one block of each trunk, whole vocabulary."""
     folder = tmp_path / "base"
+    script = (
+        "import sys\n"
+        "from dataclasses import replace\n"
+        "from pi0.cli.main import main\n"
+        "from pi0.config import PRESETS\n"
+        "base = PRESETS['pi0_base']\n"
+        "trunks = {k: replace(getattr(base, k), depth=1) for k in ('vision', 'vlm', 'expert')}\n"
+        "PRESETS['pi0_base'] = replace(base, **trunks)\n"
+        f"sys.argv = ['pi0', 'synth', '--preset', 'pi0_base', {str(folder)!r}]\n"
+        "main()\n"
+    )
     process = subprocess.Popen(
-        [sys.executable, "-m", "pi0", "synth", "--preset", "pi0_base", str(folder)],
+        [sys.executable, "-c", script],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

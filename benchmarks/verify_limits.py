@@ -8,7 +8,7 @@ Names that are no preset are checkpoints, of which only the inputs depend on the
 its limit as it stands is said on the way, on standard error. --python prints the lines of
 `pi0.verify.clean`, --docs the tables of docs/verify.md, without a measurement.
 The full size (--presets pi0_base) takes 14 GB of memory and half an hour per precision;
---cameras 1 and --depth 2 take less.
+--cameras 1, --image-size 112 and --depth 2 take less.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import functools
 import math
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
 from pi0.checkpoint.synth import TRAINED_LIKE, synthesise
 from pi0.config import PRESETS
-from pi0.engines.base import make_engine
+from pi0.engines.base import Engine, make_engine
 from pi0.engines.reference import ReferenceEngine
 from pi0.engines.spec import EngineSpec
 from pi0.errors import EngineError
@@ -65,15 +65,18 @@ Figures = dict[tuple[str, str, str], tuple[float, float]]  # (precision, part, k
 
 
 def verified(
-    checkpoint: Checkpoint, reference: EngineRun, cases: list[Case], spec: EngineSpec
+    make: Callable[[str | EngineSpec], Engine],
+    reference: EngineRun,
+    cases: list[Case],
+    spec: EngineSpec,
 ) -> VerifyResult:
     unrounded = unrounded_engine(EngineSpec.parse(REFERENCE), spec)
     return verify(
         reference,
-        lambda: make_engine(spec, checkpoint),
+        lambda: make(spec),
         cases,
         layers=True,
-        unrounded=None if unrounded is None else lambda: make_engine(unrounded, checkpoint),
+        unrounded=None if unrounded is None else lambda: make(unrounded),
     )
 
 
@@ -181,6 +184,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--cameras", type=int, default=3)
+    parser.add_argument("--image-size", type=int, help="pixels, if not the checkpoint's")
     parser.add_argument("--depth", type=int, help="blocks of each trunk of a preset")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--python", action="store_true")
@@ -193,16 +197,19 @@ def main() -> None:
     for name, found in tables.items():
         for seed in range(options.first_seed, options.first_seed + options.seeds):
             with made(name, seed, options.depth) as checkpoint:
-                config = checkpoint.config
+                config = checkpoint.config.with_image_size(
+                    options.image_size or checkpoint.config.vision.image_size
+                )
+                make = functools.partial(
+                    make_engine, checkpoint=checkpoint, image_size=options.image_size
+                )
                 depth = max(config.vision.depth, config.vlm.depth)
                 cases = default_cases(config, options.cameras, config.max_tokens, seed)
-                reference = record_reference(
-                    functools.partial(make_engine, REFERENCE, checkpoint), cases
-                )
+                reference = record_reference(lambda make=make: make(REFERENCE), cases)
                 for engine in options.engines:
                     spec = EngineSpec.parse(engine)
                     try:
-                        result = verified(checkpoint, reference, cases, spec)
+                        result = verified(make, reference, cases, spec)
                     except EngineError as error:
                         print(f"{engine}: not measured: {error}")
                         continue

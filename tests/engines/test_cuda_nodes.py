@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from pi0.checkpoint.load import empty_model
 from pi0.config import PRESETS, Pi0Config
+from pi0.dtypes import parse_dtype
 from pi0.engines.fast import weights as packing
 from pi0.engines.fast.cuda import engine as cuda
 from pi0.engines.fast.cuda import fp8
@@ -28,7 +29,6 @@ from pi0.engines.fast.network import Network
 from pi0.engines.fast.plan import make_token_plan
 from pi0.engines.fast.weights import PackedWeights, Scheme
 from pi0.inputs import random_inputs
-from pi0.model.precision import parse_dtype
 
 if not importlib.util.find_spec("triton"):
     pytest.skip("triton is not installed", allow_module_level=True)

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from pi0.checkpoint.load import load_model, open_checkpoint
+from pi0.dtypes import parse_dtype
 from pi0.errors import ConfigError
 from pi0.inputs import random_inputs
 from pi0.model import Pi0
 from pi0.model.gemma import Rope
-from pi0.model.precision import parse_dtype
 
 FLOAT32 = ("norm", "patch_embedding", "state_proj", "action_")
 

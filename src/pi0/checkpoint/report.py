@@ -13,7 +13,7 @@ from pi0.checkpoint.infer import MODEL_TYPES
 from pi0.checkpoint.layouts import EMBEDDING
 from pi0.checkpoint.load import Checkpoint, check
 from pi0.config import Pi0Config
-from pi0.model.precision import DTYPES
+from pi0.dtypes import DTYPES
 
 MODULES = {
     "vision tower": ("vision_tower.",),

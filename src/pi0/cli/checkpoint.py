@@ -67,8 +67,8 @@ def synth(
     from pi0.checkpoint.synth import STATISTICS, synthesise, tensor_list
     from pi0.cli.show import byte_progress, human_bytes, print_line
     from pi0.config import PRESETS
+    from pi0.dtypes import parse_dtype
     from pi0.errors import ConfigError
-    from pi0.model.precision import parse_dtype
 
     for name, value, known in (
         ("preset", preset, PRESETS),

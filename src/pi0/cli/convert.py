@@ -60,8 +60,8 @@ def convert(
     from pi0.checkpoint.files import expand_user
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.show import byte_progress, human_bytes, print_line
+    from pi0.dtypes import parse_dtype
     from pi0.findings import enforce
-    from pi0.model.precision import parse_dtype
     from pi0.policy.export import export_files
 
     parse_target(to)

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint, load_model
 from pi0.config import Pi0Config
+from pi0.dtypes import DTYPES, parse_dtype
 from pi0.engines.base import Capabilities, Engine, EngineOptions, exclusive
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
 from pi0.model import PrefixCache, Tap
 from pi0.model.pi0 import no_tap
-from pi0.model.precision import DTYPES, parse_dtype
 
 
 class ReferenceEngine(Engine):

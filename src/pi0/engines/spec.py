@@ -73,7 +73,7 @@ def canonical_precision(name: str | None) -> str | None:
     """
     name = PRECISION_ALIASES.get(name or "", name)
     if name == "float16":
-        from pi0.model.precision import parse_dtype  # needs torch
+        from pi0.dtypes import parse_dtype  # needs torch
 
         parse_dtype(name)  # says why not
     return name

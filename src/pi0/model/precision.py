@@ -17,11 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pi0.errors import ConfigError
-
 # Sums of squares of larger values leave float32, and a norm answers with zeros.
 OVERFLOW = 1e17
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Float32(nn.Module):
@@ -39,21 +36,6 @@ class Float32Linear(Float32, nn.Linear):
 def refuse_overflow(x: Tensor) -> Tensor:
     """x itself, or NaN throughout if a value is NaN or too large for a norm to see."""
     return torch.where(x.abs().amax() < OVERFLOW, x, torch.nan) if x.numel() else x
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a name.
-
-    Raises:
-        ConfigError: neither float32 nor bfloat16.
-    """
-    if name == "float16":
-        raise ConfigError(
-            "dtype float16: π0's activations leave its range (65504). Use bfloat16 or float32."
-        )
-    if name not in DTYPES:
-        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, found {name!r}.")
-    return DTYPES[name]
 
 
 def set_dtype(model: nn.Module, dtype: torch.dtype) -> None:

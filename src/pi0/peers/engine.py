@@ -19,13 +19,13 @@ from torch import Tensor
 import pi0
 from pi0.checkpoint.load import Checkpoint
 from pi0.config import Pi0Config
+from pi0.dtypes import DTYPES
 from pi0.engines.base import Capabilities, Engine, EngineOptions, exclusive
 from pi0.engines.reference import parse_device
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
 from pi0.model import Tap
 from pi0.model.pi0 import no_tap
-from pi0.model.precision import DTYPES
 from pi0.peers.frames import Message, receive, send
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint
 from pi0.config import GemmaConfig, Pi0Config
+from pi0.dtypes import parse_dtype
 from pi0.errors import ObservationError
-from pi0.model.precision import parse_dtype
 from pi0.peers.weights import EMBEDDING_HEAD, fill
 
 PACKAGE = "transformers"

@@ -17,10 +17,10 @@ from pi0.checkpoint.layouts import LEROBOT, OPENPI
 from pi0.config import PALIGEMMA_VOCABULARY, Pi0Config
 from pi0.data.schema import ACTION, STATE
 from pi0.data.statistics import OPENPI as OPENPI_STATISTICS
+from pi0.dtypes import parse_dtype
 from pi0.errors import ConfigError, Pi0Error
 from pi0.findings import enforce
 from pi0.model import Pi0
-from pi0.model.precision import parse_dtype
 from pi0.policy.lerobot.fields import is_count
 from pi0.policy.normalize import Statistics, identity, make_normalizer
 from pi0.policy.pipeline import Pipeline

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint
 from pi0.config import Pi0Config
+from pi0.dtypes import parse_dtype
 from pi0.engines.base import Capabilities, Engine, EngineOptions, exclusive
 from pi0.engines.fast.cuda import fp8
 from pi0.engines.fast.cuda.fp8 import Fp8Kernels
@@ -30,7 +31,6 @@ from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
 from pi0.model import Tap
 from pi0.model.pi0 import no_tap
-from pi0.model.precision import parse_dtype
 
 BUCKET = 16  # prefix tokens are rounded up to a multiple where prompts change with every call
 PART_REPEATS = 20  # replays of a part, of which the median counts

@@ -8,7 +8,7 @@ Names that are no preset are checkpoints, of which only the inputs depend on the
 its limit as it stands is said on the way, on standard error. --python prints the lines of
 `pi0.verify.clean`, --docs the tables of docs/verify.md, without a measurement.
 The full size (--presets pi0_base) takes 14 GB of memory and half an hour per precision;
---cameras 1, --image-size 112 and --depth 2 take less.
+--cameras 1, --image-size 56, --tokens 16 and --depth 2 take less.
 """
 
 from __future__ import annotations
@@ -184,6 +184,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--cameras", type=int, default=3)
+    parser.add_argument("--tokens", type=int, help="of the prompt, if not the checkpoint's most")
     parser.add_argument("--image-size", type=int, help="pixels, if not the checkpoint's")
     parser.add_argument("--depth", type=int, help="blocks of each trunk of a preset")
     kind = parser.add_mutually_exclusive_group()
@@ -204,7 +205,8 @@ def main() -> None:
                     make_engine, checkpoint=checkpoint, image_size=options.image_size
                 )
                 depth = max(config.vision.depth, config.vlm.depth)
-                cases = default_cases(config, options.cameras, config.max_tokens, seed)
+                tokens = options.tokens or config.max_tokens
+                cases = default_cases(config, options.cameras, tokens, seed)
                 reference = record_reference(lambda make=make: make(REFERENCE), cases)
                 for engine in options.engines:
                     spec = EngineSpec.parse(engine)

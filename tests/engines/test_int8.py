@@ -84,6 +84,17 @@ def test_a_row_of_zeros() -> None:
 
 
 @needs_native
+@given(BLOCKS, st.integers(1, 80), st.booleans())
+def test_packing_loses_nothing(n: int, k: int, int8: bool) -> None:
+    """The widest are packed in several turns, the last one of fewer columns."""
+    plain, packed = matrices(16 * n, 4 * k, int8=int8)
+    assert torch.equal(native_kernels().plain(packed).weight, Int8Kernels().plain(plain).weight)
+    if int8:
+        assert packed.offset is not None
+        assert torch.equal(packed.offset, -128 * plain.weight.sum(1, dtype=torch.int32))
+
+
+@needs_native
 @given(
     ROWS,
     BLOCKS,

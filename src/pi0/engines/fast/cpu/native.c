@@ -11,6 +11,7 @@
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define ROWS_OF(n) _Pragma("omp parallel for schedule(static)") for (int64_t i = 0; i < n; i++)
@@ -155,25 +156,26 @@ void softmax(int64_t rows, int64_t n, float factor, const uint8_t *valid, float 
 #define TILE 4   /* blocks that are computed together */
 #define HEIGHT 6 /* rows that are computed together */
 
-/* weight [n, k] into blocks [n / BLOCK, k / 4, BLOCK, 4], and what a 128 in every activation adds to
-   a product, with its sign turned. n is a multiple of BLOCK, k of 4. */
-void pack(int64_t n, int64_t k, const int8_t *weight, int8_t *packed, int32_t *offset) {
-    ROWS_OF(n) {
-        int8_t *out = packed + i / BLOCK * BLOCK * k + i % BLOCK * 4;
-        int32_t sum = 0;
-        for (int64_t j = 0; j < k; j++) {
-            out[j / 4 * 4 * BLOCK + j % 4] = weight[i * k + j];
-            sum += weight[i * k + j];
-        }
-        offset[i] = -128 * sum;
+/* weight [n, k] of four bytes, which are a float or four of eight bits, becomes [n / BLOCK, k, BLOCK]
+   in place. Some columns at a time stay in a core's first cache. n is a multiple of BLOCK. */
+void pack(int64_t n, int64_t k, int32_t *weight) {
+    ROWS_OF(n / BLOCK) {
+        int32_t *out = weight + i * BLOCK * k, *in = malloc(sizeof(int32_t) * BLOCK * k);
+        if (!in) abort();
+        memcpy(in, out, sizeof(int32_t) * BLOCK * k);
+        for (int64_t at = 0; at < k; at += 64)
+            for (int64_t r = 0; r < BLOCK; r++)
+                for (int64_t j = at; j < at + 64 && j < k; j++) out[j * BLOCK + r] = in[r * k + j];
+        free(in);
     }
 }
 
-/* The same of float32: [n / BLOCK, k, BLOCK]. */
-void pack_float(int64_t n, int64_t k, const float *weight, float *packed) {
+/* What a 128 in every activation adds to a product, with its sign turned: weight [n, k]. */
+void offsets(int64_t n, int64_t k, const int8_t *weight, int32_t *offset) {
     ROWS_OF(n) {
-        float *out = packed + i / BLOCK * BLOCK * k + i % BLOCK;
-        for (int64_t j = 0; j < k; j++) out[j * BLOCK] = weight[i * k + j];
+        int32_t sum = 0;
+        for (int64_t j = 0; j < k; j++) sum += weight[i * k + j];
+        offset[i] = -128 * sum;
     }
 }
 

@@ -28,26 +28,18 @@ class NativeKernels(Int8Kernels):
     @torch.inference_mode()
     def prepare(self, weights: PackedWeights) -> None:
         """Packs matrices in place, since fresh memory costs more than the copy."""
-        matrices = [
-            matrix
-            for matrix in weights.matrices.values()
-            if matrix.weight.shape[0] % BLOCK == 0 and matrix.weight.shape[1] % 4 == 0
-        ]
-        largest = max((matrix.weight.nbytes for matrix in matrices), default=0)
-        spare = torch.empty(largest, dtype=torch.uint8)
-        for matrix in matrices:
+        for matrix in weights.matrices.values():
             weight = matrix.weight
             n, k = weight.shape
-            packed = spare[: weight.nbytes].view(weight.dtype)
-            if matrix.scale is None:
-                shape: tuple[int, ...] = (n // BLOCK, k, BLOCK)
-                self.native("pack_float", n, k, weight, packed)
-            else:
-                shape = (n // BLOCK, k // 4, BLOCK, 4)
+            if n % BLOCK or k % 4:
+                continue
+            lanes: tuple[int, ...] = (k, BLOCK)
+            if matrix.scale is not None:
+                lanes = k // 4, BLOCK, 4
                 matrix.offset = torch.empty(n, dtype=torch.int32)
-                self.native("pack", n, k, weight, packed, matrix.offset)
-            matrix.weight = weight.view(shape)
-            matrix.weight.copy_(packed.view(shape))
+                self.native("offsets", n, k, weight, matrix.offset)
+            self.native("pack", n, lanes[0], weight)
+            matrix.weight = weight.view(n // BLOCK, *lanes)
 
     def dequantised(self, a: Any) -> Tensor:
         if isinstance(a, Quantised) and a.values.dtype == torch.uint8:

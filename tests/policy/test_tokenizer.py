@@ -162,6 +162,13 @@ def test_where_it_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert find_tokenizer(checkpoint) == path
 
 
+def test_a_link_to_nothing(tmp_path: Path) -> None:
+    """As a cache of Hugging Face is left by a download that was cut short."""
+    (tmp_path / "tokenizer.json").symlink_to("blobs/abc")
+    with pytest.raises(Pi0Error, match=r"tokenizer.json: .*a link to blobs/abc, which does not"):
+        find_tokenizer(tmp_path)
+
+
 def test_bad_files(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "tokenizer.model"):
         path = tmp_path / name

@@ -138,8 +138,14 @@ def own_tokenizers(folder: Path) -> list[Path]:
     """The tokenizer files in a folder, which are of one vocabulary.
 
     Raises:
-        Pi0Error: they differ.
+        Pi0Error: they differ, or one is a link to nothing.
     """
+    for path in (folder / name for name in FILE_NAMES):
+        if path.is_symlink() and not path.exists():
+            raise Pi0Error(
+                f"tokenizer {path}: expected a file, found a link to {path.readlink()}, which does "
+                "not exist. Restore it or remove the link."
+            )
     paths = [path for name in FILE_NAMES if (path := folder / name).is_file()]
     if len(paths) < 2:
         return paths

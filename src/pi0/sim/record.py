@@ -108,8 +108,8 @@ def _require_no_more(plan: Plan, out: Path) -> None:
         or data_path(out, last + 1).is_file()
     ):
         raise ConfigError(
-            f"{out}: expected a dataset of at most {plan.episodes} episodes, which is to be "
-            "continued, found more. Ask for as many, or name another folder."
+            f"{out}: expected a dataset to be continued, with no more episodes than "
+            f"{plan.episodes}, found more. Ask for as many, or name another folder."
         )
 
 

@@ -325,7 +325,8 @@ def _pipeline(
     config: Pi0Config, robot: Robot, tokenizer: Tokenizer, convention: str, state: bool
 ) -> Pipeline:
     """A pipeline without statistics; `state`: whether the prompt holds the state."""
-    if convention == "lerobot" and (robot.encode_state or robot.encode_actions or robot.delta):
+    relative = any(run > 0 for run in robot.delta)
+    if convention == "lerobot" and (robot.encode_state or robot.encode_actions or relative):
         raise ConfigError(
             "--layout lerobot: expected a robot whose actions are absolute and without conventions "
             f"of its own, found {robot.name}, which LeRobot's files cannot say. Use --layout "

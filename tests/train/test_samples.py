@@ -66,6 +66,8 @@ def test_whether_the_prompt_holds_the_state(tmp_path: Path) -> None:
         assert made.pipeline.prompt.newline != expected
     with pytest.raises(Pi0Error, match="expected a π0.5, whose prompt holds the state"):
         samples(tmp_path / "pi0", state_in_prompt=True)
+    with pytest.raises(Pi0Error, match="--layout lerobot: expected prompts that hold the state"):
+        samples(tmp_path / "pi05", config=PI05_SIZES, state_in_prompt=False, layout="lerobot")
 
 
 def test_the_layout_of_lerobot_takes_robots_whose_actions_are_absolute(tmp_path: Path) -> None:

@@ -317,8 +317,13 @@ def _state_in_prompt(start: Start, robot: Robot, convention: str, stated: bool |
     settings = start.checkpoint.settings if start.checkpoint else {}
     declared = settings.get("discrete_state_input")
     trained = robot.state_in_prompt if convention == "openpi" else None
-    known = (value for value in (stated, declared, trained) if value is not None)
-    return next(known, True)
+    known = next((value for value in (stated, declared, trained) if value is not None), True)
+    if convention == "lerobot" and not known:
+        raise ConfigError(
+            "--layout lerobot: expected prompts that hold the state, as LeRobot's π0.5 has them, "
+            "found that they are to be without. Use --layout openpi, or --state-in-prompt."
+        )
+    return known
 
 
 def _pipeline(

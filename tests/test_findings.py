@@ -28,6 +28,7 @@ MADE = {
         "norm-mode-lost",
         "steps-lost",
         "aloha-lost",
+        "robot-lost",
     ),
 }
 HEADS = ("| code |", "| finding |")  # of tables of codes

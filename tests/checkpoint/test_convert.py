@@ -259,6 +259,21 @@ def test_more_actions_than_a_chunk_has(tmp_path: Path, layout: str, steps: objec
             export_files(open_checkpoint(tmp_path), target, "bfloat16")
 
 
+def test_a_robot_that_lerobot_cannot_name(tmp_path: Path) -> None:
+    """Its actions may be relative, and those of the result are not."""
+    synthesise(tmp_path, PRESETS["tiny"], LAYOUTS["openpi"], 0, torch.bfloat16)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"robot": "libero"}))
+    lost = [
+        finding.sentence
+        for target in TARGETS
+        for finding in export_files(open_checkpoint(tmp_path), target, "bfloat16").findings
+        if finding.code == "robot-lost"
+    ]
+    assert len(lost) == 1
+    assert "it names robot libero, which LeRobot's files cannot say" in lost[0]
+
+
 def test_what_is_assumed_stays_assumed(tmp_path: Path) -> None:
     source = copy_oracle("jax_pi0", tmp_path / "source")
     (source / "config.json").unlink()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from pi0.checkpoint import files
-from pi0.checkpoint.files import replacing, require_writable
+from pi0.checkpoint.files import new_folder, replacing, require_writable
 from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import load_model, open_checkpoint
 from pi0.checkpoint.synth import synthesise
@@ -204,6 +204,15 @@ def test_failure_leaves_nothing(tmp_path: Path) -> None:
                 fail_half_way(path, stop)
     assert list(tmp_path.rglob("*")) == [before]
     assert before.read_text() == "before"
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_passed_by(tmp_path: Path) -> None:
+    """In a container every process may be number 1."""
+    (tmp_path / f".out.{os.getpid()}.part").mkdir()
+    require_writable(tmp_path / "out")
+    with new_folder(tmp_path / "out", 1) as temporary:
+        (temporary / "file").write_text("")
+    assert (tmp_path / "out/file").is_file()
 
 
 def test_links_stay_links(tmp_path: Path) -> None:

@@ -42,6 +42,26 @@ def test_the_lock_ends_with_its_process(tmp_path: Path) -> None:
             pass
 
 
+def test_a_folder_that_is_removed_meanwhile_leaves_none_above(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    with locked(folder):
+        folder.rmdir()
+    assert not (tmp_path / "new").exists()
+
+
+def test_who_comes_too_late_removes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both saw no folder; the other one made it first, and has not written into it yet."""
+    folder = tmp_path / "folder"
+    with locked(folder):
+        exists = Path.exists
+        monkeypatch.setattr(Path, "exists", lambda path: path != folder and exists(path))
+        with pytest.raises(Pi0Error, match=TAKEN), locked(folder):
+            pass
+        assert folder.is_dir()
+
+
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "folder"):

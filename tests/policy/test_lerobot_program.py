@@ -454,6 +454,20 @@ def test_statistics_of_one_value_without_declared_widths(
     assert (program.state.width, program.action_dim) == expected
 
 
+@pytest.mark.parametrize("mode", ["MEAN_STD", "IDENTITY"])
+def test_statistics_of_one_value_alone_decide_no_length(folder: LerobotFolder, mode: str) -> None:
+    """Any state fits them, as in LeRobot, whether they are used or not."""
+    folder.config["input_features"].pop(STATE)
+    folder.config["output_features"] = {}
+    folder.set_modes({"STATE": mode, "ACTION": mode})
+    folder.statistics = {
+        f"{key}.{name}": torch.ones(1) for key in (STATE, "action") for name in ("mean", "std")
+    }
+    program = read(folder)
+    assert program.findings == ()
+    assert (program.state_dim, program.state.width, program.action_dim) == (None, 32, 32)
+
+
 def test_unused_statistics_decide_nothing(folder: LerobotFolder) -> None:
     folder.set_modes({"STATE": "IDENTITY", "ACTION": "IDENTITY"})
     assert folder.statistics is not None

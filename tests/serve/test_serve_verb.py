@@ -178,6 +178,21 @@ def test_refused_with_one_sentence(
     assert "Traceback" not in captured.err
 
 
+def test_what_a_killed_server_left_half_written_is_removed(
+    libero: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from pi0.cli.main import main
+
+    part = tmp_path / "videos" / ".file-001.mp4.12345.part"
+    part.parent.mkdir()
+    part.touch()
+    words = command(libero, "--port", "0", "--record", str(tmp_path), "--dtype", "int3")
+    monkeypatch.setattr(sys, "argv", ["pi0", *words[3:]])
+    with pytest.raises(SystemExit):
+        main()
+    assert not part.exists()
+
+
 def test_a_missing_package_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], libero: Path
 ) -> None:

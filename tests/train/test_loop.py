@@ -22,7 +22,15 @@ from pi0.data.read import Dataset
 from pi0.errors import ConfigError, Pi0Error
 from pi0.policy import Policy, PolicyOptions, prepare
 from pi0.train.log import LOG, PLOT, read_log
-from pi0.train.loop import LAST, LoopOptions, _require_same, require_folder, save, train
+from pi0.train.loop import (
+    LAST,
+    LoopOptions,
+    _require_same,
+    keep_folder,
+    require_folder,
+    save,
+    train,
+)
 from pi0.train.prepare import VOCABULARY, TrainOptions, prepare_run, settings_of
 from pi0.train.save import STATE_FILE, load_state, save_state
 from pi0.train.start import Start, find_start
@@ -132,6 +140,14 @@ def test_killed_before_it_had_saved(tmp_path: Path) -> None:
     part.mkdir(parents=True)
     train(make_run(tmp_path), tmp_path, {}, SAVES)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["000003", "000006"]
+
+
+def test_a_run_that_fails_at_once_leaves_nothing(tmp_path: Path) -> None:
+    """It is removed while no other run can have it, and so is what was made above it."""
+    out = tmp_path / "new" / "run"
+    with pytest.raises(ZeroDivisionError), keep_folder(out, first=True):
+        print((out / LOG).write_text("{}") / 0)
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_is_written(tmp_path: Path) -> None:

@@ -66,6 +66,16 @@ def test_whether_the_prompt_holds_the_state(tmp_path: Path) -> None:
         assert made.pipeline.prompt.newline != expected
     with pytest.raises(Pi0Error, match="expected a π0.5, whose prompt holds the state"):
         samples(tmp_path / "pi0", state_in_prompt=True)
+    with pytest.raises(Pi0Error, match="--layout lerobot: expected prompts that hold the state"):
+        samples(tmp_path / "pi05", config=PI05_SIZES, state_in_prompt=False, layout="lerobot")
+
+
+def test_the_layout_of_lerobot_takes_robots_whose_actions_are_absolute(tmp_path: Path) -> None:
+    """Files of robots say it of each action."""
+    absolute, relative = (replace(ROBOT, delta=(-1, -1, last)) for last in (-1, 1))
+    assert samples(tmp_path, robot=absolute, layout="lerobot").pipeline.robot == absolute
+    with pytest.raises(Pi0Error, match="--layout lerobot: expected a robot whose actions are abs"):
+        samples(tmp_path, robot=relative, layout="lerobot")
 
 
 def test_states_may_have_several_axes(tmp_path: Path) -> None:

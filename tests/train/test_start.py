@@ -56,6 +56,18 @@ def test_the_robot_of_the_checkpoint(tiny_path: Path) -> None:
     assert start(robot="arm").robot("generic") == ROBOTS["generic"]
 
 
+def test_a_robot_of_anothers_name() -> None:
+    """The trained checkpoint would be read as the built-in one's, whose actions may be relative."""
+    own = replace(ROBOTS["libero"], delta=())
+    with pytest.raises(ConfigError, match="robot libero: expected a name of its own"):
+        find_start("tiny").robot(own)
+    for name, preset in (("libero", "tiny"), ("pi05_libero", "pi05_tiny"), ("mine", "tiny")):
+        robot = replace(ROBOTS.get(name, own), name=name)
+        assert find_start(preset).robot(robot) == robot
+    with pytest.raises(ConfigError, match="robot libero: expected a name of its own"):
+        find_start("pi05_tiny").robot(ROBOTS["libero"])
+
+
 def test_sizes_in_toml(tmp_path: Path) -> None:
     lines = []
     for name, value in to_config_json(PRESETS["tiny"]).items():

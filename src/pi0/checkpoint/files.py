@@ -297,8 +297,8 @@ def _target(path: Path) -> Path:
     return Path(os.path.realpath(expand_user(path)))
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name[:40]}.{os.getpid()}.part")
+def _temporary(path: Path) -> Path:  # not by the process's number, which others have in containers
+    return path.with_name(f".{path.name[:40]}.{int(os.urandom(5).hex(), 16)}.part")
 
 
 def remove_temporaries(folder: Path) -> None:

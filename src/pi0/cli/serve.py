@@ -134,7 +134,7 @@ def serve(
 
     require_packages()
 
-    from pi0.checkpoint.files import expand_user, require_writable
+    from pi0.checkpoint.files import expand_user, remove_temporaries, require_writable
     from pi0.checkpoint.load import open_checkpoint
     from pi0.cli.engine import load_engine
     from pi0.engines.registry import find_engine
@@ -172,6 +172,7 @@ def serve(
 
             require_own(record, pipeline)
             held.enter_context(locked(record))
+            remove_temporaries(record)  # of a server that was killed
         size = wishes.image_size
         spec = choose_engine(engine, opened.config, dtype, device, size)
         find_engine(spec.name).check_batch(batch)

@@ -41,9 +41,11 @@ def locked(folder: Path) -> Iterator[None]:
             ) from error
         except OSError:
             pass
-        yield
+        try:
+            yield
+        finally:
+            for place in made:  # before another process can have it
+                with contextlib.suppress(OSError):  # it is not empty, or gone already
+                    place.rmdir()
     finally:
         os.close(descriptor)
-        with contextlib.suppress(OSError):  # it is not empty
-            for place in made:
-                place.rmdir()

@@ -43,6 +43,7 @@ from pi0.policy.sources import (
     Tables,
     find_aloha_loss,
     find_losses,
+    find_robot_loss,
     read_source,
     read_steps,
 )
@@ -275,6 +276,7 @@ def _lerobot(source: Source, export: Export, norm_mode: str | None) -> None:
             _require(source, what, NEEDED.get(mode, ()), "LeRobot")
     if not source.is_lerobot:
         _declare_widths(settings, tables)
+        export.findings += find_robot_loss(source)
         export.findings.append(
             warning(
                 "features-assumed",

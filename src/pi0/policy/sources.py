@@ -45,6 +45,7 @@ REMEDIES = {
     "eps": "nothing does, so that values with a small spread become others",
     "steps": "num_steps of openpi's sample_actions; `pi0` finds all of it in config.json",
     "aloha": "--robot aloha or aloha_sim",
+    "robot": "renames to its keys, and `enabled` in both steps of relative actions if it has them",
 }
 
 
@@ -181,6 +182,12 @@ def find_aloha_loss(source: Source, target: str) -> list[Finding]:
     """That older LeRobot files ask for ALOHA's conventions, which no target can say."""
     flags = aloha_flags(source.checkpoint.settings) if source.is_lerobot else []
     return [_loss(source, "aloha", f"sets {' and '.join(flags)}", target)] if flags else []
+
+
+def find_robot_loss(source: Source) -> list[Finding]:
+    """That config.json names a robot, as `pi0 train` writes it, which LeRobot's cannot."""
+    robot = source.checkpoint.settings.get("robot")
+    return [_loss(source, "robot", f"names robot {robot}", "LeRobot")] if robot else []
 
 
 def _loss(source: Source, code: str, what: str, target: str) -> Finding:

@@ -158,13 +158,13 @@ def keep_folder(out: Path, first: bool) -> Iterator[None]:
         Pi0Error: another run has it, or it cannot be made.
     """
     made = not out.exists()
-    try:
-        with locked(out) if first else contextlib.nullcontext():
+    with locked(out) if first else contextlib.nullcontext():
+        try:
             yield
-    except BaseException:
-        if made and first and not (out / LAST).exists():
-            shutil.rmtree(out, ignore_errors=True)
-        raise
+        except BaseException:
+            if made and first and not (out / LAST).exists():
+                shutil.rmtree(out, ignore_errors=True)
+            raise
 
 
 def _checkpoints(out: Path) -> list[Path]:

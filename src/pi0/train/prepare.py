@@ -317,15 +317,21 @@ def _state_in_prompt(start: Start, robot: Robot, convention: str, stated: bool |
     settings = start.checkpoint.settings if start.checkpoint else {}
     declared = settings.get("discrete_state_input")
     trained = robot.state_in_prompt if convention == "openpi" else None
-    known = (value for value in (stated, declared, trained) if value is not None)
-    return next(known, True)
+    known = next((value for value in (stated, declared, trained) if value is not None), True)
+    if convention == "lerobot" and not known:
+        raise ConfigError(
+            "--layout lerobot: expected prompts that hold the state, as LeRobot's π0.5 has them, "
+            "found that they are to be without. Use --layout openpi, or --state-in-prompt."
+        )
+    return known
 
 
 def _pipeline(
     config: Pi0Config, robot: Robot, tokenizer: Tokenizer, convention: str, state: bool
 ) -> Pipeline:
     """A pipeline without statistics; `state`: whether the prompt holds the state."""
-    if convention == "lerobot" and (robot.encode_state or robot.encode_actions or robot.delta):
+    relative = any(run > 0 for run in robot.delta)
+    if convention == "lerobot" and (robot.encode_state or robot.encode_actions or relative):
         raise ConfigError(
             "--layout lerobot: expected a robot whose actions are absolute and without conventions "
             f"of its own, found {robot.name}, which LeRobot's files cannot say. Use --layout "

@@ -34,7 +34,7 @@ from pi0.config import PRESETS, SO400M, GemmaConfig, Pi0Config, SiglipConfig
 from pi0.errors import CheckpointError, ConfigError, Pi0Error, kind_of
 from pi0.model import Pi0
 from pi0.policy.robot import Robot
-from pi0.policy.robots import find_robot
+from pi0.policy.robots import find_robot, robot_names
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -76,12 +76,20 @@ class Start:
         """The robot of `robot_name`.
 
         Raises:
-            Pi0Error: there is none of that name, or its file is damaged.
+            Pi0Error: there is none of that name, its file is damaged, or its own name means
+                another robot, as which the trained checkpoint would be read.
         """
+        pi05 = self.config.adaptive_norm
         try:
-            return find_robot(self.robot_name(named), self.config.adaptive_norm)
+            robot = find_robot(self.robot_name(named), pi05)
         except Pi0Error as error:
             raise error if named else Pi0Error(f"{self.name}: config.json: {error}") from error
+        if robot.name in robot_names() and find_robot(robot.name, pi05) != robot:
+            raise ConfigError(
+                f"robot {robot.name}: expected a name of its own, under which checkpoints find "
+                "their robot, found that of another, which is built in or installed. Rename it."
+            )
+        return robot
 
     def model(self, seed: int, device: torch.device) -> Pi0:
         """The model in float32, ready for gradients.

@@ -71,9 +71,10 @@ class Normalization:
         return key != ACTION and keys is not None and key not in keys
 
     def width(self, key: str) -> int | None:
-        """The length of a key's statistics; None: it has none."""
+        """The length of a key's statistics; None: it has none, or of one value, for any length."""
         lengths = [values.size for values in (self.statistics or {}).get(key, {}).values()]
-        return max(lengths, default=0) or None
+        longest = max(lengths, default=1)
+        return longest if longest > 1 else None
 
     def has(self, key: str, kind: str) -> bool:
         """Whether a normaliser of the key can be made."""

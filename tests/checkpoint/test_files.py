@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from pi0.checkpoint import files
-from pi0.checkpoint.files import new_folder, replacing, require_writable
 from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import load_model, open_checkpoint
+from pi0.checkpoint.outputs import new_folder, replacing, require_writable
 from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
 from pi0.errors import CheckpointError, ConfigError, Pi0Error

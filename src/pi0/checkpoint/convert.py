@@ -13,19 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pi0.checkpoint.files import (
-    DTYPE_NAMES,
-    SLAB_BYTES,
-    TORCH_DTYPES,
-    TensorInfo,
-    new_folder,
-    write_slabs,
-)
+from pi0.checkpoint.files import DTYPE_NAMES, SLAB_BYTES, TORCH_DTYPES, TensorInfo, write_slabs
 from pi0.checkpoint.jax import write_params
 from pi0.checkpoint.layouts import LEROBOT, OPENPI, Layout, their_names
 from pi0.checkpoint.load import Checkpoint, check
 from pi0.checkpoint.locate import PARAMS, WEIGHTS
 from pi0.checkpoint.orbax import import_tensorstore
+from pi0.checkpoint.outputs import new_folder
 from pi0.checkpoint.synth import UNREAD, tensor_list
 from pi0.errors import ConfigError
 

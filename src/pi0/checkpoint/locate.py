@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pi0.checkpoint.files import expand_user, read_json
+from pi0.checkpoint.files import read_json
+from pi0.checkpoint.outputs import expand_user
 from pi0.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"

@@ -31,11 +31,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pi0.checkpoint.files import DTYPE_NAMES, TensorInfo, replacing, require_writable, write
+from pi0.checkpoint.files import DTYPE_NAMES, TensorInfo, write
 from pi0.checkpoint.infer import to_config_json
 from pi0.checkpoint.layouts import Layout, their_names
 from pi0.checkpoint.lerobot import make_config_json, processor_files, unit_statistics
 from pi0.checkpoint.load import empty_model
+from pi0.checkpoint.outputs import replacing, require_writable
 from pi0.config import PALIGEMMA_VOCABULARY, Pi0Config
 from pi0.errors import CheckpointError
 

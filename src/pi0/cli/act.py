@@ -84,8 +84,8 @@ def act(
     """
     import numpy as np
 
-    from pi0.checkpoint.files import replacing, require_writable
     from pi0.checkpoint.load import open_checkpoint
+    from pi0.checkpoint.outputs import replacing, require_writable
     from pi0.cli.engine import load_engine
     from pi0.cli.forward import print_trace
     from pi0.cli.plot import plot_chunk, require_matplotlib
@@ -186,7 +186,7 @@ def print_actions(
 
 
 def _split(options: list[str]) -> list[tuple[str, Path]]:
-    from pi0.checkpoint.files import expand_user
+    from pi0.checkpoint.outputs import expand_user
     from pi0.errors import ObservationError
 
     pairs = [option.partition("=") for option in options]
@@ -240,7 +240,7 @@ def _read_image(name: str, path: Path) -> Any:
 def _read_state(text: str) -> NDArray[np.float64]:
     import numpy as np
 
-    from pi0.checkpoint.files import expand_user
+    from pi0.checkpoint.outputs import expand_user
     from pi0.errors import ObservationError
 
     try:

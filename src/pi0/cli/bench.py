@@ -121,8 +121,8 @@ def bench(
     """
     from pi0.bench.run import BenchPlan
     from pi0.bench.task import Workload
-    from pi0.checkpoint.files import require_writable
     from pi0.checkpoint.load import check, open_checkpoint, require_flow
+    from pi0.checkpoint.outputs import require_writable
     from pi0.cli.plot import require_matplotlib
     from pi0.engines.spec import EngineSpec
     from pi0.errors import ConfigError
@@ -165,7 +165,7 @@ def _run(
     from pi0.bench.machine import describe
     from pi0.bench.report import to_data
     from pi0.bench.run import bench as measure
-    from pi0.checkpoint.files import replacing
+    from pi0.checkpoint.outputs import replacing
     from pi0.cli.show import print_json, print_line, step_progress, to_json
 
     visits = len(plan.specs) * (plan.rounds + plan.scaling)
@@ -195,7 +195,7 @@ def _run(
 def _plot(path: Path, plan: BenchPlan, data: dict[str, Any]) -> list[Path]:
     """Draws what was measured; returns the files."""
     from pi0.bench.plot import plot_scaling, plot_times
-    from pi0.checkpoint.files import replacing
+    from pi0.checkpoint.outputs import replacing
 
     title = f"π0 on {plan.checkpoint.name}: {_point(data)}"
     with replacing(path) as temporary:

@@ -70,7 +70,7 @@ def bench_serve(
 
 def print_rows(rows: list[dict[str, Any]], as_json: bool, out: Path | None) -> None:
     """Shows what was measured, and writes it as JSON."""
-    from pi0.checkpoint.files import replacing
+    from pi0.checkpoint.outputs import replacing
     from pi0.cli.show import count, print_json, print_line, to_json
 
     if as_json:

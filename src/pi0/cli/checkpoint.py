@@ -62,8 +62,8 @@ def synth(
     import math
     from dataclasses import replace
 
-    from pi0.checkpoint.files import expand_user
     from pi0.checkpoint.layouts import LAYOUTS
+    from pi0.checkpoint.outputs import expand_user
     from pi0.checkpoint.synth import STATISTICS, synthesise, tensor_list
     from pi0.cli.show import byte_progress, human_bytes, print_line
     from pi0.config import PRESETS

@@ -57,8 +57,8 @@ def convert(
     """
     from pi0.checkpoint.convert import convert as write
     from pi0.checkpoint.convert import parse_target
-    from pi0.checkpoint.files import expand_user
     from pi0.checkpoint.load import open_checkpoint
+    from pi0.checkpoint.outputs import expand_user
     from pi0.cli.show import byte_progress, human_bytes, print_line
     from pi0.dtypes import parse_dtype
     from pi0.findings import enforce

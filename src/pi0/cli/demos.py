@@ -45,7 +45,7 @@ def demos(
         pi0 demos --episodes 300 --out demos
         pi0 demos --tasks lift,put,push,push --episodes 4000 --out demos --workers 8
     """
-    from pi0.checkpoint.files import expand_user
+    from pi0.checkpoint.outputs import expand_user
     from pi0.cli.options import parse_names
     from pi0.cli.show import print_line, step_progress
     from pi0.errors import ConfigError

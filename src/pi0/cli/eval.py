@@ -172,7 +172,7 @@ def evaluate(
             --env-arg obs_type=pixels_agent_pos \\
             --robot aloha_gym.toml --prompt "insert the peg" --video films
     """
-    from pi0.checkpoint.files import expand_user, require_writable
+    from pi0.checkpoint.outputs import expand_user, require_writable
     from pi0.errors import ConfigError
     from pi0.eval import CheckpointPolicy, EnvOptions, EvalPlan, FilmOptions, ServedPolicy
     from pi0.policy import PolicyOptions, RealTimeChunking
@@ -290,7 +290,7 @@ def _resolved_plan(policy: ServedPolicy, plan: EvalPlan) -> EvalPlan:
 def _run(
     policy: CheckpointPolicy | ServedPolicy, plan: EvalPlan, out: Path | None, as_json: bool
 ) -> None:
-    from pi0.checkpoint.files import replacing
+    from pi0.checkpoint.outputs import replacing
     from pi0.cli.show import print_json, print_line, step_progress, to_json
     from pi0.eval import Episode
     from pi0.eval import evaluate as run

@@ -108,8 +108,8 @@ def sample(
     """
     import numpy as np
 
-    from pi0.checkpoint.files import replacing, require_writable
     from pi0.checkpoint.load import open_checkpoint
+    from pi0.checkpoint.outputs import replacing, require_writable
     from pi0.cli.engine import load_engine
     from pi0.cli.show import print_line, step_progress
     from pi0.engines.spec import EngineSpec
@@ -178,7 +178,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
 
     import numpy as np
 
-    from pi0.checkpoint.files import expand_user
+    from pi0.checkpoint.outputs import expand_user
     from pi0.errors import ObservationError
 
     try:

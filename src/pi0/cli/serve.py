@@ -134,8 +134,8 @@ def serve(
 
     require_packages()
 
-    from pi0.checkpoint.files import expand_user, remove_temporaries, require_writable
     from pi0.checkpoint.load import open_checkpoint
+    from pi0.checkpoint.outputs import expand_user, remove_temporaries, require_writable
     from pi0.cli.engine import load_engine
     from pi0.engines.registry import find_engine
     from pi0.errors import ConfigError

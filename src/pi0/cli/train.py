@@ -268,7 +268,7 @@ def _run(
     device: str | None,
     resume: bool,
 ) -> Outcome:
-    from pi0.checkpoint.files import expand_user
+    from pi0.checkpoint.outputs import expand_user
     from pi0.cli.show import print_line
     from pi0.data.read import Dataset
     from pi0.train.loop import keep_folder, require_folder, train

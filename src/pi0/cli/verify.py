@@ -146,7 +146,7 @@ def verify(
 
 
 def _check_options(mode: str, min_pcc: float | None, report: Path | None) -> None:
-    from pi0.checkpoint.files import require_writable
+    from pi0.checkpoint.outputs import require_writable
     from pi0.errors import ConfigError, EngineError
     from pi0.verify.report import require_report_libraries
     from pi0.verify.run import MODES
@@ -228,7 +228,7 @@ def _choose_oracle(
 def _show(
     header: Header, result: VerifyResult, report: Path | None, as_json: bool, layers: bool
 ) -> None:
-    from pi0.checkpoint.files import replacing
+    from pi0.checkpoint.outputs import replacing
     from pi0.cli.show import print_json, print_line
     from pi0.verify.report import to_data, to_html
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0.checkpoint.files import replacing, require_writable
+from pi0.checkpoint.outputs import replacing, require_writable
 from pi0.data.pictures import ParquetPart, Rows, VideoPart, parts
 from pi0.data.schema import Picture
 from pi0.errors import DataError

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pi0.checkpoint.files import replacing
+from pi0.checkpoint.outputs import replacing
 from pi0.data.schema import (
     BOOKKEEPING,
     DATA,

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pi0.checkpoint.files import expand_user, read_json
+from pi0.checkpoint.files import read_json
+from pi0.checkpoint.outputs import expand_user
 from pi0.data.check import check
 from pi0.data.columns import RowError, column_names, index_columns, read_column, read_table
 from pi0.data.frames import FrameStore, open_frames

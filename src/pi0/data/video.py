@@ -22,7 +22,7 @@ import numpy as np
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from pi0.checkpoint.files import replacing
+from pi0.checkpoint.outputs import replacing
 from pi0.data.schema import Picture
 from pi0.errors import DataError
 

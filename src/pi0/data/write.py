@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pi0.checkpoint.files import read_json, remove_temporaries, replacing
+from pi0.checkpoint.files import read_json
+from pi0.checkpoint.outputs import remove_temporaries, replacing
 from pi0.data.columns import open_parquet
 from pi0.data.meta import write_meta
 from pi0.data.schema import (

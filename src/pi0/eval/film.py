@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from pi0.checkpoint.files import replacing
+from pi0.checkpoint.outputs import replacing
 from pi0.errors import Pi0Error, install_hint
 from pi0.eval.plan import FilmOptions
 from pi0.eval.results import Episode

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 import pi0
-from pi0.checkpoint.files import require_writable
+from pi0.checkpoint.outputs import require_writable
 from pi0.errors import Pi0Error
 from pi0.eval import film
 from pi0.eval.environment import Environment

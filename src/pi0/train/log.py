@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pi0.checkpoint.files import replacing
+from pi0.checkpoint.outputs import replacing
 from pi0.errors import Pi0Error
 
 LOG, PLOT, TENSORBOARD = "log.jsonl", "loss.png", "tensorboard"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pi0.checkpoint.files import remove_temporaries, require_writable
+from pi0.checkpoint.outputs import remove_temporaries, require_writable
 from pi0.data.lock import locked
 from pi0.errors import ConfigError
 from pi0.train.log import Entry, TrainingLog

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pi0.checkpoint.files import DTYPE_NAMES, TensorInfo, new_folder, replacing, write
+from pi0.checkpoint.files import DTYPE_NAMES, TensorInfo, write
 from pi0.checkpoint.infer import DEFAULT_STEPS, STEPS_KEYS, to_config_json
 from pi0.checkpoint.layouts import Layout
 from pi0.checkpoint.lerobot import (
@@ -23,6 +23,7 @@ from pi0.checkpoint.lerobot import (
     processor_files,
 )
 from pi0.checkpoint.locate import ADAPTER_WEIGHTS, WEIGHTS
+from pi0.checkpoint.outputs import new_folder, replacing
 from pi0.checkpoint.synth import UNREAD, tensor_list
 from pi0.data.statistics import norm_stats_json
 from pi0.errors import Pi0Error

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pi0.checkpoint.files import expand_user
 from pi0.checkpoint.load import (
     Checkpoint,
     empty_model,
@@ -29,6 +28,7 @@ from pi0.checkpoint.load import (
     open_checkpoint,
     require_flow,
 )
+from pi0.checkpoint.outputs import expand_user
 from pi0.checkpoint.synth import RESIDUAL_ENDS
 from pi0.config import PRESETS, SO400M, GemmaConfig, Pi0Config, SiglipConfig
 from pi0.errors import CheckpointError, ConfigError, Pi0Error, kind_of

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from pi0.checkpoint.files import replacing
+from pi0.checkpoint.outputs import replacing
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
 

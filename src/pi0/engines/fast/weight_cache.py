@@ -25,9 +25,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pi0 import __version__
-from pi0.checkpoint.files import CACHE_LINE, DTYPE_NAMES, TensorInfo, refuse_folder, write
+from pi0.checkpoint.files import CACHE_LINE, DTYPE_NAMES, TensorInfo, write
 from pi0.checkpoint.load import Checkpoint, Progress, check
 from pi0.checkpoint.locate import SHIPPED
+from pi0.checkpoint.outputs import refuse_folder
 from pi0.engines.fast.equalise import find_equalisers
 from pi0.engines.fast.kernels import Kernels
 from pi0.engines.fast.weights import PackedWeights, Scheme, pack

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pi0.checkpoint.files import replacing
+from pi0.checkpoint.outputs import replacing
 from pi0.errors import EngineError
 
 WORMHOLE = """\

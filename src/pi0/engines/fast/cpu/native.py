@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pi0.checkpoint.files import replacing
+from pi0.checkpoint.outputs import replacing
 
 SOURCE = Path(__file__).with_name("native.c")
 # Flags in /proc/cpuinfo; one of these sets is needed.

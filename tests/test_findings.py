@@ -27,6 +27,7 @@ MADE = {
         "image-statistics-lost",
         "norm-mode-lost",
         "steps-lost",
+        "executed-lost",
         "aloha-lost",
         "robot-lost",
     ),

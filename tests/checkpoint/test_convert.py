@@ -260,10 +260,15 @@ def test_more_actions_than_a_chunk_has(tmp_path: Path, layout: str, steps: objec
 
 
 def test_a_robot_that_lerobot_cannot_name(tmp_path: Path) -> None:
-    """Its actions may be relative, and those of the result are not."""
+    """A warning, but for one whose actions would be others."""
     synthesise(tmp_path, PRESETS["tiny"], LAYOUTS["openpi"], 0, torch.bfloat16)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"robot": "libero"}))
+    content = json.loads(path.read_text())
+    for robot in ("libero", "aloha"):  # relative actions; the robot's own gripper and signs
+        path.write_text(json.dumps(content | {"robot": robot}))
+        with pytest.raises(Pi0Error, match=rf"expected a robot .* absolute .* found {robot} in"):
+            export_files(open_checkpoint(tmp_path), "lerobot", "bfloat16")
+    path.write_text(json.dumps(content | {"robot": "tabletop"}))
     lost = [
         finding.sentence
         for target in TARGETS
@@ -271,7 +276,7 @@ def test_a_robot_that_lerobot_cannot_name(tmp_path: Path) -> None:
         if finding.code == "robot-lost"
     ]
     assert len(lost) == 1
-    assert "it names robot libero, which LeRobot's files cannot say" in lost[0]
+    assert "it names robot tabletop, which LeRobot's files cannot say" in lost[0]
 
 
 def test_what_is_assumed_stays_assumed(tmp_path: Path) -> None:
@@ -343,6 +348,7 @@ LOST = {
     ),
     "renames-lost": set_step("rename_observations_processor", rename_map={"front": "top"}),
     "steps-lost": lambda settings, _: settings.update(num_inference_steps=3),
+    "executed-lost": lambda settings, _: settings.update(n_action_steps=3),
     "newline-lost": lambda _, steps: steps["pi0_new_line_processor"].update(
         registry_name="to_batch_processor"
     ),

@@ -76,7 +76,7 @@ def test_refuses_other_forms(text: Any) -> None:
 def test_unknown_names_list_what_there_is() -> None:
     with pytest.raises(EngineError, match="expected one of reference, compiled, cpu, .* 'warp'"):
         parse("warp:float32")
-    with pytest.raises(EngineError, match="expected one of float32, int8, bfloat16 for engine cpu"):
+    with pytest.raises(EngineError, match="engine cpu, dtype: expected one of float32, int8, bf"):
         parse("cpu:int4")
 
 

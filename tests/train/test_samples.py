@@ -12,12 +12,14 @@ import pytest
 import torch
 from episodes import PI05_SIZES, ROBOT, SIZES, TASKS, Episodes, make_run
 
+from pi0.checkpoint.load import open_checkpoint
 from pi0.config import Pi0Config
 from pi0.data.read import Dataset
 from pi0.errors import Pi0Error
 from pi0.policy.robots import ROBOTS
+from pi0.policy.statistics import find_norm_stats, read_norm_stats
 from pi0.train.augment import Augmentation
-from pi0.train.checks import examine
+from pi0.train.checks import examine, examine_statistics
 from pi0.train.samples import Chunks, Samples
 
 CPU = torch.device("cpu")
@@ -203,3 +205,23 @@ def byte_file(folder: Path) -> Path:
 
     byte_tokenizer().save(str(folder / "bytes.json"))
     return folder / "bytes.json"
+
+
+@pytest.mark.parametrize(
+    ("shift", "factor", "place"), [(0.4, 1.9, None), (0.6, 1, 2), (0, 2.1, 2), (0, 0.4, 2)]
+)
+def test_statistics_far_from_those_of_the_checkpoint(
+    shift: float, factor: float, place: int | None
+) -> None:
+    checkpoint = open_checkpoint("tabletop")
+    file = find_norm_stats(checkpoint.path)
+    measured = read_norm_stats(file)
+    actions = measured["actions"]
+    actions["mean"][2] += shift * actions["std"][2]
+    actions["std"][2] *= factor
+    found = examine_statistics(checkpoint, measured, ROBOTS["tabletop"])
+    assert [f"actions, value {place}:" in finding.sentence for finding in found] == (
+        [] if place is None else [True]
+    )
+    assert all(f"--norm-stats {file}" in finding.sentence for finding in found)
+    assert not examine_statistics(checkpoint, measured, ROBOTS["libero"])

@@ -195,7 +195,7 @@ def open_adapter(path: Path | str, base: Path | str | None) -> Adapter | None:
     """
     folder = find_adapter(path, named=base is not None)
     if folder is None:
-        if base is not None:
+        if base is not None and Path(path).expanduser().exists():
             raise ConfigError(
                 f"base (--base): expected only with a PEFT adapter, found no adapter in {path}. "
                 "Leave it out."

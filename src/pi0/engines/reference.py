@@ -111,6 +111,6 @@ def parse_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise EngineError(
             "device cuda: expected a CUDA device and a PyTorch built for it, found none. "
-            "Use --device cpu."
+            "Use device cpu."
         )
     return device

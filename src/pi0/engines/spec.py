@@ -42,7 +42,7 @@ class EngineSpec:
         offered = find_engine(name).capabilities.precisions
         if chosen is not None and chosen not in offered:
             raise EngineError(
-                f"dtype: expected one of {', '.join(offered)} for engine {name}, found {chosen!r}."
+                f"engine {name}, dtype: expected one of {', '.join(offered)}, found {chosen!r}."
             )
         return cls(name, chosen or offered[0], device)
 

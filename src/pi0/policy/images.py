@@ -126,6 +126,7 @@ def channels_last(name: str, image: Array) -> Array:
             image = image.clip(0, 1)
     elif image.dtype != np.uint8:
         raise ObservationError(
-            f"image {name}: expected uint8 or floating point in [0, 1], found {image.dtype}."
+            f"image {name}: expected uint8 or floating point in [0, 1], found {image.dtype}. "
+            "Convert it; 8-bit values as integers: np.asarray(image, np.uint8)."
         )
     return image if image.shape[-1] == 3 else image.transpose(1, 2, 0)

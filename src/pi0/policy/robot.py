@@ -144,6 +144,12 @@ class Robot:
         lengths = [length for _, length in self.state]
         return None if None in lengths else sum(length or 0 for length in lengths)
 
+    @property
+    def has_conventions(self) -> bool:
+        """Whether the model sees other states or actions than the robot's, normalisation apart."""
+        relative = any(run > 0 for run in self.delta)
+        return relative or self.encode_state is not None or self.encode_actions is not None
+
     def relative(self, width: int) -> NDArray[np.bool_]:
         """[width] True for the actions that are relative to the state; those beyond `delta` are
         absolute."""

@@ -12,12 +12,13 @@ from pi0.checkpoint.files import read_json
 from pi0.checkpoint.infer import DEFAULT_STEPS, STEPS_KEYS
 from pi0.checkpoint.lerobot import ACTION, NORM_MAPS, POSTPROCESSOR, PREPROCESSOR, STATE
 from pi0.checkpoint.load import Checkpoint
-from pi0.errors import Pi0Error
+from pi0.errors import ConfigError, Pi0Error
 from pi0.findings import Finding, warning
 from pi0.policy.fit import aloha_flags
 from pi0.policy.lerobot import LerobotProgram, has_processors, is_lerobot, read_program
 from pi0.policy.lerobot.statistics import read_statistics
 from pi0.policy.normalize import OPENPI_EPS, Statistics
+from pi0.policy.robots import find_robot
 from pi0.policy.statistics import (
     FILE_NAME,
     find_origin,
@@ -43,9 +44,10 @@ REMEDIES = {
     "norm-mode": "--norm-mode",
     "newline": "nothing does, so that prompts end otherwise",
     "eps": "nothing does, so that values with a small spread become others",
-    "steps": "num_steps of openpi's sample_actions; `pi0` finds all of it in config.json",
+    "steps": "num_steps of openpi's sample_actions; `pi0` finds it in config.json",
+    "executed": "execute so many actions of each chunk; `pi0` finds it in config.json",
     "aloha": "--robot aloha or aloha_sim",
-    "robot": "renames to its keys, and `enabled` in both steps of relative actions if it has them",
+    "robot": "renames to its keys, and relative actions in both processors if it has them",
 }
 
 
@@ -168,10 +170,13 @@ def find_losses(source: Source) -> list[Finding]:
         Pi0Error: a step or a field is one that nobody here knows, so that its loss would be unsaid.
     """
     checkpoint, settings = source.checkpoint, source.checkpoint.settings
-    steps = {name: settings.get(name) for name in (*STEPS_KEYS, "n_action_steps")}
-    usual = dict.fromkeys(STEPS_KEYS, DEFAULT_STEPS) | {"n_action_steps": checkpoint.config.horizon}
-    stated = {name: steps[name] for name in usual if steps[name] not in (None, usual[name])}
-    lost = {"steps": (f"states {stated}", bool(stated))}
+    lost = {}
+    for code, usual in (
+        ("steps", dict.fromkeys(STEPS_KEYS, DEFAULT_STEPS)),
+        ("executed", {"n_action_steps": checkpoint.config.horizon}),
+    ):
+        stated = {k: settings[k] for k in usual if settings.get(k) not in (None, usual[k])}
+        lost[code] = (f"states {stated}", bool(stated))
     if source.program:
         lost |= _lerobot_losses(source, source.program)
     found = [_loss(source, code, what, "openpi") for code, (what, lost) in lost.items() if lost]
@@ -185,9 +190,26 @@ def find_aloha_loss(source: Source, target: str) -> list[Finding]:
 
 
 def find_robot_loss(source: Source) -> list[Finding]:
-    """That config.json names a robot, as `pi0 train` writes it, which LeRobot's cannot."""
-    robot = source.checkpoint.settings.get("robot")
-    return [_loss(source, "robot", f"names robot {robot}", "LeRobot")] if robot else []
+    """That config.json names a robot, as `pi0 train` writes it, which LeRobot's cannot.
+
+    Raises:
+        Pi0Error: its actions would be others without its conventions.
+    """
+    checkpoint = source.checkpoint
+    name = checkpoint.settings.get("robot")
+    if not name:
+        return []
+    try:
+        robot = find_robot(str(name), checkpoint.config.adaptive_norm)
+    except Pi0Error:  # somebody's own, whose table is not at hand
+        robot = None
+    if robot and robot.has_conventions:
+        raise ConfigError(
+            f"{checkpoint.path}: expected a robot whose actions are absolute and without "
+            f"conventions of its own, found {name} in config.json, which LeRobot's files cannot "
+            "say. Convert it to openpi or jax."
+        )
+    return [_loss(source, "robot", f"names robot {name}", "LeRobot")]
 
 
 def _loss(source: Source, code: str, what: str, target: str) -> Finding:

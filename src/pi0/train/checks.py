@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pi0.checkpoint.load import Checkpoint
 from pi0.config import Pi0Config
 from pi0.data.schema import ACTION, SERVED_SECONDS, STATE
 from pi0.findings import Finding, error, warning
-from pi0.policy.normalize import OUTLIER_SIGMA
+from pi0.policy.normalize import OUTLIER_SIGMA, Statistics
 from pi0.policy.robot import Robot
 from pi0.policy.robots import ROBOTS
+from pi0.policy.statistics import (
+    find_origin,
+    list_norm_stats,
+    read_norm_stats,
+    statistics_folder,
+)
 from pi0.train.samples import Samples
 
 if TYPE_CHECKING:
     from pi0.data.read import Dataset
 
 PREFIX = "observation.images."
+# Of statistics, from which a fine-tuned policy has to learn anew: the mean, in standard deviations,
+# and how many times the standard deviation is another.
+MOVED, SCALED = 0.5, 2.0
+LEAST_SPREAD = 1e-6
 
 
 def match_cameras(dataset: Dataset, robot: Robot) -> dict[str, str]:
@@ -84,6 +97,40 @@ def examine_values(dataset: Dataset, samples: Samples) -> list[Finding]:
                     f"{OUTLIER_SIGMA:g} when normalised, found {value:.2g}: it differs from what "
                     "nearly all frames have, and outweighs them in the loss. Leave out such "
                     "episodes, or state wider statistics (--norm-stats).",
+                )
+            )
+    return found
+
+
+def examine_statistics(
+    checkpoint: Checkpoint, measured: Mapping[str, Statistics], robot: Robot
+) -> list[Finding]:
+    """Whether those measured on the data are far from those that the checkpoint was trained with:
+    its states and actions then mean others before the first step."""
+    files = list_norm_stats(statistics_folder(checkpoint))
+    origin = checkpoint.settings.get("robot") or find_origin(checkpoint, None) or robot.name
+    if len(files) != 1 or origin != robot.name:
+        return []
+    found = []
+    for what, own in read_norm_stats(files[0]).items():
+        new = measured[what]
+        if not {"mean", "std"} <= own.keys() or own["mean"].shape != new["mean"].shape:
+            continue
+        if not own["mean"].any() and (own["std"] == 1).all():
+            continue  # of no data at all
+        spread = np.maximum(own["std"], LEAST_SPREAD)
+        moved = np.abs(new["mean"] - own["mean"]) / spread
+        scaled = np.abs(np.log(np.maximum(new["std"], LEAST_SPREAD) / spread))
+        place = int(np.maximum(moved / MOVED, scaled / math.log(SCALED)).argmax())
+        if moved[place] > MOVED or scaled[place] > math.log(SCALED):
+            found.append(
+                warning(
+                    "statistics-moved",
+                    f"{what}, value {place}: expected statistics like the checkpoint's, mean "
+                    f"{own['mean'][place]:.3g} and std {own['std'][place]:.3g}, found "
+                    f"{new['mean'][place]:.3g} and {new['std'][place]:.3g} in the data: what it "
+                    "has learnt means other states and actions now. With little data of the same "
+                    f"robot, keep its statistics: --norm-stats {files[0]}.",
                 )
             )
     return found

@@ -34,7 +34,7 @@ from pi0.policy.tokenizer import (
     load_tokenizer_of,
 )
 from pi0.train.augment import Augmentation
-from pi0.train.checks import examine, examine_values, match_cameras
+from pi0.train.checks import examine, examine_statistics, examine_values, match_cameras
 from pi0.train.lora import LoraOptions, add_lora
 from pi0.train.loss import AuxiliaryHead, PointingHead
 from pi0.train.optimizer import OptimizerOptions
@@ -182,6 +182,8 @@ def prepare_run(
         SampleOptions(options.batch_size, options.draws, options.seed, options.augmentation),
     )
     enforce(examine_values(dataset, samples))
+    if start.checkpoint and options.norm_stats is None:
+        enforce(examine_statistics(start.checkpoint, statistics, robot))
     model = start.model(options.seed, processes.device)
     change_model(model, options, [*blocks.values(), *pointing.values()])
     heads = [
@@ -330,8 +332,7 @@ def _pipeline(
     config: Pi0Config, robot: Robot, tokenizer: Tokenizer, convention: str, state: bool
 ) -> Pipeline:
     """A pipeline without statistics; `state`: whether the prompt holds the state."""
-    relative = any(run > 0 for run in robot.delta)
-    if convention == "lerobot" and (robot.encode_state or robot.encode_actions or relative):
+    if convention == "lerobot" and robot.has_conventions:
         raise ConfigError(
             "--layout lerobot: expected a robot whose actions are absolute and without conventions "
             f"of its own, found {robot.name}, which LeRobot's files cannot say. Use --layout "

@@ -16,6 +16,7 @@ from lerobot_folder import CAMERAS, LerobotFolder
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
+from pi0.checkpoint.convert import convert
 from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import open_checkpoint
 from pi0.checkpoint.synth import synthesise
@@ -173,6 +174,22 @@ def test_nothing_says_whose_preprocessing(folder: Path) -> None:
     setup = made(folder, robot="generic", norm_stats=path, resize="lerobot", prompt="openpi")
     assert codes(setup) == {}
     assert setup.require().resize == "lerobot"
+
+
+def test_a_converted_checkpoint_keeps_its_preprocessing(folder: Path) -> None:
+    theirs, out = folder.parent / "theirs", folder.parent / "out"
+    synthesise(theirs, PRESETS["tiny"], LAYOUTS["lerobot"], 0, torch.float32)
+    checkpoint = open_checkpoint(theirs)
+    convert(checkpoint, out, "openpi", export_files(checkpoint, "openpi", "float32").files)
+    setup = made(out, robot="generic")
+    assert (setup.require().resize, setup.require().prompt.convention) == ("lerobot", "lerobot")
+    assert made(out, robot="generic", preprocessing="openpi").require().resize == "openpi"
+    again = export_files(open_checkpoint(out), "jax", "float32").files["config.json"]
+    assert b'"preprocessing": "lerobot"' in again
+    settings = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(settings | {"preprocessing": "mine"}))
+    found = made(out, robot="generic").findings
+    assert any("expected openpi or lerobot, found 'mine'" in f.sentence for f in found)
 
 
 def test_names_of_lerobot_without_its_files(folder: Path) -> None:

@@ -220,9 +220,11 @@ def _openpi_config(source: Source, dtype: str) -> dict[str, Any]:
     for name in checkpoint.inferred.assumed:  # it would no longer be said that it is assumed
         if name != "max_tokens" or not (source.program and source.program.max_tokens):
             del settings[names[name]]
-    for name in ("robot", "n_action_steps"):  # as `pi0 train` writes them
+    for name in ("robot", "n_action_steps", "preprocessing"):  # as this package writes them
         if checkpoint.settings.get(name) is not None:
             settings[name] = checkpoint.settings[name]
+    if source.is_lerobot:
+        settings["preprocessing"] = "lerobot"
     if checkpoint.steps != DEFAULT_STEPS:
         settings["num_inference_steps"] = checkpoint.steps
     stated = checkpoint.settings.get("discrete_state_input")

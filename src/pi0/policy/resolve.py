@@ -203,7 +203,10 @@ def _conventions(
         value = getattr(options, name)
         if value is not None and value not in RESIZE:
             raise Pi0Error(f"{name}: expected openpi or lerobot, found {value!r}.")
-    base = options.preprocessing
+    declared = None if program else checkpoint.settings.get("preprocessing")
+    base = options.preprocessing or declared  # as `pi0 convert` writes it
+    if base not in (None, *RESIZE):
+        raise Pi0Error(f"config.json preprocessing: expected openpi or lerobot, found {base!r}.")
     if base is None:
         base = "lerobot" if program else "openpi"
         theirs = checkpoint.names.layout == "lerobot"

@@ -37,7 +37,7 @@ NORMALIZERS = {
 # Findings of what is not carried out here, so that nobody could say what is lost.
 UNKNOWN = ("step-unknown", "step-form", "field-unknown", "field-value", "step-order")
 REMEDIES = {
-    "preprocessing": "--preprocessing lerobot, and --robot for its cameras",
+    "preprocessing": "--robot for its cameras; `pi0` finds the rest in config.json",
     "relative-actions": "--robot with relative actions",
     "renames": "--robot with the robot's own keys",
     "image-statistics": "nothing does, so that the result is of no use",

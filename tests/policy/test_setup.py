@@ -125,6 +125,16 @@ def test_widths_that_fit(folder: Path, robot: str, state: int, actions: int) -> 
     assert codes(made(folder, robot=robot, norm_stats=path)) == {}
 
 
+def test_values_beyond_the_robots_that_are_no_padding(folder: Path) -> None:
+    whole = {"mean": [0.1] * 32, "std": [0.5] * 32}
+    path = folder / "stats.json"
+    write_stats(path, 8, 7, norm_stats={"state": whole, "actions": whole})
+    assert codes(made(folder, robot="libero", norm_stats=path)) == {
+        "state-statistics-wide": "warning",
+        "actions-statistics-wide": "warning",
+    }
+
+
 def test_flat_statistics(folder: Path) -> None:
     flat = {"mean": [0.0] * 14, "std": [1.0] * 12 + [0.0, 1e-9]}
     whole = {"mean": [0.0] * 14, "std": [1.0] * 14}

@@ -6,15 +6,13 @@ same: files that belong to another model, robot or author.
 
 from __future__ import annotations
 
-import numpy as np
-
 from pi0.checkpoint.lerobot import EMPTY_CAMERA, POSTPROCESSOR, PREPROCESSOR, complete_features
 from pi0.checkpoint.load import Checkpoint
 from pi0.findings import Finding, error, warning
 from pi0.policy import lerobot
 from pi0.policy.fit import last_part
 from pi0.policy.lerobot.fields import is_count, show
-from pi0.policy.normalize import OPENPI_EPS, Normalizer
+from pi0.policy.normalize import Normalizer
 from pi0.policy.pipeline import Pipeline
 from pi0.policy.robot import Robot
 from pi0.policy.robots import ROBOTS, robot_of_assets
@@ -129,9 +127,7 @@ def _lengths_differ(checkpoint: Checkpoint, pipeline: Pipeline) -> list[Finding]
 
 def _placeholders(what: str, stats: Normalizer) -> list[Finding]:
     """Whether statistics leave all values as they are."""
-    near = 2 * OPENPI_EPS
-    middle = stats.offset + stats.shift * stats.scale
-    if np.abs(middle).max() > near or np.abs(stats.scale - 1).max() > near:
+    if not stats.unchanged.all():
         return []
     return [
         warning(

@@ -210,7 +210,11 @@ def width_findings(
                     "--norm-stats, or the robot with --robot.",
                 )
             )
-        elif table is not None and table < stats.width < model:
+        elif (
+            table is not None
+            and table < stats.width
+            and (stats.width < model or not stats.padded(table))
+        ):
             found.append(
                 warning(
                     f"{what}-statistics-wide",

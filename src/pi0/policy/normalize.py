@@ -19,6 +19,7 @@ Floats = NDArray[np.float64]
 Statistics = Mapping[str, Floats]  # "mean", "std", "q01", "q99", "min", "max"
 
 OPENPI_EPS, LEROBOT_EPS = 1e-6, 1e-8
+NEAR = 2 * OPENPI_EPS  # of a spread of 0 or 1, to which an eps may have been added
 NEEDED = {
     "mean_std": ("mean", "std"),
     "quantiles": ("q01", "q99"),
@@ -52,10 +53,22 @@ class Normalizer:
     def width(self) -> int:
         return len(self.offset)
 
+    @property
+    def unchanged(self) -> NDArray[np.bool_]:
+        """[D]: which values it leaves as they are."""
+        middle = self.offset + self.shift * self.scale
+        return (np.abs(self.scale - 1) <= NEAR) & (np.abs(middle) <= NEAR)
+
     def flat(self, width: int) -> list[int]:
         """The first `width` dimensions that have no spread: a deviation there becomes huge."""
-        found: list[int] = np.flatnonzero(np.abs(self.scale[:width]) < 2 * OPENPI_EPS).tolist()
+        found: list[int] = np.flatnonzero(np.abs(self.scale[:width]) < NEAR).tolist()
         return found
+
+    def padded(self, width: int) -> bool:
+        """Whether the dimensions beyond the first `width` are of no data: each has no spread, or
+        leaves values as they are."""
+        flat = np.abs(self.scale) < NEAR
+        return bool((flat | self.unchanged)[width:].all())
 
     def normalize(self, x: Floats) -> Floats:
         """x [..., D] in robot units → model units; D may be less than the statistics are wide.

@@ -67,7 +67,7 @@ lint: .venv/test ## ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-test-full: .venv/test tokenizer .venv-ttnn/installed ## the full-size model (7 GB of disk, freed after, 14 GB of memory), slow tests
+test-full: .venv/test tokenizer .venv-ttnn/installed ## the full-size model (8 GB of disk, freed after, 14 GB of memory), slow tests
 	PI0_FULL=$(FULL) $(BIN)/pytest -m "(full or slow) and not ttnn"; code=$$?; rm -rf $(FULL); exit $$code
 	@if test -n "$(PYTHON_TTNN)"; then .venv-ttnn/bin/pytest -n auto -m "ttnn and slow" tests/tenstorrent; fi
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -225,3 +226,11 @@ def test_statistics_far_from_those_of_the_checkpoint(
     )
     assert all(f"--norm-stats {file}" in finding.sentence for finding in found)
     assert not examine_statistics(checkpoint, measured, ROBOTS["libero"])
+
+
+def test_statistics_that_training_does_not_need(tiny_path: Path, tmp_path: Path) -> None:
+    """Damaged or ambiguous ones of the checkpoint are no matter: those of the data are used."""
+    folder = Path(shutil.copytree(tiny_path, tmp_path / "tiny"))
+    measured = read_norm_stats(find_norm_stats(folder))
+    (folder / "norm_stats.json").write_text("{}")  # beside the one under assets/
+    assert not examine_statistics(open_checkpoint(folder), measured, ROBOTS["generic"])

@@ -11,13 +11,14 @@ import numpy as np
 from pi0.checkpoint.load import Checkpoint
 from pi0.config import Pi0Config
 from pi0.data.schema import ACTION, SERVED_SECONDS, STATE
+from pi0.errors import Pi0Error
 from pi0.findings import Finding, error, warning
-from pi0.policy.normalize import OUTLIER_SIGMA, Statistics
+from pi0.policy.normalize import OUTLIER_SIGMA, Statistics, make_normalizer
 from pi0.policy.robot import Robot
 from pi0.policy.robots import ROBOTS
 from pi0.policy.statistics import (
+    find_norm_stats,
     find_origin,
-    list_norm_stats,
     read_norm_stats,
     statistics_folder,
 )
@@ -30,7 +31,6 @@ PREFIX = "observation.images."
 # Of statistics, from which a fine-tuned policy has to learn anew: the mean, in standard deviations,
 # and how many times the standard deviation is another.
 MOVED, SCALED = 0.5, 2.0
-LEAST_SPREAD = 1e-6
 
 
 def match_cameras(dataset: Dataset, robot: Robot) -> dict[str, str]:
@@ -107,30 +107,30 @@ def examine_statistics(
 ) -> list[Finding]:
     """Whether those measured on the data are far from those that the checkpoint was trained with:
     its states and actions then mean others before the first step."""
-    files = list_norm_stats(statistics_folder(checkpoint))
     origin = checkpoint.settings.get("robot") or find_origin(checkpoint, None) or robot.name
-    if len(files) != 1 or origin != robot.name:
+    try:
+        file = find_norm_stats(statistics_folder(checkpoint))
+        tables = read_norm_stats(file)
+        own = {what: make_normalizer(what, "mean_std", "openpi", tables[what]) for what in measured}
+    except Pi0Error:  # none, several or damaged ones, which training does not need
         return []
     found = []
-    for what, own in read_norm_stats(files[0]).items():
-        new = measured[what]
-        if not {"mean", "std"} <= own.keys() or own["mean"].shape != new["mean"].shape:
-            continue
-        if not own["mean"].any() and (own["std"] == 1).all():
-            continue  # of no data at all
-        spread = np.maximum(own["std"], LEAST_SPREAD)
-        moved = np.abs(new["mean"] - own["mean"]) / spread
-        scaled = np.abs(np.log(np.maximum(new["std"], LEAST_SPREAD) / spread))
+    for what, old in own.items():
+        new = make_normalizer(what, "mean_std", "openpi", measured[what])
+        if origin != robot.name or old.width != new.width or old.unchanged.all():
+            continue  # another robot's, or of no data at all
+        moved = np.abs(new.offset - old.offset) / old.scale
+        scaled = np.abs(np.log(new.scale / old.scale))
         place = int(np.maximum(moved / MOVED, scaled / math.log(SCALED)).argmax())
         if moved[place] > MOVED or scaled[place] > math.log(SCALED):
             found.append(
                 warning(
                     "statistics-moved",
                     f"{what}, value {place}: expected statistics like the checkpoint's, mean "
-                    f"{own['mean'][place]:.3g} and std {own['std'][place]:.3g}, found "
-                    f"{new['mean'][place]:.3g} and {new['std'][place]:.3g} in the data: what it "
+                    f"{old.offset[place]:.3g} and std {old.scale[place]:.3g}, found "
+                    f"{new.offset[place]:.3g} and {new.scale[place]:.3g} in the data: what it "
                     "has learnt means other states and actions now. With little data of the same "
-                    f"robot, keep its statistics: --norm-stats {files[0]}.",
+                    f"robot, keep its statistics: --norm-stats {file}.",
                 )
             )
     return found

@@ -23,9 +23,10 @@ from torch import Tensor
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
 from pi0.engines.fast.equalise import find_equalisers
 from pi0.engines.fast.kernels import Kernels
+from pi0.engines.fast.matrix import INT8_MAX, Matrix
 from pi0.engines.fast.network import Network
 from pi0.engines.fast.plan import make_token_plan
-from pi0.engines.fast.weights import INT8_MAX, Matrix, PackedWeights, Scheme, pack
+from pi0.engines.fast.weights import PackedWeights, Scheme, pack
 from pi0.inputs import random_inputs
 from pi0.verify.compare import displacement_error
 

@@ -70,7 +70,6 @@ def make_network(
     scheme, kept = choose_scheme(checkpoint, precision)
     kernels, chosen = choose_kernels(device, scheme, checkpoint.config)
     weights = pack(checkpoint, scheme).to(device)
-    kernels.prepare(weights)
     return Network(weights, kernels), [*chosen, *kept]
 
 

@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pi0.config import PRESETS
 from pi0.engines.fast.cuda.engine import choose_kernels
 from pi0.engines.fast.cuda.fp8 import FP8, check_products
-from pi0.engines.fast.weights import Scheme, quantise_rows
+from pi0.engines.fast.matrix import quantise_rows
+from pi0.engines.fast.weights import Scheme
 
 # Tokens, query heads, key/value heads, head dimension: prefill with 2 and 3 cameras, the actions,
 # vision with 2 cameras (as one view with twice the heads).

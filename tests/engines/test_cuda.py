@@ -31,9 +31,10 @@ from pi0.engines.fast.cuda import graph as graph_module
 from pi0.engines.fast.cuda.engine import BUCKET, CudaEngine, choose_scheme, guard
 from pi0.engines.fast.cuda.fp8 import Fp8Kernels
 from pi0.engines.fast.cuda.graph import LIMIT, Call, Graph, Graphs
+from pi0.engines.fast.matrix import quantise_rows
 from pi0.engines.fast.network import Network
 from pi0.engines.fast.plan import make_token_plan
-from pi0.engines.fast.weights import pack, quantise_rows
+from pi0.engines.fast.weights import pack
 from pi0.errors import ConfigError, EngineError
 from pi0.inputs import ModelInputs, random_inputs
 from pi0.verify.cases import default_cases
@@ -63,7 +64,6 @@ def make_network(path: Path, precision: str) -> Network:
     """As the engine makes it where there is no Triton."""
     opened = open_checkpoint(path)
     weights, kernels = pack(opened, choose_scheme(opened, precision)[0]), Fp8Kernels()
-    kernels.prepare(weights)
     return Network(weights, kernels)
 
 

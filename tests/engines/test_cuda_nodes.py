@@ -87,7 +87,7 @@ def meta_weights(config: Pi0Config, scheme: Scheme) -> PackedWeights:
             if name == packing.EMBEDDING or packing.MODULATION in name:
                 weights.tensors[name] = torch.empty(shapes[name], dtype=torch.bfloat16)
         packing._fold(weights)
-    return weights
+    return weights.to(META)
 
 
 def count(preset: str, precision: str) -> dict[str, int]:
@@ -100,7 +100,6 @@ def count(preset: str, precision: str) -> dict[str, int]:
     else:
         scheme = Scheme(parse_dtype(precision), mlp_chunk=cuda.UNSPLIT)
     weights, kernels = meta_weights(config, scheme), TritonKernels()
-    kernels.prepare(weights)
     network = Network(weights, kernels)
     inputs, noise = random_inputs(config, 2, 20, 0)
     bucket = cuda.choose_bucket(config)

@@ -7,7 +7,7 @@ quantised one by one unit where its float lies on the border between two.
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ from pi0.engines.fast.cpu.int8 import Int8Kernels
 from pi0.engines.fast.cpu.native import Native, NativeUnavailable
 from pi0.engines.fast.cpu.native_kernels import NativeKernels, is_packed
 from pi0.engines.fast.kernels import Norm
-from pi0.engines.fast.weights import Matrix, PackedWeights, Scheme, quantise_rows
+from pi0.engines.fast.matrix import Matrix, quantise_rows
 from pi0.errors import EngineError, Pi0Error
 from pi0.inputs import random_inputs
 from pi0.verify.compare import compare
@@ -45,19 +45,24 @@ BLOCKS = st.integers(1, 9)
 
 def matrices(n: int, k: int, bias: bool = False, int8: bool = True) -> tuple[Matrix, Matrix]:
     """The same random matrix as plain kernels and as native ones want it."""
-    plain = Matrix(torch.randn(n, k), torch.randn(n) if bias else None)
-    if int8:
-        plain.weight, plain.scale = quantise_rows(plain.weight, torch.int8)
-    packed = replace(plain, weight=plain.weight.clone())  # which is packed in place
-    prepare(packed)
+    return plain_and_packed(torch.randn(n, k), torch.randn(n) if bias else None, int8)
+
+
+def plain_and_packed(
+    values: Tensor, bias: Tensor | None = None, int8: bool = False
+) -> tuple[Matrix, Matrix]:
+    plain, packed = empty(*values.shape, int8), native_kernels().lay_out(empty(*values.shape, int8))
+    assert is_packed(packed)
+    for matrix in (plain, packed):
+        matrix.bias = bias
+        matrix.write_rows(0, values)
     return plain, packed
 
 
-def prepare(matrix: Matrix) -> None:
-    weights = PackedWeights(CONFIG, Scheme(torch.float32))
-    weights.matrices["m"] = matrix
-    native_kernels().prepare(weights)
-    assert is_packed(matrix)
+def empty(n: int, k: int, int8: bool) -> Matrix:
+    if int8:
+        return Matrix(torch.empty(n, k, dtype=torch.int8), scale=torch.empty(n))
+    return Matrix(torch.empty(n, k))
 
 
 def native_kernels() -> NativeKernels:
@@ -84,14 +89,27 @@ def test_a_row_of_zeros() -> None:
 
 
 @needs_native
-@given(BLOCKS, st.integers(1, 80), st.booleans())
-def test_packing_loses_nothing(n: int, k: int, int8: bool) -> None:
-    """The widest are packed in several turns, the last one of fewer columns."""
-    plain, packed = matrices(16 * n, 4 * k, int8=int8)
-    assert torch.equal(native_kernels().plain(packed).weight, Int8Kernels().plain(plain).weight)
-    if int8:
+@given(BLOCKS, st.integers(1, 80), st.sampled_from([torch.float32, torch.bfloat16]), st.data())
+def test_rows_come_in_any_pieces(n: int, k: int, stored: torch.dtype, data: st.DataObject) -> None:
+    """Columns of longer rows, as those of a matrix that is split, in slabs of any height."""
+    values = torch.randn(16 * n, 4 * k + 5).to(stored)[:, 3 : 4 * k + 3]
+    values[0] = 0
+    cuts = sorted(data.draw(st.sets(st.integers(1, 16 * n - 1), max_size=4)))
+    for int8 in (False, True):
+        _, packed = plain_and_packed(values * 2, int8=int8)
+        for start, stop in pairwise([0, *cuts, 16 * n]):
+            packed.write_rows(start, values[start:stop])
+        found = native_kernels().plain(packed).weight
+        if packed.scale is None:
+            assert torch.equal(found, values.float())
+            continue
+        step = quantise_rows(values, torch.int8)[1]
+        torch.testing.assert_close(packed.scale, step, rtol=3e-7, atol=0)
+        assert ((found - values).abs() <= 0.5001 * step[:, None]).all()
+        whole = (found / packed.scale[:, None]).round()
+        assert whole.abs().amax(dim=1)[1:].eq(127).all()
         assert packed.offset is not None
-        assert torch.equal(packed.offset, -128 * plain.weight.sum(1, dtype=torch.int32))
+        assert torch.equal(packed.offset, -128 * whole.sum(1).int())
 
 
 @needs_native
@@ -132,8 +150,7 @@ def test_hidden_units(rows: int, n: int, k: int, int8: bool) -> None:
 def test_gelu_far_out() -> None:
     """Where the exponential leaves float32."""
     x = torch.tensor([[-1e4, -100.0, 100.0, 1e4]])
-    matrix = Matrix(torch.eye(4).repeat(4, 1))
-    prepare(matrix)
+    _, matrix = plain_and_packed(torch.eye(4).repeat(4, 1))
     out = native_kernels().gelu(x, matrix, Matrix(torch.empty(1, 16)))
     assert same(out[:, :4], torch.tensor([[0.0, 0.0, 100.0, 1e4]]))
 

@@ -28,9 +28,10 @@ from pi0.engines.fast.cpu.native_kernels import NativeKernels
 from pi0.engines.fast.cuda import fp8
 from pi0.engines.fast.cuda.fp8 import Fp8Kernels
 from pi0.engines.fast.kernels import Kernels, Norm
+from pi0.engines.fast.matrix import Matrix
 from pi0.engines.fast.network import Network
 from pi0.engines.fast.plan import make_token_plan
-from pi0.engines.fast.weights import Matrix, PackedWeights, Scheme, pack, quantise_rows
+from pi0.engines.fast.weights import PackedWeights, Scheme, pack
 from pi0.errors import EngineError, Pi0Error
 from pi0.inputs import random_inputs
 
@@ -94,15 +95,14 @@ def damage(name: str, tensor: Tensor, value: float) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_one_damaged_weight_gives_no_actions(checkpoint: Checkpoint, engine: str) -> None:
     make_kernels, scheme = ENGINES[engine]
-    sound = pack(checkpoint, scheme).state()
+    kernels = make_kernels()
+    sound = pack(checkpoint, scheme, lay_out=kernels.lay_out)
     finite = []
-    for name, _ in parts(pack(checkpoint, scheme)):
+    for name, _ in parts(sound):
         for value in VALUES:
             weights = PackedWeights(checkpoint.config, scheme)
-            weights.restore({key: tensor.clone() for key, tensor in sound.items()})
+            weights.restore({key: tensor.clone() for key, tensor in sound.state().items()})
             damage(name, weights.state()[name], value)
-            kernels = make_kernels()
-            kernels.prepare(weights)
             try:
                 actions(weights, kernels)
             except EngineError:
@@ -131,12 +131,11 @@ def test_nor_by_the_model(checkpoint: Checkpoint) -> None:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_norms_that_overflow_the_logits(checkpoint: Checkpoint, engine: str) -> None:
     make_kernels, scheme = ENGINES[engine]
-    weights = pack(checkpoint, scheme)
+    kernels = make_kernels()
+    weights = pack(checkpoint, scheme, lay_out=kernels.lay_out)
     for name, tensor in weights.tensors.items():
         if name.endswith(("norm1.weight", "norm1.dense.weight")):
             weights.tensors[name] = tensor * 1e30
-    kernels = make_kernels()
-    kernels.prepare(weights)
     with pytest.raises(EngineError, match="expected finite values"):
         actions(weights, kernels)
 
@@ -206,12 +205,11 @@ def test_native_rows_with_a_damaged_value(
 def test_native_gate_with_a_damaged_value(value: float, int8: bool) -> None:
     """Its column, and no other, is not finite."""
     kernels = NativeKernels(NATIVE)  # type: ignore[arg-type]
-    matrix, gate = Matrix(torch.ones(32, 8)), torch.ones(32)
+    empty, gate = Matrix(torch.empty(32, 8)), torch.ones(32)
     if int8:
-        matrix.weight, matrix.scale = quantise_rows(matrix.weight, torch.int8)
-    weights = PackedWeights(CONFIG, FLOAT32)
-    weights.matrices["m"] = matrix
-    kernels.prepare(weights)
+        empty = Matrix(torch.empty(32, 8, dtype=torch.int8), scale=torch.empty(32))
+    matrix = kernels.lay_out(empty)
+    matrix.write_rows(0, torch.ones(32, 8))
     gate[5] = value
     out = kernels.project(
         kernels.operand(torch.ones(3, 8), matrix), matrix, torch.ones(3, 32), gate

@@ -30,9 +30,10 @@ from pi0.config import PRESETS
 from pi0.engines.fast.cuda.fp8 import Fp8Kernels
 from pi0.engines.fast.cuda.graph import Call, Graph
 from pi0.engines.fast.kernels import Norm
+from pi0.engines.fast.matrix import Matrix
 from pi0.engines.fast.network import Network, make_rotation, slice_rotation
 from pi0.engines.fast.plan import make_token_plan
-from pi0.engines.fast.weights import Matrix, Scheme, pack
+from pi0.engines.fast.weights import Scheme, pack
 from pi0.verify.cases import default_cases
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

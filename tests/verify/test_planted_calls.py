@@ -17,9 +17,9 @@ from pi0.engines.base import Engine
 from pi0.engines.fast import network, weights
 from pi0.engines.fast.cpu import engine as cpu
 from pi0.engines.fast.cpu.native_kernels import NativeKernels
+from pi0.engines.fast.matrix import Matrix
 from pi0.engines.fast.network import Cache, Network
 from pi0.engines.fast.plan import TokenPlan, make_token_plan
-from pi0.engines.fast.weights import Matrix
 from pi0.inputs import ModelInputs
 from pi0.model import flow
 

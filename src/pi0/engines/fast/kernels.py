@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pi0.engines.fast.weights import Matrix, PackedWeights
+from pi0.engines.fast.matrix import Matrix
 from pi0.model.gemma import EPS as RMS_EPS
 from pi0.model.gemma import logit_bound, rotate
 from pi0.model.siglip import EPS as LAYER_EPS
@@ -46,11 +46,12 @@ class Kernels:
     """Plain PyTorch. What matrices are multiplied with (an operand) is engine-specific;
     `into` is the matrix that an operand is meant for."""
 
-    def prepare(self, weights: PackedWeights) -> None:
-        """Brings packed weights into the form that these kernels want, in place, once.
+    def lay_out(self, matrix: Matrix) -> Matrix:
+        """A matrix that has not been filled, in the layout that these kernels want.
 
-        The form is kept in files (`weight_cache.py`): it depends on the class, not the processor.
+        The layout is kept in files (`weight_cache.py`): it depends on the class, not the processor.
         """
+        return matrix
 
     def operand(self, x: Tensor, into: Matrix) -> Any:
         """x [R, E] as an operand."""

@@ -100,9 +100,7 @@ def _pack(
 ) -> PackedWeights:
     check(checkpoint)
     scales = {norm: found.scale for norm, found in find_equalisers(checkpoint, scheme).items()}
-    weights = pack(checkpoint, scheme, image_size, progress, scales)
-    kernels.prepare(weights)
-    return weights
+    return pack(checkpoint, scheme, image_size, progress, scales, kernels.lay_out)
 
 
 def _made_from(files: list[Path], weights: PackedWeights, kernels: Kernels) -> dict[str, str]:
@@ -110,7 +108,7 @@ def _made_from(files: list[Path], weights: PackedWeights, kernels: Kernels) -> d
     stats = [(file.name, file.stat()) for file in files]
     code = hashlib.sha256()
     for source in sorted(Path(__file__).parent.rglob("*")):
-        if source.suffix in (".py", ".c"):
+        if source.suffix in (".py", ".c", ".h"):
             code.update(source.read_bytes())
     return {
         "checkpoint": str([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]),

@@ -7,7 +7,7 @@ result. What is packed can be kept in a file and mapped at the next start (`weig
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
@@ -24,6 +24,7 @@ from pi0.checkpoint.load import (
     resize_positions,
 )
 from pi0.config import GemmaConfig, Pi0Config
+from pi0.engines.fast.matrix import PARTS, Matrix, as_it_is, quantised
 from pi0.engines.folded_actions import fold_actions
 from pi0.errors import CheckpointError
 
@@ -35,50 +36,7 @@ NORM_BEFORE = {  # the norm that a matrix of a block reads
     **dict.fromkeys(("gate_proj", "up_proj", "fc1"), "norm2"),
 }
 EQUALISER = "equaliser"  # of an adaptive norm, under its name
-INT8_MAX = 127
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
-QUANTISED_AT_A_TIME = 128  # rows: what lies between stays in a cache
-
-
-@dataclass
-class Matrix:
-    """weight [N, K], perhaps quantised by rows; bias [N]; scale [N] float32 of a quantised weight;
-    offset: what kernels with a form of their own need besides (`Kernels.prepare`)."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: Tensor | None = None
-    offset: Tensor | None = None
-
-    def write_rows(self, at: int, values: Tensor) -> None:
-        """Fills rows from `at` on with values [n, K]."""
-        if self.scale is None:
-            self.weight[at : at + len(values)].copy_(values)
-            return
-        for part in torch.split(values, QUANTISED_AT_A_TIME):
-            rows = slice(at, at + len(part))
-            self.weight[rows], self.scale[rows] = quantise_rows(part, self.weight.dtype)
-            at += len(part)
-
-
-def quantised(dtype: torch.dtype) -> bool:
-    """Whether matrices of a dtype have scales."""
-    return dtype not in (torch.float32, torch.bfloat16)
-
-
-def quantise_rows(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """values [R, K] float32 or bfloat16 → quantised, and scales [R] float32: values ≈ quantised ·
-    scale.
-
-    Symmetric; the largest magnitude of a row becomes the largest of the dtype.
-    """
-    limit = INT8_MAX if dtype == torch.int8 else torch.finfo(dtype).max
-    # The maximum is exact in any dtype, and half the bytes are faster; the product is float32. A
-    # row of zeros has to have a scale whose inverse is finite.
-    smallest = limit * torch.finfo(torch.float32).tiny
-    largest = values.abs().amax(dim=1).float().clamp_min_(smallest)
-    scaled = values * (limit / largest)[:, None]
-    return (scaled.round_() if dtype == torch.int8 else scaled).to(dtype), largest / limit
 
 
 class Target(NamedTuple):
@@ -143,7 +101,8 @@ class PackedWeights:
         """All tensors, by names from which `restore` makes the same weights again."""
         state = dict(self.tensors)
         for name, matrix in self.matrices.items():
-            for kind, tensor in vars(matrix).items():
+            for kind in PARTS:
+                tensor = getattr(matrix, kind)
                 if tensor is not None:
                     state[f"{name}:{kind}"] = tensor
         return state
@@ -155,7 +114,7 @@ class PackedWeights:
             if not kind:
                 self.tensors[name] = tensor
             elif kind == "weight":
-                rest = (state.get(f"{matrix}:{kind}") for kind in ("bias", "scale", "offset"))
+                rest = (state.get(f"{matrix}:{kind}") for kind in PARTS[1:])
                 self.matrices[matrix] = Matrix(tensor, *rest)
 
     def to(self, device: torch.device) -> PackedWeights:
@@ -171,17 +130,19 @@ def pack(
     image_size: int | None = None,
     progress: Progress = lambda _: None,
     scales: Mapping[str, Tensor] = NOTHING,
+    lay_out: Callable[[Matrix], Matrix] = as_it_is,
 ) -> PackedWeights:
     """A checkpoint's weights, packed, on the CPU. Other arguments and errors: see `load_model`.
 
     Args:
         scales: by a norm's name [E] float32: its channels are divided by them, and columns of
             the matrices that read it are multiplied (`equalise.py`).
+        lay_out: see `Kernels`.
     """
     check(checkpoint)
     native = checkpoint.config
     config = native if image_size is None else native.with_image_size(image_size)
-    weights = allocated(checkpoint, PackedWeights(config, scheme))
+    weights = allocated(checkpoint, PackedWeights(config, scheme), lay_out)
     fill(weights, checkpoint, progress, scales)
     for name, matrix in weights.matrices.items():
         # A NaN would pass for a number; in float32 it shows in the actions.
@@ -193,11 +154,16 @@ def pack(
     return weights
 
 
-def allocated(checkpoint: Checkpoint, weights: PackedWeights) -> PackedWeights:
+def allocated(
+    checkpoint: Checkpoint,
+    weights: PackedWeights,
+    lay_out: Callable[[Matrix], Matrix] = as_it_is,
+) -> PackedWeights:
     """With room for a checkpoint's."""
     model = empty_model(weights.config, weights.scheme.dtype)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     _allocate(weights, shapes)
+    weights.matrices = {name: lay_out(matrix) for name, matrix in weights.matrices.items()}
     dtypes = checkpoint.dtypes
     for name in [EMBEDDING, *(name for name in shapes if MODULATION in name)]:
         weights.tensors[name] = torch.empty(shapes[name], dtype=dtypes[name])

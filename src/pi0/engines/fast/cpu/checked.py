@@ -21,14 +21,8 @@ from pi0.engines.base import SeeOperation
 from pi0.engines.fast.cpu.int8 import Int8Kernels, Quantised
 from pi0.engines.fast.equalise import find_equalisers
 from pi0.engines.fast.kernels import Kernels, Norm, Rotation
-from pi0.engines.fast.weights import (
-    EMBEDDING,
-    INT8_MAX,
-    Matrix,
-    PackedWeights,
-    allocated,
-    fill,
-)
+from pi0.engines.fast.matrix import INT8_MAX, Matrix
+from pi0.engines.fast.weights import EMBEDDING, PackedWeights, allocated, fill
 
 STAGES = {"vlm": "vlm_transformer", "expert": "expert_transformer"}
 PLAIN = Kernels()

@@ -17,17 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint
-from pi0.config import PRESETS, Pi0Config
+from pi0.config import Pi0Config
 from pi0.engines.base import Capabilities, Engine, EngineOptions, SeeOperation, exclusive
 from pi0.engines.fast.cpu.checked import CheckedKernels, show_weights
 from pi0.engines.fast.cpu.int8 import Int8Kernels
 from pi0.engines.fast.cpu.native import Native, NativeUnavailable
 from pi0.engines.fast.cpu.native_kernels import NativeKernels
 from pi0.engines.fast.kernels import Kernels
+from pi0.engines.fast.matrix import Matrix
 from pi0.engines.fast.network import VLM_OUTPUT, Cache, Network
 from pi0.engines.fast.plan import copy, make_token_plan
 from pi0.engines.fast.weight_cache import load_weights
-from pi0.engines.fast.weights import Matrix, PackedWeights, Scheme, quantise_rows
+from pi0.engines.fast.weights import Scheme
 from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
 from pi0.model import Tap
@@ -149,10 +150,9 @@ def make_int8_product(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
         weight: [N, K] float32.
     """
     kernels = choose_kernels()
-    weights = PackedWeights(PRESETS["tiny"], Scheme(torch.float32))
-    quantised, scale = quantise_rows(weight, torch.int8)
-    matrix = weights.matrices["probe"] = Matrix(quantised, scale=scale)
-    kernels.prepare(weights)
+    empty = Matrix(torch.empty_like(weight, dtype=torch.int8), scale=torch.empty(len(weight)))
+    matrix = kernels.lay_out(empty)
+    matrix.write_rows(0, weight)
     operand = kernels.operand(x, matrix)
     return lambda: kernels.project(operand, matrix)
 

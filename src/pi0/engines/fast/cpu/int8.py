@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pi0.engines.fast.kernels import Kernels
-from pi0.engines.fast.weights import Matrix, quantise_rows
+from pi0.engines.fast.matrix import Matrix, quantise_rows
 
 
 class Quantised(NamedTuple):

@@ -1,4 +1,4 @@
-"""Compiles `native.c` with the machine's C compiler, once, and loads it.
+"""Compiles `rows.c` and `products.c` with the machine's C compiler, once, and loads it.
 
 Threads are those of PyTorch's own OpenMP: those of a second one would compete for the cores.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pi0.checkpoint.outputs import replacing
 
-SOURCE = Path(__file__).with_name("native.c")
+HEADER, *SOURCES = (Path(__file__).with_name(name) for name in ("native.h", "rows.c", "products.c"))
 # Flags in /proc/cpuinfo; one of these sets is needed.
 INSTRUCTIONS = ({"avx512_vnni"}, {"avx2", "fma"})
 FLAGS = (
@@ -33,7 +33,7 @@ class NativeUnavailable(Exception):
 
 
 class Native:
-    """The functions of `native.c`; see there. Arguments are tensors, numbers and None.
+    """The functions of the C files; see there. Arguments are tensors, numbers and None.
 
     Attributes:
         zero: what is added to quantised values: 128 where bytes have no sign, else 0.
@@ -75,19 +75,22 @@ def _compile() -> Path:
         raise NativeUnavailable("no C compiler was found (cc, or what CC names)")
     openmp = _openmp()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    parts = [SOURCE.read_text(), " ".join(FLAGS), version, str(openmp), processor]
+    texts = [path.read_text() for path in (HEADER, *SOURCES)]
+    parts = [*texts, " ".join(FLAGS), version, str(openmp), processor]
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     library = home / "pi0" / f"native-{key}.so"
     if not library.exists():
         with replacing(library) as temporary:
-            object_file = temporary.with_suffix(".o")
+            objects = [temporary.with_suffix(f".{source.stem}.o") for source in SOURCES]
             try:
-                _run(compiler, *FLAGS, "-c", str(SOURCE), "-o", str(object_file))
-                link = [str(object_file), str(openmp), "-lm"]
+                for source, out in zip(SOURCES, objects, strict=True):
+                    _run(compiler, *FLAGS, "-c", str(source), "-o", str(out))
+                link = [*map(str, objects), str(openmp), "-lm"]
                 _run(compiler, "-shared", *link, "-o", str(temporary))
             finally:
-                object_file.unlink(missing_ok=True)
+                for out in objects:
+                    out.unlink(missing_ok=True)
     return library
 
 

@@ -1,7 +1,8 @@
-"""The network's operations in native code (`native.c`), for float32 and eight bits."""
+"""The network's operations in native code (`native.py`), for float32 and eight bits."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from pi0.engines.fast.cpu.int8 import Int8Kernels, Quantised
 from pi0.engines.fast.cpu.native import Argument, Native
 from pi0.engines.fast.kernels import Norm, Rotation
-from pi0.engines.fast.weights import Matrix, PackedWeights
+from pi0.engines.fast.matrix import Matrix
 from pi0.model.gemma import EPS as RMS_EPS
 from pi0.model.siglip import EPS as LAYER_EPS
 
@@ -19,27 +20,41 @@ LINEAR, GELU, GEGLU = range(3)  # kinds of products
 QUERIES = 768  # rows of logits that are computed at a time
 
 
+@dataclass
+class NativeMatrix(Matrix):
+    """Of whole blocks of rows: weight [N/16, K, 16] float32, or [N/16, K/4, 16, 4] of eight bits.
+
+    Rows are brought into place as they come: a second pass over all weights takes seconds.
+    """
+
+    native: Native = field(kw_only=True)
+
+    def write_rows(self, at: int, values: Tensor) -> None:
+        if values.stride(1) != 1:
+            values = values.contiguous()
+        narrow = values.dtype == torch.bfloat16
+        source = *values.shape, values.stride(0), narrow, values.data_ptr()
+        self.native("pack", *source, at, self.weight, self.scale, self.offset)
+
+
 class NativeKernels(Int8Kernels):
     """Plain PyTorch remains for matrices that do not come in whole blocks."""
 
     def __init__(self, native: Native) -> None:
         self.native = native
 
-    @torch.inference_mode()
-    def prepare(self, weights: PackedWeights) -> None:
-        """Packs matrices in place, since fresh memory costs more than the copy."""
-        for matrix in weights.matrices.values():
-            weight = matrix.weight
-            n, k = weight.shape
-            if n % BLOCK or k % 4:
-                continue
-            lanes: tuple[int, ...] = (k, BLOCK)
-            if matrix.scale is not None:
-                lanes = k // 4, BLOCK, 4
-                matrix.offset = torch.empty(n, dtype=torch.int32)
-                self.native("offsets", n, k, weight, matrix.offset)
-            self.native("pack", n, lanes[0], weight)
-            matrix.weight = weight.view(n // BLOCK, *lanes)
+    def lay_out(self, matrix: Matrix) -> Matrix:
+        weight, bias, scale = matrix.weight, matrix.bias, matrix.scale
+        n, k = weight.shape
+        if n % BLOCK or k % 4:
+            return matrix
+        if scale is None:
+            return NativeMatrix(weight.view(n // BLOCK, k, BLOCK), bias, native=self.native)
+        blocks, offset = (
+            weight.view(n // BLOCK, k // 4, BLOCK, 4),
+            torch.empty(n, dtype=torch.int32),
+        )
+        return NativeMatrix(blocks, bias, scale, offset, native=self.native)
 
     def dequantised(self, a: Any) -> Tensor:
         if isinstance(a, Quantised) and a.values.dtype == torch.uint8:
@@ -48,7 +63,7 @@ class NativeKernels(Int8Kernels):
 
     def plain(self, matrix: Matrix) -> Matrix:
         if is_packed(matrix):
-            packed = matrix.weight  # [N/16, K, 16], or [N/16, K/4, 16, 4] of eight bits
+            packed = matrix.weight
             rows = packed.transpose(1, 2).reshape(len(packed) * BLOCK, -1)
             matrix = Matrix(rows, matrix.bias, matrix.scale)
         return super().plain(matrix)
@@ -140,5 +155,5 @@ class NativeKernels(Int8Kernels):
 
 
 def is_packed(matrix: Matrix) -> bool:
-    """Whether a matrix is in the form of native.c; others are [N, K]."""
+    """Whether a matrix is in the layout of products.c; others are [N, K]."""
     return matrix.weight.ndim > 2

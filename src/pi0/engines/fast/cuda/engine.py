@@ -65,7 +65,6 @@ class CudaEngine(Engine):
         for note in self.notes:
             warnings.warn(note, stacklevel=3)
         weights = pack(checkpoint, scheme, options.image_size, options.progress).to(self.device)
-        kernels.prepare(weights)
         self.network = Network(weights, kernels)
         self.graphs = Graphs(self.network, self.device)
 

@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pi0.config import Pi0Config
 from pi0.engines.fast.kernels import Kernels
-from pi0.engines.fast.weights import Matrix, Scheme, quantise_rows
+from pi0.engines.fast.matrix import Matrix, quantise_rows
+from pi0.engines.fast.weights import Scheme
 
 FP8 = torch.float8_e4m3fn
 MULTIPLE = 16  # what `_scaled_mm` wants of both sizes of a weight

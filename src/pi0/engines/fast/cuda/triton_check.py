@@ -20,8 +20,8 @@ from pi0.engines.fast.cuda.triton_attention import MOST_QUERIES
 from pi0.engines.fast.cuda.triton_kernels import TritonKernels
 from pi0.engines.fast.cuda.triton_products import MOST_ROWS
 from pi0.engines.fast.kernels import Norm
+from pi0.engines.fast.matrix import Matrix
 from pi0.engines.fast.network import make_rotation
-from pi0.engines.fast.weights import Matrix
 
 ROWS, INNER, KEYS = 5, 16, 300
 MANY_ROWS = MOST_ROWS + 1  # whose products are not Triton's

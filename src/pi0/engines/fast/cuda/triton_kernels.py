@@ -23,7 +23,7 @@ from pi0.engines.fast.cuda.fp8 import FP8, Fp8Kernels, Rows
 from pi0.engines.fast.cuda.triton_attention import FUSED
 from pi0.engines.fast.cuda.triton_products import gelu
 from pi0.engines.fast.kernels import Norm, Rotation
-from pi0.engines.fast.weights import Matrix
+from pi0.engines.fast.matrix import Matrix
 from pi0.model.gemma import EPS as RMS_EPS
 from pi0.model.siglip import EPS as LAYER_EPS
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pi0.engines.fast.cuda.triton_attention import FUSED, MATRIX_DTYPES
 from pi0.engines.fast.kernels import Rotation
-from pi0.engines.fast.weights import Matrix
+from pi0.engines.fast.matrix import Matrix
 
 # GELU's tanh form: x (1 + tanh(u / 2)) / 2 = x / (1 + exp(-u)), with 2 √(2 / π) in u.
 GELU_SCALE = tl.constexpr(1.5957691216057308)

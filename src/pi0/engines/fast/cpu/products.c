@@ -1,181 +1,90 @@
-/* Matrix products in eight bits and float32, and what lies between two of them, each in one pass
-   over a row.
-
-   Rows are independent and shared among threads. Products come in two variants with the same packed
-   weights and the same integers: AVX-512 with VNNI, and AVX2 with FMA. A quantised row is its values
-   times 127 / the largest magnitude, rounded to even, plus ZERO; its scale is that magnitude / 127.
-
-   NaN and infinity survive: native.py compiles without -ffinite-math-only, and where a maximum or a
-   conversion to integers would lose them, a row's bit patterns are looked at. */
+/* Matrix products in eight bits and float32, in two variants with the same packed weights and the
+   same integers: AVX-512 with VNNI, and AVX2 with FMA. */
 
 #include <immintrin.h>
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
 
-#define ROWS_OF(n) _Pragma("omp parallel for schedule(static)") for (int64_t i = 0; i < n; i++)
-#define ROWS ROWS_OF(rows)
-
-#ifdef __AVX512VNNI__
-#define ZERO 128 /* the processor multiplies bytes without a sign by bytes with one */
-#else
-#define ZERO 0
-#endif
-
-/* What was added to quantised values, for the caller. */
-const int32_t zero = ZERO;
-
-/* Magnitudes of floats are ordered as their bit patterns are; infinity and NaN come last. */
-#define INFINITE 0x7f800000
-
-static inline int32_t magnitude(float x) {
-    union { float value; int32_t bits; } pattern = {x};
-    return pattern.bits & 0x7fffffff;
-}
-
-/* An integer for which order(a) < order(b) if a < b, and the value that has it: maxima of integers
-   are vectorised where NaN has to survive, those of floats are not. */
-static inline int32_t order(float x) {
-    union { float value; int32_t bits; } pattern = {x};
-    return pattern.bits ^ (pattern.bits >> 31 & 0x7fffffff);
-}
-
-static inline float value_of(int32_t order) {
-    union { int32_t bits; float value; } pattern = {order ^ (order >> 31 & 0x7fffffff)};
-    return pattern.value;
-}
-
-static void quantise_row(const float *x, int64_t n, uint8_t *q, float *scale) {
-    union { float value; int32_t bits; } largest = {127 * 1.17549435e-38f}; /* 1 / it is finite */
-    for (int64_t j = 0; j < n; j++)
-        largest.bits = magnitude(x[j]) > largest.bits ? magnitude(x[j]) : largest.bits;
-    if (largest.bits >= INFINITE) { /* every product of this row becomes NaN */
-        memset(q, ZERO, n);
-        *scale = NAN;
-        return;
-    }
-    const float factor = 127 / largest.value;
-    for (int64_t j = 0; j < n; j++) q[j] = (uint8_t)(ZERO + (int32_t)rintf(x[j] * factor));
-    *scale = largest.value / 127;
-}
-
-/* exp, between -80 and 80: 2^whole * 2^part, and a Taylor series for 2^part, |part| <= 1/2, whose
-   error is that of a float32. Vectorised where expf would be a call. The comparisons let NaN pass. */
-static inline float exponential(float x) {
-    x = 80 < x ? 80 : x;
-    x = -80 > x ? -80 : x;
-    const float y = x * 1.44269504f, whole = rintf(y);
-    const float p = (y - whole) * 0.693147181f;
-    const float series =
-        1 + p * (1 + p * (1.f / 2 + p * (1.f / 6 + p * (1.f / 24 + p * (1.f / 120 + p / 720)))));
-    union { int32_t bits; float value; } power = {((int32_t)whole + 127) << 23};
-    return series * power.value;
-}
-
-/* The tanh form: 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3). */
-static inline float gelu(float x) {
-    return x / (1 + exponential(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
-}
-
-void quantise(int64_t rows, int64_t n, const float *x, uint8_t *q, float *scale) {
-    ROWS quantise_row(x + i * n, n, q + i * n, scale + i);
-}
-
-/* shift may be null. */
-void rms_norm(int64_t rows, int64_t n, const float *x, const float *weight, const float *shift,
-              float eps, uint8_t *q, float *scale) {
-    ROWS {
-        const float *row = x + i * n;
-        float out[n], sum = 0;
-        for (int64_t j = 0; j < n; j++) sum += row[j] * row[j];
-        float factor = 1 / sqrtf(sum / n + eps);
-        for (int64_t j = 0; j < n; j++) out[j] = row[j] * factor * weight[j];
-        if (shift)
-            for (int64_t j = 0; j < n; j++) out[j] += shift[j];
-        quantise_row(out, n, q + i * n, scale + i);
-    }
-}
-
-void layer_norm(int64_t rows, int64_t n, const float *x, const float *weight, const float *bias,
-                float eps, uint8_t *q, float *scale) {
-    ROWS {
-        const float *row = x + i * n;
-        float out[n], sum = 0, squares = 0;
-        for (int64_t j = 0; j < n; j++) sum += row[j];
-        float mean = sum / n;
-        for (int64_t j = 0; j < n; j++) squares += (row[j] - mean) * (row[j] - mean);
-        float factor = 1 / sqrtf(squares / n + eps);
-        for (int64_t j = 0; j < n; j++) out[j] = (row[j] - mean) * factor * weight[j] + bias[j];
-        quantise_row(out, n, q + i * n, scale + i);
-    }
-}
-
-/* Of qkv [rows, heads + 2 kv, 2 half]: queries and keys, rotated, and values, each to its own
-   place. cosine and sine are [rows, half]. */
-void split(int64_t rows, int64_t heads, int64_t kv, int64_t half, const float *qkv,
-           const float *cosine, const float *sine, float *q, float *k, float *v) {
-    ROWS {
-        const float *x = qkv + i * (heads + 2 * kv) * 2 * half;
-        const float *c = cosine + i * half, *s = sine + i * half;
-        for (int64_t h = 0; h < heads + kv; h++, x += 2 * half) {
-            float *o = h < heads ? q + (i * heads + h) * 2 * half
-                                 : k + (i * kv + h - heads) * 2 * half;
-            for (int64_t j = 0; j < half; j++) {
-                o[j] = x[j] * c[j] - x[half + j] * s[j];
-                o[half + j] = x[half + j] * c[j] + x[j] * s[j];
-            }
-        }
-        memcpy(v + i * kv * 2 * half, x, kv * 2 * half * sizeof(float));
-    }
-}
-
-/* Softmax of x [rows, n] * factor, in place, over the columns that `valid` [n] allows; over all if
-   it is missing. A row with NaN or infinity becomes NaN. */
-void softmax(int64_t rows, int64_t n, float factor, const uint8_t *valid, float *x) {
-    ROWS {
-        float *row = x + i * n, sum = 0;
-        int32_t highest = INT32_MIN, most = 0;
-        for (int64_t j = 0; j < n; j++) {
-            const int32_t here = valid && !valid[j] ? INT32_MIN : order(row[j]);
-            const int32_t size = valid && !valid[j] ? 0 : magnitude(row[j]);
-            highest = here > highest ? here : highest;
-            most = size > most ? size : most;
-        }
-        const float largest = most >= INFINITE ? NAN : value_of(highest);
-        for (int64_t j = 0; j < n; j++) {
-            row[j] = !valid || valid[j] ? exponential((row[j] - largest) * factor) : 0;
-            sum += row[j];
-        }
-        const float inverse = 1 / sum;
-        for (int64_t j = 0; j < n; j++) row[j] *= inverse;
-    }
-}
+#include "native.h"
 
 #define BLOCK 16 /* outputs that lie together */
 #define TILE 4   /* blocks that are computed together */
 #define HEIGHT 6 /* rows that are computed together */
 
-/* weight [n, k] of four bytes, which are a float or four of eight bits, becomes [n / BLOCK, k, BLOCK]
-   in place. Some columns at a time stay in a core's first cache. n is a multiple of BLOCK. */
-void pack(int64_t n, int64_t k, int32_t *weight) {
-    ROWS_OF(n / BLOCK) {
-        int32_t *out = weight + i * BLOCK * k, *in = malloc(sizeof(int32_t) * BLOCK * k);
-        if (!in) abort();
-        memcpy(in, out, sizeof(int32_t) * BLOCK * k);
-        for (int64_t at = 0; at < k; at += 64)
-            for (int64_t r = 0; r < BLOCK; r++)
-                for (int64_t j = at; j < at + 64 && j < k; j++) out[j * BLOCK + r] = in[r * k + j];
-        free(in);
-    }
+/* Eight numbers of four bytes; of two, which are the upper ones. */
+static inline __m256i load_eight(const void *values, int64_t at, int64_t narrow) {
+    if (!narrow) return _mm256_loadu_si256((const void *)((const uint32_t *)values + at));
+    const __m128i half = _mm_loadu_si128((const void *)((const uint16_t *)values + at));
+    return _mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
 }
 
-/* What a 128 in every activation adds to a product, with its sign turned: weight [n, k]. */
-void offsets(int64_t n, int64_t k, const int8_t *weight, int32_t *offset) {
-    ROWS_OF(n) {
-        int32_t sum = 0;
-        for (int64_t j = 0; j < k; j++) sum += weight[i * k + j];
-        offset[i] = -128 * sum;
+/* Eight columns of eight rows, `stride` apart from `at` on, become columns of out [.., BLOCK]. */
+static inline void transpose_eight(const void *values, int64_t at, int64_t stride, int64_t narrow,
+                                   uint32_t *out) {
+    __m256i a[8], b[8];
+    for (int r = 0; r < 8; r++) a[r] = load_eight(values, at + r * stride, narrow);
+    for (int r = 0; r < 8; r += 2) {
+        b[r] = _mm256_unpacklo_epi32(a[r], a[r + 1]);
+        b[r + 1] = _mm256_unpackhi_epi32(a[r], a[r + 1]);
+    }
+    for (int r = 0; r < 8; r += 4)
+        for (int h = 0; h < 2; h++) {
+            a[r + 2 * h] = _mm256_unpacklo_epi64(b[r + h], b[r + 2 + h]);
+            a[r + 2 * h + 1] = _mm256_unpackhi_epi64(b[r + h], b[r + 2 + h]);
+        }
+    for (int j = 0; j < 4; j++) {
+        b[j] = _mm256_permute2x128_si256(a[j], a[j + 4], 0x20);
+        b[j + 4] = _mm256_permute2x128_si256(a[j], a[j + 4], 0x31);
+    }
+    for (int j = 0; j < 8; j++) _mm256_storeu_si256((void *)(out + j * BLOCK), b[j]);
+}
+
+/* Values of four bytes, or of two, which are widened, `stride` apart, become the rows of a block
+   [k, BLOCK] from `first` to `last`. A whole block is transposed in registers. */
+static void fill_block(int64_t first, int64_t last, int64_t k, int64_t stride, int64_t narrow,
+                       const void *values, uint32_t *block) {
+    int64_t column = 0;
+    if (last - first == BLOCK)
+        for (; column + 8 <= k; column += 8)
+            for (int64_t r = 0; r < BLOCK; r += 8)
+                transpose_eight(values, r * stride + column, stride, narrow,
+                                block + column * BLOCK + r);
+    for (int64_t r = first; r < last; r++)
+        for (int64_t j = column; j < k; j++) {
+            const int64_t at = (r - first) * stride + j;
+            block[j * BLOCK + r] = narrow ? (uint32_t)((const uint16_t *)values)[at] << 16
+                                          : ((const uint32_t *)values)[at];
+        }
+}
+
+/* Values [n, k] float32, or bfloat16 if they are narrow, `stride` apart, become the rows from `at` on
+   of packed weights: [.., k, BLOCK] float32, or, with scale, [.., k / 4, BLOCK, 4] of eight bits.
+   offset is what a 128 in every activation adds to a product, with its sign turned. */
+void pack(int64_t n, int64_t k, int64_t stride, int64_t narrow, const char *values, int64_t at,
+          char *packed, float *scale, int32_t *offset) {
+    const int64_t skipped = at / BLOCK, size = narrow ? 2 : 4;
+    ROWS_OF((at + n - 1) / BLOCK + 1 - skipped) {
+        const int64_t start = (i + skipped) * BLOCK, end = start + BLOCK;
+        const int64_t first = start > at ? start : at, last = end < at + n ? end : at + n;
+        const char *rows = values + (first - at) * stride * size;
+        if (!scale) {
+            fill_block(first - start, last - start, k, stride, narrow, rows,
+                       (void *)(packed + start * k * sizeof(float)));
+            continue;
+        }
+        uint8_t quantised[BLOCK * k];
+        for (int64_t r = first; r < last; r++) {
+            const void *in = rows + (r - first) * stride * size;
+            uint8_t *q = quantised + (r - first) * k;
+            union { uint32_t bits; float value; } x[k];
+            for (int64_t j = 0; j < k; j++)
+                x[j].bits = narrow ? (uint32_t)((const uint16_t *)in)[j] << 16
+                                   : ((const uint32_t *)in)[j];
+            quantise_row(&x->value, k, 0, q, scale + r);
+            int32_t sum = 0;
+            for (int64_t j = 0; j < k; j++) sum += (int8_t)q[j];
+            offset[r] = -128 * sum;
+        }
+        fill_block(first - start, last - start, k / 4, k / 4, 0, quantised,
+                   (void *)(packed + start * k));
     }
 }
 

@@ -70,15 +70,17 @@ void pack(int64_t n, int64_t k, int64_t stride, int64_t narrow, const char *valu
                        (void *)(packed + start * k * sizeof(float)));
             continue;
         }
-        uint8_t quantised[BLOCK * k];
+        uint32_t quantised[BLOCK * k / 4];
         for (int64_t r = first; r < last; r++) {
             const void *in = rows + (r - first) * stride * size;
-            uint8_t *q = quantised + (r - first) * k;
-            union { uint32_t bits; float value; } x[k];
-            for (int64_t j = 0; j < k; j++)
-                x[j].bits = narrow ? (uint32_t)((const uint16_t *)in)[j] << 16
-                                   : ((const uint32_t *)in)[j];
-            quantise_row(&x->value, k, 0, q, scale + r);
+            uint8_t *q = (uint8_t *)quantised + (r - first) * k;
+            float x[k];
+            for (int64_t j = 0; j < k; j++) {
+                const uint32_t bits = narrow ? (uint32_t)((const uint16_t *)in)[j] << 16
+                                             : ((const uint32_t *)in)[j];
+                memcpy(x + j, &bits, sizeof(float));
+            }
+            quantise_row(x, k, 0, q, scale + r);
             int32_t sum = 0;
             for (int64_t j = 0; j < k; j++) sum += (int8_t)q[j];
             offset[r] = -128 * sum;

@@ -85,6 +85,7 @@ def test_paths_that_are_no_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "runs").mkdir()
     for path in ("runs/pi0", "a/model.safetensors", tmp_path / "x", "base"):
         assert "hf download" not in refused(path)
+    assert "nothing there, and no folder train either. Is it" in refused("train/pi0")
 
 
 def test_jax(tmp_path: Path) -> None:

@@ -113,7 +113,8 @@ def table(
     unlimited = out.options.update(width=UNLIMITED)
     least = Measurement.get(out, unlimited, grid).minimum
     with _printing():
-        out.print(Text(title, "table.title"), soft_wrap=True)  # wider than a narrow table
+        if title:
+            out.print(Text(title, "table.title"), soft_wrap=True)  # it may be wider than the table
         out.print(grid, width=max(out.width, least), crop=False)
         out.print()
 

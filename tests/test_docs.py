@@ -49,10 +49,7 @@ RECIPE = ROOT / "examples" / "tabletop" / "train.sh"  # takes hours: its options
 SHELL += commands(Block(RECIPE, 1, "bash", RECIPE.read_text().replace('"$here/../../', '"')))
 
 # Checkpoints that pages name, and the widths of state and actions in their statistics.
-CHECKPOINTS = {
-    **{"pi0_base": (32, 32), "pi0_libero": (8, 7), "my_libero": (8, 7), "CKPT": (32, 32)},
-    "my_tabletop": (5, 4),
-}
+CHECKPOINTS = {"pi0_base": (32, 32), "pi0_libero": (8, 7), "my_libero": (8, 7), "CKPT": (32, 32)}
 # What would take minutes as the page has it, made short.
 SHORT = {
     "eval": {"--episodes": "1", "--max-steps": "3"},

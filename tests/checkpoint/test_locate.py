@@ -85,6 +85,7 @@ def test_paths_that_are_no_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "runs").mkdir()
     for path in ("runs/pi0", "a/model.safetensors", tmp_path / "x", "base"):
         assert "hf download" not in refused(path)
+    assert "nothing there, and no folder train either. Is it" in refused("train/pi0")
 
 
 def test_jax(tmp_path: Path) -> None:
@@ -168,8 +169,10 @@ def test_errors_name_the_checkpoint(folder: Path) -> None:
     assert str(error.value).startswith(
         f"{folder}: config.json type: expected one of pi0, pi05, found 'pi0_fast'. Other models "
     )
-    (folder / "config.json").write_text(config)
     save_file({"x": load_file(weights)["action_out_proj.bias"]}, weights)
+    with pytest.raises(ConfigError, match="config.json type"):  # before the tensors of that model
+        open_checkpoint(folder)
+    (folder / "config.json").write_text(config)
     for path in (folder, weights):
         assert refused(path).startswith(f"{path}: tensor names: expected")
 

@@ -124,9 +124,14 @@ def test_synth_inspect_trace(tmp_path: Path) -> None:
     assert f"{folder}: π0, 89 tensors" in table
     assert "adaptive_norm" not in table
     assert "--image base=FILE --image wrist=FILE --image right_wrist=FILE" in table
+    assert "pi0 act would use\n  robot generic" in table
     data = json.loads(pi0("inspect", folder, "--json", "--cameras", "2", "--tokens", "32").stdout)
     assert data["sequence"]["total"] == 2 * 4 + 32 + 51
     assert data["modules"][0]["dtypes"] == ["BF16"]
+    stopped = pi0("inspect", folder, "--robot", "aloah")
+    assert stopped.returncode == 0
+    assert "pi0 act would stop at the errors below; known so far:\n" in stopped.stdout
+    assert "error robot-unknown" in stopped.stdout
 
 
 def test_trace(tiny_path: Path, npz: Path) -> None:

@@ -100,6 +100,20 @@ def test_an_option_that_takes_the_checkpoint(words: Any, takes: str) -> None:
     assert f"'lerobot/pi0_base'. It stands after {takes}: if it is the" in str(done.exception)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("sample", "--engine", "auto:int8"), "'auto:int8'. Only commands with a policy choose"),
+        (("act", "--engine", "int8"), "lerobot, auto, found 'int8'."),
+        (("verify", "--engines", "cpu", "--engines", "cpu"), "Name 2 engines after one --engines."),
+    ],
+)
+def test_words_that_are_no_engine(words: Any, message: str) -> None:
+    done = run(*words, "CKPT")
+    assert isinstance(done.exception, EngineError), done.output
+    assert message in str(done.exception)
+
+
 def test_act_takes_the_checkpoints_steps(tmp_path: Path) -> None:
     """As `Policy`, eval and serve do; an option counts before them."""
     synthesise(tmp_path, PRESETS["tiny"], LAYOUTS["lerobot"], 0, torch.float32)

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_cli import pi0, refused
 
+from pi0.cli.act import print_actions
 from pi0.config import PRESETS
 from pi0.errors import install_hint
 from pi0.inputs import random_inputs
@@ -190,6 +191,12 @@ def test_act_says_what_is_assumed(folder: Path, recwarn: pytest.WarningsRecorder
     assert done.returncode == 0
     assert "pi0: warning: horizon: neither the tensors nor config.json say how" in done.stderr
     assert "pi0: warning: max_tokens: " in done.stderr
+
+
+def test_a_title_wider_than_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    timing = {"infer_ms": 1.0, "total_ms": 1.0}
+    print_actions(np.zeros((50, 3), np.float32), ("x", "y", "z"), timing, "cpu")
+    assert capsys.readouterr().out.startswith("Actions [50, 3]: the first 5 steps\nstep")
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])

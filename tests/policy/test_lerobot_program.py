@@ -19,6 +19,7 @@ from pi0.checkpoint.files import read_json
 from pi0.errors import CheckpointError, Pi0Error
 from pi0.policy.lerobot import LerobotProgram, lerobot_normalizer, read_program
 from pi0.policy.lerobot.relative import relative_mask
+from pi0.policy.lerobot.robot import robot_of
 
 PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"
 STATE = "observation.state"
@@ -588,6 +589,14 @@ def test_no_processors(folder: LerobotFolder) -> None:
     assert program.actions.unnormalize(np.zeros(5)).tolist() == [2.0] * 5
     assert program.relative == (True, True, True, True, False)
     assert (program.newline, program.max_tokens) == (True, 64)
+
+
+def test_names_that_two_actions_have_are_none(folder: LerobotFolder) -> None:
+    """LeRobot reads them; the robot's actions are numbered then."""
+    program = read(folder)
+    for names in (["a", "b", "c", "d", "e"], ["a", "b", "c", "d", "a"]):
+        robot = robot_of(program, {**folder.config, "action_feature_names": names})
+        assert robot.action_names == (tuple(names) if len({*names}) == 5 else ())
 
 
 def test_callers_mode_and_statistics(folder: LerobotFolder) -> None:

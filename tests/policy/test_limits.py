@@ -57,8 +57,9 @@ def test_the_first_step_is_from_the_state() -> None:
 
 
 def test_a_range_further_away_than_a_step() -> None:
-    with pytest.raises(LimitError, match="They cannot be clamped: action 0 starts further"):
-        apply_limits(LIMITS, chunk((0, 0, 0)), np.array([5.0, 0, 0]), "clamp")
+    for on_limit in ("clamp", "error"):  # which does not recommend to clamp then
+        with pytest.raises(LimitError, match="They cannot be clamped: action joint starts further"):
+            apply_limits(LIMITS, chunk((0, 0, 0)), np.array([5.0, 0, 0]), on_limit, NAMES)
 
 
 def test_the_last_action_stands_before_the_first() -> None:

@@ -153,6 +153,8 @@ def test_no_norm_stats(tmp_path: Path) -> None:
         find_norm_stats(tmp_path)
     with pytest.raises(Pi0Error, match="found no file"):
         read_norm_stats(tmp_path / "norm_stats.json")
+    with pytest.raises(Pi0Error, match="found a folder without one"):
+        read_norm_stats(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,11 @@ def test_without_limits(tmp_path: Path) -> None:
         ("relative = true\nlow", "relativ = true\nlow", r"actions\[0\]: .* found also relativ"),
         ("[[actions]]", "[actions", "expected a TOML file, found"),
         ('name = "arm"', f"name = {'[' * 100_000}", "expected a TOML file, found"),
+        (
+            'name = "elbow"',
+            'name = "shoulder"',
+            "action_names: .* distinct .* found shoulder twice",
+        ),
         ('key = "joints"', 'key = ""', "state: expected distinct keys, at least one"),
         ('key = "joints"', 'key = "prompt"', "keys of their own, found prompt in two"),
     ],
@@ -120,5 +125,5 @@ def test_what_is_refused(tmp_path: Path, old: str, new: str, message: str) -> No
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="expected a TOML file, found No such file"):
+    with pytest.raises(ConfigError, match="expected a TOML file, found none .No such file"):
         find_robot(tmp_path / "none.toml")

@@ -283,12 +283,24 @@ def _read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         if variant is not None:
             for name, value in asdict(_one_of(VARIANTS, key, variant)).items():
                 declare(f"{trunk}.{name}", value, key)
-    for key in ("type", "model_type"):
-        if settings.get(key) is not None:
-            declare("adaptive_norm", _one_of(MODEL_TYPES, key, settings[key]), key)
+    for key, adaptive_norm in read_types(settings).items():
+        declare("adaptive_norm", adaptive_norm, key)
     if isinstance(settings.get("pi05"), bool):
         declare("adaptive_norm", settings["pi05"], "pi05")
     return declared
+
+
+def read_types(settings: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether the model that config.json declares has adaptive norms, by the field that says so.
+
+    Raises:
+        ConfigError: it declares a model that is neither π0 nor π0.5.
+    """
+    return {
+        key: _one_of(MODEL_TYPES, key, settings[key])
+        for key in ("type", "model_type")
+        if settings.get(key) is not None
+    }
 
 
 def _in_words(name: str, *values: Any) -> list[Any]:

@@ -349,7 +349,8 @@ def _require_leaves(folder: Path, expected: set[str], found: set[str]) -> None:
     if faults:
         raise CheckpointError(
             f"{folder}: expected the {len(expected)} leaves of openpi's JAX parameters, found "
-            f"{'; '.join(faults)}. Copy or download the whole folder of a π0 or π0.5."
+            f"{'; '.join(faults)}. Copy or download the whole folder of a π0 or π0.5; π0-FAST "
+            "and other models are not read."
         )
 
 

@@ -32,6 +32,7 @@ from pi0.checkpoint.infer import (
     MissingTensorError,
     declared_lora,
     infer_config,
+    read_types,
     stated_steps,
     unfit_flow,
 )
@@ -251,6 +252,8 @@ def open_checkpoint(
     if adapter and os.path.lexists(adapter.folder / CONFIG):
         config_json = adapter.folder / CONFIG
     settings = read_json(config_json) if os.path.lexists(config_json) else {}
+    with _naming(config_json.parent):
+        read_types(settings)  # of another model the tensors need no explanation
     with _naming(sources.path):
         params = open_params(sources.params, settings) if sources.params else None
         tensors = params.tensors if params else read_headers(sources.files, sources.shards)

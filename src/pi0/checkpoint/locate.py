@@ -308,8 +308,8 @@ def _nothing_there(path: Path) -> str:
         else f"Is it a model of the Hugging Face hub? {_hub_download(str(path))}"
     )
     return (
-        f"{found} {how} openpi's own are in a bucket: gsutil -m cp -r "
-        f"gs://openpi-assets/checkpoints/pi0_base . {TOKENIZER}"
+        f"{EXPECTED}, found nothing there, and no folder {path.parent} either. {how} openpi's own "
+        f"are in a bucket: gsutil -m cp -r gs://openpi-assets/checkpoints/pi0_base . {TOKENIZER}"
     )
 
 

@@ -76,7 +76,7 @@ def act(
         pi0 act demo --image base=base.png --image wrist=wrist.png \\
             --prompt "pick up the red cube" \\
             --state "0,0,0,0,0,0,0,0" --plot chunk.png
-        pi0 act pi0_aloha --robot aloha --image cam_high=top.png \\
+        pi0 act my_aloha --robot aloha --image cam_high=top.png \\
             --prompt "fold the towel" --state state.npy \\
             --out actions.npy --engine cpu:int8
         pi0 act my_arm --robot arm.toml --image top=top.png \\

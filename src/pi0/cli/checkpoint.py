@@ -118,7 +118,8 @@ def inspect(
     Layout and how it was recognised, modules, configuration, sequence lengths, memory; robot,
     statistics, tokenizer, preprocessing, and all that is assumed or does not fit. A checkpoint that
     does not fit in every name, shape and dtype is an error that lists what is wrong. With --stats
-    the weights are read, too; hashes are the same in every layout.
+    the weights are read, too; hashes are the same in every layout. Findings do not change the exit
+    code, as they do that of `pi0 doctor`.
 
     **Examples**
 
@@ -285,7 +286,8 @@ def _print_policy(policy: dict[str, Any]) -> None:
     from pi0.cli.show import print_line
 
     robot, sources = policy["robot"], policy["sources"]
-    print_line("pi0 act would use")
+    stopped = any(finding["severity"] == "error" for finding in policy["findings"])
+    print_line(f"pi0 act would {'stop at the errors below; known so far:' if stopped else 'use'}")
     if robot:
         cameras = ", ".join(
             f"{camera['key']}{'' if camera['required'] else ' (optional)'}"

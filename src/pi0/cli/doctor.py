@@ -29,7 +29,7 @@ def doctor(
     ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Look for everything that goes wrong with a checkpoint, without running the model.
+    """Look for what may be wrong with a checkpoint, without running the model.
 
     Statistics, tokenizer, cameras, horizon, conventions, dtypes, weights that are not finite or
     constant, adapters, files of another origin: each finding is a sentence with its remedy and a

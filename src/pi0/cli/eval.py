@@ -163,9 +163,9 @@ def evaluate(
 
     **Examples**
 
-        pi0 eval my_tabletop --episodes 100 --workers 2 \\
+        pi0 eval tabletop --episodes 100 --workers 2 \\
             --out results.json
-        pi0 eval my_tabletop --tasks lift --prompt-swap
+        pi0 eval tabletop --tasks lift --prompt-swap
         pi0 eval --server ws://127.0.0.1:8000 --workers 4 \\
             --latency 300 --real-time identity
         pi0 eval my_aloha --env gym_aloha:gym_aloha/AlohaInsertion-v0 \\

@@ -51,7 +51,7 @@ Every verb has examples: `pi0 act --help`. A first round:
     pi0 synth --preset small demo   # a random checkpoint, real format
     pi0 inspect demo                # what is in it
     pi0 trace demo                  # the eleven stages, one by one
-    pi0 act demo --image base=base.png \\
+    pi0 act demo --image base=examples/cameras/base.png \\
         --prompt "pick up the cube" --state "0,0,0,0,0,0,0,0"
     pi0 eval tabletop               # a trained policy, in simulation
 

@@ -57,13 +57,23 @@ def check_engines(param: typer.CallbackParam, value: Any) -> Any:
     from pi0.engines.registry import engine_names
     from pi0.errors import EngineError
 
-    names = engine_names()
+    names = engine_names() + ["auto"] * (param.default == "auto")
+    words = f"{param.nargs} engines" if param.nargs > 1 else "an engine"
     for word in [value] if isinstance(value, str) else value:
-        if re.split("[:@]", word)[0] not in (*names, "auto"):
-            words = f"{param.nargs} engines" if param.nargs > 1 else "an engine"
+        name = re.split("[:@]", word)[0]
+        if name not in names:
+            remedy = ""
+            if name == "auto":
+                remedy = " Only commands with a policy choose one: act, eval and serve."
+            elif word.startswith("-"):
+                remedy = f" Name {words} after one {param.opts[0]}."
+            elif "/" in word or Path(word).exists():
+                remedy = (
+                    f" It stands after {param.opts[0]}, which takes {words}: if it is the "
+                    "checkpoint, name it first."
+                )
             raise EngineError(
-                f"engine: expected one of {', '.join(names)}, found {word!r}. It stands after "
-                f"{param.opts[0]}, which takes {words}: if it is the checkpoint, name it first."
+                f"engine: expected one of {', '.join(names)}, found {word!r}.{remedy}"
             )
     return value
 

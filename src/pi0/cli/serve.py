@@ -125,7 +125,7 @@ def serve(
     **Examples**
 
         pi0 serve pi0_libero --robot libero
-        pi0 serve pi0_aloha --robot aloha --engine cpu:int8 \\
+        pi0 serve my_aloha --robot aloha --engine cpu:int8 \\
             --host 0.0.0.0 --api-key-file key
         pi0 serve pi0_libero --robot libero --engine cuda --batch 8
         pi0 serve pi0_libero --robot libero --engine cuda --replicas 4

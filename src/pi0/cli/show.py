@@ -104,7 +104,7 @@ def table(
 
     Numbers are never cut: a table that does not fit is wider than the terminal.
     """
-    grid = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    grid = Table(header_style="bold", box=None, pad_edge=False)
     for i, column in enumerate(columns):
         grid.add_column(column, justify="left" if i < left else "right", no_wrap=i >= left)
     for row in rows:
@@ -113,6 +113,8 @@ def table(
     unlimited = out.options.update(width=UNLIMITED)
     least = Measurement.get(out, unlimited, grid).minimum
     with _printing():
+        if title:
+            out.print(Text(title, "table.title"), soft_wrap=True)  # it may be wider than the table
         out.print(grid, width=max(out.width, least), crop=False)
         out.print()
 

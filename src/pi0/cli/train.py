@@ -197,9 +197,12 @@ def train(
 
     **Examples**
 
-        pi0 train pi0_base --data my_data --out my_run --robot libero --bfloat16 --recompute
-        pi0 train tiny --data my_data --out my_run --robot libero --learning-rate 1e-3 --draws 4
-        pi0 train pi0_base --estimate --robot libero --lora 16 --bfloat16 --batch-size 4
+        pi0 train pi0_base --data my_data --out my_run --robot libero \\
+            --bfloat16 --recompute
+        pi0 train tiny --data my_data --out my_run --robot libero \\
+            --learning-rate 1e-3 --draws 4
+        pi0 train pi0_base --estimate --robot libero --lora 16 \\
+            --bfloat16 --batch-size 4
         pi0 act my_run/last --robot libero ...
     """
     from pi0.errors import ConfigError

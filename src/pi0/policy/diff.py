@@ -94,7 +94,8 @@ def diff_policies(a: PolicySetup, b: PolicySetup) -> PolicyDiff:
             for name, setup in (("A", a), ("B", b))
         }
         if bool(errors["A"]) != bool(errors["B"]):
-            left["usable"], right["usable"] = not errors["A"], not errors["B"]
+            for settings, name in ((left, "A"), (right, "B")):
+                settings["policy"] = "cannot be made" if errors[name] else "can be made"
         not_compared = " ".join(f"{name}: {found[0]}" for name, found in errors.items() if found)
     names = dict.fromkeys([*left, *right])
     found = [d for name in names for d in _diff(name, left.get(name), right.get(name))]

@@ -88,8 +88,8 @@ def _cameras(checkpoint: Checkpoint, robot: Robot) -> list[Finding]:
         warning(
             "cameras-differ",
             f"cameras: expected those of config.json, {', '.join(declared)}, in this order, found "
-            f"{names} of robot {robot.name}: each picture would take another's place. Leave out "
-            "--robot, or write a robot file with these cameras.",
+            f"{names} of robot {robot.name}: their order alone decides which picture takes whose "
+            "place. Leave out --robot, or write a robot file with these cameras.",
         )
     ]
 

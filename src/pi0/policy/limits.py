@@ -126,20 +126,22 @@ def apply_limits(
         for kind, bad in beyond.items()
         if bad[:, i].any()
     ]
-    if violations and on_limit == "error":
+    if not violations or on_limit == "warn":
+        return actions, violations
+    refused = f"{summary(violations)}. No action of this chunk is returned. "
+    clamped = _clamp(actions, start, low, high, step)
+    outside = np.flatnonzero(((clamped < low) | (clamped > high)).any(axis=0))
+    if outside.size:
+        name = names[outside[0]] if names else outside[0]
         raise LimitError(
-            summary(violations) + ". No action of this chunk is returned; "
-            'on_limit="clamp" would bring them within the limits.'
+            f"{refused}They cannot be clamped: action {name} starts further from its range than a "
+            "step. Move the robot into its range first."
         )
-    if violations and on_limit == "clamp":
-        actions = _clamp(actions, start, low, high, step)
-        outside = np.flatnonzero(((actions < low) | (actions > high)).any(axis=0))
-        if outside.size:
-            raise LimitError(
-                f"{summary(violations)}. They cannot be clamped: action {outside[0]} starts "
-                "further from its range than a step. Move the robot into its range first."
-            )
-    return actions, violations
+    if on_limit == "error":
+        raise LimitError(
+            f'{refused}on_limit="clamp" (--on-limit clamp) would bring them within the limits.'
+        )
+    return clamped, violations
 
 
 def summary(violations: list[Violation]) -> str:

@@ -197,8 +197,8 @@ def _refuse_unknown(observation: Observation, robot: Robot, origins: Mapping[str
         found = [f"{k} (renamed from {origins[k]})" if k in origins else k for k in unknown]
         raise ObservationError(
             f"observation: expected for robot {robot.name} the cameras {camera_keys(robot)}, "
-            f"{', '.join(key for key, _ in robot.state)} and prompt, found also "
-            f"{', '.join(found)}. Rename or remove what is too much."
+            f"the state {', '.join(key for key, _ in robot.state)} and prompt, found also "
+            f"{', '.join(found)}. Rename or remove the extra keys."
         )
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:

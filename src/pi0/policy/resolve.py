@@ -353,10 +353,10 @@ def _state_in_prompt(
     by_files = options.state_in_prompt is None and stated is not None
     if by_files and trained is not None and stated != trained:
         sentence = (
-            f"state_in_prompt: robot {setup.robot and setup.robot.name} was trained "
-            f"{'with' if trained else 'without'} the state in its prompt, found that the "
-            f"checkpoint's files say {'with' if stated else 'without'}, which counts. Is it this "
-            "robot's checkpoint? Say it with --state-in-prompt or --no-state-in-prompt."
+            f"state_in_prompt: expected prompts {'with' if trained else 'without'} the state, with "
+            f"which robot {setup.robot and setup.robot.name} was trained, found that the "
+            f"checkpoint's files say {'with' if stated else 'without'}; the files are followed. Is "
+            "it this robot's checkpoint? Say it with --state-in-prompt or --no-state-in-prompt."
         )
         setup.findings.append(warning("state-in-prompt-differs", sentence))
     if stated is None:

@@ -250,6 +250,9 @@ class Robot:
             ]
         elif self.action_names or self.action_units or self.limits:
             problems.append("action_names, action_units, limits: expected action_dim beside them")
+        twice = sorted({name for name in self.action_names if self.action_names.count(name) > 1})
+        if twice:
+            problems.append(f"action_names: expected distinct ones, found {', '.join(twice)} twice")
         indices = [i for i in (self.limits.state if self.limits else ()) if i is not None]
         if any(not 0 <= i < (self.state_dim or 0) for i in indices):
             problems.append(f"limits.state: expected indices of state values, found {indices}")

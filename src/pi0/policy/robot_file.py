@@ -57,8 +57,8 @@ def read_robot_file(path: Path) -> Robot:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"robot {path}: expected a TOML file, found {reason}.") from error
+        found = f"none ({error.strerror})" if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"robot {path}: expected a TOML file, found {found}.") from error
     _check(path, "robot", table, ROBOT_KEYS)
     for section, keys in SECTIONS.items():
         for i, row in enumerate(table[section]):

@@ -98,7 +98,8 @@ def read_norm_stats(path: Path) -> dict[str, Statistics]:
     if (path / FILE_NAME).is_file():
         path = path / FILE_NAME
     if not path.is_file():
-        raise Pi0Error(f"statistics {path}: expected a {FILE_NAME}, found no file.")
+        found = "a folder without one" if path.is_dir() else "no file"
+        raise Pi0Error(f"statistics {path}: expected a {FILE_NAME}, found {found}.")
     content = read_json(path)
     tables = {what: _table(path, what, content) for what in NAMES}
     missing = [what for what, table in tables.items() if table is None]

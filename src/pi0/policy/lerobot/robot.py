@@ -24,7 +24,8 @@ def robot_of(program: LerobotProgram, settings: Mapping[str, Any]) -> Robot:
     every = [name for key, own in names.items() for name in {key, *own}]
     names = {k: [n for n in own if n == k or every.count(n) == 1] for k, own in names.items()}
     actions = settings.get("action_feature_names")
-    known = isinstance(actions, list) and len(actions) == program.action_dim
+    named = list(map(str, actions)) if isinstance(actions, list) else []
+    known = len({*named}) == len(named) == program.action_dim  # others say nothing of an action
     inputs, _ = complete_features(settings)
     read = {program.state_key, *program.cameras, *PROMPT_KEYS}
     unread = [key for key in inputs if key not in read and not key.startswith(EMPTY_CAMERA)]
@@ -35,7 +36,7 @@ def robot_of(program: LerobotProgram, settings: Mapping[str, Any]) -> Robot:
         ignored=tuple(unread),
         action_dim=program.action_dim,
         delta=tuple(1 if relative else -1 for relative in program.relative or ()),
-        action_names=tuple(map(str, actions)) if known and actions else (),
+        action_names=tuple(named) if known else (),
     )
 
 

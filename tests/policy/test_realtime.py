@@ -318,7 +318,7 @@ def test_infer_refuses() -> None:
         (np.zeros((10, 6)), r"previous: expected 1 to 50 actions \[n, 7\], found shape \[10, 6\]"),
         (np.zeros(7), r"previous: expected .* found shape \[7\]"),
         (np.full((10, 7), np.nan), "previous: expected finite values"),
-        (np.zeros((10, 7), complex), "previous: expected real numbers, found torch.complex128"),
+        (np.zeros((10, 7), complex), "previous: expected real numbers, found complex128"),
         (np.ma.masked_array(previous, True), "previous: expected .* numbers, found a MaskedArray"),
         (previous.astype(object), "previous: expected an array of numbers, found"),
         (previous.astype("M8[s]"), "previous: expected an array of numbers, found"),

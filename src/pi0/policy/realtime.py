@@ -181,7 +181,8 @@ def make_inpainting(
     config = pipeline.config
     given = to_tensor("previous", previous)
     if given.is_complex() or given.dtype == torch.bool:
-        raise ObservationError(f"previous: expected real numbers, found {given.dtype}.")
+        kind = str(given.dtype).removeprefix("torch.")
+        raise ObservationError(f"previous: expected real numbers, found {kind}.")
     actions: NDArray[np.float64] = given.detach().to("cpu", torch.float64).numpy()
     width = pipeline.action_dim
     if actions.shape[1:] != (width,) or not 1 <= len(actions) <= config.horizon:

@@ -106,6 +106,7 @@ def test_clamped_actions_are_within_all_limits(actions: np.ndarray, state: np.nd
         ({"high": (1.0,)}, "expected columns of one length"),
         ({"low": 0.0}, "limits: low: expected a tuple of numbers, found 0.0"),
         ({"low": (True, None, None)}, "limits: low: expected a tuple of numbers"),
+        ({"low": (np.complex64(0), None, None)}, "limits: low: expected a tuple of numbers"),
         ({"state": (0.5, None, None)}, "limits: state: expected a tuple of numbers"),
     ],
 )

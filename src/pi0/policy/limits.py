@@ -41,7 +41,7 @@ class ActionLimits:
 
     def __post_init__(self) -> None:
         for name, column in vars(self).items():
-            kinds = (int, np.integer) if name == "state" else (int, float, np.number)
+            kinds = (int, np.integer) if name == "state" else (int, float, np.integer, np.floating)
             if not isinstance(column, (list, tuple, np.ndarray)) or not all(
                 value is None or (isinstance(value, kinds) and not isinstance(value, bool))
                 for value in column

@@ -7,6 +7,7 @@ quantised one by one unit where its float lies on the border between two.
 from __future__ import annotations
 
 import shutil
+from copy import copy
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from pi0.config import PRESETS
 from pi0.engines.base import make_engine
 from pi0.engines.fast.cpu import engine as cpu
 from pi0.engines.fast.cpu import native
-from pi0.engines.fast.cpu.int8 import Int8Kernels
+from pi0.engines.fast.cpu.int8 import Int8Kernels, Quantised
 from pi0.engines.fast.cpu.native import Native, NativeUnavailable
 from pi0.engines.fast.cpu.native_kernels import NativeKernels, is_packed
 from pi0.engines.fast.kernels import Norm
@@ -131,6 +132,21 @@ def test_products(rows: int, n: int, k: int, bias: bool, added: str, int8: bool)
     if residual is not None:
         rest = residual.clone(), gates.get(added)
     assert same(mine, Int8Kernels().project(Int8Kernels().operand(x, plain), plain, *rest))
+
+
+@needs_native
+def test_a_chunk_that_is_not_packed_takes_the_operand_of_one_that_is() -> None:
+    """Where bytes of activations have no sign, 128 is added to them for packed matrices alone."""
+    kernels = native_kernels()
+    odd = kernels.lay_out(empty(24, 64, int8=True))
+    assert not is_packed(odd)
+    odd.write_rows(0, torch.randn(24, 64))
+    values, scale = quantise_rows(torch.randn(5, 64), torch.int8)
+    expected = Int8Kernels().project(Quantised(values, scale), odd)
+    kernels.native = copy(kernels.native)
+    kernels.native.zero = 128
+    unsigned = Quantised((values.short() + 128).to(torch.uint8), scale)
+    assert torch.equal(kernels.project(unsigned, odd), expected)
 
 
 @needs_native

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_policy import ANSWER, observation, policy
@@ -16,6 +17,7 @@ from ticks import Ticks
 
 from pi0.errors import ConfigError, EngineError, LimitError, ObservationError
 from pi0.policy import ROBOTS, ActionBuffer, ActionLimits, RealTimeChunking, Robot
+from pi0.policy.chunking import read_actions
 
 HORIZON = 8
 
@@ -220,9 +222,19 @@ def test_a_policy_that_cannot_inpaint() -> None:
     [
         ({"actions": np.full((8, 1), np.nan)}, "expected finite values, found NaN or infinite"),
         ({"actions": np.full((8, 1), 1e300)}, "expected finite values"),
-        ({"actions": np.zeros(8)}, r"expected numbers \[n, D\], found float64 of shape \[8\]"),
+        (
+            {"actions": np.zeros(8)},
+            r"expected numbers \[n, D\], found float64 of shape \[8\]",
+        ),
         ({"actions": np.zeros((0, 1))}, r"expected numbers \[n, D\]"),
-        ({"actions": [["left"]]}, r"expected numbers \[n, D\], found <U4"),
+        ({"actions": [["left"]]}, "expected an array of numbers, found"),
+        ({"actions": [[0.0], [0.0, 1.0]]}, "expected an array of numbers, found"),
+        (
+            {"actions": np.ma.masked_array([[0.0]], True)},
+            "expected .* found a MaskedArray",
+        ),
+        ({"actions": np.zeros((8, 1), bool)}, r"expected numbers \[n, D\], found bool"),
+        ({"actions": torch.zeros(8, 1, device="meta")}, "expected an array of numbers, found"),
         ({"actions": np.zeros((8, 2))}, "expected 1 values each, as in the chunks before, found 2"),
         ({"action": np.zeros((8, 1))}, "expected an answer that has them, found action"),
         ([], r"expected an answer that has them, found \[\]"),
@@ -245,6 +257,12 @@ def test_what_is_no_chunk_is_not_executed(answer: Any, message: str, overlap: st
     with pytest.raises(EngineError, match=f"actions: {message}"):
         buffer.step(5)
     assert buffer.step(6) == [6]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
+def test_chunks_may_be_tensors(dtype: torch.dtype) -> None:
+    actions = torch.ones(8, 1, dtype=dtype, requires_grad=dtype.is_floating_point)
+    np.testing.assert_array_equal(read_actions({"actions": actions}), np.ones((8, 1)))
 
 
 def test_a_client_of_a_server_that_cannot_inpaint() -> None:

@@ -56,6 +56,17 @@ def test_the_first_step_is_from_the_state() -> None:
     assert (out[0, 2], violations) == (0.9, [])
 
 
+def test_the_first_step_is_from_the_last_action_too() -> None:
+    """A robot lags behind its commands: near its state may be far from the command before."""
+    state, last, wanted = np.array([0.1, 0, 0]), np.array([0.7, 0, 0.5]), chunk((0, 0, 0.5))
+    with pytest.raises(LimitError, match="action joint: .* at most 0.5 a tick, found 0.7 at tick"):
+        apply_limits(LIMITS, wanted, state, "error", NAMES, last)
+    out, _ = apply_limits(LIMITS, wanted, state, "clamp", NAMES, last)
+    assert out[0, 0] == pytest.approx(0.2)  # within a step of both
+    out, _ = apply_limits(LIMITS, wanted, np.array([-0.9, 0, 0]), "clamp", NAMES, last)
+    assert out[0, 0] == pytest.approx(0.2)  # nothing is, and commands do not jump
+
+
 def test_a_range_further_away_than_a_step() -> None:
     for on_limit in ("clamp", "error"):  # which does not recommend to clamp then
         with pytest.raises(LimitError, match="They cannot be clamped: action joint starts further"):
@@ -96,6 +107,7 @@ def test_clamped_actions_are_within_all_limits(actions: np.ndarray, state: np.nd
         ({"high": (1.0,)}, "expected columns of one length"),
         ({"low": 0.0}, "limits: low: expected a tuple of numbers, found 0.0"),
         ({"low": (True, None, None)}, "limits: low: expected a tuple of numbers"),
+        ({"low": (np.complex64(0), None, None)}, "limits: low: expected a tuple of numbers"),
         ({"state": (0.5, None, None)}, "limits: state: expected a tuple of numbers"),
     ],
 )

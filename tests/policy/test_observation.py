@@ -111,6 +111,7 @@ def test_rounding_beyond_the_range_is_clipped() -> None:
         (Image.new("HSV", (4, 4)), "8 bits a channel, found mode HSV"),
         ([Image.new("HSV", (4, 4))], "8 bits a channel, found mode HSV"),
         (np.ma.masked_array(PIXELS, PIXELS > 9), "found a MaskedArray"),
+        ([np.ma.masked_array(PIXELS, PIXELS > 9)], "found a MaskedArray"),
         (torch.nested.nested_tensor([PIXELS[0] + 0.0], layout=torch.jagged), "a nested tensor"),
         ("photo.png", "expected an array of pixels, found 'photo.png'"),
         ({"a": 1}, "expected an array of pixels, found a dict"),
@@ -165,6 +166,7 @@ def test_forms_of_a_state(value: Any) -> None:
         (np.ones(3) * 1j, "expected real numbers, found complex128"),
         ({1.0, 2.0, 3.0}, "expected numbers, found a set"),
         (np.ma.masked_array([1, 2, 3], [0, 1, 0]), "found a MaskedArray"),
+        ([np.ma.masked_array([1, 2, 3], [0, 1, 0])], "found a MaskedArray"),
         ([10**400, 0, 0], "state: expected numbers"),
     ],
 )

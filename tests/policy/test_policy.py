@@ -192,6 +192,8 @@ def test_noise_as_an_argument(tiny_path: Path) -> None:
         ({"device": 2.5}, ConfigError, "device: expected a text, found 2.5"),
         ({"tokenizer": b"x"}, ConfigError, "tokenizer: expected a text, found b'x'"),
         ({"norm_stats": {}}, ConfigError, "norm_stats: expected a text, found {}"),
+        ({"norm_stats": ""}, ConfigError, "norm_stats: expected a text, found ''"),
+        ({"tokenizer": ""}, ConfigError, "tokenizer: expected a text, found ''"),
         ({"preprocessing": ["openpi"]}, ConfigError, "preprocessing: expected a text, found"),
         ({"steps": 2.5}, ConfigError, "steps: expected a whole number from 1 .* found 2.5"),
         ({"seed": 2**64}, ConfigError, "seed: expected a whole number from 0"),

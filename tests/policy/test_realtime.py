@@ -65,7 +65,7 @@ def test_guidance_weight_is_equations_2_and_4() -> None:
         ({"jacobian": "none"}, "jacobian: expected one of exact, identity, found 'none'"),
         ({"max_guidance": 0}, "max_guidance: expected a finite number above 0, found 0"),
         ({"max_guidance": math.inf}, "max_guidance: expected a finite number above 0, found inf"),
-        ({"overlap": 0}, "overlap: expected at least 1 action, found 0"),
+        ({"overlap": 0}, "overlap: expected a whole number of actions, at least 1, found 0"),
     ],
 )
 def test_settings(settings: dict[str, Any], message: str) -> None:
@@ -318,12 +318,33 @@ def test_infer_refuses() -> None:
         (np.zeros((10, 6)), r"previous: expected 1 to 50 actions \[n, 7\], found shape \[10, 6\]"),
         (np.zeros(7), r"previous: expected .* found shape \[7\]"),
         (np.full((10, 7), np.nan), "previous: expected finite values"),
+        (np.zeros((10, 7), complex), "previous: expected real numbers, found complex128"),
+        (np.ma.masked_array(previous, True), "previous: expected .* numbers, found a MaskedArray"),
+        (previous.astype(object), "previous: expected an array of numbers, found"),
+        (previous.astype("M8[s]"), "previous: expected an array of numbers, found"),
+        ([[0.0] * 7, [0.0]], "previous: expected an array of numbers, found"),
         (np.full((10, 7), 1e300), r"previous: expected values less than 1e\+12 .* found 1e\+300"),
     ):
         with pytest.raises(ObservationError, match=message):
             made.infer(observation("libero"), previous=wrong)
-    with pytest.raises(ObservationError, match="delay: expected a number of ticks from 0 to 50"):
-        made.infer(observation("libero"), previous=previous, delay=51)
+    for delay in (51, -1, 2.5, "2", None, True, np.True_, [2]):
+        with pytest.raises(ObservationError, match="delay: expected a whole number of ticks"):
+            made.infer(observation("libero"), previous=previous, delay=delay)
+    noise = np.zeros((50, 32), np.float32)
+    plain = made.infer(observation("libero"), noise, previous=previous)["actions"]
+    for form in (torch.zeros(10, 7, requires_grad=True), torch.zeros(10, 7, dtype=torch.bfloat16)):
+        result = made.infer(observation("libero"), noise, previous=form)
+        np.testing.assert_array_equal(result["actions"], plain)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("overlap", value) for value in (0, 2.5, True, "3", math.nan)]
+    + [("max_guidance", value) for value in (0, True, "5", None, math.nan)],
+)
+def test_settings_are_numbers(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: expected a"):
+        RealTimeChunking(**{name: value})
 
 
 def test_an_engine_without_gradients_is_refused_when_the_policy_is_made() -> None:

@@ -121,6 +121,10 @@ def test_tables_are_sound(name: str) -> None:
         ({"state": (("joints", "7"),)}, r"state: expected a tuple of \(key, length\), found"),
         ({"ignored": "depth"}, "ignored: expected a tuple of texts, found 'depth'"),
         ({"delta": 6}, "delta: expected whole numbers other than 0"),
+        ({"delta": (True, -1)}, "delta: expected whole numbers other than 0"),
+        ({"cameras": (Camera("top", required="no"),)}, "required=True or False"),  # type: ignore
+        ({"encode_state": 3}, "encode_state: expected a function, found 3"),
+        ({"decode_actions": "x", "encode_actions": abs}, "decode_actions: expected a function"),
         ({"state_in_prompt": "no"}, "state_in_prompt: expected True, False or None, found 'no'"),
         ({"limits": {"low": 0}}, "limits: expected ActionLimits, found"),
         ({"ignored": ("joints",)}, "expected keys of their own, found joints in two of them"),

@@ -186,6 +186,30 @@ def test_nothing_says_whose_preprocessing(folder: Path) -> None:
     assert setup.require().resize == "lerobot"
 
 
+@pytest.mark.parametrize("mode", ["QUANTILES", "QUANTILE10"])
+def test_a_converted_checkpoint_keeps_its_mode_of_normalisation(folder: Path, mode: str) -> None:
+    theirs, out = folder.parent / "theirs", folder.parent / "out"
+    synthesise(theirs, PRESETS["tiny"], LAYOUTS["lerobot"], 0, torch.float32)
+    for path in theirs.glob("policy_*.json"):
+        path.write_text(path.read_text().replace("MEAN_STD", mode))
+    checkpoint = open_checkpoint(theirs)
+    convert(checkpoint, out, "openpi", export_files(checkpoint, "openpi", "float32").files)
+    setup = made(out, robot="generic")
+    if mode == "QUANTILES":
+        assert setup.require().state_stats.shift == 1.0
+        again = export_files(open_checkpoint(out), "lerobot", "float32").files
+        assert b'"STATE": "QUANTILES"' in again["policy_preprocessor.json"]
+        return
+    message = "config.json norm_mode: expected one of mean_std, quantiles, min_max, found 'quantile"
+    assert any(message in finding.sentence for finding in setup.findings)
+    assert made(out, robot="generic", norm_mode="mean_std").require().state_stats.shift == 0.0
+    settings = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(settings | {"norm_mode": ["quantile10"]}))
+    assert any(message[:74] in finding.sentence for finding in made(out, robot="generic").findings)
+    with pytest.raises(Pi0Error, match=r"^config.json norm_mode: .* found .*quantile10"):
+        export_files(open_checkpoint(out), "lerobot", "float32")
+
+
 def test_a_converted_checkpoint_keeps_its_preprocessing(folder: Path) -> None:
     theirs, out = folder.parent / "theirs", folder.parent / "out"
     synthesise(theirs, PRESETS["tiny"], LAYOUTS["lerobot"], 0, torch.float32)

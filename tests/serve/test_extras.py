@@ -134,7 +134,7 @@ def test_extra_keys_are_checked(extra: dict[str, Any], message: str) -> None:
     [
         (np.zeros((51, 32)), 0, "^pi0/previous: expected 1 to 50 actions"),
         (np.zeros((3, 31)), 0, r"^pi0/previous: expected .*32\], found shape \[3, 31\]"),
-        (np.zeros((3, 32)), 51, "^pi0/delay: expected a number of ticks from 0 to 50"),
+        (np.zeros((3, 32)), 51, "^pi0/delay: expected a whole number of ticks from 0 to 50"),
         (np.full((3, 32), np.nan), 0, "^pi0/previous: expected finite values"),
     ],
 )
@@ -166,6 +166,11 @@ def test_tensors_and_pictures_are_sent_as_arrays(policy: Policy) -> None:
     with running(policy) as served, ServerPolicy(f"ws://{served.address}") as client:
         np.testing.assert_array_equal(
             client.infer(tensors, noise)["actions"], policy.infer(tensors, noise)["actions"]
+        )
+        rest = torch.zeros(5, 32, dtype=torch.bfloat16)
+        np.testing.assert_array_equal(
+            client.infer(tensors, torch.from_numpy(noise), previous=rest)["actions"],
+            policy.infer(tensors, noise, previous=rest)["actions"],
         )
 
 

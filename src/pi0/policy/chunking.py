@@ -16,10 +16,12 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from pi0.closing import Closing
-from pi0.errors import ConfigError, EngineError
+from pi0.errors import ConfigError, EngineError, ObservationError
+from pi0.inputs import to_tensor
 from pi0.policy.limits import ActionLimits, apply_limits
 from pi0.policy.observation import Observation
 from pi0.policy.policy import Policy
@@ -48,15 +50,19 @@ def read_actions(answer: Any) -> Floats:
     if not isinstance(answer, Mapping) or "actions" not in answer:
         found = ", ".join(map(str, answer)) if isinstance(answer, Mapping) else f"{answer!r:.80}"
         raise EngineError(f"actions: expected an answer that has them, found {found or 'nothing'}.")
-    given = np.asarray(answer["actions"])
-    if given.dtype.kind not in "iuf" or given.ndim != 2 or not given.size:
+    try:
+        given = to_tensor("actions", answer["actions"])
+    except ObservationError as error:
+        raise EngineError(str(error)) from error
+    if given.is_complex() or given.dtype == torch.bool or given.ndim != 2 or not given.numel():
+        kind = str(given.dtype).removeprefix("torch.")
         raise EngineError(
-            f"actions: expected numbers [n, D], found {given.dtype} of shape {list(given.shape)}."
+            f"actions: expected numbers [n, D], found {kind} of shape {list(given.shape)}."
         )
-    with np.errstate(over="ignore"):
-        if not np.isfinite(given.astype(np.float32)).all():
-            raise EngineError("actions: expected finite values, found NaN or infinite ones.")
-    return given.astype(np.float64)
+    if not given.to(torch.float32).isfinite().all():
+        raise EngineError("actions: expected finite values, found NaN or infinite ones.")
+    actions: Floats = given.detach().to("cpu", torch.float64).numpy()
+    return actions
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from pi0.policy.normalize import NEEDED as MODES
 from pi0.policy.normalize import make_normalizer
 from pi0.policy.sources import (
     KEYS,
+    NORMALIZERS,
     OPENPI_MODES,
     Source,
     Tables,
@@ -50,6 +51,7 @@ from pi0.policy.sources import (
 from pi0.policy.statistics import (
     FILE_NAME,
     find_norm_stats,
+    stated_mode,
     statistics_folder,
 )
 from pi0.policy.tokenizer import FILE_NAMES, load_tokenizer_of, own_tokenizers
@@ -102,6 +104,8 @@ def export_files(
     if state_in_prompt is not None:
         checkpoint = _with_state_in_prompt(checkpoint, target, state_in_prompt)
     source = read_source(checkpoint, norm_stats)
+    if target == "lerobot" and norm_mode is None and not source.is_lerobot:
+        norm_mode = stated_mode(checkpoint)
     _check_norm_mode(source, target, norm_mode)
     _check_values(source)
     copied = target == "lerobot" and source.is_lerobot  # whose fields say them themselves
@@ -220,11 +224,14 @@ def _openpi_config(source: Source, dtype: str) -> dict[str, Any]:
     for name in checkpoint.inferred.assumed:  # it would no longer be said that it is assumed
         if name != "max_tokens" or not (source.program and source.program.max_tokens):
             del settings[names[name]]
-    for name in ("robot", "n_action_steps", "preprocessing"):  # as this package writes them
+    for name in ("robot", "n_action_steps", "preprocessing", "norm_mode"):  # as we write them
         if checkpoint.settings.get(name) is not None:
             settings[name] = checkpoint.settings[name]
     if source.is_lerobot:
         settings["preprocessing"] = "lerobot"
+        modes = [source.mode(kind).lower() for kind in NORMALIZERS]
+        if set(modes) != {OPENPI_MODES[config.adaptive_norm].lower()}:
+            settings["norm_mode"] = " and ".join(dict.fromkeys(modes))
     if checkpoint.steps != DEFAULT_STEPS:
         settings["num_inference_steps"] = checkpoint.steps
     stated = checkpoint.settings.get("discrete_state_input")

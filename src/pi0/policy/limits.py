@@ -41,7 +41,7 @@ class ActionLimits:
 
     def __post_init__(self) -> None:
         for name, column in vars(self).items():
-            kinds = (int, np.integer) if name == "state" else (int, float, np.number)
+            kinds = (int, np.integer) if name == "state" else (int, float, np.integer, np.floating)
             if not isinstance(column, (list, tuple, np.ndarray)) or not all(
                 value is None or (isinstance(value, kinds) and not isinstance(value, bool))
                 for value in column
@@ -102,8 +102,9 @@ def apply_limits(
     """Actions [H, D] that a robot may execute, and where the given ones were beyond its limits.
 
     With "clamp", values are brought into [low, high] and then to within `step` of the tick before,
-    tick by tick; with "warn" they are handed out as they are. Before the first tick is the state,
-    where the limits say which value of it an action commands, else `last`.
+    tick by tick; with "warn" they are handed out as they are. Before the first tick are the state,
+    where the limits say which value of it an action commands, and `last`, which counts where no
+    value is within a step of both.
 
     Args:
         last: the action [D] that the robot executed last, if it is known.
@@ -113,11 +114,11 @@ def apply_limits(
             range is further away than a step.
     """
     low, high, step = (_column(limits, name) for name in ("low", "high", "step"))
-    unknown = np.full(actions.shape[1], np.nan) if last is None else last
-    start = np.array([unknown[j] if i is None else state[i] for j, i in enumerate(limits.state)])
-    before = np.vstack([start, actions[:-1]])
+    starts = [np.array([np.nan if i is None else state[i] for i in limits.state])]
+    starts += [] if last is None else [last]
+    change = np.abs(np.diff(actions, axis=0, prepend=actions[:1]))
     with np.errstate(invalid="ignore"):
-        change = np.abs(actions - before)
+        change[0] = np.fmax.reduce([np.abs(actions[0] - start) for start in starts])
         beyond = {"low": actions < low, "high": actions > high, "step": change > step}
     shown = {"low": actions, "high": actions, "step": change}
     violations = [
@@ -129,7 +130,7 @@ def apply_limits(
     if not violations or on_limit == "warn":
         return actions, violations
     refused = f"{summary(violations)}. No action of this chunk is returned. "
-    clamped = _clamp(actions, start, low, high, step)
+    clamped = _clamp(actions, starts, low, high, step)
     outside = np.flatnonzero(((clamped < low) | (clamped > high)).any(axis=0))
     if outside.size:
         name = names[outside[0]] if names else outside[0]
@@ -174,11 +175,13 @@ def _violation(
     return Violation(action, name, kind, limit, float(worst), np.flatnonzero(bad).tolist())
 
 
-def _clamp(actions: Floats, start: Floats, low: Floats, high: Floats, step: Floats) -> Floats:
+def _clamp(
+    actions: Floats, starts: list[Floats], low: Floats, high: Floats, step: Floats
+) -> Floats:
     out = np.clip(actions, low, high)
-    before = start
     for row in out:
-        # Where nothing is known of the tick before, fmin and fmax take the other operand.
-        np.fmax(np.fmin(row, before + step), before - step, out=row)
-        before = row
+        for before in starts:
+            # Where nothing is known of the tick before, fmin and fmax take the other operand.
+            np.fmax(np.fmin(row, before + step), before - step, out=row)
+        starts = [row]
     return out

@@ -271,6 +271,8 @@ def _vector(key: str, value: Any) -> Floats:
 
 def _array(key: str, value: Any) -> NDArray[np.generic]:
     """A value as an array, with tensors of any kind at any depth of lists."""
+    if isinstance(value, (list, tuple)) and any(isinstance(x, np.ma.MaskedArray) for x in value):
+        raise TypeError("a MaskedArray")  # numpy would take what is under the mask
     try:
         return np.asarray(_without_tensors(key, value, 0))
     except (TypeError, RuntimeError):  # a tensor that numpy does not read, inside a list

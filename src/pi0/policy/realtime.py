@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pi0.errors import ConfigError, EngineError, ObservationError
-from pi0.inputs import OVERFLOW_SIGMA
+from pi0.inputs import OVERFLOW_SIGMA, to_tensor
 from pi0.policy.pipeline import Pipeline
 
 SCHEDULES = ("exponential", "linear", "ones", "zeros")
@@ -58,12 +58,14 @@ class RealTimeChunking:
                 raise ConfigError(
                     f"{name}: expected one of {', '.join(allowed)}, found {getattr(self, name)!r}."
                 )
-        if not 0 < self.max_guidance < math.inf:
+        if not _is_number(self.max_guidance) or not 0 < self.max_guidance < math.inf:
             raise ConfigError(
                 f"max_guidance: expected a finite number above 0, found {self.max_guidance!r}."
             )
-        if self.overlap is not None and self.overlap < 1:
-            raise ConfigError(f"overlap: expected at least 1 action, found {self.overlap}.")
+        if self.overlap is not None and not (_is_whole(self.overlap) and self.overlap >= 1):
+            raise ConfigError(
+                f"overlap: expected a whole number of actions, at least 1, found {self.overlap!r}."
+            )
 
 
 class Inpainting:
@@ -157,7 +159,7 @@ def soft_mask(horizon: int, delay: int, end: int, schedule: str = "exponential")
 def make_inpainting(
     settings: RealTimeChunking,
     pipeline: Pipeline,
-    previous: NDArray[np.floating],
+    previous: NDArray[np.floating] | Tensor,
     delay: int,
     state: NDArray[np.float64],
 ) -> Inpainting:
@@ -177,30 +179,42 @@ def make_inpainting(
             within the chunk.
     """
     config = pipeline.config
-    previous = np.asarray(previous)
+    given = to_tensor("previous", previous)
+    if given.is_complex() or given.dtype == torch.bool:
+        kind = str(given.dtype).removeprefix("torch.")
+        raise ObservationError(f"previous: expected real numbers, found {kind}.")
+    actions: NDArray[np.float64] = given.detach().to("cpu", torch.float64).numpy()
     width = pipeline.action_dim
-    if previous.shape[1:] != (width,) or not 1 <= len(previous) <= config.horizon:
+    if actions.shape[1:] != (width,) or not 1 <= len(actions) <= config.horizon:
         raise ObservationError(
             f"previous: expected 1 to {config.horizon} actions [n, {width}], found shape "
-            f"{list(previous.shape)}."
+            f"{list(actions.shape)}."
         )
-    if not np.isfinite(previous).all():
+    if not np.isfinite(actions).all():
         raise ObservationError("previous: expected finite values, found NaN or infinite ones.")
-    if isinstance(delay, bool) or not 0 <= delay <= config.horizon:
+    if not _is_whole(delay) or not 0 <= delay <= config.horizon:
         raise ObservationError(
-            f"delay: expected a number of ticks from 0 to {config.horizon}, found {delay!r}."
+            f"delay: expected a whole number of ticks from 0 to {config.horizon}, found {delay!r}."
         )
-    target = pipeline.encode_actions(previous.astype(np.float64), state)
+    target = pipeline.encode_actions(actions, state)
     if not np.abs(target).max() <= OVERFLOW_SIGMA:
         raise ObservationError(
             f"previous: expected values less than {OVERFLOW_SIGMA:g} standard deviations or half "
             "ranges from what the checkpoint was trained on, found "
-            f"{np.abs(previous).max():.6g}. Is it this robot's, in its units?"
+            f"{np.abs(actions).max():.6g}. Is it this robot's, in its units?"
         )
     guided = torch.arange(config.action_dim) < width
     guided[pipeline.target_stats.flat(width)] = False
     encoded = torch.from_numpy(target.astype(np.float32))
     return Inpainting(settings, encoded, int(delay), config.horizon, guided)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_whole(value) or isinstance(value, (float, np.floating))
 
 
 def require_inverse(pipeline: Pipeline) -> None:

@@ -48,6 +48,7 @@ from pi0.policy.statistics import (
     find_norm_stats,
     find_origin,
     read_norm_stats,
+    stated_mode,
     statistics_folder,
 )
 from pi0.policy.tokenizer import (
@@ -299,7 +300,7 @@ def _statistics(
     stats = read_norm_stats(path)
     if options.norm_stats is None and folder != checkpoint.folder:
         setup.findings.append(of_base("statistics", folder))
-    mode = mode or ("quantiles" if config.adaptive_norm else "mean_std")
+    mode = mode or stated_mode(checkpoint)
     setup.sources["statistics"] = f"{path} ({mode})"
     state, actions = (
         make_normalizer(what, mode, "openpi", stats[what]) for what in ("state", "actions")

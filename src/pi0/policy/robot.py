@@ -48,7 +48,9 @@ def _are(fits: Callable[[Any], bool]) -> Callable[[object], bool]:
 
 
 def _is_camera(value: Any) -> bool:
-    return isinstance(value, Camera) and _is_text(value.key) and TEXTS[1](value.names)
+    if not isinstance(value, Camera) or type(value.required) is not bool:
+        return False
+    return _is_text(value.key) and TEXTS[1](value.names)
 
 
 def _is_part_of_state(value: Any) -> bool:
@@ -67,13 +69,18 @@ TEXTS = ("a tuple of texts", _are(_is_text))
 FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "name": ("a text", lambda value: _is_text(value) and bool(value)),
     "cameras": (
-        "at least one Camera(key=…, names=(…)) in a tuple",
+        "at least one Camera(key=…, names=(…), required=True or False) in a tuple",
         lambda value: bool(value) and _are(_is_camera)(value),
     ),
     "state": ("a tuple of (key, length)", _are(_is_part_of_state)),
     "ignored": TEXTS,
     "delta": (
-        "whole numbers other than 0 in a tuple", _are(lambda run: isinstance(run, int) and run != 0)
+        "whole numbers other than 0 in a tuple",
+        _are(lambda run: isinstance(run, int) and not isinstance(run, bool) and run != 0),
+    ),
+    **dict.fromkeys(
+        ("encode_state", "decode_actions", "encode_actions"),
+        ("a function", lambda value: value is None or callable(value)),
     ),
     "action_names": TEXTS,
     "action_units": TEXTS,

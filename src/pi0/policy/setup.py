@@ -53,7 +53,8 @@ class PolicyOptions:
         two of them contradict each other."""
         for name in ("tokenizer", "norm_stats", "norm_mode", "preprocessing", "resize", "prompt"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, (str, Path)):
+            # An empty one, such as a variable of the shell that is not set, says nothing.
+            if value is not None and not (isinstance(value, (str, Path)) and str(value)):
                 raise ConfigError(f"{name}: expected a text, found {value!r}.")
         if self.norm_stats == "none" and str(self.norm_mode or "identity").lower() != "identity":
             raise ConfigError(

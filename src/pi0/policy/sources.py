@@ -41,7 +41,7 @@ REMEDIES = {
     "relative-actions": "--robot with relative actions",
     "renames": "--robot with the robot's own keys",
     "image-statistics": "nothing does, so that the result is of no use",
-    "norm-mode": "--norm-mode",
+    "norm-mode": "use_quantile_norm of openpi's data; `pi0` finds it in config.json",
     "newline": "nothing does, so that prompts end otherwise",
     "eps": "nothing does, so that values with a small spread become others",
     "steps": "num_steps of openpi's sample_actions; `pi0` finds it in config.json",

@@ -30,6 +30,23 @@ def statistics_folder(checkpoint: Checkpoint) -> Path:
     return checkpoint.folder_of(*(f"{place}{FILE_NAME}" for place in PLACES))
 
 
+def stated_mode(checkpoint: Checkpoint) -> str:
+    """How openpi's statistics normalise: what `pi0 convert` wrote into the config.json of a
+    checkpoint whose LeRobot files did otherwise than openpi, else openpi's way for this model.
+
+    Raises:
+        Pi0Error: a mode that openpi does not have.
+    """
+    usual = "quantiles" if checkpoint.config.adaptive_norm else "mean_std"
+    stated = checkpoint.settings.get("norm_mode")
+    if stated is None or stated in (*NEEDED,):
+        return stated or usual
+    raise Pi0Error(
+        f"config.json norm_mode: expected one of {', '.join(NEEDED)}, found {stated!r}. Use the "
+        "checkpoint that it was converted from, or name a mode with --norm-mode."
+    )
+
+
 def find_origin(checkpoint: Checkpoint, named: Path | str | None) -> str | None:
     """The nearest folder above statistics that names a known robot; None: none does.
 

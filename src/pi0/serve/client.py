@@ -110,7 +110,12 @@ class ServerPolicy(Closing):
         with self._turn:
             reset, self._reset = self._reset, False
             try:
-                extras = Extras(previous, delay, noise, reset)
+                extras = Extras(
+                    previous=without_tensors("previous", previous),
+                    delay=delay,
+                    noise=without_tensors("noise", noise),
+                    reset=reset,
+                )
                 said = add_extras(without_tensors("observation", observation), extras)
                 answer: dict[str, Any] = self._exchange(pack(said))
                 read_actions(answer)

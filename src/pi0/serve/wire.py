@@ -239,6 +239,8 @@ def _reason(error: Exception) -> str:
 
 
 def _pack_numpy(value: Any) -> Any:
+    if isinstance(value, np.ma.MaskedArray):
+        raise ValueError("a MaskedArray")  # whose bytes are those under the mask
     if isinstance(value, (np.ndarray, np.generic)):
         if value.dtype.kind in UNPACKED_KINDS:
             raise ValueError(f"an array of {value.dtype}")

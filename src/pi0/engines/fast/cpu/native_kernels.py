@@ -57,9 +57,7 @@ class NativeKernels(Int8Kernels):
         return NativeMatrix(blocks, bias, scale, offset, native=self.native)
 
     def dequantised(self, a: Any) -> Tensor:
-        if isinstance(a, Quantised) and a.values.dtype == torch.uint8:
-            a = Quantised(a.values.to(torch.int16) - self.native.zero, a.scale)
-        return super().dequantised(a)
+        return super().dequantised(self._signed(a))
 
     def plain(self, matrix: Matrix) -> Matrix:
         if is_packed(matrix):
@@ -88,7 +86,7 @@ class NativeKernels(Int8Kernels):
         self, a: Any, matrix: Matrix, residual: Tensor | None = None, gate: Tensor | None = None
     ) -> Tensor:
         if not is_packed(matrix):
-            return super().project(a, matrix, residual, gate)
+            return super().project(self._signed(a), matrix, residual, gate)
         if gate is not None and gate.ndim > 1:
             return self._add(self._multiply(LINEAR, a, matrix), residual, gate)
         return self._multiply(LINEAR, a, matrix, gate, residual)
@@ -129,6 +127,13 @@ class NativeKernels(Int8Kernels):
                 self.native("softmax", *logits.shape, factor, seen, logits)
                 torch.mm(logits, values, out=results)
         return out.view(len(q) * q.shape[1], -1)
+
+    def _signed(self, a: Any) -> Any:
+        """An operand without what is added for products.c: chunks of an MLP share it, and a last,
+        odd one may not be packed."""
+        if isinstance(a, Quantised) and a.values.dtype == torch.uint8:
+            return Quantised((a.values.short() - self.native.zero).to(torch.int8), a.scale)
+        return a
 
     def _multiply(
         self,

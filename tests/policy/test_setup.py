@@ -537,7 +537,7 @@ def test_a_robot_without_the_checkpoints_relative_actions(lerobot: LerobotFolder
     setup = made(folder, robot="generic")
     assert codes(setup)["relative-differs"] == "error"
     assert (
-        "in dimensions 0 to 3 of 5, as the checkpoint's processors have them, found no dimension:"
+        "in dimensions 0 to 3 of 5, as LeRobot's processors have them, found no dimension:"
         in setup.findings[-1].sentence
     )
     table = replace(ROBOTS["generic"], action_dim=5, delta=(4, -1))
@@ -546,6 +546,25 @@ def test_a_robot_without_the_checkpoints_relative_actions(lerobot: LerobotFolder
     assert codes(made(folder, robot="generic", **openpi)) == {"relative-differs": "warning"}
     assert "relative-differs" in codes(made(folder, **openpi))
     assert codes(made(folder, robot=table, **openpi)) == {}
+
+
+def test_a_converted_checkpoint_keeps_its_relative_actions(lerobot: LerobotFolder) -> None:
+    lerobot.set_relative(exclude_joints=["gripper"], action_names=["a", "b", "c", "d", "Gripper"])
+    source = lerobot.write()
+    for name, target in (("once", "openpi"), ("twice", "openpi")):
+        opened = open_checkpoint(source)
+        out = source.parent / name
+        convert(opened, out, target, export_files(opened, target, "float32").files)
+        source = out
+        assert codes(made(out, robot="generic"))["relative-differs"] == "error"
+        table = replace(ROBOTS["generic"], action_dim=5, delta=(4, -1))
+        assert "relative-differs" not in codes(made(out, robot=table))
+    with pytest.raises(Pi0Error, match="expected absolute actions, found relative_actions in"):
+        export_files(open_checkpoint(source), "lerobot", "float32")
+    settings = json.loads((source / "config.json").read_text())
+    for wrong in ("yes", [1, 0], {"a": True}):
+        (source / "config.json").write_text(json.dumps(settings | {"relative_actions": wrong}))
+        assert codes(made(source, robot="generic"))["relative-unknown"] == "error"
 
 
 def test_processors_that_normalise_actions_otherwise(lerobot: LerobotFolder) -> None:

@@ -30,7 +30,7 @@ from pi0.checkpoint.load import CONFIG, Checkpoint
 from pi0.config import GEMMA_2B, GEMMA_300M, SO400M
 from pi0.errors import Pi0Error
 from pi0.findings import Finding, warning
-from pi0.policy.fit import length_findings, settings_findings
+from pi0.policy.fit import RELATIVE_ACTIONS, length_findings, settings_findings
 from pi0.policy.lerobot import is_lerobot
 from pi0.policy.lerobot.fields import is_count, show
 from pi0.policy.lerobot.statistics import NEEDED
@@ -57,6 +57,8 @@ from pi0.policy.statistics import (
 from pi0.policy.tokenizer import FILE_NAMES, load_tokenizer_of, own_tokenizers
 
 KEPT = ("mean", "std", "q01", "q99", "min", "max")
+# Of our own in config.json.
+KEPT_FIELDS = ("robot", "n_action_steps", "preprocessing", "norm_mode", RELATIVE_ACTIONS)
 ASSETS = "assets/lerobot"  # of statistics from LeRobot, which name no robot
 STATE_STEP = "pi05_prepare_state_tokenizer_processor_step"
 # In place of what an adapter declares, and a model that was merged with peft.
@@ -224,11 +226,13 @@ def _openpi_config(source: Source, dtype: str) -> dict[str, Any]:
     for name in checkpoint.inferred.assumed:  # it would no longer be said that it is assumed
         if name != "max_tokens" or not (source.program and source.program.max_tokens):
             del settings[names[name]]
-    for name in ("robot", "n_action_steps", "preprocessing", "norm_mode"):  # as we write them
+    for name in KEPT_FIELDS:
         if checkpoint.settings.get(name) is not None:
             settings[name] = checkpoint.settings[name]
     if source.is_lerobot:
         settings["preprocessing"] = "lerobot"
+        if source.program and any(source.program.relative or ()):
+            settings[RELATIVE_ACTIONS] = [*(source.program.relative or ())]
         modes = [source.mode(kind).lower() for kind in NORMALIZERS]
         if set(modes) != {OPENPI_MODES[config.adaptive_norm].lower()}:
             settings["norm_mode"] = " and ".join(dict.fromkeys(modes))

@@ -17,6 +17,7 @@ from pi0.policy.robot import Camera, Robot
 
 # Of LeRobot before 0.4: transforms that were part of the policy.
 ADAPT, RELATIVE_JOINTS = "adapt_to_pi_aloha", "use_delta_joint_actions_aloha"
+RELATIVE_ACTIONS = "relative_actions"  # of what `pi0 convert` makes from LeRobot's files
 
 
 def of_base(what: str, folder: Path) -> Finding:
@@ -79,6 +80,18 @@ def aloha_findings(settings: Mapping[str, Any], robot: Robot) -> list[Finding]:
     ]
 
 
+def stated_findings(settings: Mapping[str, Any], robot: Robot) -> list[Finding]:
+    """Whether a robot's table has the conventions that a config.json states: those of ALOHA, and
+    the relative actions of LeRobot's processors, which `pi0 convert` keeps there."""
+    stated = settings.get(RELATIVE_ACTIONS)
+    if stated is None:
+        return aloha_findings(settings, robot)
+    if not isinstance(stated, list) or any(type(value) is not bool for value in stated):
+        sentence = f"config.json {RELATIVE_ACTIONS}: expected true or false by action, found "
+        return [error("relative-unknown", f"{sentence}{stated!r:.80}.")]
+    return [*aloha_findings(settings, robot), *relative_findings(tuple(stated), robot)]
+
+
 def relative_findings(relative: tuple[bool, ...] | None, robot: Robot) -> list[Finding]:
     """Whether a robot's table has the relative actions that LeRobot's processors have."""
     ours = robot.relative(len(relative or ()) or sum(map(abs, robot.delta))).tolist()
@@ -88,9 +101,9 @@ def relative_findings(relative: tuple[bool, ...] | None, robot: Robot) -> list[F
         error(
             "relative-differs",
             f"robot {robot.name}: expected actions relative to the state in "
-            f"{_positions(relative or ())}, as the checkpoint's processors have them, found "
-            f"{_positions(ours)}: the state would be added wrongly. Leave out --robot, or give the "
-            "robot's table the same `relative` (`delta`).",
+            f"{_positions(relative or ())}, as LeRobot's processors have them, found "
+            f"{_positions(ours)}: the state would be added wrongly. Give the robot's table the "
+            "same `relative` (`delta`), or leave out --robot where the processors are at hand.",
         )
     ]
 

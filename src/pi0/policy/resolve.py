@@ -18,7 +18,6 @@ from pi0.errors import Pi0Error
 from pi0.findings import warning
 from pi0.policy import lerobot
 from pi0.policy.fit import (
-    aloha_findings,
     aloha_flags,
     camera_findings,
     image_findings,
@@ -27,6 +26,7 @@ from pi0.policy.fit import (
     processor_findings,
     relative_findings,
     settings_findings,
+    stated_findings,
     width_findings,
 )
 from pi0.policy.images import RESIZE
@@ -93,7 +93,7 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
     if robot and stats:
         setup.findings += width_findings(config, robot, *stats[:2])
     if robot:
-        setup.findings += aloha_findings(checkpoint.settings, robot)
+        setup.findings += stated_findings(checkpoint.settings, robot)
     if program and robot:
         setup.findings += camera_findings(program.cameras, program.rename, robot)
         setup.findings += relative_findings(program.relative, robot)

@@ -14,7 +14,7 @@ from pi0.checkpoint.lerobot import ACTION, NORM_MAPS, POSTPROCESSOR, PREPROCESSO
 from pi0.checkpoint.load import Checkpoint
 from pi0.errors import ConfigError, Pi0Error
 from pi0.findings import Finding, warning
-from pi0.policy.fit import aloha_flags
+from pi0.policy.fit import RELATIVE_ACTIONS, aloha_flags
 from pi0.policy.lerobot import LerobotProgram, has_processors, is_lerobot, read_program
 from pi0.policy.lerobot.statistics import read_statistics
 from pi0.policy.normalize import OPENPI_EPS, Statistics
@@ -38,7 +38,7 @@ NORMALIZERS = {
 UNKNOWN = ("step-unknown", "step-form", "field-unknown", "field-value", "step-order")
 REMEDIES = {
     "preprocessing": "--robot for its cameras; `pi0` finds the rest in config.json",
-    "relative-actions": "--robot with relative actions",
+    "relative-actions": "--robot with the relative actions that config.json has for `pi0`",
     "renames": "--robot with the robot's own keys",
     "image-statistics": "nothing does, so that the result is of no use",
     "norm-mode": "use_quantile_norm of openpi's data; `pi0` finds it in config.json",
@@ -193,9 +193,16 @@ def find_robot_loss(source: Source) -> list[Finding]:
     """That config.json names a robot, as `pi0 train` writes it, which LeRobot's cannot.
 
     Raises:
-        Pi0Error: its actions would be others without its conventions.
+        Pi0Error: its actions would be others without its conventions, or the relative ones that
+            config.json states.
     """
     checkpoint = source.checkpoint
+    if RELATIVE_ACTIONS in checkpoint.settings:
+        raise ConfigError(
+            f"{checkpoint.path}: expected absolute actions, found {RELATIVE_ACTIONS} in "
+            "config.json, as LeRobot's processors had them. Use the LeRobot checkpoint that it was "
+            "converted from."
+        )
     name = checkpoint.settings.get("robot")
     if not name:
         return []

@@ -87,7 +87,7 @@ def meta_weights(config: Pi0Config, scheme: Scheme) -> PackedWeights:
             if name == packing.EMBEDDING or packing.MODULATION in name:
                 weights.tensors[name] = torch.empty(shapes[name], dtype=torch.bfloat16)
         packing._fold(weights)
-    return weights.to(META)
+    return weights
 
 
 def count(preset: str, precision: str) -> dict[str, int]:

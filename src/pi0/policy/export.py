@@ -35,11 +35,10 @@ from pi0.policy.lerobot import is_lerobot
 from pi0.policy.lerobot.fields import is_count, show
 from pi0.policy.lerobot.statistics import NEEDED
 from pi0.policy.normalize import NEEDED as MODES
-from pi0.policy.normalize import make_normalizer
+from pi0.policy.normalize import OPENPI_MODES, make_normalizer
 from pi0.policy.sources import (
     KEYS,
     NORMALIZERS,
-    OPENPI_MODES,
     Source,
     Tables,
     find_aloha_loss,

@@ -19,6 +19,7 @@ Floats = NDArray[np.float64]
 Statistics = Mapping[str, Floats]  # "mean", "std", "q01", "q99", "min", "max"
 
 OPENPI_EPS, LEROBOT_EPS = 1e-6, 1e-8
+OPENPI_MODES = {False: "MEAN_STD", True: "QUANTILES"}  # by adaptive_norm, as LeRobot names them
 NEAR = 2 * OPENPI_EPS  # of a spread of 0 or 1, to which an eps may have been added
 NEEDED = {
     "mean_std": ("mean", "std"),

@@ -17,7 +17,7 @@ from pi0.findings import Finding, warning
 from pi0.policy.fit import RELATIVE_ACTIONS, aloha_flags
 from pi0.policy.lerobot import LerobotProgram, has_processors, is_lerobot, read_program
 from pi0.policy.lerobot.statistics import read_statistics
-from pi0.policy.normalize import OPENPI_EPS, Statistics
+from pi0.policy.normalize import OPENPI_EPS, OPENPI_MODES, Statistics
 from pi0.policy.robots import find_robot
 from pi0.policy.statistics import (
     FILE_NAME,
@@ -29,7 +29,6 @@ from pi0.policy.statistics import (
 
 Tables = Mapping[str, Statistics]  # of "state" and "actions"
 KEYS = {STATE: "state", ACTION: "actions"}  # LeRobot's name → openpi's
-OPENPI_MODES = {False: "MEAN_STD", True: "QUANTILES"}  # by adaptive_norm
 NORMALIZERS = {
     "STATE": (PREPROCESSOR, "normalizer_processor"),
     "ACTION": (POSTPROCESSOR, "unnormalizer_processor"),

@@ -16,7 +16,7 @@ import numpy as np
 from pi0.checkpoint.files import read_json
 from pi0.checkpoint.load import Checkpoint
 from pi0.errors import Pi0Error
-from pi0.policy.normalize import NEEDED, Statistics
+from pi0.policy.normalize import NEEDED, OPENPI_MODES, Statistics
 from pi0.policy.robots import robot_of_assets
 
 FILE_NAME = "norm_stats.json"
@@ -37,7 +37,7 @@ def stated_mode(checkpoint: Checkpoint) -> str:
     Raises:
         Pi0Error: a mode that openpi does not have.
     """
-    usual = "quantiles" if checkpoint.config.adaptive_norm else "mean_std"
+    usual = OPENPI_MODES[checkpoint.config.adaptive_norm].lower()
     stated = checkpoint.settings.get("norm_mode")
     if stated is None or stated in (*NEEDED,):
         return stated or usual

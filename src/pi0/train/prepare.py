@@ -22,7 +22,7 @@ from pi0.errors import ConfigError, Pi0Error
 from pi0.findings import enforce
 from pi0.model import Pi0
 from pi0.policy.lerobot.fields import is_count
-from pi0.policy.normalize import Statistics, identity, make_normalizer
+from pi0.policy.normalize import OPENPI_MODES, Statistics, identity, make_normalizer
 from pi0.policy.pipeline import Pipeline
 from pi0.policy.robot import Robot
 from pi0.policy.statistics import read_norm_stats
@@ -281,7 +281,7 @@ def _by_name(options: Any) -> Iterator[tuple[str, str]]:
 
 def with_statistics(pipeline: Pipeline, statistics: Mapping[str, Statistics]) -> Pipeline:
     """The pipeline as `pi0.policy.prepare` makes it for a checkpoint with these statistics."""
-    mode = "quantiles" if pipeline.config.adaptive_norm else "mean_std"
+    mode = OPENPI_MODES[pipeline.config.adaptive_norm].lower()
     state, actions = (
         make_normalizer(what, mode, pipeline.resize, statistics[what])
         for what in ("state", "actions")

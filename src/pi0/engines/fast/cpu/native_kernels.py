@@ -30,6 +30,7 @@ class NativeMatrix(Matrix):
     native: Native = field(kw_only=True)
 
     def write_rows(self, at: int, values: Tensor) -> None:
+        assert values.dtype in (torch.float32, torch.bfloat16)
         if values.stride(1) != 1:
             values = values.contiguous()
         narrow = values.dtype == torch.bfloat16

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint
 from pi0.engines.base import Engine
-from pi0.engines.fast import network, weights
+from pi0.engines.fast import matrix, network, weights
 from pi0.engines.fast.cpu import engine as cpu
 from pi0.engines.fast.cpu.native_kernels import NativeKernels
+from pi0.engines.fast.kernels import Kernels
 from pi0.engines.fast.matrix import Matrix
 from pi0.engines.fast.network import Cache, Network
 from pi0.engines.fast.plan import TokenPlan, make_token_plan
@@ -256,14 +257,15 @@ def norm_scaled(engine: Engine) -> None:
 
 
 def quantised(limit: int, round_: Callable[[Tensor], Tensor]) -> Any:
-    """Weights to so many steps."""
+    """Weights to so many steps; in plain rows, which native code quantises itself."""
 
     def plant(patch: Patch) -> None:
         def rows(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             largest = values.abs().amax(dim=1).float()
             return round_(values * (limit / largest)[:, None]).to(dtype), largest / limit
 
-        patch.setattr(weights, "quantise_rows", rows)
+        patch.setattr(matrix, "quantise_rows", rows)
+        patch.setattr(NativeKernels, "lay_out", Kernels.lay_out)
 
     return plant
 

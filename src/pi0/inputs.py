@@ -200,6 +200,15 @@ def to_tensor(name: str, value: NDArray[Any] | Tensor) -> Tensor:
         raise ObservationError(f"{name}: expected an array of numbers, found {error}.") from error
 
 
+def to_float64(name: str, value: NDArray[Any] | Tensor) -> NDArray[np.float64]:
+    """Raises ObservationError if the value is no array of real numbers."""
+    tensor = to_tensor(name, value)
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ObservationError(f"{name}: expected real numbers, found {_short(tensor.dtype)}.")
+    numbers: NDArray[np.float64] = tensor.detach().to("cpu", torch.float64).numpy()
+    return numbers
+
+
 def expect_finite(name: str, value: Tensor) -> None:
     """Raises ObservationError if the tensor holds a NaN or an infinity, naming the first place."""
     # NaN and infinity are among the extremes, which take a tenth of the time to find.

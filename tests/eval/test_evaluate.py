@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dots import ROBOT, DotPolicy
+from dots import ROBOT, DotPolicy, DotsEnv
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,7 +27,7 @@ from pi0.eval import (
 )
 from pi0.eval.film import _captioned, _write_gif
 from pi0.eval.results import Episode, summarise
-from pi0.policy import Camera, PolicyOptions
+from pi0.policy import ActionLimits, Camera, PolicyOptions
 
 needs_mujoco = pytest.mark.skipif(find_spec("mujoco") is None, reason="needs mujoco ([sim])")
 DOTS = EnvOptions("dots:test/Dots-v0")
@@ -142,6 +142,20 @@ def test_actions_beyond_the_action_space(policy: DotPolicy) -> None:
         pytest.raises(Pi0Error, match="found AssertionError"),
     ):
         evaluate(replace(wild, on_limit="warn", gain=5.0), PLAN)
+
+
+def test_limits_of_the_robot_hold_at_the_border_of_chunks(
+    policy: DotPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executed: list[np.ndarray] = []
+    step = DotsEnv.step
+    monkeypatch.setattr(DotsEnv, "step", lambda env, a: executed.append(a) or step(env, a))
+    limits = ActionLimits(*[(None, None)] * 2, (0.02, 0.02), (None, None))
+    limited = replace(policy, robot=replace(ROBOT, limits=limits), on_limit="clamp")
+    with pytest.warns(UserWarning, match="action x: expected a change of at most 0.02 .* clamped"):
+        evaluate(limited, replace(PLAN, episodes=1, tasks=("red",), execute=2))
+    assert len(executed) > 4
+    assert np.abs(np.diff(executed, axis=0)).max() < 0.02 + 1e-6
 
 
 def test_errors_name_task_and_seed(policy: DotPolicy) -> None:

@@ -224,7 +224,7 @@ def test_a_policy_that_cannot_inpaint() -> None:
         ({"actions": np.full((8, 1), 1e300)}, "expected finite values"),
         (
             {"actions": np.zeros(8)},
-            r"expected numbers \[n, D\], found float64 of shape \[8\]",
+            r"expected numbers \[n, D\], found shape \[8\]",
         ),
         ({"actions": np.zeros((0, 1))}, r"expected numbers \[n, D\]"),
         ({"actions": [["left"]]}, "expected an array of numbers, found"),
@@ -233,7 +233,7 @@ def test_a_policy_that_cannot_inpaint() -> None:
             {"actions": np.ma.masked_array([[0.0]], True)},
             "expected .* found a MaskedArray",
         ),
-        ({"actions": np.zeros((8, 1), bool)}, r"expected numbers \[n, D\], found bool"),
+        ({"actions": np.zeros((8, 1), bool)}, r"expected real numbers, found bool"),
         ({"actions": torch.zeros(8, 1, device="meta")}, "expected an array of numbers, found"),
         ({"actions": np.zeros((8, 2))}, "expected 1 values each, as in the chunks before, found 2"),
         ({"action": np.zeros((8, 1))}, "expected an answer that has them, found action"),
@@ -306,6 +306,14 @@ def test_a_chunk_that_stands_in_line_is_not_computed_after_a_reset() -> None:
         others.set()
         buffer.step(50)
     assert [call[0] for call in robot.calls] == [0, 50]
+
+
+def test_more_ticks_than_a_chunk_has_actions() -> None:
+    buffer = ActionBuffer(Counting(), executor=Ticks(1), execution_horizon=HORIZON + 1)
+    with pytest.raises(
+        ConfigError, match=f"expected at most the {HORIZON} actions of a chunk, found"
+    ):
+        buffer.step(0)
 
 
 def test_a_closed_buffer_has_no_actions() -> None:

@@ -16,6 +16,7 @@ from pi0.checkpoint.files import get_nested
 from pi0.config import GEMMA_2B, GEMMA_300M, SO400M, GemmaConfig, Pi0Config, SiglipConfig
 from pi0.errors import CheckpointError, ConfigError
 from pi0.model.flow import MAX_PERIOD, MIN_PERIOD
+from pi0.number import is_count
 
 T = TypeVar("T")
 Shapes = Mapping[str, tuple[int, ...]]  # by our names
@@ -152,7 +153,7 @@ def unfit_flow(settings: Mapping[str, Any]) -> list[str]:
     found += [
         (key, "expected a count of denoising steps", value)
         for key, value in steps.items()
-        if not (_is_count(value) and value <= MAX_STEPS)
+        if not (_is_size(value) and value <= MAX_STEPS)
     ]
     if len(set(map(repr, steps.values()))) > 1:
         found.append((" and ".join(steps), "expected one number", list(steps.values())))
@@ -203,7 +204,7 @@ def _read_shapes(shapes: Shapes) -> dict[str, Any]:
 def _state(declared: dict[str, Any], name: str, value: int) -> None:
     """Adds what the caller states to what config.json declares."""
     option = "--" + name.replace("_", "-")
-    if not _is_count(value):
+    if not _is_size(value):
         raise ConfigError(f"{name} ({option}): expected a count, found {_short(value)}.")
     if declared.setdefault(name, value) != value:
         raise ConfigError(
@@ -275,7 +276,7 @@ def _read_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
             value = get_nested(settings, path)
             if value is None:
                 continue
-            if not _is_count(value):
+            if not _is_size(value):
                 raise ConfigError(f"config.json {path}: expected a count, found {_short(value)}.")
             declare(name, value, path)
     for key, trunk in VARIANT_KEYS.items():
@@ -321,8 +322,8 @@ def _one_of(known: Mapping[str, T], key: str, value: Any) -> T:
     return known[value]
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_COUNT
+def _is_size(value: Any) -> bool:
+    return is_count(value) and value <= MAX_COUNT
 
 
 def _short(value: Any) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 from pi0.checkpoint.files import read_json
 from pi0.errors import CheckpointError
+from pi0.number import is_number
 
 BIASES = ("none", "all", "lora_only")
 LARGEST = 1e6  # of ranks and alphas
@@ -234,8 +235,7 @@ class _Reader:
         return frozenset(numbers) if numbers else None
 
     def _number(self, name: str, value: Any) -> float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not 0 < value <= LARGEST:
+        if not is_number(value) or not 0 < value <= LARGEST:
             raise CheckpointError(
                 f"{self.file}: {name}: expected a number from 0 to {LARGEST:g}, found "
                 f"{str(value)[:60]}."

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pi0.errors import ConfigError
+from pi0.number import is_count
 from pi0.policy import Policy, PolicyRecipe
 
 if TYPE_CHECKING:
@@ -166,5 +167,5 @@ class EvalPlan:
 
 
 def _require_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if not is_count(value):
         raise ConfigError(f"{name}: expected a whole number of 1 or more, found {value!r}.")

@@ -143,12 +143,16 @@ class _Chunks:
 
     Attributes:
         tick: of the episode, which the loop counts.
+        limits, action_names, on_limit: of the policy's robot, for the borders of chunks.
     """
 
     def __init__(
         self, policy: Policy | RemotePolicy, seed: int, perturb: float, delay: int
     ) -> None:
         self.tick = 0
+        robot = policy.robot if isinstance(policy, Policy) else policy
+        self.limits, self.action_names = robot.limits, robot.action_names
+        self.on_limit: str = policy.metadata.get("on_limit", policy.on_limit)
         self.latency_ms: list[float] = []
         self.jumps: list[float] = []
         self._policy, self._perturb, self._delay = policy, perturb, delay

@@ -16,12 +16,12 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pi0.closing import Closing
 from pi0.errors import ConfigError, EngineError, ObservationError
-from pi0.inputs import to_tensor
+from pi0.inputs import to_float64
+from pi0.number import is_real, is_whole
 from pi0.policy.limits import ActionLimits, apply_limits
 from pi0.policy.observation import Observation
 from pi0.policy.policy import Policy
@@ -51,17 +51,13 @@ def read_actions(answer: Any) -> Floats:
         found = ", ".join(map(str, answer)) if isinstance(answer, Mapping) else f"{answer!r:.80}"
         raise EngineError(f"actions: expected an answer that has them, found {found or 'nothing'}.")
     try:
-        given = to_tensor("actions", answer["actions"])
+        actions = to_float64("actions", answer["actions"])
     except ObservationError as error:
         raise EngineError(str(error)) from error
-    if given.is_complex() or given.dtype == torch.bool or given.ndim != 2 or not given.numel():
-        kind = str(given.dtype).removeprefix("torch.")
-        raise EngineError(
-            f"actions: expected numbers [n, D], found {kind} of shape {list(given.shape)}."
-        )
-    if not given.to(torch.float32).isfinite().all():
+    if actions.ndim != 2 or not actions.size:
+        raise EngineError(f"actions: expected numbers [n, D], found shape {list(actions.shape)}.")
+    if not (np.abs(actions) <= np.finfo(np.float32).max).all():
         raise EngineError("actions: expected finite values, found NaN or infinite ones.")
-    actions: Floats = given.detach().to("cpu", torch.float64).numpy()
     return actions
 
 
@@ -161,13 +157,12 @@ class ActionBuffer(Closing):
         ):
             if value not in allowed:
                 raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, found {value!r}.")
-        ticks = isinstance(execution_horizon, (int, np.integer)) and execution_horizon is not True
-        if not ticks or execution_horizon < 1:
+        if not is_whole(execution_horizon) or execution_horizon < 1:
             raise ConfigError(
                 "execution_horizon: expected a whole number of ticks, at least 1, found "
                 f"{execution_horizon!r}."
             )
-        if not isinstance(decay, (int, float, np.floating)) or math.isnan(decay):
+        if not is_real(decay) or math.isnan(decay):
             raise ConfigError(f"decay: expected a number, found {decay!r}.")
         if overlap == "inpaint" and getattr(policy, "real_time", True) is None:
             raise ConfigError(
@@ -210,6 +205,7 @@ class ActionBuffer(Closing):
         Raises:
             EngineError: the plan has run dry and `when_dry` is "error", a chunk took longer to
                 compute than it lasts, or the buffer is closed.
+            ConfigError: chunks have fewer actions than `execution_horizon`.
             Pi0Error: what `policy.infer` raised in the background, at the first tick after. The
                 next call begins anew with its observation.
         """
@@ -273,6 +269,11 @@ class ActionBuffer(Closing):
             raise EngineError(
                 f"actions: expected {len(self._last)} values each, as in the chunks before, found "
                 f"{actions.shape[1]}. Call reset() if another policy goes on."
+            )
+        if self.execution_horizon > len(actions):
+            raise ConfigError(
+                f"execution_horizon: expected at most the {len(actions)} actions of a chunk, found "
+                f"{self.execution_horizon}."
             )
         delay = self._tick - start
         if delay >= len(actions):

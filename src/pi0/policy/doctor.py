@@ -9,9 +9,10 @@ from __future__ import annotations
 from pi0.checkpoint.lerobot import EMPTY_CAMERA, POSTPROCESSOR, PREPROCESSOR, complete_features
 from pi0.checkpoint.load import Checkpoint
 from pi0.findings import Finding, error, warning
+from pi0.number import is_count
 from pi0.policy import lerobot
 from pi0.policy.fit import last_part
-from pi0.policy.lerobot.fields import is_count, show
+from pi0.policy.lerobot.fields import show
 from pi0.policy.normalize import Normalizer
 from pi0.policy.pipeline import Pipeline
 from pi0.policy.robot import Robot

@@ -30,9 +30,10 @@ from pi0.checkpoint.load import CONFIG, Checkpoint
 from pi0.config import GEMMA_2B, GEMMA_300M, SO400M
 from pi0.errors import Pi0Error
 from pi0.findings import Finding, warning
+from pi0.number import is_count
 from pi0.policy.fit import RELATIVE_ACTIONS, length_findings, settings_findings
 from pi0.policy.lerobot import is_lerobot
-from pi0.policy.lerobot.fields import is_count, show
+from pi0.policy.lerobot.fields import show
 from pi0.policy.lerobot.statistics import NEEDED
 from pi0.policy.normalize import NEEDED as MODES
 from pi0.policy.normalize import OPENPI_MODES, make_normalizer

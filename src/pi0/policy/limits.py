@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0.errors import ConfigError, LimitError
+from pi0.number import is_real, is_whole
 
 Floats = NDArray[np.float64]
 ON_LIMIT = ("error", "clamp", "warn")
@@ -41,10 +42,9 @@ class ActionLimits:
 
     def __post_init__(self) -> None:
         for name, column in vars(self).items():
-            kinds = (int, np.integer) if name == "state" else (int, float, np.integer, np.floating)
+            fits = is_whole if name == "state" else is_real
             if not isinstance(column, (list, tuple, np.ndarray)) or not all(
-                value is None or (isinstance(value, kinds) and not isinstance(value, bool))
-                for value in column
+                value is None or fits(value) for value in column
             ):
                 raise ConfigError(f"limits: {name}: expected a tuple of numbers, found {column!r}.")
             plain = (x.item() if isinstance(x, np.generic) else x for x in column)

@@ -28,6 +28,7 @@ from pi0.engines.guidance import Guidance
 from pi0.errors import ConfigError, EngineError
 from pi0.inputs import ModelInputs, check_noise, to_tensor
 from pi0.model.flow import check_sampler
+from pi0.number import is_whole
 from pi0.policy.encoded import Encoded, Sampled
 from pi0.policy.limits import ON_LIMIT, apply_limits, as_data, summary
 from pi0.policy.observation import Observation
@@ -387,8 +388,7 @@ class Policy(Closing):
 
 
 def _count(name: str, value: Any, low: int, high: int) -> int:
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not (whole and low <= value <= high):
+    if not (is_whole(value) and low <= value <= high):
         raise ConfigError(f"{name}: expected a whole number from {low} to {high}, found {value!r}.")
     return int(value)
 

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pi0.errors import ConfigError, EngineError, ObservationError
-from pi0.inputs import OVERFLOW_SIGMA, to_tensor
+from pi0.inputs import OVERFLOW_SIGMA, to_float64
+from pi0.number import is_real, is_whole
 from pi0.policy.pipeline import Pipeline
 
 SCHEDULES = ("exponential", "linear", "ones", "zeros")
@@ -58,11 +59,11 @@ class RealTimeChunking:
                 raise ConfigError(
                     f"{name}: expected one of {', '.join(allowed)}, found {getattr(self, name)!r}."
                 )
-        if not _is_number(self.max_guidance) or not 0 < self.max_guidance < math.inf:
+        if not is_real(self.max_guidance) or not 0 < self.max_guidance < math.inf:
             raise ConfigError(
                 f"max_guidance: expected a finite number above 0, found {self.max_guidance!r}."
             )
-        if self.overlap is not None and not (_is_whole(self.overlap) and self.overlap >= 1):
+        if self.overlap is not None and not (is_whole(self.overlap) and self.overlap >= 1):
             raise ConfigError(
                 f"overlap: expected a whole number of actions, at least 1, found {self.overlap!r}."
             )
@@ -179,11 +180,7 @@ def make_inpainting(
             within the chunk.
     """
     config = pipeline.config
-    given = to_tensor("previous", previous)
-    if given.is_complex() or given.dtype == torch.bool:
-        kind = str(given.dtype).removeprefix("torch.")
-        raise ObservationError(f"previous: expected real numbers, found {kind}.")
-    actions: NDArray[np.float64] = given.detach().to("cpu", torch.float64).numpy()
+    actions = to_float64("previous", previous)
     width = pipeline.action_dim
     if actions.shape[1:] != (width,) or not 1 <= len(actions) <= config.horizon:
         raise ObservationError(
@@ -192,7 +189,7 @@ def make_inpainting(
         )
     if not np.isfinite(actions).all():
         raise ObservationError("previous: expected finite values, found NaN or infinite ones.")
-    if not _is_whole(delay) or not 0 <= delay <= config.horizon:
+    if not is_whole(delay) or not 0 <= delay <= config.horizon:
         raise ObservationError(
             f"delay: expected a whole number of ticks from 0 to {config.horizon}, found {delay!r}."
         )
@@ -207,14 +204,6 @@ def make_inpainting(
     guided[pipeline.target_stats.flat(width)] = False
     encoded = torch.from_numpy(target.astype(np.float32))
     return Inpainting(settings, encoded, int(delay), config.horizon, guided)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return _is_whole(value) or isinstance(value, (float, np.floating))
 
 
 def require_inverse(pipeline: Pipeline) -> None:

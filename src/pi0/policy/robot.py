@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0.errors import ConfigError, ObservationError
+from pi0.number import is_count, is_number
 from pi0.policy.limits import ActionLimits
 
 Floats = NDArray[np.float64]
@@ -56,11 +57,7 @@ def _is_camera(value: Any) -> bool:
 def _is_part_of_state(value: Any) -> bool:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         return False
-    return _is_text(value[0]) and (value[1] is None or _is_number(value[1]))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return _is_text(value[0]) and (value[1] is None or is_number(value[1]))
 
 
 # What each field of a `Robot` must be, before its values are looked at. A text in place of a tuple
@@ -84,7 +81,7 @@ FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "action_names": TEXTS,
     "action_units": TEXTS,
-    "control_hz": ("a number", lambda value: value is None or _is_number(value)),
+    "control_hz": ("a number", lambda value: value is None or is_number(value)),
     "limits": ("ActionLimits", lambda value: value is None or isinstance(value, ActionLimits)),
     "state_in_prompt": ("True, False or None", lambda value: value is None or type(value) is bool),
 }  # fmt: skip
@@ -223,11 +220,11 @@ class Robot:
         if not all(keys) or not keys or len(set(keys)) < len(keys):
             problems.append(f"state: expected distinct keys, at least one, found {keys}")
         lengths = [length for _, length in self.state]
-        if any(not _is_count(length) for length in lengths if length is not None):
+        if any(not is_count(length) for length in lengths if length is not None):
             problems.append(f"state: expected lengths of 1 or more, found {lengths}")
         elif None in lengths and len(lengths) > 1:
             problems.append("state: expected a length for each of several keys, found None")
-        if self.action_dim is not None and not _is_count(self.action_dim):
+        if self.action_dim is not None and not is_count(self.action_dim):
             problems.append(f"action_dim: expected 1 or more, found {self.action_dim!r}")
             return problems
         if self.control_hz is not None and not 0 < self.control_hz < math.inf:
@@ -274,7 +271,3 @@ class Robot:
         if (self.decode_actions is None) != (self.encode_actions is None):
             problems.append("decode_actions and encode_actions: expected both or neither")
         return problems
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

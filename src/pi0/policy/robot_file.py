@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pi0.errors import ConfigError
+from pi0.number import is_number
 from pi0.policy.limits import ActionLimits
 from pi0.policy.robot import Camera, Robot
 
@@ -124,7 +125,7 @@ def _check(path: Path, where: str, row: Any, keys: Mapping[str, tuple[type, bool
     for key, value in row.items():
         kind = keys[key][0]
         fits = (
-            isinstance(value, (int, float)) and not isinstance(value, bool)
+            is_number(value)
             if kind is float
             else isinstance(value, kind) and not (kind is int and isinstance(value, bool))
         )

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi0.errors import ObservationError, kind_of
+from pi0.number import is_whole
 
 PREFIX = "pi0/"
 PREVIOUS, DELAY, NOISE, RESET = "pi0/previous", "pi0/delay", "pi0/noise", "pi0/reset"
@@ -95,7 +96,7 @@ def _numbers(key: str, value: Any) -> NDArray[Any]:
 
 
 def _count(key: str, value: Any) -> int:
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+    if is_whole(value):
         return int(value)
     raise ObservationError(f"{key}: expected a whole number, found {value!r}.")
 

@@ -21,7 +21,7 @@ from pi0.dtypes import parse_dtype
 from pi0.errors import ConfigError, Pi0Error
 from pi0.findings import enforce
 from pi0.model import Pi0
-from pi0.policy.lerobot.fields import is_count
+from pi0.number import is_count
 from pi0.policy.normalize import OPENPI_MODES, Statistics, identity, make_normalizer
 from pi0.policy.pipeline import Pipeline
 from pi0.policy.robot import Robot

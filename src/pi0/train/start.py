@@ -33,6 +33,7 @@ from pi0.checkpoint.synth import RESIDUAL_ENDS
 from pi0.config import PRESETS, SO400M, GemmaConfig, Pi0Config, SiglipConfig
 from pi0.errors import CheckpointError, ConfigError, Pi0Error, kind_of
 from pi0.model import Pi0
+from pi0.number import is_count
 from pi0.policy.robot import Robot
 from pi0.policy.robots import find_robot, robot_names
 
@@ -211,8 +212,8 @@ def _build(path: Path, prefix: str, cls: Any, table: object) -> Any:
                 f"{path}: expected {expected}, found {prefix}{found[0]} {what or 'as well'}."
             )
     for name, value in table.items():
-        number = isinstance(value, int) and not isinstance(value, bool) and value > 0
-        if not (number or name in TOWERS or (name == "adaptive_norm" and isinstance(value, bool))):
+        other = name in TOWERS or (name == "adaptive_norm" and isinstance(value, bool))
+        if not (other or is_count(value)):
             raise ConfigError(f"{path}: {prefix}{name}: expected a count, found {value!r}.")
     return cls(**table)
 

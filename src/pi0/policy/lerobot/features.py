@@ -12,7 +12,8 @@ from typing import Any
 
 from pi0.checkpoint.lerobot import ACTION, EMPTY_CAMERA, MAX_DIM, STATE, complete_features
 from pi0.findings import Finding, error, warning
-from pi0.policy.lerobot.fields import check_features, is_count, show
+from pi0.number import is_count
+from pi0.policy.lerobot.fields import check_features, show
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pi0.checkpoint.lerobot import EPS
+from pi0.number import is_count, is_number
 
 Check = Callable[[Any], str | None]
 
@@ -27,11 +28,6 @@ class Field:
 
     default: Any
     check: Check
-
-
-def is_count(value: Any) -> bool:
-    """True for a positive integer; JSON's true is none."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def show(value: Any) -> str:
@@ -57,8 +53,7 @@ def _is_names(value: Any) -> bool:
 
 
 def _is_eps(value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value >= 0
+    return is_number(value) and math.isfinite(value) and value >= 0
 
 
 def check_features(value: Any) -> str | None:

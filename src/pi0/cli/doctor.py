@@ -64,9 +64,10 @@ def _examine(opened: Checkpoint, wishes: PolicyOptions, no_weights: bool) -> lis
     from pi0.checkpoint.health import header_findings, weight_findings
     from pi0.cli.show import byte_progress
     from pi0.policy import prepare
-    from pi0.policy.doctor import examine
+    from pi0.policy.examine import placeholder_findings
 
-    findings = [*header_findings(opened), *examine(prepare(opened, wishes))]
+    setup = prepare(opened, wishes)
+    findings = [*header_findings(opened), *setup.findings, *placeholder_findings(setup)]
     if not no_weights:
         with byte_progress("reading", opened.read_bytes) as progress:
             findings += weight_findings(opened, progress)

@@ -47,12 +47,19 @@ def settings_findings(settings: Mapping[str, Any], config: Pi0Config) -> list[Fi
 
 
 def length_findings(checkpoint: Checkpoint, step: int | None) -> list[Finding]:
-    """Whether the length of prompts that the caller states is that of LeRobot's tokenizer step."""
+    """Whether the length of prompts that config.json or the caller states is that of LeRobot's
+    tokenizer step."""
     stated = checkpoint.config.max_tokens
     declared = any(checkpoint.settings.get(name) for name in CONFIG_JSON["max_tokens"])
     assumed = "max_tokens" in checkpoint.inferred.assumed
-    if step in (None, stated) or declared or assumed:
+    if step in (None, stated) or assumed:
         return []
+    if declared:
+        sentence = (
+            f"config.json tokenizer_max_length: expected {step} as LeRobot's tokenizer step says, "
+            f"which counts, found {stated}. Copy all files of one checkpoint."
+        )
+        return [warning("max-tokens-declared", sentence)]
     sentence = (
         f"max_tokens (--max-tokens): expected {step} as LeRobot's tokenizer step says, found "
         f"{stated}. Leave it out."
@@ -113,7 +120,7 @@ def camera_findings(
 ) -> list[Finding]:
     """Whether a robot's table has the cameras of LeRobot's config.json in the order of its slots.
 
-    Keys that nothing in config.json resembles are the robot's own, in that order.
+    Keys that nothing in config.json resembles may be the robot's own, in that order.
 
     Args:
         rename: of the checkpoint, since a table may have the keys from before.
@@ -138,6 +145,14 @@ def camera_findings(
             "in the place of another. Leave out --robot, or give cameras the names in config.json."
         )
         return [warning("cameras-unknown", sentence)]
+    if others and cameras:
+        sentence = (
+            f"robot {robot.name}: expected the cameras of the checkpoint's config.json, "
+            f"{', '.join(cameras)}, in this order, found {', '.join(others)}: their order alone "
+            "decides which picture takes whose place. Leave out --robot, or give cameras the names "
+            "in config.json."
+        )
+        return [warning("cameras-by-order", sentence)]
     return []
 
 

@@ -17,18 +17,8 @@ from pi0.config import Pi0Config
 from pi0.errors import Pi0Error
 from pi0.findings import warning
 from pi0.policy import lerobot
-from pi0.policy.fit import (
-    aloha_flags,
-    camera_findings,
-    image_findings,
-    length_findings,
-    of_base,
-    processor_findings,
-    relative_findings,
-    settings_findings,
-    stated_findings,
-    width_findings,
-)
+from pi0.policy.examine import examine
+from pi0.policy.fit import aloha_flags, length_findings, of_base, settings_findings
 from pi0.policy.images import RESIZE
 from pi0.policy.lerobot import LerobotProgram
 from pi0.policy.normalize import (
@@ -90,19 +80,7 @@ def prepare(checkpoint: Checkpoint, options: PolicyOptions) -> PolicySetup:
     tokenizer = setup.attempt(
         "tokenizer-unusable", lambda: _tokenizer(checkpoint, options, config, setup)
     )
-    if robot and stats:
-        setup.findings += width_findings(config, robot, *stats[:2])
-    if robot:
-        setup.findings += stated_findings(checkpoint.settings, robot)
-    if program and robot:
-        setup.findings += camera_findings(program.cameras, program.rename, robot)
-        setup.findings += relative_findings(program.relative, robot)
-        setup.findings += processor_findings(*stats[1:]) if stats else []
-    elif robot and (relative := lerobot.unread_relative(checkpoint)):
-        found = relative_findings(relative, robot)
-        setup.findings += [warning(finding.code, finding.sentence) for finding in found]
-    if program and program.images and robot and conventions:
-        setup.findings += image_findings(program.images, robot, conventions[0])
+    setup.findings += examine(setup, options, program, conventions and conventions[0])
     state_in_prompt = setup.attempt(
         "prompt-unknown", lambda: _state_in_prompt(options, program, setup)
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
 from pi0.errors import Pi0Error
 from pi0.policy import PolicyOptions, prepare
-from pi0.policy.doctor import examine
+from pi0.policy.examine import placeholder_findings
 
 
 @pytest.fixture
@@ -35,9 +36,9 @@ def write_statistics(folder: Path, name: str, width: int, std: float = 0.5) -> N
     path.write_text(json.dumps({"norm_stats": {"state": table, "actions": table}}))
 
 
-def codes(folder: Path, **options: str) -> dict[str, str]:
-    setup = prepare(open_checkpoint(folder), PolicyOptions(**options))  # type: ignore[arg-type]
-    return {finding.code: finding.sentence for finding in examine(setup)}
+def codes(folder: Path, **options: Any) -> dict[str, str]:
+    setup = prepare(open_checkpoint(folder), PolicyOptions(**options))
+    return {finding.code: finding.sentence for finding in setup.findings}
 
 
 def test_nothing_to_say(folder: Path) -> None:
@@ -45,14 +46,19 @@ def test_nothing_to_say(folder: Path) -> None:
     assert list(codes(folder)) == ["robot-assumed"]
 
 
-def test_placeholders(tiny_path: Path) -> None:
-    assert "statistics-placeholder" in codes(tiny_path, robot="generic")
-    assert not codes(tiny_path, robot="generic", norm_stats="none", preprocessing="openpi")
+def test_placeholders(tiny_path: Path, folder: Path, tmp_path: Path) -> None:
+    """Which only the doctor speaks of: they are what `pi0 synth` writes."""
+    synthesise(tmp_path / "b", PRESETS["pi05_tiny"], LAYOUTS["openpi"], 0, torch.float32)
 
+    def found(path: Path, **options: Any) -> list[str]:
+        setup = prepare(open_checkpoint(path), PolicyOptions(robot="generic", **options))
+        assert not setup.findings
+        return [finding.code for finding in placeholder_findings(setup)]
 
-def test_placeholders_of_quantiles(tmp_path: Path) -> None:
-    synthesise(tmp_path, PRESETS["pi05_tiny"], LAYOUTS["openpi"], 0, torch.float32)
-    assert "statistics-placeholder" in codes(tmp_path, robot="generic")
+    for path in (tiny_path, tmp_path / "b"):
+        assert found(path) == ["statistics-placeholder"] * 2
+    assert not found(tiny_path, norm_stats="none", preprocessing="openpi")
+    assert not found(folder)
 
 
 def test_statistics_of_another_robot(folder: Path) -> None:
@@ -103,10 +109,14 @@ def like_lerobot(tmp_path: Path) -> Path:
 
 def test_cameras_of_a_named_robot(like_lerobot: Path) -> None:
     found = codes(like_lerobot, robot="libero")
-    assert "observation.images.base_0_rgb, " in found["cameras-differ"]
-    assert "observation/image, observation/wrist_image of robot libero" in found["cameras-differ"]
-    assert "cameras-differ" not in codes(like_lerobot, robot="generic")  # has their names
-    assert "cameras-differ" not in codes(like_lerobot)
+    sentence = found["cameras-by-order"]
+    assert "robot libero: expected the cameras of the checkpoint's config.json, obs" in sentence
+    assert "observation.images.base_0_rgb, " in sentence
+    assert "found observation/image, observation/wrist_image: their order alone" in sentence
+    assert "cameras-by-order" not in codes(like_lerobot, robot="generic")  # has their names
+    assert "cameras-by-order" not in codes(like_lerobot)
+    where = {"norm_stats": "none", "preprocessing": "openpi"}
+    assert "cameras-by-order" in codes(like_lerobot, robot="libero", **where)
 
 
 def test_processors_of_two_checkpoints(like_lerobot: Path) -> None:
@@ -144,3 +154,5 @@ def test_two_origins(like_lerobot: Path, folder: Path) -> None:
     assert "two-origins" not in codes(like_lerobot)
     shutil.copytree(folder / "assets", like_lerobot / "assets")
     assert "assets/synthetic/norm_stats.json is not read" in codes(like_lerobot)["two-origins"]
+    where = like_lerobot / "assets/synthetic/norm_stats.json"
+    assert "two-origins" not in codes(like_lerobot, norm_stats=where, preprocessing="openpi")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pi0.errors import ConfigError
 
 PALIGEMMA_VOCABULARY = 257152  # pieces; whose tokenizer is not ours to write
+MAX_STEPS = 10_000  # of denoising; engines keep something for each
 MAX_IMAGE_SIZE = 1_000_000  # sizes of tensors overflow beyond
 
 

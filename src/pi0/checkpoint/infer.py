@@ -13,7 +13,15 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from pi0.checkpoint.files import get_nested
-from pi0.config import GEMMA_2B, GEMMA_300M, SO400M, GemmaConfig, Pi0Config, SiglipConfig
+from pi0.config import (
+    GEMMA_2B,
+    GEMMA_300M,
+    MAX_STEPS,
+    SO400M,
+    GemmaConfig,
+    Pi0Config,
+    SiglipConfig,
+)
 from pi0.errors import CheckpointError, ConfigError
 from pi0.model.flow import MAX_PERIOD, MIN_PERIOD
 from pi0.number import is_count
@@ -62,7 +70,7 @@ MAX_COUNT = 10_000_000  # more is a damaged file, and overflows later
 # What LeRobot's and transformers' config.json say of flow matching.
 STEPS_KEYS = ("num_inference_steps", "num_steps")  # newest first
 PERIODS = {"min_period": MIN_PERIOD, "max_period": MAX_PERIOD}
-DEFAULT_STEPS, MAX_STEPS = 10, 10_000
+DEFAULT_STEPS = 10
 DEFAULT_HORIZON = 50
 DEFAULT_MAX_TOKENS = {False: 48, True: 200}  # by adaptive_norm
 

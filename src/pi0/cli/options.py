@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperOption
 
+from pi0.config import MAX_STEPS
+
 if TYPE_CHECKING:
     from pi0.policy import PolicyOptions as PolicyOptions
 else:  # typer evaluates annotations; this one it never sees (`with_policy`)
@@ -112,12 +114,13 @@ WeightCache = Annotated[
         "the next start loads them.",
     ),
 ]
-Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Steps = Annotated[int, typer.Option(min=1, max=MAX_STEPS, help="Denoising steps.")]
 PolicySteps = Annotated[
     int | None,
     typer.Option(
         "--steps",
         min=1,
+        max=MAX_STEPS,
         help="Denoising steps; default: what config.json says, else 10.",
         show_default=False,
     ),

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pi0.config import MAX_STEPS
 from pi0.errors import ConfigError
 
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
@@ -71,8 +72,8 @@ def schedule(steps: int) -> list[float]:
     """The time t of each of `steps` equal steps.
 
     Raises:
-        ConfigError: fewer than one step.
+        ConfigError: no such number of steps.
     """
-    if steps < 1:
-        raise ConfigError(f"steps: expected at least 1, found {steps}.")
+    if not 1 <= steps <= MAX_STEPS:
+        raise ConfigError(f"steps: expected 1 to {MAX_STEPS}, found {steps}.")
     return [1 - i / steps for i in range(steps)]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
 from pi0.closing import Closing
+from pi0.config import MAX_STEPS
 from pi0.engines.base import Engine, make_engine
 from pi0.engines.fastest import choose_engine, require_options
 from pi0.engines.guidance import Guidance
@@ -83,7 +84,7 @@ class Policy(Closing):
         horizon = engine.config.horizon
         self.pipeline = pipeline
         self.engine = engine
-        self.steps = _count("steps", steps, 1, 2**31)
+        self.steps = _count("steps", steps, 1, MAX_STEPS)
         self.sampler = check_sampler(sampler)
         self.n_action_steps = _count(
             "n_action_steps", horizon if n_action_steps is None else n_action_steps, 1, horizon

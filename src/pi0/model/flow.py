@@ -45,7 +45,7 @@ def integrate(
             "midpoint", with the one half way of Euler's step, whose error falls as steps².
 
     Raises:
-        ConfigError: fewer than one step, or another sampler.
+        ConfigError: no such number of steps, or no such sampler.
     """
     check_sampler(sampler)
 
@@ -69,11 +69,7 @@ def check_sampler(name: str) -> str:
 
 
 def schedule(steps: int) -> list[float]:
-    """The time t of each of `steps` equal steps.
-
-    Raises:
-        ConfigError: no such number of steps.
-    """
+    """The time t of each of `steps` equal steps; ConfigError if there cannot be so many."""
     if not 1 <= steps <= MAX_STEPS:
         raise ConfigError(f"steps: expected 1 to {MAX_STEPS}, found {steps}.")
     return [1 - i / steps for i in range(steps)]

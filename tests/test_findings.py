@@ -21,6 +21,7 @@ MADE = {
     "{code}-lost": (
         "eps-lost",
         "newline-lost",
+        "targets-lost",
         "preprocessing-lost",
         "relative-actions-lost",
         "renames-lost",

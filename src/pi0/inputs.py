@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.masked import is_masked_tensor
 
 from pi0.config import Pi0Config
 from pi0.errors import ObservationError
@@ -192,12 +193,27 @@ def to_tensor(name: str, value: NDArray[Any] | Tensor) -> Tensor:
             raise TypeError("a MaskedArray")
         if isinstance(value, np.ndarray):  # copied if PyTorch cannot take it as it is
             value = np.require(value, value.dtype.newbyteorder("="), ["C", "W"])
+        if isinstance(value, (bytes, bytearray)):
+            raise TypeError(f"a {type(value).__name__}")
         tensor = torch.as_tensor(value)
-        if tensor.is_meta or tensor.layout is not torch.strided:
-            raise TypeError(f"a tensor of {tensor.layout} on the device {tensor.device}")
-        return tensor
+        found = without_values(tensor)
+        if found:
+            raise TypeError(found)
+        return tensor.resolve_conj().resolve_neg()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ObservationError(f"{name}: expected an array of numbers, found {error}.") from error
+
+
+def without_values(tensor: Tensor) -> str | None:
+    """What a tensor is whose values are not simply there; None: they are."""
+    kinds = {
+        "a nested tensor": tensor.is_nested,
+        "a tensor on the meta device": tensor.is_meta,
+        "a masked tensor": is_masked_tensor(tensor),
+        f"a tensor of {tensor.dtype}": tensor.is_quantized,
+        f"a tensor of {tensor.layout}": tensor.layout is not torch.strided,
+    }
+    return next((kind for kind, is_one in kinds.items() if is_one), None)
 
 
 def to_float64(name: str, value: NDArray[Any] | Tensor) -> NDArray[np.float64]:

@@ -329,6 +329,15 @@ def edited(source: Path, edit: Callable[[dict[str, Any], dict[str, Any]], object
     return open_checkpoint(source)
 
 
+def edited_pi05(source: Path, edit: Callable[[list[Any]], object]) -> Checkpoint:
+    """A LeRobot folder of a π0.5 whose list of steps before the model is edited."""
+    synthesise(source, odd_config(True), LAYOUTS["lerobot"], 0, torch.bfloat16)
+    content = json.loads((source / PREPROCESSOR).read_text())
+    edit(content["steps"])
+    (source / PREPROCESSOR).write_text(json.dumps(content))
+    return open_checkpoint(source)
+
+
 def set_step(name: str, **fields: Any) -> Callable[[dict[str, Any], dict[str, Any]], object]:
     return lambda _, steps: steps[name]["config"].update(fields)
 
@@ -362,6 +371,9 @@ OTHERWISE = {
         num_steps=settings.pop("num_inference_steps") - 7
     ),
     "norm-mode-lost": set_step("normalizer_processor", normalize_observation_keys=["environment"]),
+    "targets-lost": set_step(
+        "normalizer_processor", norm_map={"STATE": "MEAN_STD", "ACTION": "MIN_MAX"}
+    ),
 }
 
 
@@ -369,6 +381,47 @@ OTHERWISE = {
 def test_what_openpi_cannot_say_in_other_words(tmp_path: Path, code: str) -> None:
     found = export_files(edited(tmp_path / "source", OTHERWISE[code]), "jax", "bfloat16").findings
     assert {f.code for f in found} == {"preprocessing-lost", code}
+
+
+def test_a_state_of_another_type_is_normalised_as_that(tmp_path: Path) -> None:
+    def as_image(_: dict[str, Any], steps: dict[str, Any]) -> None:
+        steps["normalizer_processor"]["config"]["features"]["observation.state"]["type"] = "VISUAL"
+
+    export = export_files(edited(tmp_path / "source", as_image), "openpi", "bfloat16")
+    assert "norm-mode-lost" in {finding.code for finding in export.findings}
+    assert json.loads(export.files["config.json"])["norm_mode"] == "identity and mean_std"  # type: ignore[arg-type]
+
+
+def test_what_a_pi05_writes_after_its_prompts_is_lost(tmp_path: Path) -> None:
+    def end_in_a_line_break(steps: list[Any]) -> None:
+        names = [step["registry_name"] for step in steps]
+        at = names.index("tokenizer_processor")
+        steps.insert(at, {"registry_name": "pi0_new_line_processor", "config": {}})
+
+    checkpoint = edited_pi05(tmp_path / "source", end_in_a_line_break)
+    found = export_files(checkpoint, "openpi", "bfloat16").findings
+    assert [f.code for f in found if "with a line break" in f.sentence] == ["newline-lost"]
+
+
+def test_a_state_that_comes_too_late_is_not_in_the_prompt(tmp_path: Path) -> None:
+    def tokenize_first(steps: list[Any]) -> None:
+        steps.sort(key=lambda step: step["registry_name"] != "tokenizer_processor")
+
+    export = export_files(edited_pi05(tmp_path / "source", tokenize_first), "openpi", "bfloat16")
+    assert json.loads(export.files["config.json"])["discrete_state_input"] is False  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("values", [[[0.5]], [0.5], [[0.5] * 24]])
+def test_statistics_of_one_value_or_row_are_written_by_dimension(
+    values: list[Any], tmp_path: Path
+) -> None:
+    checkpoint = edited(tmp_path / "source", lambda *_: None)
+    for path in checkpoint.folder.glob("policy_*.safetensors"):
+        statistics = load_file(path)
+        save_file(statistics | {"action.mean": torch.tensor(values)}, path)
+    export = export_files(open_checkpoint(checkpoint.folder), "openpi", "bfloat16")
+    content = json.loads(export.files["assets/lerobot/norm_stats.json"])  # type: ignore[arg-type]
+    assert content["norm_stats"]["actions"]["mean"] == [0.5] * 24
 
 
 @pytest.mark.parametrize("norm_stats", [None, "none"])

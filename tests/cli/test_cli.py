@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pi0.checkpoint.load import load_model, open_checkpoint
+from pi0.cli.act import _read_image
 from pi0.cli.main import main
 from pi0.config import PRESETS
 from pi0.inputs import random_inputs
@@ -216,6 +217,9 @@ def test_act_refuses(tiny_path: Path, image: Path, tmp_path: Path) -> None:
         (["--state", "no.npy"], "--state: expected numbers"),
         (["--state", text], "(the magic string is not correct"),
         (["--state", ""], "--state: expected numbers"),
+        (["--state", "0.1,,0.3"], "(a number is missing)"),
+        (["--state", ", 0.2"], "(a number is missing)"),
+        (["--state", "0.1, 1_0"], "(an underscore)"),
         (["--image", f"base_0_rgb={image}"], "expected one picture for images/base, found two"),
         (["--image", f"wrist={deep}"], "expected a picture of 8 bits a channel"),
         (["--out", tmp_path], "expected the name of a file to write, found a folder"),
@@ -231,6 +235,15 @@ def test_act_refuses(tiny_path: Path, image: Path, tmp_path: Path) -> None:
     ):
         assert message in " ".join(refused(*act(tiny_path, image, *words)).split())
     assert "expected a checkpoint folder" in refused(*act(tmp_path / "no", image))
+
+
+def test_a_picture_that_lies_on_its_side_is_turned(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    image = Image.fromarray(np.rot90(pixels))
+    orientation = image.getexif()
+    orientation[0x0112] = 6  # to be shown turned clockwise
+    image.save(tmp_path / "phone.png", exif=orientation)
+    np.testing.assert_array_equal(_read_image("base", tmp_path / "phone.png"), pixels)
 
 
 def test_damaged_checkpoints(tiny_path: Path, tmp_path: Path) -> None:

@@ -78,6 +78,17 @@ def test_statistics(tiny_path: Path, folder: Path) -> None:
     assert "0 tensors (88 compared)" in done.stdout
 
 
+def test_large_units_of_one_value_hide_no_difference_of_another(
+    tiny_path: Path, folder: Path, tmp_path: Path
+) -> None:
+    """Such as ticks of an encoder, or a time, beside joints in radians."""
+    ticks = [1e6] + [0.0] * 31
+    statistics(folder, mean=ticks)
+    other = shutil.copytree(folder, tmp_path / "other")
+    statistics(other, mean=[1e6 + 0.5, 0.1] + [0.0] * 30)
+    assert list(settings(folder, other)) == ["statistics.state.offset[1], the largest"]
+
+
 def test_statistics_beyond_float32_are_the_same(tiny_path: Path, folder: Path) -> None:
     statistics(folder, std=[1.0 + 1e-12] * 32)
     assert not settings(tiny_path, folder)

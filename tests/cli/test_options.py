@@ -121,7 +121,7 @@ def test_act_takes_the_checkpoints_steps(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(settings))
     Image.new("RGB", (28, 28)).save(tmp_path / "base.png")
     camera = f"base_0_rgb={tmp_path / 'base.png'}"
-    words = ("act", tmp_path, "--image", camera, "--prompt", "go", "--state", "0," * 32, "--json")
+    words = ("act", tmp_path, "--image", camera, "--prompt", "go", "--state", "0 " * 32, "--json")
     for given, steps in ((), 3), (("--steps", 2), 2):
         done = run(*words, *given)
         assert json.loads(done.stdout)["policy"]["steps"] == steps

@@ -235,6 +235,8 @@ def test_a_policy_that_cannot_inpaint() -> None:
         ),
         ({"actions": np.zeros((8, 1), bool)}, r"expected real numbers, found bool"),
         ({"actions": torch.zeros(8, 1, device="meta")}, "expected an array of numbers, found"),
+        ({"actions": torch.zeros(8, 1).to_sparse()}, "expected an .* torch.sparse_coo"),
+        ({"actions": bytearray(8)}, "expected an array of numbers, found a bytearray"),
         ({"actions": np.zeros((8, 2))}, "expected 1 values each, as in the chunks before, found 2"),
         ({"action": np.zeros((8, 1))}, "expected an answer that has them, found action"),
         ([], r"expected an answer that has them, found \[\]"),

@@ -119,6 +119,24 @@ def test_cameras_of_a_named_robot(like_lerobot: Path) -> None:
     assert "cameras-by-order" in codes(like_lerobot, robot="libero", **where)
 
 
+def test_alohas_conventions_where_lerobot_has_none(like_lerobot: Path) -> None:
+    for path in like_lerobot.glob("policy_*.safetensors"):
+        save_file({name: value[:14] for name, value in load_file(path).items()}, path)
+    path = like_lerobot / "config.json"
+    config = json.loads(path.read_text())
+    found = codes(like_lerobot, robot="aloha_sim")
+    assert "as LeRobot's processors have none, found openpi's of ALOHA" in found["aloha-differs"]
+    assert "aloha-differs" not in codes(like_lerobot, robot="generic")
+    assert "relative-differs" in codes(like_lerobot, robot="aloha")
+    path.write_text(json.dumps(config | {"adapt_to_pi_aloha": True}))
+    assert "aloha-differs" not in codes(like_lerobot, robot="aloha_sim")
+    # The robot that the flags ask for can be named.
+    flags = {"adapt_to_pi_aloha": True, "use_delta_joint_actions_aloha": True}
+    path.write_text(json.dumps(config | flags))
+    assert "Name the robot with --robot aloha." in codes(like_lerobot)["robot-needed"]
+    assert not {"aloha-differs", "relative-differs"} & codes(like_lerobot, robot="aloha").keys()
+
+
 def test_processors_of_two_checkpoints(like_lerobot: Path) -> None:
     assert "processors-differ" not in codes(like_lerobot)
     (path,) = like_lerobot.glob("policy_postprocessor_step_*.safetensors")

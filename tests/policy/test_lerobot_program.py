@@ -382,6 +382,18 @@ def test_no_difference(name: str, folder: LerobotFolder) -> None:
     assert program.relative is None
 
 
+def test_a_line_break_after_the_state_ends_the_prompt_whatever_was_before(
+    folder: LerobotFolder,
+) -> None:
+    add_state = {"registry_name": "pi05_prepare_state_tokenizer_processor_step", "config": {}}
+    newline = folder.step("pi0_new_line_processor")
+    folder.before.sort(key=lambda step: step["registry_name"] == TOKENIZE)
+    folder.before[-1:-1] = [newline, add_state]
+    assert not read(folder).newline
+    folder.before.insert(-1, newline)
+    assert read(folder).newline
+
+
 def test_cameras_go_by_type(folder: LerobotFolder) -> None:
     keys = ("observation.image", "observation.image.top", "observation.images.a", "front")
     state = folder.config["input_features"].pop(STATE)

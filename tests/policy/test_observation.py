@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Iterator
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.masked import masked_tensor
 
 from pi0.errors import ObservationError
 from pi0.policy import ROBOTS, Camera, Robot
@@ -28,6 +31,16 @@ from pi0.policy.observation import (
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8)
 STATE = [0.25, -0.5, 1.0]
 ROBOT = ROBOTS["generic"]
+
+
+def masked(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that masked tensors are a prototype
+        return masked_tensor(values, mask)
+
+
+class Task(str, Enum):
+    FORWARD = "go"
 
 
 class Table:
@@ -113,6 +126,8 @@ def test_rounding_beyond_the_range_is_clipped() -> None:
         (np.ma.masked_array(PIXELS, PIXELS > 9), "found a MaskedArray"),
         ([np.ma.masked_array(PIXELS, PIXELS > 9)], "found a MaskedArray"),
         (torch.nested.nested_tensor([PIXELS[0] + 0.0], layout=torch.jagged), "a nested tensor"),
+        (masked(torch.tensor(PIXELS / 255), torch.tensor(PIXELS > 9)), "found a masked tensor"),
+        ([[np.ma.masked_array(row, row > 9) for row in PIXELS]], "found a MaskedArray"),
         ("photo.png", "expected an array of pixels, found 'photo.png'"),
         ({"a": 1}, "expected an array of pixels, found a dict"),
         (np.array(["a"]), r"expected an array of pixels, found an array of <U1 \[1\]"),
@@ -167,6 +182,8 @@ def test_forms_of_a_state(value: Any) -> None:
         ({1.0, 2.0, 3.0}, "expected numbers, found a set"),
         (np.ma.masked_array([1, 2, 3], [0, 1, 0]), "found a MaskedArray"),
         ([np.ma.masked_array([1, 2, 3], [0, 1, 0])], "found a MaskedArray"),
+        ([[np.ma.masked_array([1, 2, 3], [0, 1, 0])]], "found a MaskedArray"),
+        (masked(torch.ones(3), torch.ones(3) > 0), "found a masked tensor"),
         ([10**400, 0, 0], "state: expected numbers"),
     ],
 )
@@ -176,7 +193,8 @@ def test_what_is_no_state(value: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["go", np.str_("go"), np.array("go"), ["go"], np.array(["go"]), ("go",), b"go"]
+    "value",
+    ["go", np.str_("go"), np.array("go"), ["go"], np.array(["go"]), ("go",), b"go", Task.FORWARD],
 )
 @pytest.mark.parametrize("key", ["prompt", "task"])
 def test_forms_of_a_prompt(key: str, value: Any) -> None:

@@ -175,7 +175,9 @@ def test_noise_as_an_argument(tiny_path: Path) -> None:
         made.infer(given, noise=noise * 1e30)
     assert np.isfinite(made.infer(given, noise=noise * 9e11)["actions"]).all()
     masked = np.ma.masked_array(noise, noise > 0)
-    for none in (torch.empty(50, 32, device="meta"), torch.zeros(50, 32).to_sparse(), masked):
+    nested = torch.nested.nested_tensor([torch.zeros(50, 32)], layout=torch.jagged)
+    meta, sparse = torch.empty(50, 32, device="meta"), torch.zeros(50, 32).to_sparse()
+    for none in (meta, sparse, nested, masked, noise.tobytes()):
         with pytest.raises(ObservationError, match="noise: expected an array of numbers, found a"):
             made.infer(given, noise=none)
 

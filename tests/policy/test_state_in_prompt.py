@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pi0.checkpoint.load import open_checkpoint
 from pi0.checkpoint.synth import byte_tokenizer, synthesise
 from pi0.cli.main import app
 from pi0.config import PRESETS
-from pi0.policy import Policy, PolicyOptions, PolicySetup, prepare
+from pi0.policy import ROBOTS, Policy, PolicyOptions, PolicySetup, prepare
 from pi0.policy.tokenizer import PromptFormat, Tokenizer, with_state
 
 STATS = {"mean": [0.0] * 8, "std": [1.0] * 8, "q01": [-2.0] * 8, "q99": [2.0] * 8}
@@ -141,6 +142,15 @@ def test_libero_is_openpis_pi05_libero(folder: Path, name: str) -> None:
     assert pipeline.robot.name == "pi05_libero"
     assert not pipeline.robot.relative(7).any()
     assert text_of(pipeline, observation("libero")) == "pick up it\n"
+
+
+def test_the_table_of_pi0s_libero_is_none_of_a_pi05(folder: Path) -> None:
+    """Its name means another; the table itself would add the state to actions."""
+    finding = made(folder, robot=ROBOTS["libero"]).findings[0]
+    assert (finding.code, finding.severity) == ("robot-unknown", "error")
+    assert 'robot="libero", which is pi05_libero here' in finding.sentence
+    relative = replace(ROBOTS["libero"], name="relative_libero")
+    assert made(folder, robot=relative).robot == relative
 
 
 def test_a_robot_that_was_trained_otherwise(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -218,7 +219,7 @@ def _read_images(robot: Robot, given: list[tuple[str, Path]]) -> dict[str, Any]:
 
 def _read_image(name: str, path: Path) -> Any:
     import numpy as np
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     from pi0.errors import ObservationError
 
@@ -229,7 +230,8 @@ def _read_image(name: str, path: Path) -> Any:
                     f"image {name}: expected a picture of 8 bits a channel in {path}, found mode "
                     f"{image.mode}."
                 )
-            return np.asarray(image.convert("RGB"))
+            # As viewers show it: phones store pictures lying on their sides.
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = "no such file" if not path.exists() else str(error)
         raise ObservationError(
@@ -250,9 +252,11 @@ def _read_state(text: str) -> NDArray[np.float64]:
             if array.dtype.kind not in "uif":
                 raise ValueError("no array of real numbers")
             return np.atleast_1d(array.astype(np.float64))
-        words = text.replace(",", " ").split()
-        if not words:
-            raise ValueError("no number")
+        words = re.split(r"\s*,\s*|\s+", text.strip())
+        if "" in words:  # such as of an empty variable; the numbers after it would move up
+            raise ValueError("a number is missing")
+        if "_" in text:
+            raise ValueError("an underscore")
         return np.array([float(word) for word in words])
     except (ValueError, TypeError, EOFError, OSError) as error:
         raise ObservationError(

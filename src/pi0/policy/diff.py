@@ -136,11 +136,10 @@ def _statistics(name: str, stats: Normalizer) -> dict[str, Any]:
     middle = stats.offset + stats.shift * stats.scale  # what becomes 0
     arrays = {"offset": middle, "scale": stats.scale, "inverse_scale": stats.inverse_scale}
     added = np.minimum(1.1 * OPENPI_EPS, PART * stats.scale)
+    # The ends of a range, which were rounded, are as large as this.
+    tolerance = np.maximum(2 * ROUNDING * (np.abs(middle) + np.abs(stats.scale)), added)
     return {
-        f"{name}.{kind}": _Numbers(
-            values.astype(np.float32),
-            np.maximum(ROUNDING * (np.abs(values) + np.abs(values).max(initial=0)), added),
-        )
+        f"{name}.{kind}": _Numbers(values.astype(np.float32), tolerance)
         for kind, values in arrays.items()
     }
 
@@ -169,7 +168,7 @@ def _diff(name: str, a: Any, b: Any) -> list[Difference]:
         off = np.abs(a.values - b.values)
         if (off <= a.tolerance).all():
             return []
-        at = int(off.argmax())
+        at = int((off - a.tolerance).argmax())
         return [Difference(f"{name}[{at}], the largest", float(a.values[at]), float(b.values[at]))]
     if isinstance(a, _Numbers) or isinstance(b, _Numbers):
         left, right = (None if v is None else len(v.values) for v in (a, b))

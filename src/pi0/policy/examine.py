@@ -12,6 +12,9 @@ from pi0.findings import Finding, error, warning
 from pi0.number import is_count
 from pi0.policy import lerobot
 from pi0.policy.fit import (
+    ADAPT,
+    RELATIVE_JOINTS,
+    aloha_flags,
     camera_findings,
     image_findings,
     processor_findings,
@@ -45,7 +48,10 @@ def examine(
     if robot and setup.sources["robot"] == "named":
         found += _another_robot(setup.origin, robot)
     if program and robot:
-        found += relative_findings(program.relative, robot)
+        flags = aloha_flags(checkpoint.settings)
+        if program.relative or RELATIVE_JOINTS not in flags:  # which processors know nothing of
+            found += relative_findings(program.relative, robot)
+        found += _aloha_of_openpi(checkpoint.settings, robot)
         found += processor_findings(*stats[1:]) if stats else []
     elif robot and (relative := lerobot.unread_relative(checkpoint)):
         differs = relative_findings(relative, robot)
@@ -117,6 +123,20 @@ def _declared_cameras(settings: Mapping[str, Any]) -> list[str]:
         key
         for key, feature in complete_features(settings)[0].items()
         if feature.get("type") == "VISUAL" and not key.startswith(EMPTY_CAMERA)
+    ]
+
+
+def _aloha_of_openpi(settings: Mapping[str, Any], robot: Robot) -> list[Finding]:
+    """Whether a robot's table has openpi's conventions of ALOHA; LeRobot's processors have none."""
+    if robot.encode_state is not ROBOTS["aloha"].encode_state or ADAPT in aloha_flags(settings):
+        return []
+    return [
+        warning(
+            "aloha-differs",
+            f"robot {robot.name}: expected a table without joint signs and gripper units of its "
+            "own, as LeRobot's processors have none, found openpi's of ALOHA: right only for "
+            "weights of openpi. Leave out --robot if LeRobot trained this checkpoint.",
+        )
     ]
 
 

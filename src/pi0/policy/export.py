@@ -36,10 +36,10 @@ from pi0.policy.lerobot import is_lerobot
 from pi0.policy.lerobot.fields import show
 from pi0.policy.lerobot.statistics import NEEDED
 from pi0.policy.normalize import NEEDED as MODES
-from pi0.policy.normalize import OPENPI_MODES, make_normalizer
+from pi0.policy.normalize import OPENPI_MODES, Floats, make_normalizer
 from pi0.policy.sources import (
     KEYS,
-    NORMALIZERS,
+    STEPS,
     Source,
     Tables,
     find_aloha_loss,
@@ -60,7 +60,6 @@ KEPT = ("mean", "std", "q01", "q99", "min", "max")
 # Of our own in config.json.
 KEPT_FIELDS = ("robot", "n_action_steps", "preprocessing", "norm_mode", RELATIVE_ACTIONS)
 ASSETS = "assets/lerobot"  # of statistics from LeRobot, which name no robot
-STATE_STEP = "pi05_prepare_state_tokenizer_processor_step"
 # In place of what an adapter declares, and a model that was merged with peft.
 MERGED = {"use_peft": False, "pretrained_path": None}
 VARIANTS = {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
@@ -200,10 +199,18 @@ def _openpi(source: Source, export: Export, dtype: str) -> None:
     for what in KEYS.values():
         _require(source, what, tuple(dict.fromkeys(("mean", "std", *NEEDED[mode]))), "openpi")
     tables = {
-        what: {name: table[name].tolist() for name in KEPT if name in table}
+        what: {name: _vector(source, what, table[name]) for name in KEPT if name in table}
         for what, table in source.tables.items()
     }
     export.files[f"{ASSETS}/{FILE_NAME}"] = _json({"norm_stats": tables})
+
+
+def _vector(source: Source, what: str, values: Floats) -> list[float]:
+    """A statistic [D] of LeRobot's; where there is one value, it stands for every dimension."""
+    assert source.program
+    stats = source.program.state if what == "state" else source.program.actions
+    numbers: list[float] = values.tolist()
+    return numbers * (stats.width if len(numbers) == 1 else 1)
 
 
 def _openpi_config(source: Source, dtype: str) -> dict[str, Any]:
@@ -233,15 +240,14 @@ def _openpi_config(source: Source, dtype: str) -> dict[str, Any]:
         settings["preprocessing"] = "lerobot"
         if source.program and any(source.program.relative or ()):
             settings[RELATIVE_ACTIONS] = [*(source.program.relative or ())]
-        modes = [source.mode(kind).lower() for kind in NORMALIZERS]
+        modes = [source.mode(kind).lower() for kind in STEPS]
         if set(modes) != {OPENPI_MODES[config.adaptive_norm].lower()}:
             settings["norm_mode"] = " and ".join(dict.fromkeys(modes))
     if checkpoint.steps != DEFAULT_STEPS:
         settings["num_inference_steps"] = checkpoint.steps
     stated = checkpoint.settings.get("discrete_state_input")
-    if stated is None and config.adaptive_norm and source.has_processors:
-        steps = read_steps(source.folder, PREPROCESSOR)
-        stated = any(step.get("registry_name") == STATE_STEP for step in steps)
+    if stated is None and config.adaptive_norm and source.has_processors and source.program:
+        stated = source.program.state_in_prompt
     return settings if stated is None else {**settings, "discrete_state_input": stated}
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from pi0.errors import ObservationError, kind_of
+from pi0.inputs import without_values
 from pi0.policy.robot import Robot
 
 Floats = NDArray[np.float64]
@@ -161,8 +162,6 @@ def read_image(key: str, image: Any) -> NDArray[np.generic]:
     """
     if isinstance(image, (list, tuple)) and len(image) == 1 and isinstance(image[0], Image.Image):
         image = image[0]
-    if isinstance(image, np.ma.MaskedArray):
-        raise ObservationError(f"image {key}: expected an array of pixels, found a MaskedArray.")
     if isinstance(image, Image.Image) and image.mode != "RGB":
         if image.mode not in EIGHT_BIT_MODES:
             raise ObservationError(
@@ -247,7 +246,7 @@ def _text(key: str, value: Any) -> str:
         raise ObservationError(
             f"{key}: expected text in UTF-8, found {found} at position {error.start}."
         ) from error
-    return str(value)
+    return str.__str__(value)  # of an enumeration's member, too: its text, not its name
 
 
 def _vector(key: str, value: Any) -> Floats:
@@ -271,12 +270,18 @@ def _vector(key: str, value: Any) -> Floats:
 
 def _array(key: str, value: Any) -> NDArray[np.generic]:
     """A value as an array, with tensors of any kind at any depth of lists."""
-    if isinstance(value, (list, tuple)) and any(isinstance(x, np.ma.MaskedArray) for x in value):
+    if _is_masked(value, MAX_DEPTH):
         raise TypeError("a MaskedArray")  # numpy would take what is under the mask
     try:
         return np.asarray(_without_tensors(key, value, 0))
     except (TypeError, RuntimeError):  # a tensor that numpy does not read, inside a list
         return np.asarray(_without_tensors(key, value, MAX_DEPTH))
+
+
+def _is_masked(value: Any, depth: int) -> bool:
+    if depth and isinstance(value, (list, tuple)):
+        return any(_is_masked(item, depth - 1) for item in value)
+    return isinstance(value, np.ma.MaskedArray)
 
 
 def _without_tensors(key: str, value: Any, depth: int) -> Any:
@@ -290,13 +295,10 @@ def _without_tensors(key: str, value: Any, depth: int) -> Any:
 
 
 def _from_torch(key: str, tensor: Tensor) -> NDArray[np.generic]:
-    if tensor.is_nested:
-        raise ObservationError(f"{key}: expected numbers, found a nested tensor.")
-    if tensor.is_meta:
-        raise ObservationError(f"{key}: expected values, found a tensor on the meta device.")
-    tensor = tensor.detach().to("cpu").resolve_conj().resolve_neg()
-    if tensor.is_complex() or tensor.is_quantized or tensor.layout is not torch.strided:
-        raise ObservationError(f"{key}: expected real numbers, found {tensor.dtype}.")
+    found = without_values(tensor) or (f"a tensor of {tensor.dtype}" if tensor.is_complex() else "")
+    if found:
+        raise ObservationError(f"{key}: expected real numbers, found {found}.")
+    tensor = tensor.detach().to("cpu").resolve_neg()
     # numpy has no bfloat16 and no eight-bit floats.
     known = (torch.float16, torch.float32, torch.float64)
     plain = tensor.is_floating_point() and tensor.dtype not in known

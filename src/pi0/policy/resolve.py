@@ -220,6 +220,11 @@ def _robot(
                 f"robot {robot.name}: expected a π0.5, as openpi's configuration of that name is, "
                 f"found a π0. Name it {other}."
             )
+        if robot.name in PI05 and robot == ROBOTS[robot.name] and checkpoint.config.adaptive_norm:
+            raise Pi0Error(
+                f"robot {robot.name}: expected openpi's table for a π0.5, found the one for a π0. "
+                f'Pass the name, robot="{robot.name}", which is {PI05[robot.name].name} here.'
+            )
         return robot
     aloha = aloha_flags(checkpoint.settings)
     if aloha:

@@ -8,15 +8,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pi0.checkpoint.files import read_json
 from pi0.checkpoint.infer import DEFAULT_STEPS, STEPS_KEYS
-from pi0.checkpoint.lerobot import ACTION, NORM_MAPS, POSTPROCESSOR, PREPROCESSOR, STATE
+from pi0.checkpoint.lerobot import ACTION, POSTPROCESSOR, PREPROCESSOR, STATE
 from pi0.checkpoint.load import Checkpoint
 from pi0.errors import ConfigError, Pi0Error
 from pi0.findings import Finding, warning
-from pi0.policy.fit import RELATIVE_ACTIONS, aloha_flags
+from pi0.policy.fit import RELATIVE_ACTIONS, aloha_flags, processor_findings
 from pi0.policy.lerobot import LerobotProgram, has_processors, is_lerobot, read_program
+from pi0.policy.lerobot.normalization import Given, Normalization
+from pi0.policy.lerobot.order import NORMALIZE, UNNORMALIZE
 from pi0.policy.lerobot.statistics import read_statistics
+from pi0.policy.lerobot.steps import Step, read_processors
 from pi0.policy.normalize import OPENPI_EPS, OPENPI_MODES, Statistics
 from pi0.policy.robots import find_robot
 from pi0.policy.statistics import (
@@ -29,10 +34,7 @@ from pi0.policy.statistics import (
 
 Tables = Mapping[str, Statistics]  # of "state" and "actions"
 KEYS = {STATE: "state", ACTION: "actions"}  # LeRobot's name → openpi's
-NORMALIZERS = {
-    "STATE": (PREPROCESSOR, "normalizer_processor"),
-    "ACTION": (POSTPROCESSOR, "unnormalizer_processor"),
-}
+STEPS = {"STATE": NORMALIZE, "ACTION": UNNORMALIZE}
 # Findings of what is not carried out here, so that nobody could say what is lost.
 UNKNOWN = ("step-unknown", "step-form", "field-unknown", "field-value", "step-order")
 REMEDIES = {
@@ -43,6 +45,7 @@ REMEDIES = {
     "norm-mode": "use_quantile_norm of openpi's data; `pi0` finds it in config.json",
     "newline": "nothing does, so that prompts end otherwise",
     "eps": "nothing does, so that values with a small spread become others",
+    "targets": "nothing does, so that it should be trained further in LeRobot's form",
     "steps": "num_steps of openpi's sample_actions; `pi0` finds it in config.json",
     "executed": "execute so many actions of each chunk; `pi0` finds it in config.json",
     "aloha": "--robot aloha or aloha_sim",
@@ -78,24 +81,16 @@ class Source:
     def is_lerobot(self) -> bool:
         return is_lerobot(self.checkpoint)
 
-    def step(self, kind: str) -> dict[str, Any]:
-        """The fields of LeRobot's step that normalises STATE or ACTION; empty: there is none."""
-        file, name = NORMALIZERS[kind]
-        steps = read_steps(self.folder, file)
-        found = (step.get("config") for step in steps if step.get("registry_name") == name)
-        return next(filter(None, found), {})
+    def step(self, kind: str) -> Step | None:
+        """LeRobot's step that normalises STATE or ACTION; without processors that which LeRobot
+        builds; None: they have none."""
+        return read_processors(self.folder, self.checkpoint.settings, True, []).find(STEPS[kind])
 
     def mode(self, kind: str) -> str:
         """LeRobot's mode of normalisation for STATE or ACTION."""
-        settings = self.checkpoint.settings
-        model = "pi05" if self.checkpoint.config.adaptive_norm else "pi0"
-        norm_map = settings.get("normalization_mapping") or NORM_MAPS[model]
-        if self.has_processors:  # they decide, as in LeRobot
-            step = self.step(kind)
-            norm_map, keys = step.get("norm_map") or {}, step.get("normalize_observation_keys")
-            if kind == "STATE" and keys is not None and STATE not in keys:
-                return "IDENTITY"
-        return str(norm_map.get(kind, "IDENTITY"))
+        step, key = self.step(kind), {"STATE": STATE, "ACTION": ACTION}[kind]
+        mode = Normalization(step, Given(None, None), {}).mode(key, kind) if step else None
+        return mode or "IDENTITY"
 
     @cached_property
     def program(self) -> LerobotProgram | None:
@@ -127,7 +122,7 @@ def read_source(checkpoint: Checkpoint, norm_stats: Path | str | None) -> Source
             key, _, kind = name.rpartition(".")
             if key in KEYS:
                 named[KEYS[key]][kind] = values.numpy()
-        return Source(checkpoint, {}, None, named)
+        return Source(checkpoint, {}, None, {what: _vectors(named[what]) for what in named})
     return _openpi_source(checkpoint)
 
 
@@ -153,8 +148,15 @@ def _processor_tables(folder: Path) -> Tables:
         for step in read_steps(folder, name):
             file = step.get("state_file")
             if isinstance(file, str) and (folder / file).is_file():
-                tables[KEYS[key]] = read_statistics(folder / file).get(key, {})
+                tables[KEYS[key]] = _vectors(read_statistics(folder / file).get(key, {}))
     return tables
+
+
+def _vectors(table: Statistics) -> Statistics:
+    """Statistics [D] of a key; one value beside longer ones stands for every dimension."""
+    longest = max((values.size for values in table.values()), default=1)
+    flat = {name: values.reshape(-1) for name, values in table.items()}
+    return {n: np.broadcast_to(v, longest) if len(v) == 1 else v for n, v in flat.items()}
 
 
 def read_steps(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -231,14 +233,20 @@ def _lerobot_losses(source: Source, program: LerobotProgram) -> dict[str, tuple[
     if unknown:
         raise Pi0Error(unknown[0])
     adaptive = source.checkpoint.config.adaptive_norm
-    modes = {kind: source.mode(kind) for kind in NORMALIZERS}
-    eps = max(source.step(kind).get("eps", 0) for kind in NORMALIZERS)
+    modes = {kind: source.mode(kind) for kind in STEPS}
+    eps = max((step.config["eps"] for kind in STEPS if (step := source.step(kind))), default=0)
+    other_targets = program.actions_in and processor_findings(program.actions, program.actions_in)
     return {
         "preprocessing": ("resizes images and cleans prompts in LeRobot's way", True),
-        "newline": ("ends prompts without a line break", not (program.newline or adaptive)),
+        # Ours end prompts with one, unless they hold the state.
+        "newline": (
+            f"ends prompts with{'' if program.newline else 'out'} a line break",
+            program.newline == program.state_in_prompt,
+        ),
         "relative-actions": ("has actions relative to the state", any(program.relative or ())),
         "renames": (f"renames {dict(program.rename)}", bool(program.rename)),
         "image-statistics": ("normalises images", bool(program.images)),
         "norm-mode": (f"normalises with {modes}", set(modes.values()) != {OPENPI_MODES[adaptive]}),
         "eps": (f"adds {eps} to spreads", eps > OPENPI_EPS),
+        "targets": ("normalises the actions of training otherwise", bool(other_targets)),
     }

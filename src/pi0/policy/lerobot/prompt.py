@@ -64,14 +64,13 @@ def read_prompt(
                 "the tokenizer that the checkpoint was trained with, with --tokenizer.",
             )
         )
-    newline, add_state = (
-        step if step and step.index < tokenizer.index else None  # later it has no effect
-        for step in (processors.find(NEWLINE), processors.find(ADD_STATE))
-    )
+    # After the tokenizer they have no effect.
+    before = [step for step in processors.before if step.index < tokenizer.index]
+    state_at = next((step.index for step in before if step.name == ADD_STATE), -1)
     return Prompt(
-        state_in_prompt=add_state is not None,
+        state_in_prompt=state_at >= 0,
         # The state's step strips the task, so that a line break before it has no effect, either.
-        newline=newline is not None and (add_state is None or add_state.index < newline.index),
+        newline=any(step.name == NEWLINE and step.index > state_at for step in before),
         max_tokens=tokenizer.config["max_length"],
         padding_side=tokenizer.config["padding_side"],
         truncation=tokenizer.config["truncation"] not in (False, "do_not_truncate"),

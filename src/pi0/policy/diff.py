@@ -21,7 +21,6 @@ from pi0.policy.tokenizer import Tokenizer
 
 # Of `PolicySetup.describe`: where things lie, what was said of them, what is compared elsewhere.
 PLACES = ("checkpoint", "base", "layout", "sources", "findings", "prompt", "horizon")
-# Prompts that tokenizers of different vocabularies split differently.
 ROUNDING = 1e-6  # of numbers that were stored as float32
 # What openpi adds to a spread and LeRobot does not is no difference, up to this part of the spread.
 PART = 1e-3
@@ -35,6 +34,7 @@ CAUSES = (
     (("model.horizon", "n_action_steps"), "--horizon"),
     (("model.max_tokens", "max_tokens", "prompt.max_tokens"), "--max-tokens"),
 )
+# Prompts that tokenizers of different vocabularies split differently.
 PROBES = ("pick up the red cube", "Fold the towel, then close drawer 12.\n", "naïve größe 箱")
 
 

@@ -55,8 +55,8 @@ def _totals(dataset: Dataset) -> Iterator[Finding]:
             yield error(
                 "totals",
                 f"{dataset.root / INFO}: expected {name} {number}, which the data files have, "
-                f"found {dataset.info.get(name)}. Files are missing, or the recording was killed: start "
-                "what recorded it again with the same folder, which completes it.",
+                f"found {dataset.info.get(name)}. Files are missing, or the recording was "
+                "killed: what recorded it completes the folder when it is started again.",
             )
 
 

@@ -47,25 +47,16 @@ def train(
     draws: Annotated[int, typer.Option(min=1, help="Draws of noise and time for each sample.")] = 1,
     learning_rate: Annotated[
         float,
-        typer.Option(
-            help="Highest learning rate; about 1e-3 for small models from random weights."
-        ),
+        typer.Option(help="The highest; about 1e-3 for small models from random weights."),
     ] = 2.5e-5,
-    warmup: Annotated[
-        int, typer.Option(min=0, help="Steps until the highest learning rate.")
-    ] = 1000,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps to the highest learning rate.")] = 1000,
     final: Annotated[
         float, typer.Option(help="Last learning rate, as a fraction of the highest (cosine).")
     ] = 0.1,
-    weight_decay: Annotated[
-        float, typer.Option(help="AdamW's weight decay, of matrices only.")
-    ] = 1e-10,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay, of matrices.")] = 1e-10,
     clip: Annotated[float, typer.Option(help="Norm that gradients are clipped to.")] = 1.0,
     ema: Annotated[
-        float,
-        typer.Option(
-            help="Decay of the moving average of the weights, which is what is saved; 0: none."
-        ),
+        float, typer.Option(help="Decay of the saved moving average of the weights; 0: none.")
     ] = 0.99,
     freeze: Annotated[
         list[str] | None,
@@ -193,10 +184,8 @@ def train(
         bool, typer.Option("--recompute", help="Gradient checkpointing: less memory, more time.")
     ] = False,
     compile_model: Annotated[bool, typer.Option("--compile", help="torch.compile.")] = False,
-    log_every: Annotated[
-        int, typer.Option(min=1, help="Steps between two lines of the log.")
-    ] = 100,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between two checkpoints.")] = 1000,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of the log.")] = 100,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 1000,
     keep: Annotated[int, typer.Option(min=0, help="Newest checkpoints to keep; 0: all.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run stopped.")] = False,
     estimate: Annotated[

@@ -64,10 +64,10 @@ def read_relative(
         findings.append(
             warning(
                 "relative-declared",
-                f"config.json use_relative_actions: expected {str(adds).lower()}, as {RELATIVE} and "
-                f"{ABSOLUTE} are {'enabled' if adds else 'not enabled'}, which counts, found "
-                f"{str(declared).lower()}. Correct config.json, or `enabled` in the processor "
-                "files.",
+                f"config.json use_relative_actions: expected {str(adds).lower()}, since "
+                f"{RELATIVE} and {ABSOLUTE}, which count, are {'' if adds else 'not '}enabled, "
+                f"found {str(declared).lower()}. Correct config.json, or `enabled` in the "
+                "processor files.",
             )
         )
     if relative is None or not (subtracts and adds):

@@ -77,10 +77,11 @@ class LerobotFolder:
         for name in ("normalizer_processor", "unnormalizer_processor"):
             self.set(name, {"norm_map": dict(modes), **fields})
 
-    def set_relative(self, **fields: Any) -> None:
-        """Enables relative actions in both files."""
-        self.set("relative_actions_processor", {"enabled": True, **fields})
-        self.set("absolute_actions_processor", {"enabled": True})
+    def set_relative(self, enabled: bool = True, **fields: Any) -> None:
+        """Enables relative actions, or disables them, in all files."""
+        self.set("relative_actions_processor", {"enabled": enabled, **fields})
+        self.set("absolute_actions_processor", {"enabled": enabled})
+        self.config["use_relative_actions"] = enabled
 
     def write(self) -> Path:
         """Writes all files."""

@@ -35,6 +35,12 @@ def test_home_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "found nothing there" in refused("~nobody-of-that-name/ckpt")
 
 
+def test_a_bare_name_says_where_checkpoints_come_from() -> None:
+    """The examples of the docs name checkpoints that a reader does not have yet."""
+    assert refused("pi0_bas").endswith("; pi0 synth pi0_bas writes a random one there.")
+    assert refused("some/where/pi0_bas").endswith("found nothing there.")
+
+
 @pytest.mark.parametrize("link", [False, True])
 def test_step_of_a_lerobot_run(folder: Path, tmp_path: Path, link: bool) -> None:
     step = tmp_path / "run" / "checkpoints" / "005000"

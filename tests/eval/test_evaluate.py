@@ -171,6 +171,7 @@ REFUSED = {
     "dots:test/Dot-v0": r"expected one of test/Dots-v0, .*found 'dots:test/Dot-v0'",
     "nowhere/Dots-v0": r"nothing is registered under 'nowhere/'.*PACKAGE:nowhere/Dots-v0",
     "no_package:test/Dots-v0": "expected its packages, found no no_package",
+    "Humanoids-v5": r"expected one of Humanoid-v5, .* and \d+ more, found 'Humanoids-v5'",
     "CartPole-v1": r"CartPole-v1: expected actions that are a vector .*found Discrete",
     "MountainCarContinuous-v0": "expected observations with images, found Box",
     "dots:test/Blind-v0": "expected observations with images",

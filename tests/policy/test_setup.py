@@ -548,6 +548,20 @@ def test_a_robot_without_the_checkpoints_relative_actions(lerobot: LerobotFolder
     assert codes(made(folder, robot=table, **openpi)) == {"cameras-unknown": "warning"}
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_config_json_that_contradicts_the_steps_of_relative_actions(
+    lerobot: LerobotFolder, enabled: bool
+) -> None:
+    """The steps count, as in LeRobot."""
+    lerobot.set_relative(enabled=enabled)
+    for declared in (enabled, not enabled):
+        lerobot.config["use_relative_actions"] = declared
+        setup = made(lerobot.write())
+        found = {} if declared == enabled else {"relative-declared": "warning"}
+        assert codes(setup) == found
+        assert any(n > 0 for n in setup.robot.delta) == enabled
+
+
 def test_a_converted_checkpoint_keeps_its_relative_actions(lerobot: LerobotFolder) -> None:
     lerobot.set_relative(exclude_joints=["gripper"], action_names=["a", "b", "c", "d", "Gripper"])
     source = lerobot.write()

@@ -109,7 +109,7 @@ CHUNK = np.zeros((3, 14), np.float32)
     ("extra", "message"),
     [
         ({"pi0/reset": 1}, "pi0/reset: expected true or false, found 1"),
-        ({"pi0/rset": True}, "that begin with pi0/ only pi0/previous, pi0/delay, pi0/noise, pi0/"),
+        ({"pi0/rset": True}, "that begins with pi0/ but pi0/previous, pi0/delay, pi0/noise, pi0/r"),
         ({"pi0/delay": 2}, "pi0/delay: expected beside pi0/previous, found alone"),
         ({"pi0/previous": CHUNK, "pi0/delay": 1.5}, "pi0/delay: expected a whole number, found 1"),
         ({"pi0/previous": CHUNK, "pi0/delay": True}, "pi0/delay: expected a whole number"),

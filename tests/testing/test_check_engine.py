@@ -106,6 +106,11 @@ class Double(Float32):
         return super()._sample(inputs, noise, steps, on_step).double()
 
 
+class HalfVelocity(Float32):
+    def velocity(self, x_t: Tensor, *args: Any) -> Tensor:
+        return super().velocity(x_t, *args).bfloat16()
+
+
 class Noisy(Float32):
     def _sample(self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: OnStep) -> Tensor:
         actions = super()._sample(inputs, noise, steps, on_step)
@@ -203,6 +208,7 @@ class OtherStages(Float32):
         (NoLimitForTheRest, "precision int3: expected limits"),
         (Shape, r"expected actions of shape \[1, 50, 32\], found \[50, 32\]"),
         (Double, "expected actions as float32 on the CPU, found float64 on cpu"),
+        (HalfVelocity, "expected a velocity as float32 on the CPU, found bfloat16 on cpu"),
         (Noisy, "expected the same bits from the same call, found a difference of"),
         (Stale, "expected other actions for other images, found the same"),
         (StalePrompt, "expected other actions for other tokens, found the same"),

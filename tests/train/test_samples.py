@@ -11,17 +11,22 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
-from episodes import PI05_SIZES, ROBOT, SIZES, TASKS, Episodes, make_run
+from episodes import ALONE, PI05_SIZES, ROBOT, SIZES, TASKS, Episodes, make_run
+from lerobot_folder import LerobotFolder
 
+from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import open_checkpoint
-from pi0.config import Pi0Config
+from pi0.checkpoint.synth import synthesise
+from pi0.config import PRESETS, Pi0Config
 from pi0.data.read import Dataset
 from pi0.errors import Pi0Error
 from pi0.policy.robots import ROBOTS
 from pi0.policy.statistics import find_norm_stats, read_norm_stats
 from pi0.train.augment import Augmentation
-from pi0.train.checks import examine, examine_statistics
+from pi0.train.checks import examine, examine_conventions, examine_statistics
+from pi0.train.prepare import TrainOptions, prepare_run
 from pi0.train.samples import Chunks, Samples
+from pi0.train.start import Start
 
 CPU = torch.device("cpu")
 
@@ -87,6 +92,14 @@ def test_states_may_have_several_axes(tmp_path: Path) -> None:
     made = [samples(tmp_path / str(i), e).batch(0, slice(None), CPU)
             for i, e in enumerate((episodes, plain))]  # fmt: skip
     assert torch.equal(made[0].actions, made[1].actions)
+
+
+def test_the_installed_robot_that_the_dataset_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pi0.train.checks.robot_names", lambda: [*ROBOTS, "my_arm"])
+    episodes = cast(Dataset, Episodes())
+    episodes.robot = "my_arm"
+    found = examine(episodes, ROBOTS["generic"], SIZES, {}, stated=False)
+    assert "Add --robot my_arm" in next(f.sentence for f in found if f.code == "robot")
 
 
 def test_the_robot_that_the_dataset_names() -> None:
@@ -209,7 +222,7 @@ def byte_file(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("shift", "factor", "place"), [(0.4, 1.9, None), (0.6, 1, 2), (0, 2.1, 2), (0, 0.4, 2)]
+    ("shift", "factor", "place"), [(0.1, 1.9, None), (0.2, 1, 2), (0, 2.1, 2), (0, 0.4, 2)]
 )
 def test_statistics_far_from_those_of_the_checkpoint(
     shift: float, factor: float, place: int | None
@@ -234,3 +247,35 @@ def test_statistics_that_training_does_not_need(tiny_path: Path, tmp_path: Path)
     measured = read_norm_stats(find_norm_stats(folder))
     (folder / "norm_stats.json").write_text("{}")  # beside the one under assets/
     assert not examine_statistics(open_checkpoint(folder), measured, ROBOTS["generic"])
+
+
+@pytest.mark.parametrize("source", ["processors", "config.json"])
+def test_relative_actions_that_the_checkpoint_has_learnt(tmp_path: Path, source: str) -> None:
+    """They are not trained as absolute ones without being asked for, and then with a warning."""
+    synthesise(tmp_path, PRESETS["tiny"], LAYOUTS["lerobot"], 0, torch.float32)
+    checkpoint = open_checkpoint(tmp_path)
+    if source == "processors":
+        folder = LerobotFolder(tmp_path)
+        folder.set_relative(exclude_joints=["grip"], action_names=["a", "b", "c", "d", "Gripper"])
+        folder.config = checkpoint.settings | folder.config
+        checkpoint = open_checkpoint(folder.write())
+    else:
+        relative = [True, True, True, True, False]
+        checkpoint = replace(checkpoint, settings={"relative_actions": relative})
+    for named, severity in ((False, "error"), (True, "warning")):
+        (found,) = examine_conventions(checkpoint, ROBOTS["generic"], named)
+        assert (found.code, found.severity) == ("relative-differs", severity)
+        assert "in dimensions 0 to 3 of 5" in found.sentence
+    table = replace(ROBOTS["generic"], action_dim=5, delta=(4, -1))
+    assert not examine_conventions(checkpoint, table, True)
+    assert not examine_conventions(open_checkpoint("tabletop"), ROBOTS["libero"], True)
+
+
+def test_training_asks_for_relative_actions(tmp_path: Path) -> None:
+    synthesise(tmp_path / "from", PRESETS["tiny"], LAYOUTS["openpi"], 0, torch.float32)
+    checkpoint = open_checkpoint(tmp_path / "from")
+    checkpoint = replace(checkpoint, settings={"relative_actions": [True, False, False]})
+    start = Start("learnt", checkpoint.config, checkpoint)
+    options = TrainOptions(augmentation=None)
+    with pytest.raises(Pi0Error, match="what it has learnt means other actions then"):
+        prepare_run(start, cast(Dataset, Episodes()), tmp_path, options, ALONE)

@@ -299,6 +299,11 @@ def _nothing_there(path: Path) -> str:
             which = "a link" if link == path else f"that {link} is a link"
             return f"{EXPECTED}, found {which} to {os.readlink(link)}, which is not there."
     found = f"{EXPECTED}, found nothing there."
+    if str(path) == path.name and not path.suffix:  # a bare name, as in the examples of the docs
+        return (
+            f"{found} docs/checkpoints.md says where checkpoints come from; pi0 synth {path} "
+            "writes a random one there."
+        )
     if not HUB_ID.fullmatch(str(path)) or path.parent.exists() or path.suffix == ".safetensors":
         return found
     cached = next(_cached(str(path)), None)

@@ -83,7 +83,10 @@ def bench(
     batch: Annotated[
         int, typer.Option(min=1, help="With --serve: robots that are computed together, at most.")
     ] = 1,
-    seconds: Annotated[float, typer.Option(min=0.1, help="With --serve: of each number.")] = 20.0,
+    seconds: Annotated[
+        float,
+        typer.Option(min=0.1, help="With --serve: how long each number of clients is measured."),
+    ] = 20.0,
     robot: options.RobotName = None,
     control_hz: Annotated[
         float | None,

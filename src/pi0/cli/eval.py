@@ -22,7 +22,7 @@ def evaluate(
         Path | None,
         typer.Argument(
             metavar="[CKPT]",
-            help="Checkpoint as for the other verbs, unless there is --server.",
+            help="Checkpoint, as for the other commands; not with --server.",
             show_default=False,
         ),
     ] = None,
@@ -69,8 +69,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAME|FILE.toml",
-            help="Whose keys the observations have; default: what the environment declares, else "
-            "the checkpoint.",
+            help="The robot whose table has the observations' keys; default: what the environment "
+            "declares, else the checkpoint's.",
             show_default=False,
         ),
     ] = None,
@@ -94,7 +94,9 @@ def evaluate(
     sampler: options.Sampler = "euler",
     max_steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Of an episode; default: the environment's.", show_default=False),
+        typer.Option(
+            min=1, help="Longest episode, in steps; default: the environment's.", show_default=False
+        ),
     ] = None,
     on_limit: Annotated[
         str,

@@ -43,10 +43,10 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    help="""Run π0 (pi-zero) robot policies: camera images, a sentence and the robot's joints in, a
-chunk of 50 actions out.
+    help="""Run π0 (pi-zero) robot policies: camera images, a prompt and the robot's joint state
+in, a chunk of 50 actions out.
 
-Every verb has examples: `pi0 act --help`. A first round:
+Every command has examples: `pi0 act --help`. A first round:
 
     pi0 synth --preset small demo   # a random checkpoint, real format
     pi0 inspect demo                # what is in it

@@ -153,7 +153,11 @@ RealTime = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 ImageSize = Annotated[
     int | None,
-    typer.Option(min=1, help="Pixels; default: the checkpoint's.", show_default=False),
+    typer.Option(
+        min=1,
+        help="Side of the images that the model reads, in pixels; default: the checkpoint's.",
+        show_default=False,
+    ),
 ]
 Cameras = Annotated[int, typer.Option(min=1, help="Cameras.")]
 Tokens = Annotated[
@@ -164,7 +168,7 @@ Horizon = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Actions in a chunk, where the checkpoint does not declare it.",
+        help="Actions in a chunk, where the checkpoint does not state it.",
         show_default=False,
     ),
 ]
@@ -172,7 +176,7 @@ MaxTokens = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Tokens that prompts are padded to, where the checkpoint does not declare it.",
+        help="Tokens that prompts are padded to, where the checkpoint does not state it.",
         show_default=False,
     ),
 ]
@@ -227,10 +231,18 @@ Preprocessing = Annotated[
     ),
 ]
 Resize = Annotated[
-    str | None, typer.Option(help="--preprocessing of images only.", show_default=False)
+    str | None,
+    typer.Option(
+        help="openpi or lerobot: how images are resized; default: as --preprocessing.",
+        show_default=False,
+    ),
 ]
 PromptMode = Annotated[
-    str | None, typer.Option(help="--preprocessing of the prompt only.", show_default=False)
+    str | None,
+    typer.Option(
+        help="openpi or lerobot: how prompts are cleaned; default: as --preprocessing.",
+        show_default=False,
+    ),
 ]
 StateInPrompt = Annotated[
     bool | None,

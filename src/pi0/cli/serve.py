@@ -44,7 +44,8 @@ def serve(
     allow_no_key: Annotated[
         bool,
         typer.Option(
-            "--allow-no-key", help="Let everybody in who reaches an address of this machine."
+            "--allow-no-key",
+            help="Serve without a key also where other machines can reach the address.",
         ),
     ] = False,
     tls_cert: Annotated[

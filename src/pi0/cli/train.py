@@ -37,32 +37,32 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME|FILE.toml",
-            help="Whose the data are, as for pi0 act; default: what config.json of the checkpoint "
-            "names, else generic.",
+            help="The robot that the data were recorded with, as for pi0 act; default: what "
+            "config.json of the checkpoint names, else generic.",
             show_default=False,
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the run.")] = 30_000,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples of a step.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in each step.")] = 32,
     draws: Annotated[int, typer.Option(min=1, help="Draws of noise and time for each sample.")] = 1,
     learning_rate: Annotated[
         float,
-        typer.Option(help="The highest one; about 1e-3 for small models from random weights."),
+        typer.Option(help="The highest; about 1e-3 for small models from random weights."),
     ] = 2.5e-5,
     warmup: Annotated[int, typer.Option(min=0, help="Steps to the highest learning rate.")] = 1000,
     final: Annotated[
-        float, typer.Option(help="Last learning rate as a part of the highest (cosine).")
+        float, typer.Option(help="Last learning rate, as a fraction of the highest (cosine).")
     ] = 0.1,
-    weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = 1e-10,
-    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay, of matrices.")] = 1e-10,
+    clip: Annotated[float, typer.Option(help="Norm that gradients are clipped to.")] = 1.0,
     ema: Annotated[
-        float, typer.Option(help="Moving average of the weights, which is written; 0: none.")
+        float, typer.Option(help="Decay of the saved moving average of the weights; 0: none.")
     ] = 0.99,
     freeze: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PATTERN",
-            help="Parameters that stay as they are, such as 'vision_tower.*'.",
+            help="Parameters that are not trained, such as 'vision_tower.*'.",
             show_default=False,
         ),
     ] = None,
@@ -88,14 +88,15 @@ def train(
         ),
     ] = None,
     lora_alpha: Annotated[
-        float | None, typer.Option(help="Its alpha; default: the rank.", show_default=False)
+        float | None,
+        typer.Option(help="Alpha of the adapter; default: the rank.", show_default=False),
     ] = None,
     lora_targets: Annotated[
         str | None,
         typer.Option(
             metavar="REGEX",
-            help="Names of the linear layers that it changes; default: attention and MLP of both "
-            "trunks, and the projections of state, actions and time.",
+            help="Linear layers that the adapter changes, by name; default: attention and MLP of "
+            "both trunks, and the projections of state, actions and time.",
             show_default=False,
         ),
     ] = None,
@@ -109,7 +110,7 @@ def train(
         ),
     ] = None,
     crop: Annotated[
-        float, typer.Option(help="Random crops of this part of the side; 1: none.")
+        float, typer.Option(help="Random crops, as a fraction of the image's side; 1: none.")
     ] = 0.95,
     rotate: Annotated[float, typer.Option(help="Random rotation, in degrees; 0: none.")] = 5.0,
     colour: Annotated[
@@ -128,7 +129,7 @@ def train(
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Of written weights: float32 or bfloat16.")
+        str, typer.Option(help="dtype of saved weights: float32 or bfloat16.")
     ] = "float32",
     tokenizer: options.TokenizerFile = None,
     norm_stats: Annotated[
@@ -145,7 +146,9 @@ def train(
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything that is random.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of weights, noise, order and augmentation.")
+    ] = 0,
     device: Annotated[
         str | None,
         typer.Option(
@@ -191,9 +194,9 @@ def train(
 ) -> None:
     """Train a policy on recorded episodes.
 
-    Writes OUT/checkpoints/STEP in the form that every verb reads, OUT/last, a link to the newest, a
-    log, a plot of the losses, and the state from which --resume goes on, bit for bit. Ctrl-C and
-    SIGTERM save before the run ends. torchrun trains in several processes.
+    Writes OUT/checkpoints/STEP in the form that every command reads, OUT/last, a link to the
+    newest, a log, a plot of the losses, and the state from which --resume goes on, bit for bit.
+    Ctrl-C and SIGTERM save before the run ends. torchrun trains in several processes.
 
     **Examples**
 

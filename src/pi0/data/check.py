@@ -55,7 +55,8 @@ def _totals(dataset: Dataset) -> Iterator[Finding]:
             yield error(
                 "totals",
                 f"{dataset.root / INFO}: expected {name} {number}, which the data files have, "
-                f"found {dataset.info.get(name)}. Files are missing, or the dataset is unfinished.",
+                f"found {dataset.info.get(name)}. Files are missing, or the recording was "
+                "killed: what recorded it completes the folder when it is started again.",
             )
 
 

@@ -5,6 +5,7 @@ The code of an environment is somebody else's and may raise anything; here it be
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -336,8 +337,9 @@ def _import_gymnasium() -> Any:
 
 
 def _unknown(name: str, registry: Mapping[str, Any]) -> str:
-    """The sentence for an environment that is not registered, with those of its namespace."""
-    namespace, slash, _ = name.rpartition(":")[2].rpartition("/")
+    """The sentence for an environment that is not registered, with the nearest of its namespace."""
+    short = name.rpartition(":")[2]
+    namespace, slash, _ = short.rpartition("/")
     known = [other for other in registry if other.rpartition("/")[0] == namespace]
     if not known:
         return (
@@ -346,7 +348,8 @@ def _unknown(name: str, registry: Mapping[str, Any]) -> str:
             f"PACKAGE:{name}."
         )
     more = f" and {len(known) - SHOWN_IDS} more" if len(known) > SHOWN_IDS else ""
-    return f"environment: expected one of {', '.join(known[:SHOWN_IDS])}{more}, found {name!r}."
+    nearest = difflib.get_close_matches(short, known, SHOWN_IDS, cutoff=0)
+    return f"environment: expected one of {', '.join(nearest)}{more}, found {name!r}."
 
 
 def _leaves(space: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -301,8 +301,9 @@ def _lerobot(source: Source, export: Export, norm_mode: str | None) -> None:
                 "features-assumed",
                 f"{checkpoint.path}: expected cameras and relative joints, which LeRobot declares, "
                 "found none in openpi's files. Written are three cameras, of which those that a "
-                "robot lacks may be absent, and absolute actions: see input_features and "
-                "use_relative_actions in config.json.",
+                "robot lacks may be absent, and absolute actions. Where that is not so, correct "
+                "input_features and use_relative_actions in config.json, and in the processor "
+                "files the cameras and `enabled` of the two steps for relative actions.",
             )
         )
     stated = checkpoint.settings.get("discrete_state_input")

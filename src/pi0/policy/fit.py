@@ -99,7 +99,12 @@ def stated_findings(settings: Mapping[str, Any], robot: Robot) -> list[Finding]:
     return [*aloha_findings(settings, robot), *relative_findings(tuple(stated), robot)]
 
 
-def relative_findings(relative: tuple[bool, ...] | None, robot: Robot) -> list[Finding]:
+def relative_findings(
+    relative: tuple[bool, ...] | None,
+    robot: Robot,
+    remedy: str = "the state would be added wrongly. Give the robot's table the same `relative` "
+    "(`delta`), or leave out --robot where the processors are at hand.",
+) -> list[Finding]:
     """Whether a robot's table has the relative actions that LeRobot's processors have."""
     ours = robot.relative(len(relative or ()) or sum(map(abs, robot.delta))).tolist()
     if ours == list(relative or [False] * len(ours)):
@@ -109,8 +114,7 @@ def relative_findings(relative: tuple[bool, ...] | None, robot: Robot) -> list[F
             "relative-differs",
             f"robot {robot.name}: expected actions relative to the state in "
             f"{_positions(relative or ())}, as LeRobot's processors have them, found "
-            f"{_positions(ours)}: the state would be added wrongly. Give the robot's table the "
-            "same `relative` (`delta`), or leave out --robot where the processors are at hand.",
+            f"{_positions(ours)}: {remedy}",
         )
     ]
 

@@ -50,8 +50,8 @@ def split_extras(observation: Any) -> tuple[Any, Extras]:
     unknown = [key for key in said if key not in KEYS]
     if unknown:
         raise ObservationError(
-            f"observation: expected of the keys that begin with {PREFIX} only {', '.join(KEYS)}, "
-            f"found {unknown[0]}."
+            f"observation: expected no key that begins with {PREFIX} but {', '.join(KEYS)}, found "
+            f"{unknown[0]}."
         )
     if DELAY in said and PREVIOUS not in said:
         raise ObservationError(f"{DELAY}: expected beside {PREVIOUS}, found alone.")

@@ -72,6 +72,7 @@ class Recorder:
         self._lost: dict[str, float] = {}  # client → when its frames are recorded again
         self._writer = _Writer(folder)
         self._encoder = ThreadPoolExecutor(1, "pi0-encode", initializer=_yield_to_others)
+        self._encoder.submit(self._finish)  # what a killed server left
         self._unwritten = self._most = 0  # `_most`: episodes that were under way at once
         self._thread = threading.Thread(target=self._run, name="pi0-record", daemon=True)
         self._thread.start()
@@ -188,6 +189,14 @@ class Recorder:
         with contextlib.closing(episode), self._reporting(None):
             self._writer.write(episode)
             self._count("episodes", 1)
+        if (seconds := self._writer.seconds_to_finish()) is not None:
+            timer = threading.Timer(seconds, self._finish_later)
+            timer.daemon = True
+            timer.start()
+
+    def _finish_later(self) -> None:
+        with self._condition, contextlib.suppress(RuntimeError):  # closed, and so finished
+            self._encoder.submit(self._finish)
 
     def _finish(self) -> None:
         with self._reporting(None):
@@ -280,7 +289,7 @@ class _Writer:
         self._folder = folder
         self._schema: Schema | None = None  # of the dataset; None: not known yet
         self._shard = self._episode = 0
-        self._stale = False  # there are episodes that the meta files do not have
+        self._stale = True  # there may be episodes that the meta files do not have
         self._finish_after = 0.0
 
     def write(self, episode: _Episode) -> None:
@@ -300,12 +309,17 @@ class _Writer:
         if time.monotonic() >= self._finish_after:
             self.finish()
 
+    def seconds_to_finish(self) -> float | None:
+        """How long the meta files may go without the last episodes; None: they have all."""
+        return max(0.0, self._finish_after - time.monotonic()) if self._stale else None
+
     def finish(self) -> None:
         """Writes the meta files if there are new episodes."""
-        if self._schema is None or not self._stale:
+        schema = self._schema or (written_schema(self._folder) if self._stale else None)
+        if schema is None or not self._stale:
             return
         start = time.monotonic()
-        finish(self._folder, self._schema)
+        finish(self._folder, schema)
         self._stale = False
         end = time.monotonic()
         self._finish_after = end + (end - start) / FINISH_SHARE

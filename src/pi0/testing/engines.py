@@ -120,11 +120,13 @@ def _check_result(label: str, engine: Engine, inputs: ModelInputs, noise: Tensor
         actions = engine.sample(inputs, noise, STEPS)
     except EngineError as error:  # another shape, or not finite
         raise AssertionError(str(error)) from error
-    _require(
-        actions.dtype == torch.float32 and actions.device.type == "cpu",
-        f"{label}: expected actions as float32 on the CPU, found "
-        f"{str(actions.dtype).removeprefix('torch.')} on {actions.device}.",
-    )
+    velocity = engine.velocity(noise, torch.ones(len(noise)), engine.prefill(inputs))
+    for what, result in (("actions", actions), ("a velocity", velocity)):
+        _require(
+            result.dtype == torch.float32 and result.device.type == "cpu",
+            f"{label}: expected {what} as float32 on the CPU, found "
+            f"{str(result.dtype).removeprefix('torch.')} on {result.device}.",
+        )
 
 
 def _check_same_again(label: str, engine: Engine, inputs: ModelInputs, noise: Tensor) -> None:

@@ -13,9 +13,11 @@ from pi0.config import Pi0Config
 from pi0.data.schema import ACTION, SERVED_SECONDS, STATE
 from pi0.errors import Pi0Error
 from pi0.findings import Finding, error, warning
+from pi0.policy.fit import RELATIVE_ACTIONS, aloha_findings, relative_findings
+from pi0.policy.lerobot import unread_relative
 from pi0.policy.normalize import OUTLIER_SIGMA, Statistics, make_normalizer
 from pi0.policy.robot import Robot
-from pi0.policy.robots import ROBOTS
+from pi0.policy.robots import robot_names
 from pi0.policy.statistics import (
     find_norm_stats,
     find_origin,
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 
 PREFIX = "observation.images."
 # Of statistics, from which a fine-tuned policy has to learn anew: the mean, in standard deviations,
-# and how many times the standard deviation is another.
-MOVED, SCALED = 0.5, 2.0
+# and how many times the standard deviation is another. docs/training.md has what it costs.
+MOVED, SCALED = 0.15, 2.0
 
 
 def match_cameras(dataset: Dataset, robot: Robot) -> dict[str, str]:
@@ -79,6 +81,25 @@ def examine(
         if not 0 <= block < depth
     ]
     return found
+
+
+def examine_conventions(checkpoint: Checkpoint, robot: Robot, named: bool) -> list[Finding]:
+    """Whether a robot's actions are those that a checkpoint has learnt, as far as its files say.
+
+    Args:
+        named: whether the user said which robot it is; then what differs is a warning.
+    """
+    found = aloha_findings(checkpoint.settings, robot)
+    stated = checkpoint.settings.get(RELATIVE_ACTIONS)
+    relative = tuple(stated) if isinstance(stated, list) else unread_relative(checkpoint)
+    if relative:
+        remedy = (
+            "what it has learnt means other actions then. Name with --robot a robot with the same "
+            "`relative` (`delta`), which needs --layout openpi, or one whose actions it is to "
+            "learn anew."
+        )
+        found += relative_findings(relative, robot, remedy)
+    return [warning(finding.code, finding.sentence) for finding in found] if named else found
 
 
 def examine_values(dataset: Dataset, samples: Samples) -> list[Finding]:
@@ -163,7 +184,7 @@ def _cameras(dataset: Dataset, robot: Robot) -> list[Finding]:
 
 def _robots(dataset: Dataset, robot: Robot) -> list[Finding]:
     """The dataset may say whose it is where nobody else does."""
-    if dataset.robot == robot.name or dataset.robot not in ROBOTS:
+    if dataset.robot == robot.name or dataset.robot not in robot_names():
         return []
     return [
         error(

@@ -33,8 +33,8 @@ from pi0.policy.tokenizer import (
     find_tokenizer,
     load_tokenizer_of,
 )
+from pi0.train import checks
 from pi0.train.augment import Augmentation
-from pi0.train.checks import examine, examine_statistics, examine_values, match_cameras
 from pi0.train.lora import LoraOptions, add_lora
 from pi0.train.loss import AuxiliaryHead, PointingHead
 from pi0.train.optimizer import OptimizerOptions
@@ -152,11 +152,14 @@ def prepare_run(
         }
         for asked in (options.heads, options.points)
     )
-    cameras = match_cameras(dataset, robot)
+    cameras = checks.match_cameras(dataset, robot)
     used = {STATE, ACTION, *blocks, *pointing, *cameras.values()}
     findings = dataset.check(decode=False, used=used)
     stated = bool(options.robot or start.declared_robot)
-    enforce([*findings, *examine(dataset, robot, config, blocks | pointing, stated)])
+    findings += checks.examine(dataset, robot, config, blocks | pointing, stated)
+    if start.checkpoint:
+        findings += checks.examine_conventions(start.checkpoint, robot, bool(options.robot))
+    enforce(findings)
     tokenizer = _tokenizer(start, dataset, out, options, processes)
     state = _state_in_prompt(start, robot, layout.name, options.state_in_prompt)
     pipeline = _pipeline(config, robot, tokenizer, layout.name, state)
@@ -181,9 +184,9 @@ def prepare_run(
         columns,
         SampleOptions(options.batch_size, options.draws, options.seed, options.augmentation),
     )
-    enforce(examine_values(dataset, samples))
+    enforce(checks.examine_values(dataset, samples))
     if start.checkpoint and options.norm_stats is None:
-        enforce(examine_statistics(start.checkpoint, statistics, robot))
+        enforce(checks.examine_statistics(start.checkpoint, statistics, robot))
     model = start.model(options.seed, processes.device)
     change_model(model, options, [*blocks.values(), *pointing.values()])
     heads = [
@@ -335,8 +338,8 @@ def _pipeline(
     if convention == "lerobot" and robot.has_conventions:
         raise ConfigError(
             "--layout lerobot: expected a robot whose actions are absolute and without conventions "
-            f"of its own, found {robot.name}, which LeRobot's files cannot say. Use --layout "
-            "openpi."
+            f"of its own, found {robot.name}: LeRobot's files would be written without them. "
+            "Use --layout openpi, which also trains with openpi's preprocessing."
         )
     nothing = identity("state", config.state_dim), identity("actions", config.action_dim)
     return Pipeline(

@@ -156,7 +156,7 @@ def read_program(
         actions=actions,
         actions_in=targets,
         images=_images(before, features.cameras, findings),
-        relative=read_relative(processors, state.width, actions.width, findings),
+        relative=read_relative(processors, settings, state.width, actions.width, findings),
         state_in_prompt=prompt.state_in_prompt,
         newline=prompt.newline,
         max_tokens=prompt.max_tokens,

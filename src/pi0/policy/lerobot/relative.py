@@ -6,9 +6,10 @@ in lower case, an excluded word anywhere in a name excludes it, and what has no 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from pi0.findings import Finding, error
+from pi0.findings import Finding, error, warning
 from pi0.policy.lerobot.order import ABSOLUTE, RELATIVE
 from pi0.policy.lerobot.steps import Processors
 
@@ -30,16 +31,18 @@ def relative_mask(
 
 def read_relative(
     processors: Processors,
+    settings: Mapping[str, Any],
     state_dim: int,
     action_dim: int,
     findings: list[Finding],
 ) -> tuple[bool, ...] | None:
     """The mask of the relative actions of a checkpoint; None: actions are absolute.
 
-    config.json's use_relative_actions is not asked: in LeRobot, training and inference both follow
-    the processors.
+    config.json's use_relative_actions decides nothing: in LeRobot, training and inference both
+    follow the processors.
 
     Args:
+        settings: the content of config.json.
         findings: what is found is appended.
     """
     relative, absolute = processors.find(RELATIVE), processors.find(ABSOLUTE)
@@ -54,6 +57,17 @@ def read_relative(
                 f"neither, found {on} enabled and {off} not: the robot would be sent "
                 f"{'relative actions as absolute ones' if subtracts else 'the state twice'}. "
                 "Correct `enabled` in the two processor files.",
+            )
+        )
+    declared = settings.get("use_relative_actions")
+    if isinstance(declared, bool) and subtracts == adds != declared:
+        findings.append(
+            warning(
+                "relative-declared",
+                f"config.json use_relative_actions: expected {str(adds).lower()}, since "
+                f"{RELATIVE} and {ABSOLUTE}, which count, are {'' if adds else 'not '}enabled, "
+                f"found {str(declared).lower()}. Correct config.json, or `enabled` in the "
+                "processor files.",
             )
         )
     if relative is None or not (subtracts and adds):

@@ -51,6 +51,14 @@ def shell(line: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
+def test_a_terminal_without_our_letters(tiny_path: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_path, tmp_path / "é")
+    assert "\\u03c0" in shell("PYTHONIOENCODING=ascii pi0 --help").stdout
+    assert "\\xe9" in shell(f"PYTHONIOENCODING=ascii pi0 inspect {copy}").stdout
+    done = shell(f"PYTHONIOENCODING=ascii pi0 inspect {copy} --json")
+    assert json.loads(done.stdout)["path"] == str(copy)
+
+
 @linux
 def test_streams(tiny_path: Path) -> None:
     for line, code, message in (

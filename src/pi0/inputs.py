@@ -257,6 +257,11 @@ def _leading(t: dict[str, Tensor]) -> tuple[int, int, int]:
         raise ObservationError(
             f"images: expected at least one view and row, found shape {list(t['images'].shape)}."
         )
+    if not t["tokens"].shape[1]:
+        raise ObservationError(
+            f"tokens: expected at least one, found shape {list(t['tokens'].shape)}. Mask one for a "
+            "call without a prompt."
+        )
     return batch, views, t["tokens"].shape[1]
 
 

@@ -276,6 +276,7 @@ def test_bad_inputs_file(tiny_path: Path, npz: Path, tmp_path: Path) -> None:
         ("images", arrays["images"] * 255, "images: expected pixels in [-1, 1]"),
         ("images", arrays["images"] * np.nan, "images: expected finite values"),
         ("images", arrays["images"][0], "images: expected 5 dimensions"),
+        ("tokens", arrays["tokens"][:, :0], "tokens: expected at least one, found shape [1, 0]"),
         ("tokens", np.array("x"), "tokens: expected an array of numbers"),
         ("noise", arrays["noise"][:, :10], "noise: expected float32 [1, 50, 32]"),
         ("img_masks", arrays["img_masks"].astype(np.float32), "image_mask: expected bool"),

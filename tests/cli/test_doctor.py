@@ -91,5 +91,7 @@ def test_bad_input(tiny_path: Path, tmp_path: Path) -> None:
 
 
 def test_words_in_brackets_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    show.table("", ["a"], [["[True, False] [red]"]])
-    assert "[True, False] [red]" in capsys.readouterr().out
+    show.table("", ["[/a] [b]"], [["[True, False] [red]"]])
+    printed = capsys.readouterr().out
+    assert "[/a] [b]" in printed
+    assert "[True, False] [red]" in printed

@@ -105,6 +105,7 @@ def test_an_option_that_takes_the_checkpoint(words: Any, takes: str) -> None:
     [
         (("sample", "--engine", "auto:int8"), "'auto:int8'. Only commands with a policy choose"),
         (("act", "--engine", "int8"), "lerobot, auto, found 'int8'."),
+        (("act", "--engine", ""), "lerobot, auto, found ''."),
         (("verify", "--engines", "cpu", "--engines", "cpu"), "Name 2 engines after one --engines."),
     ],
 )

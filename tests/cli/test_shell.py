@@ -51,6 +51,14 @@ def shell(line: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
+def test_a_terminal_without_our_letters(tiny_path: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_path, tmp_path / "é")
+    assert "\\u03c0" in shell("PYTHONIOENCODING=ascii pi0 --help").stdout
+    assert "\\xe9" in shell(f"PYTHONIOENCODING=ascii pi0 inspect {copy}").stdout
+    done = shell(f"PYTHONIOENCODING=ascii pi0 inspect {copy} --json")
+    assert json.loads(done.stdout)["path"] == str(copy)
+
+
 @linux
 def test_streams(tiny_path: Path) -> None:
     for line, code, message in (
@@ -140,6 +148,31 @@ def act(checkpoint: Path, folder: Path) -> list[str | Path]:
         "--robot",
         "generic",
     ]
+
+
+def test_outputs_do_not_replace_inputs(folder: Path, npz: Path, tmp_path: Path) -> None:
+    weights, picture = folder / "model.safetensors", tmp_path / "top.png"
+    Image.new("RGB", (20, 10)).save(picture)
+    inputs = [weights, folder / "config.json", folder / "tokenizer.json", npz, picture]
+    before = [path.read_bytes() for path in inputs]
+    act = ("act", folder, "--image", f"base={picture}", "--prompt", "go", "--state", "0,0")
+    for words in (
+        *((*act, "--out", path) for path in (*inputs[:3], picture)),
+        (*act, "--plot", weights),
+        ("sample", folder, "--inputs", npz, "--out", npz),
+        ("sample", weights, "--inputs", npz, "--out", weights),
+        ("verify", folder, "--inputs", npz, "--report", npz),
+        ("bench", folder, "--out", folder / "config.json"),
+    ):
+        assert "expected a file that is not read, found one of the inputs" in refused(*words)
+    assert [path.read_bytes() for path in inputs] == before
+    link = tmp_path / "link.npy"
+    link.symlink_to(tmp_path / "a.npy")
+    words = (*act, "--out", tmp_path / "a.npy", "--save-inputs", link)
+    assert "expected different files to write, found the same one twice" in refused(*words)
+    for _ in range(2):  # results in the checkpoint's folder may be written anew
+        words = ("sample", folder, "--inputs", npz, "--steps", "1", "--out", folder / "out.npz")
+        assert pi0(*words).returncode == 0
 
 
 def test_home_directory(folder: Path, npz: Path, monkeypatch) -> None:

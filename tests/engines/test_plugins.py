@@ -12,7 +12,7 @@ import pytest
 from plugin import ENGINE, run_with, write_distribution
 
 from pi0.config import PRESETS
-from pi0.inputs import random_inputs
+from pi0.inputs import random_inputs, to_npz
 from pi0.testing import check_engine
 
 
@@ -108,9 +108,53 @@ class Other(MyEngine):
 """
 
 
+DECLARES = """
+class Other(MyEngine):
+    name = "other"
+    capabilities = {}
+"""
+NO_ENGINE = """
+class Other(MyEngine):
+    name = "other"
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint, options):
+        return 3
+"""
+UNSET = """
+class Other(MyEngine):
+    name = "other"
+
+    def __init__(self, checkpoint, options):
+        pass
+"""
+FAILS_LATER = """
+class Other(MyEngine):
+    name = "other"
+
+    def {}(self, *args):
+        raise KeyError("lost")
+"""
+
+
 @pytest.mark.parametrize(
     ("entry", "source", "sentence"),
     [
+        ("m:Other", ENGINE + DECLARES.format("None"), "pi0.engines.base.Capabilities, found None"),
+        (
+            "m:Other",
+            ENGINE + DECLARES.format("Capabilities(precisions=())"),
+            "capabilities.precisions: expected a tuple of at least one name, found ().",
+        ),
+        (
+            "m:Other",
+            ENGINE + DECLARES.format("Capabilities(precisions='int8')"),
+            "capabilities.precisions: expected a tuple of at least one name, found 'int8'.",
+        ),
+        ("m:Other", ENGINE + NO_ENGINE, "expected from_checkpoint to return one, found 3."),
+        ("m:Other", ENGINE + UNSET, "to make an engine, found AttributeError: "),
+        ("m:Other", ENGINE + FAILS_LATER.format("_sample"), "to compute, found KeyError: 'lost'."),
+        ("m:Other", ENGINE + FAILS_LATER.format("_close"), "to close, found KeyError: 'lost'."),
         ("m:Engine", "Engine = 3", "expected a subclass of pi0.engines.base.Engine from plug-in"),
         ("m:MyEngine", ENGINE, "expected name = 'other' on MyEngine, found 'mine'."),
         ("m:Engine", "raise RuntimeError('no card')", "found RuntimeError: no card."),
@@ -121,10 +165,15 @@ def test_what_is_no_engine(
     tmp_path: Path, tiny_path: Path, entry: str, source: str, sentence: str
 ) -> None:
     write_distribution(tmp_path, {"m": source}, {"pi0.engines": {"other": entry}})
-    done = run_with(tmp_path, "trace", tiny_path, "--engine", "other")
+    inputs, noise = random_inputs(PRESETS["tiny"], cameras=1, tokens=8, seed=0)
+    np.savez(tmp_path / "in.npz", **to_npz(inputs, noise))
+    words = ("--inputs", tmp_path / "in.npz", "--out", tmp_path / "out.npz")
+    done = run_with(tmp_path, "sample", tiny_path, *words, "--engine", "other")
     assert done.returncode == 2
     assert done.stderr.startswith("pi0: engine other: ")
     assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out.npz").exists()
 
 
 def test_the_engine_that_the_documentation_shows() -> None:

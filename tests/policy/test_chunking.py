@@ -352,3 +352,27 @@ def test_limits_hold_at_the_border_of_chunks() -> None:
     assert border("clamp") == pytest.approx([0] * 5 + [0.25, 0.5, 0.75] + [1] * 4, abs=1e-5)
     with pytest.raises(LimitError, match="a change of at most 0.25 a tick"):
         border("error")
+
+
+@pytest.mark.parametrize(
+    ("on_limit", "done"), [("warn", "returned as it is"), ("clamp", "clamped")]
+)
+def test_jumps_at_the_border_of_chunks_are_reported_once(
+    on_limit: str, done: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    border(on_limit)
+    (message,) = [m for m in caplog.messages if m.startswith("action buffer: ")]
+    assert message == (
+        "action buffer: action x: expected a change of at most 0.25 a tick, found 1 at tick 5; "
+        f"{done}."
+    )
+
+
+def test_an_action_at_its_limit_is_within_it() -> None:
+    """In float32, in which a buffer sees it, it is not the same number."""
+    columns = ((0,) * 7, (0.1,) * 7, (None,) * 7, (None,) * 7)
+    clipped = {"encode_actions": lambda x: x, "decode_actions": lambda x: x.clip(0, 0.1)}
+    table = {**vars(limited(1)), "limits": ActionLimits(*columns), "delta": (), **clipped}
+    made = policy(Robot(**table), ANSWER * 0 + 9, on_limit="error")
+    with ActionBuffer(made, execution_horizon=4) as buffer:
+        np.testing.assert_allclose(buffer.step(observation("libero")), 0.1)

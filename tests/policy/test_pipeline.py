@@ -162,6 +162,23 @@ def test_functions_of_a_robot_get_a_copy() -> None:
         cut.encode(given)
 
 
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (lambda state: {}["joint"], "KeyError: 'joint'"),
+        (lambda state: "joints", "ValueError: could not convert"),
+        (lambda state: state + 1j, "TypeError: complex numbers"),
+    ],
+)
+def test_functions_of_a_robot_that_fail(function: Any, found: str) -> None:
+    made = openpi("libero", "mean_std")
+    given = {**values(("libero", "mean_std", "0"), "obs."), "prompt": "go"}
+    with pytest.raises(
+        ConfigError, match=rf"encode_state: expected real numbers \[8\], .* {found}"
+    ):
+        replace(made, robot=replace(made.robot, encode_state=function)).encode(given)
+
+
 def test_renamed_observations() -> None:
     robot = Robot("arm", (Camera("observation.images.top"),), (("observation.state", 6),), 6)
     unit = Normalizer("state", np.zeros(6), np.ones(6), np.ones(6))

@@ -109,8 +109,10 @@ def test_tables_are_sound(name: str) -> None:
             r"limits.state: expected \[0, 1\] for the relative actions, .* found \[1, None\]",
         ),
         ({"decode_actions": aloha_decode_actions}, "expected both or neither"),
-        ({"control_hz": -1}, "control_hz: expected more than 0"),
-        ({"control_hz": float("inf")}, "control_hz: expected more than 0"),
+        ({"control_hz": -1}, "control_hz: expected 0.001 to 1e"),
+        ({"control_hz": float("inf")}, "control_hz: expected 0.001 to 1e"),
+        ({"control_hz": 10**400}, "control_hz: expected 0.001 to 1e"),
+        ({"control_hz": 1e-320}, "control_hz: expected 0.001 to 1e"),
         ({"control_hz": "50"}, "control_hz: expected a number, found '50'"),
         ({"cameras": Camera("top")}, r"at least one Camera\(key=…, names"),
         (

@@ -96,6 +96,10 @@ class NoLimitForTheRest(NoLimits):
     thresholds = {"int3": {"actions": Threshold(0.9, 0.1, "rough")}}  # noqa: RUF012
 
 
+class NoThresholds(NoLimits):
+    thresholds = {"int3": {"*": 0.1}}  # noqa: RUF012
+
+
 class Shape(Float32):
     def _sample(self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: OnStep) -> Tensor:
         return super()._sample(inputs, noise, steps, on_step)[0]
@@ -166,10 +170,17 @@ class Unlocked(Float32):
 
     def sample(self, inputs: ModelInputs, noise: Tensor, *args: Any) -> Tensor:
         self.running += 1
-        actions = super().sample(inputs, noise, *args)
-        disturbed = self.running > 1
-        self.running -= 1
-        return actions + 1 if disturbed else actions
+        try:
+            actions = super().sample(inputs, noise, *args)
+            return actions + 1 if self.running > 1 else actions
+        finally:
+            self.running -= 1
+
+
+class BrokenByAnError(Unlocked):
+    def sample(self, inputs: ModelInputs, noise: Tensor, *args: Any) -> Tensor:
+        self.running += not noise.isfinite().all()
+        return super().sample(inputs, noise, *args)
 
 
 class Detached(Float32):
@@ -182,6 +193,65 @@ class Detached(Float32):
 class AnothersGradient(Detached):
     def velocity(self, x_t: Tensor, *args: Any) -> Tensor:
         return super().velocity(x_t, *args) + x_t - x_t.detach()
+
+
+class FirstSteps(Float32):
+    """As if it had captured the first call's steps."""
+
+    steps: int | None = None
+
+    def _sample(self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: OnStep) -> Tensor:
+        self.steps = self.steps or steps
+        return super()._sample(inputs, noise, self.steps, on_step)
+
+
+class TimesOfEuler(Float32):
+    """Its table of times has no other steps than Euler's."""
+
+    table = torch.tensor([1 / 3, 1 / 2, 2 / 3, 1])
+
+    def velocity(self, x_t: Tensor, t: Tensor, *args: Any) -> Tensor:
+        nearest = (self.table[:, None] - t).abs().argmin(0)
+        return super().velocity(x_t, self.table[nearest], *args)
+
+
+class ShortPrompts(Float32):
+    def prefill(self, inputs: ModelInputs, *tap: Any) -> Any:
+        short = {name: getattr(inputs, name)[:, :12] for name in ("tokens", "token_mask")}
+        return super().prefill(replace(inputs, **short), *tap)
+
+
+class TwoCameras(Float32):
+    def prefill(self, inputs: ModelInputs, *tap: Any) -> Any:
+        two = {name: getattr(inputs, name)[:, :2] for name in ("images", "image_mask")}
+        return super().prefill(replace(inputs, **two), *tap)
+
+
+class ClippedState(Float32):
+    def prefill(self, inputs: ModelInputs, *tap: Any) -> Any:
+        return super().prefill(replace(inputs, state=inputs.state.clamp(-4, 4)), *tap)
+
+
+class ScratchInputs(Float32):
+    def _sample(self, inputs: ModelInputs, *args: Any) -> Tensor:
+        actions = super()._sample(inputs, *args)
+        inputs.images.zero_()
+        return actions
+
+
+class ScratchNoise(Float32):
+    def _sample(self, inputs: ModelInputs, noise: Tensor, *args: Any) -> Tensor:
+        return noise.copy_(super()._sample(inputs, noise, *args))
+
+
+class SilentSteps(Float32):
+    def _sample(self, inputs: ModelInputs, noise: Tensor, steps: int, on_step: OnStep) -> Tensor:
+        return super()._sample(inputs, noise, steps, lambda: None)
+
+
+class HidesNan(Float32):
+    def _sample(self, *args: Any) -> Tensor:
+        return super()._sample(*args).nan_to_num()
 
 
 class NeverCloses(Float32):
@@ -206,6 +276,7 @@ class OtherStages(Float32):
         (BadName, "BadName.name: expected a word without colon and at sign, found 'my:engine'"),
         (NoLimits, "precision int3: expected limits for `pi0 verify`, found none. Declare them on"),
         (NoLimitForTheRest, "precision int3: expected limits"),
+        (NoThresholds, r"precision int3: expected limits for `pi0 verify`, found {'\*': 0.1}"),
         (Shape, r"expected actions of shape \[1, 50, 32\], found \[50, 32\]"),
         (Double, "expected actions as float32 on the CPU, found float64 on cpu"),
         (HalfVelocity, "expected a velocity as float32 on the CPU, found bfloat16 on cpu"),
@@ -217,8 +288,18 @@ class OtherStages(Float32):
         (SeesMasked, "expected other actions for other image_mask, found the same"),
         (OneRow, "expected row 1 of a batch to be what it is alone"),
         (Unlocked, "expected the same bits from 4 threads as from one, found"),
+        (BrokenByAnError, "expected the same actions after an error as before, found other"),
         (Detached, "expected a velocity that autograd can follow, as capabilities.differentiable"),
         (AnothersGradient, "expected the velocity to change as its gradient says, by"),
+        (FirstSteps, "expected the reference's actions for 3 steps by euler within"),
+        (TimesOfEuler, "expected the reference's actions for 3 steps by midpoint within"),
+        (ShortPrompts, "for another number of cameras and tokens, 3 and 48, within"),
+        (TwoCameras, "for another number of cameras and tokens, 3 and 48, within"),
+        (ClippedState, "expected the reference's actions for other state within"),
+        (ScratchInputs, "expected images as given after sample, found other values"),
+        (ScratchNoise, "expected noise as given after sample, found other values"),
+        (SilentSteps, "expected on_step to be called once for each of 2 steps, found 0 calls"),
+        (HidesNan, "expected an EngineError for noise with NaN in it, found finite actions"),
         (NeverCloses, "expected an EngineError from sample after close, found an answer"),
         (OtherStages, r"expected the reference's projector \(all valid\), found that"),
     ],
@@ -227,6 +308,12 @@ def test_names_what_an_engine_does_not_keep(engine: type[Engine], sentence: str)
     with pytest.raises(AssertionError, match=sentence) as error:
         check_engine(engine)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("numbers", [(float("nan"), 0.1), (0.9, float("nan")), (1.1, 0.1), (1, -1)])
+def test_limits_that_nothing_is_beyond(numbers: tuple[float, float]) -> None:
+    with pytest.raises(EngineError, match="threshold: expected min_pcc up to 1, max_rel_l2 and"):
+        Threshold(*numbers, "no reason")
 
 
 class OpenAfterClose(Float32):

@@ -10,12 +10,13 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from pi0.errors import Pi0Error, human_bytes
 
 TEMPORARY = re.compile(r"\..+\.\d+\.part")  # what `_temporary` makes
+RESULTS = (".npy", ".npz", ".png", ".html")  # what no checkpoint consists of
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # numpy raises without a number
 
 
@@ -84,12 +85,21 @@ def _refuse_full(path: Path, target: Path) -> None:
         raise Pi0Error(f"{path}: expected a new or empty folder, found {found}.")
 
 
-def require_writable(*paths: Path | None, size: int = 0) -> None:
+def require_writable(
+    *paths: Path | None, size: int = 0, reads: Iterable[Path | str | None] = ()
+) -> None:
     """Tries the places of files of `size` bytes to be written: before the work, not after it.
 
+    Args:
+        reads: files that are read, which stay, and folders, of whose files only results may be
+            replaced.
+
     Raises:
-        Pi0Error: one is a folder, lies under a file, or is read-only or full.
+        Pi0Error: one is a folder, lies under a file, is read-only or full, or it would replace what
+            is read or another of them.
     """
+    kept = [_target(Path(path)) for path in reads if path is not None]
+    written: list[Path] = []
     for path in paths:
         if path is None:
             continue
@@ -98,11 +108,24 @@ def require_writable(*paths: Path | None, size: int = 0) -> None:
             if _is_device(path):
                 continue
             target = _target(path)
+            _refuse_replacing(path, target, kept, written)
+            written.append(target)
             temporary = _temporary(_require_room(target, size) / target.name)
             try:
                 temporary.write_bytes(b"\0")
             finally:
                 temporary.unlink(missing_ok=True)
+
+
+def _refuse_replacing(path: Path, target: Path, kept: list[Path], written: list[Path]) -> None:
+    if target in written:
+        raise Pi0Error(f"{path}: expected different files to write, found the same one twice.")
+    part = target.is_file() and target.suffix not in RESULTS
+    if any(target == read or (part and read in target.parents) for read in kept):
+        raise Pi0Error(
+            f"{path}: expected a file that is not read, found one of the inputs. Name another file "
+            "to write."
+        )
 
 
 def _require_room(target: Path, size: int) -> Path:

@@ -92,18 +92,16 @@ def act(
     from pi0.cli.plot import plot_chunk, require_matplotlib
     from pi0.cli.show import print_json, print_line, step_progress
     from pi0.engines.memory import require_memory
-    from pi0.errors import ConfigError
     from pi0.inputs import to_npz
     from pi0.policy import Policy, choose_engine, prepare
     from pi0.trace import trace
 
-    require_writable(out, plot, save_inputs)
-    places = [path.expanduser().absolute() for path in (out, plot, save_inputs) if path]
-    if len(set(places)) < len(places):
-        raise ConfigError("--out, --plot, --save-inputs: expected different files, found the same.")
+    given = _split(image)
+    files = [str(value) for value in (wishes.robot, wishes.tokenizer, wishes.norm_stats) if value]
+    reads = [checkpoint, base, state, *files, *(path for _, path in given)]
+    require_writable(out, plot, save_inputs, reads=reads)
     if plot:
         require_matplotlib()
-    given = _split(image)
     values = _read_state(state)
     opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
     setup = prepare(opened, wishes)

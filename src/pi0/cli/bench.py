@@ -135,7 +135,7 @@ def bench(
             "bench: expected one checkpoint and one engine after each --engines or --against, "
             f"found also {' '.join(ctx.args)}. Repeat the option: --engines cpu --engines lerobot."
         )
-    require_writable(out, plot)
+    require_writable(out, plot, reads=(checkpoint, base))
     if plot:
         require_matplotlib()
     specs = [EngineSpec.parse(text) for text in [*engines, *against]]

@@ -186,7 +186,7 @@ def evaluate(
         raise ConfigError(
             "--video-episodes, --video-format: expected --video DIR beside them, found none."
         )
-    require_writable(out)
+    require_writable(out, reads=(checkpoint, base, robot))
     film = video and FilmOptions(expand_user(video), video_format, video_episodes)
     plan = EvalPlan(
         EnvOptions(env, max_steps, prompt, prompt_swap, blank_cameras, _arguments(env_arg or [])),

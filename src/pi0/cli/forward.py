@@ -115,7 +115,7 @@ def sample(
     from pi0.engines.spec import EngineSpec
     from pi0.inputs import from_npz
 
-    require_writable(out)
+    require_writable(out, reads=(checkpoint, base, inputs))
     arrays = read_npz(inputs)
     opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
     spec = EngineSpec.parse(engine, dtype, device)

@@ -6,6 +6,7 @@ Heavy imports are inside the verbs, so that `pi0 --help` costs milliseconds.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -163,6 +164,8 @@ def _require_streams() -> None:
         raise Pi0Error(
             "stdout: expected it open, found it closed. Discard what is printed with >/dev/null."
         )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a π where the terminal has none
 
 
 def _warn(

@@ -69,7 +69,7 @@ def check_engines(param: typer.CallbackParam, value: Any) -> Any:
                 remedy = " Only commands with a policy choose one: act, eval and serve."
             elif word.startswith("-"):
                 remedy = f" Name {words} after one {param.opts[0]}."
-            elif "/" in word or Path(word).exists():
+            elif "/" in word or (word and Path(word).exists()):
                 remedy = (
                     f" It stands after {param.opts[0]}, which takes {words}: if it is the "
                     "checkpoint, name it first."

@@ -105,10 +105,10 @@ def table(
     Numbers are never cut: a table that does not fit is wider than the terminal.
     """
     grid = Table(header_style="bold", box=None, pad_edge=False)
+    # As they are: a word in brackets is no markup.
     for i, column in enumerate(columns):
-        grid.add_column(column, justify="left" if i < left else "right", no_wrap=i >= left)
+        grid.add_column(Text(column), justify="left" if i < left else "right", no_wrap=i >= left)
     for row in rows:
-        # As they are: a word in brackets is no markup.
         grid.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     unlimited = out.options.update(width=UNLIMITED)
     least = Measurement.get(out, unlimited, grid).minimum
@@ -120,9 +120,10 @@ def table(
 
 
 def print_json(value: Any) -> None:
-    """Prints plain data as JSON."""
+    """Prints plain data as JSON, with escapes where stdout does not have all characters."""
+    ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
     with _printing():
-        print(to_json(value), flush=True)
+        print(to_json(value, ascii_only), flush=True)
 
 
 @contextlib.contextmanager
@@ -142,9 +143,9 @@ def _printing() -> Iterator[None]:
         raise Pi0Error(f"stdout: expected room to print, found: {error.strerror}.") from error
 
 
-def to_json(value: Any) -> str:
+def to_json(value: Any, ascii_only: bool = False) -> str:
     """Plain data as JSON; NaN and infinities, which JSON does not have, as null."""
-    return json.dumps(_finite(value), indent=2, ensure_ascii=False)
+    return json.dumps(_finite(value), indent=2, ensure_ascii=ascii_only)
 
 
 def _finite(value: Any) -> Any:

@@ -101,7 +101,7 @@ def verify(
     from pi0.verify.run import unrounded_engine
     from pi0.verify.run import verify as run
 
-    _check_options(mode, min_pcc, report)
+    _check_options(mode, min_pcc, report, (checkpoint, base, inputs))
     a, b = (EngineSpec.parse(text) for text in engines)
     arrays = read_npz(inputs) if inputs else None
     opened = open_checkpoint(checkpoint, horizon, max_tokens, base)
@@ -145,7 +145,9 @@ def verify(
         raise typer.Exit(1)
 
 
-def _check_options(mode: str, min_pcc: float | None, report: Path | None) -> None:
+def _check_options(
+    mode: str, min_pcc: float | None, report: Path | None, reads: tuple[Path | None, ...]
+) -> None:
     from pi0.checkpoint.outputs import require_writable
     from pi0.errors import ConfigError, EngineError
     from pi0.verify.report import require_report_libraries
@@ -153,7 +155,7 @@ def _check_options(mode: str, min_pcc: float | None, report: Path | None) -> Non
 
     if min_pcc is not None and not 0 <= min_pcc <= 1:
         raise ConfigError(f"min-pcc: expected a number from 0 to 1, found {min_pcc}.")
-    require_writable(report)
+    require_writable(report, reads=reads)
     if report:
         require_report_libraries()
     if mode not in MODES:

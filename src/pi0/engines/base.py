@@ -6,6 +6,7 @@ Knows nothing of robots, and no engine by its type: what an engine can do, its c
 from __future__ import annotations
 
 import functools
+import json
 import sys
 import threading
 from abc import abstractmethod
@@ -23,10 +24,10 @@ from pi0.checkpoint.load import Checkpoint, Progress, require_flow
 from pi0.closing import Closing
 from pi0.config import Pi0Config
 from pi0.engines.guidance import Guidance
-from pi0.engines.registry import find_engine, plugin_origin
+from pi0.engines.registry import find_engine, plugin_errors
 from pi0.engines.spec import EngineSpec
 from pi0.engines.threshold import Threshold
-from pi0.errors import EngineError, Pi0Error
+from pi0.errors import EngineError
 from pi0.inputs import ModelInputs
 from pi0.model import Tap
 from pi0.model.flow import SAMPLERS, check_sampler, integrate
@@ -100,7 +101,8 @@ def exclusive(
         with self._lock:
             if self._closed:
                 raise EngineError(f"engine {self.name}: expected an open engine, found it closed.")
-            return method(self, *args, **kwargs)
+            with plugin_errors(self.name, "compute"):
+                return method(self, *args, **kwargs)
 
     return run
 
@@ -299,7 +301,8 @@ class Engine(Closing):
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._close()
+                with plugin_errors(self.name, "close"):
+                    self._close()
 
     def _close(self) -> None:
         """Releases weights, device or process; called once, by `close`."""
@@ -386,13 +389,11 @@ def make_engine(
     options = EngineOptions(spec.precision, spec.device, image_size, weight_cache, progress)
     engine = find_engine(spec.name)
     require_flow(checkpoint)
-    try:
-        return engine.from_checkpoint(checkpoint, options)
-    except Exception as error:
-        origin = plugin_origin(spec.name)
-        if origin is None or isinstance(error, Pi0Error):
-            raise
-        raise EngineError(
-            f"engine {spec.name}: expected plug-in {origin} to make an engine, found "
-            f"{type(error).__name__}: {error}."
-        ) from error
+    with plugin_errors(spec.name, "make an engine"):
+        made = engine.from_checkpoint(checkpoint, options)
+        if not isinstance(made, Engine):
+            raise EngineError(
+                f"engine {spec.name}: expected from_checkpoint to return one, found {made!r:.80}."
+            )
+        json.dumps(made.info)  # plain data, as the metadata of a policy
+    return made

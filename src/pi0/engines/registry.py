@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pi0.errors import EngineError, Pi0Error
@@ -61,13 +63,55 @@ def find_engine(name: str) -> type[Engine]:
             f"engine {name}: expected name = {name!r} on {engine.__qualname__}, found "
             f"{getattr(engine, 'name', None)!r}. The entry point and the class give one name."
         )
+    try:
+        check_declarations(engine)
+    except EngineError as error:
+        raise EngineError(f"engine {name}: {error}") from error
     return engine
 
 
-def plugin_origin(name: str) -> str | None:
-    """The distribution that an engine comes from; None for a built-in one."""
-    entry = find_plugins(ENGINES, frozenset(BUILT_IN)).get(name)
-    return None if entry is None else describe(entry)
+def check_declarations(engine: type[Engine]) -> None:
+    """Raises EngineError if a class does not declare its name and capabilities as `Engine` says."""
+    from pi0.engines.base import Capabilities
+
+    label = engine.__qualname__
+    name = getattr(engine, "name", None)
+    if not isinstance(name, str) or not name or set(name) & set(":@ "):
+        raise EngineError(
+            f"{label}.name: expected a word without colon and at sign, found {name!r}."
+        )
+    can = getattr(engine, "capabilities", None)
+    if not isinstance(can, Capabilities):
+        raise EngineError(
+            f"{label}.capabilities: expected pi0.engines.base.Capabilities, found {can!r}."
+        )
+    for field, values in (("precisions", can.precisions), ("devices", can.devices)):
+        texts = isinstance(values, tuple) and all(isinstance(value, str) for value in values)
+        if not texts or not values:
+            raise EngineError(
+                f"{label}.capabilities.{field}: expected a tuple of at least one name, found "
+                f"{values!r}."
+            )
+
+
+@contextmanager
+def plugin_errors(name: str, task: str) -> Iterator[None]:
+    """Whatever code of a plug-in raises becomes a sentence that names it; a built-in engine's
+    errors stay as they are.
+
+    Raises:
+        EngineError: the block raised something that is no Pi0Error.
+    """
+    try:
+        yield
+    except Exception as error:
+        entry = find_plugins(ENGINES, frozenset(BUILT_IN)).get(name)
+        if entry is None or isinstance(error, Pi0Error):
+            raise
+        raise EngineError(
+            f"engine {name}: expected plug-in {describe(entry)} to {task}, found "
+            f"{type(error).__name__}: {error}."
+        ) from error
 
 
 def find_peers() -> list[str]:

@@ -7,6 +7,7 @@ fact, and its actions from the d-th on are used. Nothing here looks at a clock.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Mapping
@@ -22,10 +23,11 @@ from pi0.closing import Closing
 from pi0.errors import ConfigError, EngineError, ObservationError
 from pi0.inputs import to_float64
 from pi0.number import is_real, is_whole
-from pi0.policy.limits import ActionLimits, apply_limits
+from pi0.policy.limits import ActionLimits, apply_limits, summary
 from pi0.policy.observation import Observation
 from pi0.policy.policy import Policy
 
+logger = logging.getLogger("pi0")
 OVERLAPS = ("replace", "ensemble", "average", "inpaint")
 WHEN_DRY = ("wait", "hold", "error")
 DELAYS_KEPT = 10
@@ -193,6 +195,7 @@ class ActionBuffer(Closing):
         self._observed = 0  # the tick of the newest chunk's observation
         self._plan: Plan | None = None
         self._last: Floats | None = None
+        self._reported = False  # whether a jump was, since the last chunk came
         self._pending = None
 
     def step(self, observation: Observation) -> NDArray[np.float32]:
@@ -286,7 +289,7 @@ class ActionBuffer(Closing):
         if self._plan is not None:
             self.delays.append(delay)
             new = merge(self._plan.from_tick(self._tick), new, self.overlap, self.decay)
-        self._plan, self._observed = new, start
+        self._plan, self._observed, self._reported = new, start, False
 
     def _run_dry(self, last: Floats) -> Floats:
         if self.when_dry == "error":
@@ -308,6 +311,12 @@ class ActionBuffer(Closing):
             return action
         limits = replace(limits, state=(None,) * len(action))
         names, none = robot.action_names, np.empty(0)
-        guarded, _ = apply_limits(limits, action[None], none, policy.on_limit, names, self._last)
+        how = policy.on_limit
+        guarded, found = apply_limits(limits, action[None], none, how, names, self._last)
+        jumps = [replace(one, ticks=[self._tick]) for one in found if one.kind == "step"]
+        if jumps and not self._reported:
+            self._reported = True
+            done = "clamped" if how == "clamp" else "returned as it is"
+            logger.warning("action buffer: %s; %s.", summary(jumps), done)
         executed: Floats = guarded[0]
         return executed

@@ -104,7 +104,8 @@ def apply_limits(
     With "clamp", values are brought into [low, high] and then to within `step` of the tick before,
     tick by tick; with "warn" they are handed out as they are. Before the first tick are the state,
     where the limits say which value of it an action commands, and `last`, which counts where no
-    value is within a step of both.
+    value is within a step of both. Actions are handed out in float32, in which limits are compared:
+    an action at its limit is within it before and after rounding.
 
     Args:
         last: the action [D] that the robot executed last, if it is known.
@@ -119,10 +120,11 @@ def apply_limits(
     change = np.abs(np.diff(actions, axis=0, prepend=actions[:1]))
     with np.errstate(invalid="ignore"):
         change[0] = np.fmax.reduce([np.abs(actions[0] - start) for start in starts])
-        beyond = {"low": actions < low, "high": actions > high, "step": change > step}
+        rounding = np.finfo(np.float32).eps * (np.abs(actions) + change)
+        beyond = {"low": actions < low, "high": actions > high, "step": change > step + rounding}
     shown = {"low": actions, "high": actions, "step": change}
     violations = [
-        _violation(i, kind, bad[:, i], shown[kind][:, i], (low, high, step), names)
+        _violation(limits, i, kind, bad[:, i], shown[kind][:, i], names)
         for i in range(actions.shape[1])
         for kind, bad in beyond.items()
         if bad[:, i].any()
@@ -158,20 +160,21 @@ def as_data(violations: list[Violation], on_limit: str) -> dict[str, Any]:
 
 def _column(limits: ActionLimits, name: str) -> Floats:
     missing = -np.inf if name == "low" else np.inf
-    return np.array([missing if value is None else value for value in getattr(limits, name)])
+    column = [missing if value is None else value for value in getattr(limits, name)]
+    return np.array(column, np.float64 if name == "step" else np.float32).astype(np.float64)
 
 
 def _violation(
+    limits: ActionLimits,
     action: int,
     kind: str,
     bad: NDArray[np.bool_],
     shown: Floats,
-    bounds: tuple[Floats, Floats, Floats],
     names: tuple[str, ...],
 ) -> Violation:
-    limit = float(dict(zip(("low", "high", "step"), bounds, strict=True))[kind][action])
     worst = shown[bad].min() if kind == "low" else shown[bad].max()
     name = names[action] if names else str(action)
+    limit = float(getattr(limits, kind)[action])
     return Violation(action, name, kind, limit, float(worst), np.flatnonzero(bad).tolist())
 
 

@@ -172,11 +172,20 @@ class Pipeline:
 
     def _converted(self, name: str, values: Floats) -> Floats:
         """Values through one of the robot's functions, which may be somebody else's."""
-        out = np.asarray(getattr(self.robot, name)(values.copy()), np.float64)
+        label, shape = f"robot {self.robot.name}: {name}", list(values.shape)
+        try:
+            out = np.asarray(getattr(self.robot, name)(values.copy()))
+            if np.iscomplexobj(out):
+                raise TypeError("complex numbers")
+            out = out.astype(np.float64)
+        except Exception as error:
+            raise ConfigError(
+                f"{label}: expected real numbers {shape}, as it was given, found "
+                f"{type(error).__name__}: {error}."
+            ) from error
         if out.shape != values.shape:
             raise ConfigError(
-                f"robot {self.robot.name}: {name}: expected shape {list(values.shape)}, as it was "
-                f"given, found {list(out.shape)}."
+                f"{label}: expected shape {shape}, as it was given, found {list(out.shape)}."
             )
         return out
 

@@ -8,7 +8,6 @@ Knows nothing of statistics, prompts or models.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,8 @@ from pi0.number import is_count, is_number
 from pi0.policy.limits import ActionLimits
 
 Floats = NDArray[np.float64]
+
+RATES = (1e-3, 1e6)  # actions per second that a robot may execute
 
 SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 
@@ -227,8 +228,11 @@ class Robot:
         if self.action_dim is not None and not is_count(self.action_dim):
             problems.append(f"action_dim: expected 1 or more, found {self.action_dim!r}")
             return problems
-        if self.control_hz is not None and not 0 < self.control_hz < math.inf:
-            problems.append(f"control_hz: expected more than 0, found {self.control_hz}")
+        slowest, fastest = RATES
+        if self.control_hz is not None and not slowest <= self.control_hz <= fastest:
+            problems.append(
+                f"control_hz: expected {slowest:g} to {fastest:g}, found {self.control_hz}"
+            )
         return problems + self._action_problems()
 
     def _action_problems(self) -> list[str]:

@@ -57,7 +57,7 @@ def read_robot_file(path: Path) -> Robot:
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # no TOML, no UTF-8, thousands of digits
         found = f"none ({error.strerror})" if isinstance(error, OSError) else str(error)
         raise ConfigError(f"robot {path}: expected a TOML file, found {found}.") from error
     _check(path, "robot", table, ROBOT_KEYS)

@@ -21,15 +21,18 @@ from pi0.checkpoint.layouts import LAYOUTS
 from pi0.checkpoint.load import Checkpoint, open_checkpoint
 from pi0.checkpoint.synth import synthesise
 from pi0.config import PRESETS
-from pi0.engines.base import Capabilities, Engine, EngineOptions, make_engine
+from pi0.engines.base import Engine, EngineOptions, make_engine
+from pi0.engines.registry import check_declarations
 from pi0.errors import EngineError, Pi0Error
 from pi0.inputs import ModelInputs, random_inputs
+from pi0.model.flow import SAMPLERS
 from pi0.verify.cases import default_cases
 from pi0.verify.compare import compare
 from pi0.verify.run import verify
 from pi0.verify.thresholds import limits_of, looser, threshold
 
 CAMERAS, TOKENS, STEPS, THREADS = 2, 12, 2, 4
+FAR = -4.0  # a factor, beyond which few states and no noise are
 DIFFERENCE = 1.0  # norm of a step over a whole chunk: bfloat16 resolves it
 
 Make = Callable[[Checkpoint], Engine]
@@ -72,29 +75,12 @@ def _opened(checkpoint: Checkpoint | None) -> Iterator[Checkpoint]:
 
 
 def _check_declarations(engine: type[Engine]) -> None:
-    label = engine.__qualname__
-    name = getattr(engine, "name", None)
-    _require(
-        isinstance(name, str) and bool(name) and not set(name) & set(":@ "),
-        f"{label}.name: expected a word without colon and at sign, found {name!r}.",
-    )
-    can = getattr(engine, "capabilities", None)
-    _require(
-        isinstance(can, Capabilities),
-        f"{label}.capabilities: expected pi0.engines.base.Capabilities, found {can!r}.",
-    )
-    assert isinstance(can, Capabilities)
-    for field, values in (("precisions", can.precisions), ("devices", can.devices)):
-        _require(
-            isinstance(values, tuple) and len(values) > 0,
-            f"{label}.capabilities.{field}: expected a tuple of at least one name, found "
-            f"{values!r}.",
-        )
-    for precision in can.precisions:
-        try:
+    try:
+        check_declarations(engine)
+        for precision in engine.capabilities.precisions:
             limits_of(engine, precision)
-        except EngineError as error:
-            raise AssertionError(str(error)) from error
+    except EngineError as error:
+        raise AssertionError(str(error)) from error
 
 
 def _check(make: Make, checkpoint: Checkpoint) -> None:
@@ -105,7 +91,10 @@ def _check(make: Make, checkpoint: Checkpoint) -> None:
         _check_declarations(type(engine))
         _check_result(label, engine, inputs, noise)
         _check_same_again(label, engine, inputs, noise)
-        _check_fresh(label, engine, checkpoint, inputs, noise)
+        with make_engine("reference", checkpoint) as reference:
+            _check_fresh(label, engine, reference, inputs, noise)
+            _check_other_calls(label, engine, reference, inputs, noise)
+        _check_not_finite(label, engine, inputs, noise)
         if engine.capabilities.batch:
             _check_batch(label, engine, inputs, noise)
         if engine.capabilities.differentiable:
@@ -116,10 +105,22 @@ def _check(make: Make, checkpoint: Checkpoint) -> None:
 
 
 def _check_result(label: str, engine: Engine, inputs: ModelInputs, noise: Tensor) -> None:
+    before = {name: value.clone() for name, value in (*vars(inputs).items(), ("noise", noise))}
+    steps: list[int] = []
     try:
-        actions = engine.sample(inputs, noise, STEPS)
+        actions = engine.sample(inputs, noise, STEPS, lambda: steps.append(1))
     except EngineError as error:  # another shape, or not finite
         raise AssertionError(str(error)) from error
+    for name, value in before.items():
+        _require(
+            torch.equal(value, noise if name == "noise" else getattr(inputs, name)),
+            f"{label}: expected {name} as given after sample, found other values.",
+        )
+    _require(
+        len(steps) == STEPS,
+        f"{label}: expected on_step to be called once for each of {STEPS} steps, found "
+        f"{len(steps)} calls.",
+    )
     velocity = engine.velocity(noise, torch.ones(len(noise)), engine.prefill(inputs))
     for what, result in (("actions", actions), ("a velocity", velocity)):
         _require(
@@ -139,7 +140,7 @@ def _check_same_again(label: str, engine: Engine, inputs: ModelInputs, noise: Te
 
 
 def _check_fresh(
-    label: str, engine: Engine, checkpoint: Checkpoint, inputs: ModelInputs, noise: Tensor
+    label: str, engine: Engine, reference: Engine, inputs: ModelInputs, noise: Tensor
 ) -> None:
     """One input changes at a time; the answer has to be that of the changed input. A π0.5 does not
     read the state, which is in its prompt."""
@@ -149,28 +150,76 @@ def _check_fresh(
         "tokens": (replace(inputs, tokens=(inputs.tokens + 1) % vocabulary), noise),
         "token_mask": (replace(inputs, token_mask=_all_but_last(inputs.token_mask)), noise),
         "image_mask": (replace(inputs, image_mask=_all_but_last(inputs.image_mask)), noise),
-        "state": (replace(inputs, state=-inputs.state), noise),
-        "noise": (inputs, -noise),
+        "state": (replace(inputs, state=FAR * inputs.state), noise),
+        "noise": (inputs, FAR * noise),
     }
+    for name, (given, x) in changed.items():
+        before = engine.sample(inputs, noise, STEPS)
+        after = engine.sample(given, x, STEPS)
+        read = name != "state" or engine.config.state_tokens > 0
+        expected, other = ("other", "the same") if read else ("the same", "other ones")
+        _require(
+            torch.equal(before, after) != read,
+            f"{label}: expected {expected} actions for other {name}, found {other}.",
+        )
+        _compare(label, f"other {name}", engine, reference, given, x)
+
+
+def _check_other_calls(
+    label: str, engine: Engine, reference: Engine, inputs: ModelInputs, noise: Tensor
+) -> None:
+    """Calls of other shapes, steps and times than those before: an engine may have compiled or
+    captured what it saw first."""
+    for cameras, tokens in ((CAMERAS + 1, engine.config.max_tokens), (1, 1)):
+        given, x = random_inputs(engine.config, cameras, tokens, seed=2)
+        what = f"another number of cameras and tokens, {cameras} and {tokens},"
+        _compare(label, what, engine, reference, given, x)
+    for sampler in SAMPLERS:
+        what = f"{STEPS + 1} steps by {sampler}"
+        _compare(label, what, engine, reference, inputs, noise, STEPS + 1, sampler)
+
+
+def _compare(
+    label: str,
+    what: str,
+    engine: Engine,
+    reference: Engine,
+    inputs: ModelInputs,
+    noise: Tensor,
+    steps: int = STEPS,
+    sampler: str = "euler",
+) -> None:
     own = limits_of(type(engine), engine.options.precision)
-    with make_engine("reference", checkpoint) as reference:
-        limit = threshold("actions", looser(own, limits_of(type(reference), "float32")))
-        for name, (given, x) in changed.items():
-            before = engine.sample(inputs, noise, STEPS)
-            after = engine.sample(given, x, STEPS)
-            read = name != "state" or engine.config.state_tokens > 0
-            expected, other = ("other", "the same") if read else ("the same", "other ones")
-            _require(
-                torch.equal(before, after) != read,
-                f"{label}: expected {expected} actions for other {name}, found {other}.",
-            )
-            found = compare(reference.sample(given, x, STEPS) - x, after - x)
-            _require(
-                found.fault is None and found.rel_l2 <= limit.max_rel_l2,
-                f"{label}: expected the reference's actions for other {name} within "
-                f"{limit.max_rel_l2:g} of what it moved, found "
-                f"{found.fault or f'{found.rel_l2:.2g}'}.",
-            )
+    limit = threshold("actions", looser(own, limits_of(type(reference), "float32")))
+    expected, actions = (
+        each.sample(inputs, noise, steps, lambda: None, None, sampler)
+        for each in (reference, engine)
+    )
+    found = compare(expected - noise, actions - noise)
+    _require(
+        found.fault is None and found.rel_l2 <= limit.max_rel_l2,
+        f"{label}: expected the reference's actions for {what} within {limit.max_rel_l2:g} of "
+        f"what it moved, found {found.fault or f'{found.rel_l2:.2g}'}.",
+    )
+
+
+def _check_not_finite(label: str, engine: Engine, inputs: ModelInputs, noise: Tensor) -> None:
+    """What is not finite must not look finite in the actions, where nobody would notice it; and
+    the call after an error is as any other."""
+    damaged = noise.clone()
+    damaged[0, -1, -1] = float("nan")
+    before = engine.sample(inputs, noise, STEPS)
+    try:
+        engine.sample(inputs, damaged, STEPS)
+    except EngineError:
+        _require(
+            torch.equal(engine.sample(inputs, noise, STEPS), before),
+            f"{label}: expected the same actions after an error as before, found other ones.",
+        )
+        return
+    raise AssertionError(
+        f"{label}: expected an EngineError for noise with NaN in it, found finite actions."
+    )
 
 
 def _all_but_last(mask: Tensor) -> Tensor:

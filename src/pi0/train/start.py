@@ -186,7 +186,7 @@ def read_sizes(path: Path) -> Pi0Config:
     try:
         text = path.read_text(encoding="utf-8-sig")
         table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{path}: expected a file of sizes, found: {reason}.") from error
     if not isinstance(table, dict):

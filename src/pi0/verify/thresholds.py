@@ -131,13 +131,15 @@ def limits_of(
     precision = SAME_LIMITS.get(precision, precision)
     measured = _measured(precision, depth, width) if precision in GENERAL else None
     table = engine.thresholds.get(precision, measured)
-    if table is None or "*" not in table:
+    declared = table if isinstance(table, Mapping) else {}
+    if "*" not in declared or not all(isinstance(t, Threshold) for t in declared.values()):
         raise EngineError(
-            f"precision {precision}: expected limits for `pi0 verify`, found none. Declare them on "
+            f"precision {precision}: expected limits for `pi0 verify`, found "
+            f"{'none' if table is None else f'{table!r:.80}'}. Declare them on "
             f"{engine.__qualname__}: thresholds = {{{precision!r}: {{'*': Threshold(min_pcc, "
             "max_rel_l2, why)}}."
         )
-    return (table, PEER) if engine.capabilities.peer else (table,)
+    return (declared, PEER) if engine.capabilities.peer else (declared,)
 
 
 def looser(*limits: Limits) -> Limits:

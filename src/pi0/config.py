@@ -99,6 +99,11 @@ class Pi0Config:
                 f"head_dim, found {self.vlm.num_heads}, {self.vlm.num_kv_heads} and "
                 f"{self.vlm.head_dim}."
             )
+        if self.expert.width % 2:
+            raise ConfigError(
+                "expert width: expected an even number, half of it sines and half cosines of the "
+                f"time, found {self.expert.width}."
+            )
         if self.vision.grid < 1:
             raise ConfigError(
                 f"image_size: expected at least one patch of {self.vision.patch_size} pixels, "

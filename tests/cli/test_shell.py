@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -277,3 +278,28 @@ def test_a_signal_that_a_library_swallows(
         signal.signal(signal.SIGHUP, ignored)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_that_python_drops(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    """What a handler raises while an object is removed goes nowhere."""
+
+    class Removed:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), number)
+
+    def work(*_: object) -> None:
+        Removed()
+        time.sleep(20)
+
+    monkeypatch.setattr("pi0.checkpoint.load.open_checkpoint", work)
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run with nohup
+    try:
+        done = pi0("inspect", "anything")
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")

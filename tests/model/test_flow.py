@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from pi0.config import PRESETS
 from pi0.errors import ConfigError
 from pi0.model.flow import embed_time, integrate
 
@@ -23,6 +25,14 @@ def test_time_embedding_by_hand() -> None:
     got = embed_time(torch.tensor([t], dtype=torch.float64), 4)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got[0], torch.tensor(expected), atol=1e-6, rtol=0)
+
+
+def test_an_odd_width_is_refused() -> None:
+    """Half of the embedding are sines; towers without it may have odd widths."""
+    tiny = PRESETS["tiny"]
+    replace(tiny, vlm=replace(tiny.vlm, width=63))
+    with pytest.raises(ConfigError, match="expert width: expected an even number, .* found 31"):
+        replace(tiny, expert=replace(tiny.expert, width=31))
 
 
 def test_euler_times_and_sign() -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from typing import TextIO
@@ -37,6 +38,8 @@ OUT_OF_MEMORY = (
     "memory: expected enough for this model and these inputs, found too little; see `pi0 inspect`. "
     "Use --dtype bfloat16, fewer cameras or smaller images."
 )
+
+AGAIN = 0.05  # seconds until a signal is sent again
 
 app = typer.Typer(
     name="pi0",
@@ -119,18 +122,29 @@ def main() -> None:
 
 def _run() -> None:
     """Runs the verb. An error after Ctrl-C, SIGTERM or SIGHUP counts as that: torch goes on when it
-    is interrupted while it imports numpy, which is half there from then on."""
+    is interrupted while it imports numpy, which is half there from then on. A signal that comes
+    while an object is being removed, where Python drops what is raised, is sent again."""
     ends: list[BaseException] = []
+    numbers: dict[BaseException | None, int] = {}
 
     def end_with(end: BaseException) -> Callable[..., None]:
         def handler(number: int, _: object) -> None:
             if number == signal.SIGHUP and ends:  # a terminal sends it twice
                 return
             ends.append(end)
+            numbers[end] = number
             raise end
 
         return handler
 
+    def on_unraisable(dropped: sys.UnraisableHookArgs) -> None:
+        if dropped.exc_value not in ends:
+            hook(dropped)
+            return
+        ends.clear()
+        threading.Timer(AGAIN, os.kill, (os.getpid(), numbers[dropped.exc_value])).start()
+
+    hook, sys.unraisablehook = sys.unraisablehook, on_unraisable
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_with(KeyboardInterrupt()))
@@ -145,6 +159,7 @@ def _run() -> None:
         raise
     finally:
         signal.signal(signal.SIGINT, before)
+        sys.unraisablehook = hook
 
 
 def _require_streams() -> None:

@@ -172,8 +172,12 @@ def test_outputs_do_not_replace_inputs(folder: Path, npz: Path, tmp_path: Path) 
     words = (*act, "--out", tmp_path / "a.npy", "--save-inputs", link)
     assert "expected different files to write, found the same one twice" in refused(*words)
     for _ in range(2):  # results in the checkpoint's folder may be written anew
-        words = ("sample", folder, "--inputs", npz, "--steps", "1", "--out", folder / "out.npz")
-        assert pi0(*words).returncode == 0
+        for words in (
+            ("sample", folder, "--inputs", npz, "--steps", "1", "--out", folder / "out.npz"),
+            (*act, "--robot", "generic", "--plot", folder / "chunk.svg"),
+            ("bench", folder, "--engines", "cpu", "--repeat", "1", "--out", folder / "bench.json"),
+        ):
+            assert pi0(*words).returncode == 0
 
 
 def test_home_directory(folder: Path, npz: Path, monkeypatch) -> None:

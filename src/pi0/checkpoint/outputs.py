@@ -16,7 +16,11 @@ from pathlib import Path
 from pi0.errors import Pi0Error, human_bytes
 
 TEMPORARY = re.compile(r"\..+\.\d+\.part")  # what `_temporary` makes
-RESULTS = (".npy", ".npz", ".png", ".html")  # what no checkpoint consists of
+# What checkpoints consist of; other files in their folders may be results of before.
+PART = re.compile(
+    r".*\.(safetensors|model|pi0|toml)|(.*config|.*index|.*tokenizer.*|policy_.*|norm_stats)\.json"
+    r"|_.*|manifest.*"
+)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # numpy raises without a number
 
 
@@ -91,8 +95,7 @@ def require_writable(
     """Tries the places of files of `size` bytes to be written: before the work, not after it.
 
     Args:
-        reads: files that are read, which stay, and folders, of whose files only results may be
-            replaced.
+        reads: files that are read, which stay, and folders of checkpoints, whose parts stay.
 
     Raises:
         Pi0Error: one is a folder, lies under a file, is read-only or full, or it would replace what
@@ -120,7 +123,7 @@ def require_writable(
 def _refuse_replacing(path: Path, target: Path, kept: list[Path], written: list[Path]) -> None:
     if target in written:
         raise Pi0Error(f"{path}: expected different files to write, found the same one twice.")
-    part = target.is_file() and target.suffix not in RESULTS
+    part = target.is_file() and PART.fullmatch(target.name)
     if any(target == read or (part and read in target.parents) for read in kept):
         raise Pi0Error(
             f"{path}: expected a file that is not read, found one of the inputs. Name another file "

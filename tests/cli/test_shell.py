@@ -176,6 +176,7 @@ def test_outputs_do_not_replace_inputs(folder: Path, npz: Path, tmp_path: Path) 
             ("sample", folder, "--inputs", npz, "--steps", "1", "--out", folder / "out.npz"),
             (*act, "--robot", "generic", "--plot", folder / "chunk.svg"),
             ("bench", folder, "--engines", "cpu", "--repeat", "1", "--out", folder / "bench.json"),
+            ("sample", folder, "--inputs", npz, "--steps", "1", "--out", folder / "_out.npz"),
         ):
             assert pi0(*words).returncode == 0
 

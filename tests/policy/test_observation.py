@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -137,6 +138,18 @@ def test_rounding_beyond_the_range_is_clipped() -> None:
 def test_what_is_no_image(value: Any, message: str) -> None:
     with pytest.raises(ObservationError, match=message):
         image(value)
+
+
+def test_pictures_in_lists_are_not_read_number_by_number() -> None:
+    picture = np.zeros((40, 30, 3), np.uint8)
+    calls = []
+    numbers = picture.tolist()
+    sys.setprofile(lambda frame, event, argument: calls.append(event) if event == "call" else None)
+    try:
+        read_image("cam", numbers)
+    finally:
+        sys.setprofile(None)
+    assert len(calls) < picture.size
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,16 @@ def test_functions_of_a_robot_that_fail(function: Any, found: str) -> None:
         replace(made, robot=replace(made.robot, encode_state=function)).encode(given)
 
 
+def test_what_functions_of_a_robot_refuse() -> None:
+    def refuse(state: np.ndarray) -> np.ndarray:
+        raise ObservationError("state: expected an open gripper, found a closed one.")
+
+    made = openpi("libero", "mean_std")
+    given = {**values(("libero", "mean_std", "0"), "obs."), "prompt": "go"}
+    with pytest.raises(ObservationError, match="^state: expected an open gripper"):
+        replace(made, robot=replace(made.robot, encode_state=refuse)).encode(given)
+
+
 def test_renamed_observations() -> None:
     robot = Robot("arm", (Camera("observation.images.top"),), (("observation.state", 6),), 6)
     unit = Normalizer("state", np.zeros(6), np.ones(6), np.ones(6))

@@ -18,8 +18,8 @@ from pi0.errors import Pi0Error, human_bytes
 TEMPORARY = re.compile(r"\..+\.\d+\.part")  # what `_temporary` makes
 # What checkpoints consist of; other files in their folders may be results of before.
 PART = re.compile(
-    r".*\.(safetensors|model|pi0|toml)|(.*config|.*index|.*tokenizer.*|policy_.*|norm_stats)\.json"
-    r"|_.*|manifest.*"
+    r".*\.(safetensors|model|pi0|toml)|(.*config|.*index|.*tokenizer.*|policy_(pre|post)processor"
+    r"|norm_stats)\.json|_(CHECKPOINT_)?METADATA|_sharding|manifest\.ocdbt"
 )
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # numpy raises without a number
 

@@ -7,6 +7,7 @@ without a batch axis of 1. What cannot be read is an `ObservationError` that nam
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -270,7 +271,7 @@ def _vector(key: str, value: Any) -> Floats:
 
 def _array(key: str, value: Any) -> NDArray[np.generic]:
     """A value as an array, with tensors of any kind at any depth of lists."""
-    if _is_masked(value, MAX_DEPTH):
+    if _is_masked(value):
         raise TypeError("a MaskedArray")  # numpy would take what is under the mask
     try:
         return np.asarray(_without_tensors(key, value, 0))
@@ -278,10 +279,17 @@ def _array(key: str, value: Any) -> NDArray[np.generic]:
         return np.asarray(_without_tensors(key, value, MAX_DEPTH))
 
 
-def _is_masked(value: Any, depth: int) -> bool:
-    if depth and isinstance(value, (list, tuple)):
-        return any(_is_masked(item, depth - 1) for item in value)
-    return isinstance(value, np.ma.MaskedArray)
+def _is_masked(value: Any) -> bool:
+    """Whether a masked array lies in lists, level by level: a picture may be a million numbers."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        kinds = set(map(type, level))
+        if any(issubclass(kind, np.ma.MaskedArray) for kind in kinds):
+            return True
+        if not any(issubclass(kind, (list, tuple)) for kind in kinds):
+            break
+        level = list(chain.from_iterable(x for x in level if isinstance(x, (list, tuple))))
+    return False
 
 
 def _without_tensors(key: str, value: Any, depth: int) -> Any:

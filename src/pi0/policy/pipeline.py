@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pi0.config import Pi0Config
-from pi0.errors import ConfigError, ObservationError
+from pi0.errors import ConfigError, ObservationError, Pi0Error
 from pi0.inputs import MAX_PIXEL, OVERFLOW_SIGMA, ModelInputs
 from pi0.policy import images
 from pi0.policy.normalize import OUTLIER_SIGMA, Normalizer
@@ -178,6 +178,8 @@ class Pipeline:
             if np.iscomplexobj(out):
                 raise TypeError("complex numbers")
             out = out.astype(np.float64)
+        except Pi0Error:  # its own sentence, such as of a state that it refuses
+            raise
         except Exception as error:
             raise ConfigError(
                 f"{label}: expected real numbers {shape}, as it was given, found "

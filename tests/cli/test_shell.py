@@ -261,9 +261,22 @@ def test_install_hint_needs_no_index() -> None:
     assert install_hint("plot") == "In the folder of this repository: pip install '.[plot]'."
 
 
-@pytest.mark.parametrize(
+ENDS = pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
+
+
+def expect_silent_end(code: int) -> None:
+    """Of a command that a signal reaches."""
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run with nohup
+    try:
+        done = pi0("inspect", "anything")
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
+@ENDS
 def test_a_signal_that_a_library_swallows(
     monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
@@ -276,18 +289,11 @@ def test_a_signal_that_a_library_swallows(
 
     monkeypatch.setattr("pi0.checkpoint.load.open_checkpoint", swallow)
     before = signal.getsignal(signal.SIGINT)
-    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run with nohup
-    try:
-        done = pi0("inspect", "anything")
-    finally:
-        signal.signal(signal.SIGHUP, ignored)
-    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+    expect_silent_end(code)
     assert signal.getsignal(signal.SIGINT) is before
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
+@ENDS
 def test_a_signal_that_python_drops(
     monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
@@ -302,9 +308,4 @@ def test_a_signal_that_python_drops(
         time.sleep(20)
 
     monkeypatch.setattr("pi0.checkpoint.load.open_checkpoint", work)
-    ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run with nohup
-    try:
-        done = pi0("inspect", "anything")
-    finally:
-        signal.signal(signal.SIGHUP, ignored)
-    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+    expect_silent_end(code)

@@ -182,8 +182,7 @@ class Environment:
         Raises:
             LimitError: see `apply_limits`.
         """
-        nothing = np.empty(0)  # no action commands a value of the state
-        actions, violations = apply_limits(self.limits, actions, nothing, on_limit, names)
+        actions, violations = apply_limits(self.limits, actions, None, on_limit, names)
         if violations and on_limit == "warn":
             beyond = summary(violations)
             logger.warning("environment %s: %s; handed on as they are.", self.id, beyond)

@@ -309,10 +309,8 @@ class ActionBuffer(Closing):
         limits: ActionLimits | None = getattr(robot, "limits", None)
         if limits is None:
             return action
-        limits = replace(limits, state=(None,) * len(action))
-        names, none = robot.action_names, np.empty(0)
-        how = policy.on_limit
-        guarded, found = apply_limits(limits, action[None], none, how, names, self._last)
+        names, how = robot.action_names, policy.on_limit
+        guarded, found = apply_limits(limits, action[None], None, how, names, self._last)
         jumps = [replace(one, ticks=[self._tick]) for one in found if one.kind == "step"]
         if jumps and not self._reported:
             self._reported = True

@@ -94,7 +94,7 @@ class Violation:
 def apply_limits(
     limits: ActionLimits,
     actions: Floats,
-    state: Floats,
+    state: Floats | None,
     on_limit: str,
     names: tuple[str, ...] = (),
     last: Floats | None = None,
@@ -108,6 +108,7 @@ def apply_limits(
     an action at its limit is within it before and after rounding.
 
     Args:
+        state: [D] as observed, which `limits.state` points into; None: it does not count.
         last: the action [D] that the robot executed last, if it is known.
 
     Raises:
@@ -115,11 +116,15 @@ def apply_limits(
             range is further away than a step.
     """
     low, high, step = (_column(limits, name) for name in ("low", "high", "step"))
-    starts = [np.array([np.nan if i is None else state[i] for i in limits.state])]
-    starts += [] if last is None else [last]
+    starts = []
+    if state is not None:
+        starts.append(np.array([np.nan if i is None else state[i] for i in limits.state]))
+    if last is not None:
+        starts.append(last)
     change = np.abs(np.diff(actions, axis=0, prepend=actions[:1]))
     with np.errstate(invalid="ignore"):
-        change[0] = np.fmax.reduce([np.abs(actions[0] - start) for start in starts])
+        if starts:
+            change[0] = np.fmax.reduce([np.abs(actions[0] - start) for start in starts])
         rounding = np.finfo(np.float32).eps * (np.abs(actions) + change)
         beyond = {"low": actions < low, "high": actions > high, "step": change > step + rounding}
     shown = {"low": actions, "high": actions, "step": change}

@@ -18,6 +18,10 @@ from pi0.policy.robot import Camera, Robot
 # Of LeRobot before 0.4: transforms that were part of the policy.
 ADAPT, RELATIVE_JOINTS = "adapt_to_pi_aloha", "use_delta_joint_actions_aloha"
 RELATIVE_ACTIONS = "relative_actions"  # of what `pi0 convert` makes from LeRobot's files
+SAME_RELATIVE = (
+    "the state would be added wrongly. Give the robot's table the same `relative` (`delta`), or "
+    "leave out --robot where the processors are at hand."
+)
 
 
 def of_base(what: str, folder: Path) -> Finding:
@@ -87,7 +91,9 @@ def aloha_findings(settings: Mapping[str, Any], robot: Robot) -> list[Finding]:
     ]
 
 
-def stated_findings(settings: Mapping[str, Any], robot: Robot) -> list[Finding]:
+def stated_findings(
+    settings: Mapping[str, Any], robot: Robot, remedy: str = SAME_RELATIVE
+) -> list[Finding]:
     """Whether a robot's table has the conventions that a config.json states: those of ALOHA, and
     the relative actions of LeRobot's processors, which `pi0 convert` keeps there."""
     stated = settings.get(RELATIVE_ACTIONS)
@@ -96,14 +102,11 @@ def stated_findings(settings: Mapping[str, Any], robot: Robot) -> list[Finding]:
     if not isinstance(stated, list) or any(type(value) is not bool for value in stated):
         sentence = f"config.json {RELATIVE_ACTIONS}: expected true or false by action, found "
         return [error("relative-unknown", f"{sentence}{stated!r:.80}.")]
-    return [*aloha_findings(settings, robot), *relative_findings(tuple(stated), robot)]
+    return [*aloha_findings(settings, robot), *relative_findings(tuple(stated), robot, remedy)]
 
 
 def relative_findings(
-    relative: tuple[bool, ...] | None,
-    robot: Robot,
-    remedy: str = "the state would be added wrongly. Give the robot's table the same `relative` "
-    "(`delta`), or leave out --robot where the processors are at hand.",
+    relative: tuple[bool, ...] | None, robot: Robot, remedy: str = SAME_RELATIVE
 ) -> list[Finding]:
     """Whether a robot's table has the relative actions that LeRobot's processors have."""
     ours = robot.relative(len(relative or ()) or sum(map(abs, robot.delta))).tolist()

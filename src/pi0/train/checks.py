@@ -13,7 +13,7 @@ from pi0.config import Pi0Config
 from pi0.data.schema import ACTION, SERVED_SECONDS, STATE
 from pi0.errors import Pi0Error
 from pi0.findings import Finding, error, warning
-from pi0.policy.fit import RELATIVE_ACTIONS, aloha_findings, relative_findings
+from pi0.policy.fit import relative_findings, stated_findings
 from pi0.policy.lerobot import unread_relative
 from pi0.policy.normalize import OUTLIER_SIGMA, Statistics, make_normalizer
 from pi0.policy.robot import Robot
@@ -89,15 +89,13 @@ def examine_conventions(checkpoint: Checkpoint, robot: Robot, named: bool) -> li
     Args:
         named: whether the user said which robot it is; then what differs is a warning.
     """
-    found = aloha_findings(checkpoint.settings, robot)
-    stated = checkpoint.settings.get(RELATIVE_ACTIONS)
-    relative = tuple(stated) if isinstance(stated, list) else unread_relative(checkpoint)
-    if relative:
-        remedy = (
-            "what it has learnt means other actions then. Name with --robot a robot with the same "
-            "`relative` (`delta`), which needs --layout openpi, or one whose actions it is to "
-            "learn anew."
-        )
+    remedy = (
+        "what it has learnt means other actions then. Name with --robot a robot with the same "
+        "`relative` (`delta`), which needs --layout openpi, or one whose actions it is to learn "
+        "anew."
+    )
+    found = stated_findings(checkpoint.settings, robot, remedy)
+    if relative := unread_relative(checkpoint):
         found += relative_findings(relative, robot, remedy)
     return [warning(finding.code, finding.sentence) for finding in found] if named else found
 

@@ -21,7 +21,7 @@ from pi0.policy.lerobot import LerobotProgram, has_processors, is_lerobot, read_
 from pi0.policy.lerobot.normalization import Given, Normalization
 from pi0.policy.lerobot.order import NORMALIZE, UNNORMALIZE
 from pi0.policy.lerobot.statistics import read_statistics
-from pi0.policy.lerobot.steps import Step, read_processors
+from pi0.policy.lerobot.steps import Processors, Step, read_processors
 from pi0.policy.normalize import OPENPI_EPS, OPENPI_MODES, Statistics
 from pi0.policy.robots import find_robot
 from pi0.policy.statistics import (
@@ -81,10 +81,14 @@ class Source:
     def is_lerobot(self) -> bool:
         return is_lerobot(self.checkpoint)
 
+    @cached_property
+    def _steps(self) -> Processors:
+        """LeRobot's steps; without its processors those that it builds."""
+        return read_processors(self.folder, self.checkpoint.settings, True, [])
+
     def step(self, kind: str) -> Step | None:
-        """LeRobot's step that normalises STATE or ACTION; without processors that which LeRobot
-        builds; None: they have none."""
-        return read_processors(self.folder, self.checkpoint.settings, True, []).find(STEPS[kind])
+        """LeRobot's step that normalises STATE or ACTION, if there is one."""
+        return self._steps.find(STEPS[kind])
 
     def mode(self, kind: str) -> str:
         """LeRobot's mode of normalisation for STATE or ACTION."""

@@ -315,8 +315,10 @@ class _Writer:
 
     def finish(self) -> None:
         """Writes the meta files if there are new episodes."""
-        schema = self._schema or (written_schema(self._folder) if self._stale else None)
-        if schema is None or not self._stale:
+        if not self._stale:
+            return
+        schema = self._schema or written_schema(self._folder)
+        if schema is None:
             return
         start = time.monotonic()
         finish(self._folder, schema)
